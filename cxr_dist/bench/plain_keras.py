@@ -1,0 +1,122 @@
+"""The baseline: what a careful notebook does, in plain Keras, with none of this project's code.
+
+`image_dataset_from_directory`, float32, `fit`, the same model, the same images in the same split, the
+same batch size, epochs and learning rates. Best weights by validation accuracy, as a `ModelCheckpoint`
+callback keeps them. It prints one JSON line of times and figures.
+
+    python -m cxr_dist.bench.plain_keras SOURCE DATASET/manifest.parquet --weights PATH --out result.json
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def link_splits(source: Path, manifest: Path, target: Path) -> list[str]:
+    """Lay out SPLIT/CLASS/FILE as links, the form that `image_dataset_from_directory` reads."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(manifest, columns=["path", "class_name", "split"]).to_pylist()
+    for row in rows:
+        if row["split"] is None:
+            continue
+        folder = target / row["split"] / row["class_name"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / row["path"].replace("/", "__")).symlink_to((source / row["path"]).resolve())
+    return sorted({row["class_name"] for row in rows})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("--weights", required=True, help="ImageNet weights without the top, or 'imagenet'")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--epochs", type=int, nargs=2, default=(3, 4), metavar=("STAGE1", "STAGE2"))
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--dropout", type=float, default=0.3)
+    parser.add_argument("--unfreeze-layers", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    started = time.perf_counter()
+    import keras
+    import numpy as np
+    from sklearn.metrics import accuracy_score, f1_score
+
+    keras.utils.set_random_seed(options.seed)
+    work = Path(tempfile.mkdtemp(prefix="plain-keras-"))
+    classes = link_splits(options.source, options.manifest, work)
+    size = (options.image_size, options.image_size)
+
+    def load(split: str, shuffle: bool):
+        return keras.utils.image_dataset_from_directory(
+            work / split,
+            class_names=classes,
+            batch_size=options.batch_size,
+            image_size=size,
+            shuffle=shuffle,
+            seed=options.seed,
+            verbose=False,
+        ).prefetch(2)
+
+    train, validation, test = load("train", True), load("validation", False), load("test", False)
+    base = keras.applications.ResNet50(include_top=False, weights=options.weights, input_shape=(*size, 3))
+    base.trainable = False
+    inputs = keras.Input((*size, 3))
+    x = keras.applications.resnet50.preprocess_input(inputs)
+    x = base(x, training=False)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.Dropout(options.dropout)(x)
+    x = keras.layers.Dense(256, activation="relu")(x)
+    x = keras.layers.BatchNormalization()(x)
+    x = keras.layers.Dropout(options.dropout)(x)
+    model = keras.Model(inputs, keras.layers.Dense(len(classes), activation="softmax")(x))
+
+    history: list[dict[str, float]] = []
+    best = str(work / "best.weights.h5")
+    keep = keras.callbacks.ModelCheckpoint(
+        best, monitor="val_accuracy", mode="max", save_best_only=True, save_weights_only=True
+    )
+    seconds = {"start": time.perf_counter() - started}
+    for stage, epochs in enumerate(options.epochs, start=1):
+        begun = time.perf_counter()
+        if stage == 2:
+            base.trainable = True
+            for layer in base.layers[: -options.unfreeze_layers]:
+                layer.trainable = False
+        rate = options.learning_rate * (0.1 if stage == 2 else 1.0)
+        model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
+        log = model.fit(train, validation_data=validation, epochs=epochs, callbacks=[keep], verbose=2)
+        history += [
+            {"stage": stage, **{key: float(values[epoch]) for key, values in log.history.items()}}
+            for epoch in range(epochs)
+        ]
+        seconds[f"stage_{stage}"] = time.perf_counter() - begun
+    model.load_weights(best)
+    labels = np.concatenate([label for _, label in test.as_numpy_iterator()])
+    predicted = model.predict(test, verbose=0).argmax(axis=1)
+    seconds["total"] = time.perf_counter() - started
+    result = {
+        "test_accuracy": accuracy_score(labels, predicted),
+        "test_f1_macro": f1_score(labels, predicted, average="macro"),
+        "best_val_accuracy": max(row["val_accuracy"] for row in history),
+        "parameters": model.count_params(),
+        "cpu_seconds": sum(os.times()[:2]),
+        "seconds": seconds,
+        "history": history,
+    }
+    options.out.write_text(json.dumps(result, indent=2))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""`cxr-dist`: the command line. TensorFlow, Ray and matplotlib are imported by the commands that need them.
+
+Exit status: 0 done; 2 something the user can mend, said in one line that begins with `error: `; 1 anything else.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from cxr_dist import commands
+from tfrecords_builder.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistyped options are the user's to mend, like any other input: one line, status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _workers(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="cxr-dist", description="Train and evaluate chest X-ray classifiers, on a laptop or a cluster.")
+    parser.add_argument("--verbose", action="store_true", help="show TensorFlow's and Ray's own messages")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        added = subparsers.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        added.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return added
+
+    demo = command("demo", commands.demo, "phantom X-rays -> dataset -> both stages -> evaluation, in a few minutes")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="a new folder (default: %(default)s)")
+    demo.add_argument("--launcher", choices=["ray", "local"], default="ray", help="(default: %(default)s)")
+
+    synth = command("synth", commands.synth, "draw phantom X-rays of the four classes, with lung masks")
+    synth.add_argument("folder", type=Path, metavar="DIR")
+    synth.add_argument("--per-class", type=int, default=250, metavar="N", help="images (default: %(default)s)")
+    synth.add_argument("--size", type=int, default=299, metavar="PX", help="pixels (default: %(default)s)")
+    synth.add_argument("--seed", type=int, default=0, metavar="S")
+    synth.add_argument("--workers", type=_workers, metavar="N", help="processes (default: one per core)")
+
+    build = command("build", commands.build, "labelled image files -> a verified dataset of TFRecord shards")
+    build.add_argument("source", type=Path, metavar="SOURCE", help="<Class>/images/*.png or <Class>/*.png (or .jpg)")
+    build.add_argument("dataset", type=Path, metavar="DATASET", help="a new folder")
+    build.add_argument("--image-size", type=int, default=224, metavar="PX", help="stored size (default: %(default)s)")
+    build.add_argument("--encoding", choices=["raw", "png", "jpeg"], default="raw", help="(default: %(default)s)")
+    build.add_argument("--workers", type=_workers, metavar="N", help="processes (default: one per core)")
+    build.add_argument("--seed", type=int, default=0, metavar="S", help="of the split (default: %(default)s)")
+    build.add_argument(
+        "--on-error", choices=["stop", "skip"], default="stop", help="what a damaged file does (default: %(default)s)"
+    )
+
+    verify = command("verify", commands.verify, "read a dataset back: every record, checksum and count")
+    verify.add_argument("dataset", type=Path, metavar="DATASET")
+
+    train = command("train", commands.train, "train both stages; started again with the same --out it goes on")
+    train.add_argument("dataset", type=Path, metavar="DATASET")
+    train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
+    train.add_argument("--config", type=Path, metavar="YAML", help="a file, or the name of a preset (published, cpu, smoke)")
+    train.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="e.g. stages.1.epochs=5"
+    )
+    train.add_argument(
+        "--launcher", choices=["ray", "local"], default="ray", help="Ray Train, or this process (default: %(default)s)"
+    )
+    train.add_argument("--workers", type=_workers, metavar="N", help="worker processes (default: from the cluster)")
+    train.add_argument("--devices-per-worker", type=_workers, metavar="M", help="GPUs, or logical CPUs, of a worker")
+    train.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster (default: $RAY_ADDRESS, or one of its own)")
+
+    evaluate = command("evaluate", commands.evaluate, "metrics, predictions, figures and report of a finished run")
+    evaluate.add_argument("run", type=Path, metavar="RUN")
+    evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
+    which = evaluate.add_mutually_exclusive_group()
+    which.add_argument("--split", choices=["train", "validation", "test"], default="test", help="(default: %(default)s)")
+    which.add_argument("--images", type=Path, metavar="FOLDER", help="labelled images that are not in the dataset")
+    evaluate.add_argument("--dataset", type=Path, metavar="DATASET", help="(default: the one the run was trained on)")
+    evaluate.add_argument("--devices", type=_workers, metavar="M", help="GPUs, or logical CPUs")
+
+    config = command("config", commands.show_config, "print the resolved configuration, every key with its meaning")
+    config.add_argument("--config", type=Path, metavar="YAML")
+    config.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `cxr-dist`."""
+    try:
+        options = build_parser().parse_args(arguments)
+        if not options.verbose:
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+            os.environ.setdefault("ABSL_MIN_LOG_LEVEL", "3")
+        options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; start the same command again to go on", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

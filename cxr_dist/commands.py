@@ -1,0 +1,218 @@
+"""What each command of the command line does: options in, one call into the packages, lines for people out."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cxr_dist import run_folder
+from cxr_dist.config import Config, load_config, resolve_preset
+from cxr_dist.reporting import ConsoleReporter
+from tfrecords_builder.errors import UserError
+
+
+def synth(options: argparse.Namespace) -> None:
+    from cxr_dist.phantoms import write_phantoms
+
+    with _progress("phantoms") as progress:
+        counts = write_phantoms(
+            options.folder,
+            per_class=options.per_class,
+            size=options.size,
+            seed=options.seed,
+            workers=options.workers,
+            progress=progress,
+        )
+    print(f"{options.folder}: {sum(counts.values())} phantoms of {options.size} pixels in {len(counts)} classes")
+
+
+def build(options: argparse.Namespace) -> None:
+    from tfrecords_builder.build import build_dataset
+
+    with _progress("build") as progress:
+        summary = build_dataset(
+            options.source,
+            options.dataset,
+            image_size=options.image_size,
+            encoding=options.encoding,
+            workers=options.workers,
+            seed=options.seed,
+            on_error=options.on_error,
+            progress=progress,
+        )
+    for path, reason in summary.rejected:
+        print(f"left out: {path}: {reason}")
+    classes = sorted({name for counts in summary.counts.values() for name in counts})
+    width = max(len(name) for name in [*classes, "class"])
+    splits = list(summary.counts)
+    print(f"{'class':{width}}" + "".join(f"{split:>12}" for split in splits))
+    for name in classes:
+        print(f"{name:{width}}" + "".join(f"{summary.counts[split].get(name, 0):12,}" for split in splits))
+    print(f"{'all':{width}}" + "".join(f"{sum(summary.counts[split].values()):12,}" for split in splits))
+    if summary.reused:
+        print(f"{options.dataset}: was complete already")
+        return
+    print(
+        f"{options.dataset}: {len(summary.shards)} shards in {summary.seconds:.1f} s "
+        f"({summary.images_per_second:,.0f} images/s)" + _rejected_words(summary.rejected)
+    )
+
+
+def _rejected_words(rejected: list[tuple[str, str]]) -> str:
+    return f"; {len(rejected)} file(s) left out" if rejected else ""
+
+
+def verify(options: argparse.Namespace) -> None:
+    from tfrecords_builder.verify import verify_dataset
+
+    with _progress("verify") as progress:
+        summary = verify_dataset(options.dataset, progress)
+    print(f"{options.dataset}: {summary.records:,} records in {summary.shards} shards, {summary.bytes:,} bytes: all whole")
+
+
+def train(options: argparse.Namespace) -> None:
+    config = load_config(resolve_preset(options.config), options.overrides)
+    result = run_training(
+        config,
+        options.dataset,
+        options.out,
+        launcher=options.launcher,
+        workers=options.workers,
+        devices_per_worker=options.devices_per_worker,
+        address=options.address,
+        verbose=options.verbose,
+    )
+    best = result["best"]
+    print(
+        f"{options.out}: validation accuracy {best['val_accuracy']:.4f} (stage {best['stage']}, epoch {best['epoch']}), "
+        f"{result['seconds']['total']:.0f} s"
+    )
+
+
+def run_training(
+    config: Config,
+    dataset: Path,
+    run: Path,
+    *,
+    launcher: str,
+    workers: int | None = None,
+    devices_per_worker: int | None = None,
+    address: str | None = None,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Check all that can be checked, prepare the run's folder, and train through the launcher."""
+    from cxr_dist.model import check_weights
+    from tfrecords_builder.manifest import check_shards, read_manifest
+
+    if launcher == "local" and ((workers or 1) > 1 or address):
+        raise UserError("--launcher local: is one process; leave --workers and --address out, or use --launcher ray")
+    manifest = read_manifest(dataset)
+    check_shards(dataset, manifest)
+    config = run_folder.resolve_config(config, manifest)
+    check_weights(config.model.weights)
+    reporter = ConsoleReporter()
+    if launcher == "local":
+        from cxr_dist.orchestration.train_job import train_locally
+
+        run_folder.prepare(run, config, dataset, manifest)
+        finished = _finished(run)
+        return finished or train_locally(config, dataset, run, reporter, devices_per_worker=devices_per_worker)
+    from cxr_dist.orchestration.train_job import train_with_ray
+
+    def prepare() -> bool:
+        run_folder.prepare(run, config, dataset, manifest)
+        return _finished(run) is None
+
+    return train_with_ray(
+        config,
+        dataset,
+        run,
+        reporter,
+        prepare=prepare,
+        workers=workers,
+        devices_per_worker=devices_per_worker,
+        address=address,
+        verbose=verbose,
+    )
+
+
+def _finished(run: Path) -> dict[str, Any] | None:
+    result = run_folder.read_result(run)
+    if result is not None:
+        print(f"{run}: was finished already", file=sys.stderr)
+    return result
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from cxr_dist.evaluate import Request, evaluate_run
+
+    request = Request(options.run, options.out, options.split, options.images, options.dataset)
+    print_metrics(evaluate_run(request, options.devices))
+    print(f"report: {options.out / 'report.html'}")
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """The table of an evaluation, for people."""
+    width = max(len(name) for name in [*metrics["per_class"], "class"])
+    print(f"{'class':{width}} precision  recall      F1  images")
+    for name, row in metrics["per_class"].items():
+        print(f"{name:{width}} {row['precision']:9.4f} {row['recall']:7.4f} {row['f1']:7.4f} {row['support']:7,}")
+    auc = metrics["auc_macro_ovr"]
+    print(
+        f"accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['f1_macro']:.4f}, "
+        f"AUC {'undefined' if auc is None else f'{auc:.4f}'}, cosine similarity {metrics['cosine_similarity']:.4f}, "
+        f"{metrics['n']:,} images"
+    )
+
+
+def show_config(options: argparse.Namespace) -> None:
+    print(load_config(resolve_preset(options.config), options.overrides).to_yaml(), end="")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """The whole pipeline on phantoms, at a size that a laptop does in minutes."""
+    from cxr_dist.evaluate import Request, evaluate_run
+    from cxr_dist.phantoms import write_phantoms
+    from tfrecords_builder.build import build_dataset
+
+    out: Path = options.out
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty; give a new folder with --out, or remove it")
+    started = time.perf_counter()
+    with _progress("1/4 phantom X-rays") as progress:
+        write_phantoms(out / "phantoms", per_class=DEMO_PER_CLASS, size=DEMO_SIZE, progress=progress)
+    with _progress("2/4 build") as progress:
+        build_dataset(out / "phantoms", out / "dataset", image_size=DEMO_IMAGE_SIZE, progress=progress)
+    print("3/4 train", file=sys.stderr)
+    config = load_config(resolve_preset(Path("demo")))
+    run_training(config, out / "dataset", out / "run", launcher=options.launcher, verbose=options.verbose)
+    print("4/4 evaluate", file=sys.stderr)
+    metrics = evaluate_run(Request(out / "run", out / "evaluation"))
+    print_metrics(metrics)
+    print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
+
+
+DEMO_PER_CLASS = 300
+DEMO_SIZE = 128
+DEMO_IMAGE_SIZE = 64
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar in a terminal; nothing otherwise, as the result's own lines say what was done."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit="img", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")

@@ -1,0 +1,271 @@
+"""One validated configuration tree: a YAML preset, dotted overrides, and every field documented.
+
+Validation happens once, here. An error names the field, the value and the fix; unknown keys fail with
+the nearest known one. What is resolved is saved with the run and loads again unchanged.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from tfrecords_builder.errors import UserError
+
+BASE_LAYERS = 175
+"""Entries in `layers` of Keras's ResNet50 without top; `unfreeze_layers` counts from the last."""
+
+
+class _Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _switch(value: object) -> object:
+    """YAML 1.1 reads a bare on and off as booleans; the switches here are words."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
+
+
+class ModelConfig(_Node):
+    """The network: ResNet50 without top, and the head."""
+
+    weights: str = Field("imagenet", description="imagenet (downloaded once by Keras), none, or a path to a .h5 file")
+    image_size: int | None = Field(None, ge=32, description="pixels; must be the dataset's, which is also the default")
+    dropout: float = Field(0.3, ge=0, lt=1, description="rate of both dropout layers of the head")
+    batch_norm: Literal["train", "inference"] = Field(
+        "train", description="BatchNorm of unfrozen base layers; always trains with weights none"
+    )
+    batch_norm_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of all BatchNorm statistics that train")
+    synchronize_batch_norm: bool = Field(
+        False, description="batch statistics over all replicas instead of each replica's own (needs xla off)"
+    )
+
+
+class AugmentationConfig(_Node):
+    """Random changes of training images, drawn per image and epoch, applied on the device."""
+
+    rotation: float = Field(0.0, ge=0, le=45, description="largest rotation, degrees either way")
+    shift: float = Field(0.05, ge=0, le=0.5, description="largest shift, as a share of the image's side")
+    zoom: float = Field(0.0, ge=0, le=0.5, description="largest change of scale, as a share")
+    contrast: float = Field(0.15, ge=0, lt=1, description="largest change of contrast about the image's mean, as a share")
+    brightness: float = Field(0.1, ge=0, lt=1, description="largest change of brightness, as a share of full scale")
+
+
+class StageConfig(_Node):
+    """One stage of training: what trains, for how long, and how."""
+
+    epochs: int = Field(3, ge=0, description="0 leaves the stage out")
+    unfreeze_layers: int = Field(0, ge=0, le=BASE_LAYERS, description="upper layers of the base that train")
+    learning_rate: float | None = Field(
+        None, gt=0, description="peak learning rate; stage 2 defaults to a tenth of stage 1's"
+    )
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="sgd has momentum")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled; needs adamw or sgd")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="after the warm-up")
+    warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up from zero")
+    clip_norm: float | None = Field(None, gt=0, description="largest global norm of the reduced gradient")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    class_weights: bool = Field(False, description="weight the loss against the class imbalance (mean weight 1)")
+    augment: bool = Field(False, description="apply the augmentation in this stage")
+    early_stopping: int | None = Field(
+        None, ge=1, description="end the stage after so many epochs without a better validation"
+    )
+
+    @model_validator(mode="after")
+    def _weight_decay_has_an_optimizer(self) -> "StageConfig":
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError("weight_decay is decoupled and needs optimizer adamw or sgd, not adam")
+        return self
+
+
+class FeaturesConfig(_Node):
+    """Reuse of what a frozen base computes."""
+
+    cache: Switch = Field(
+        "auto",
+        description="compute the pooled features of each image once in a stage that trains the head alone; "
+        "auto does so when the stage has no augmentation",
+    )
+
+
+def _stages() -> dict[int, StageConfig]:
+    return {
+        1: StageConfig(epochs=3, learning_rate=1e-3),
+        2: StageConfig(epochs=4, unfreeze_layers=100),
+    }
+
+
+class Config(_Node):
+    """Everything that decides what a run computes."""
+
+    seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, dropout and augmentation")
+    deterministic: bool = Field(False, description="bit-identical repeats on the same hardware, somewhat slower")
+    global_batch_size: int = Field(32, ge=1, description="images in a step, over all replicas")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: by device (float16 or bfloat16 on a GPU, bfloat16 on a CPU that computes in it)"
+    )
+    xla: Switch = Field("auto", description="compile forward and gradient with XLA; auto: on a GPU")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
+    features: FeaturesConfig = Field(default_factory=FeaturesConfig)
+    stages: dict[int, StageConfig] = Field(default_factory=_stages, min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        numbers = sorted(self.stages)
+        if numbers != list(range(1, len(numbers) + 1)):
+            raise ValueError(f"stages are numbered 1, 2, ... without a gap, not {numbers}")
+        if not any(stage.epochs for stage in self.stages.values()):
+            raise ValueError("stages: every stage has 0 epochs, so nothing would be trained")
+        if self.xla == "on" and self.model.synchronize_batch_norm:
+            raise ValueError("xla on and model.synchronize_batch_norm true exclude each other: collectives do not compile")
+        return self
+
+    def tree(self) -> dict[str, Any]:
+        """The tree as plain data, as it is written to YAML."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.tree(), sort_keys=False)
+
+
+def load_config(path: Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Defaults, then the YAML file at `path`, then `key=value` overrides with dotted keys.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, or a key or value is not valid.
+    """
+    tree = _plain(Config().tree())
+    if path is not None:
+        _merge(tree, _read_yaml(path), f"{path}: ")
+    for override in overrides or []:
+        key, found, value = override.partition("=")
+        if not found or not key:
+            raise UserError(f"--set {override}: expected key=value, such as stages.1.epochs=5")
+        node: Any = _parse_value(override, value)
+        for part in reversed(key.strip().split(".")):
+            node = {part: node}
+        _merge(tree, node, "--set ")
+    return _validated(tree)
+
+
+def resolve_preset(path: Path | None) -> Path | None:
+    """A file as it is; a bare name that is no file is that preset of `tune_configs`.
+
+    Raises:
+        UserError: neither a file nor a preset.
+    """
+    if path is None or path.is_file():
+        return path
+    import tune_configs
+
+    folder = Path(tune_configs.__file__).parent
+    preset = folder / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent.name in ("", "tune_configs") and preset.is_file():
+        return preset
+    names = ", ".join(sorted(item.stem for item in folder.glob("*.yaml")))
+    raise UserError(f"--config {path}: no such file, and no preset of that name ({names})")
+
+
+def _validated(tree: dict[str, Any]) -> Config:
+    first = tree["stages"].get("1", {})
+    second = tree["stages"].get("2")
+    if second is not None and second.get("learning_rate") is None and isinstance(first.get("learning_rate"), float):
+        second["learning_rate"] = float(f"{first['learning_rate'] / 10:.6g}")
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+        message = problem["msg"].removeprefix("Value error, ")
+        given = problem["input"]
+        shown = f" {given!r}" if isinstance(given, str | int | float | bool) else ""
+        raise UserError(f"config {field}{shown}: {message}".replace("config :", "config:")) from None
+    for number, stage in config.stages.items():
+        if stage.learning_rate is None:
+            raise UserError(f"config stages.{number}.learning_rate: not given; give a peak learning rate, such as 1e-4")
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: holds a {type(loaded).__name__}, not a mapping of config keys")
+    return _plain(loaded)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; people who write it mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_value(override: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not YAML; quote it") from None
+
+
+def _plain(node: Any) -> Any:
+    """Keys as strings, so that stages.1 from YAML and from the command line are the same key."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    return node
+
+
+def _merge(tree: dict[str, Any], update: dict[str, Any], where: str, prefix: str = "") -> None:
+    for key, value in update.items():
+        name = f"{prefix}{key}"
+        if prefix == "stages." and key not in tree and key.isdigit():
+            tree[key] = _plain(StageConfig().model_dump(mode="json"))
+        if key not in tree:
+            raise UserError(f"{where}{name}: unknown config key{_nearest(name)}")
+        if isinstance(tree[key], dict):
+            if not isinstance(value, dict):
+                inner = ", ".join(f"{name}.{child}" for child in tree[key])
+                raise UserError(f"{where}{name}: holds keys of its own ({inner}), not a value")
+            _merge(tree[key], value, where, f"{name}.")
+        elif isinstance(value, dict):
+            raise UserError(f"{where}{name}: is a value, not a mapping")
+        else:
+            tree[key] = value
+
+
+def known_keys() -> dict[str, Any]:
+    """Every dotted key with its default value."""
+
+    def walk(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in node.items():
+            found |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return found
+
+    return walk(_plain(Config().tree()), "")
+
+
+def _nearest(name: str) -> str:
+    keys = list(known_keys())
+    by_leaf = [key for key in keys if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5) or by_leaf[:1]
+    if not near:
+        leaves = {key.rsplit(".", 1)[-1]: key for key in keys}
+        close = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.5)
+        near = [leaves[close[0]]] if close else []
+    return f"; did you mean {near[0]}?" if near else "; see cxr-dist train --help"

@@ -1,0 +1,243 @@
+"""Images for one worker: which ones at which step, and the tf.data pipeline that brings them.
+
+The order is a pure function of (seed, epoch) and the place in it a function of the step, so the global
+batch at a step is the same set of images for any number of workers and replicas, and a run that goes on
+from a step needs nothing else. Images are read by position, through the byte offsets in the manifest:
+a worker touches only the records of its own replicas.
+"""
+
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tfrecords_builder import recordio, schema
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.manifest import Manifest
+
+Positions = npt.NDArray[np.int64]
+PADDING = -1
+"""The position of a slot without an image, in the last batch of an evaluation."""
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Positions:
+    """A permutation of the `count` images for the epoch (counted from 0 over the whole run)."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Which images are in which batch. Every epoch leaves out less than a batch, others each time."""
+
+    count: int
+    global_batch_size: int
+    replicas: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % self.replicas:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size}: must be a multiple of the {self.replicas} replicas; "
+                f"try {-(-self.global_batch_size // self.replicas) * self.replicas}"
+            )
+        if self.count < self.global_batch_size:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size}: the training split has {self.count} images; "
+                "give a smaller batch or more images"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.count // self.global_batch_size
+
+    @property
+    def batch_size(self) -> int:
+        """Images per replica and step."""
+        return self.global_batch_size // self.replicas
+
+    def positions(self, step: int, replica: int) -> Positions:
+        """Of `replica` at `step` (counted over the whole run): int64 [batch_size]."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        order = _cached_order(self.count, self.seed, epoch)
+        start = step * self.global_batch_size + replica * self.batch_size
+        return order[start : start + self.batch_size]
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """Every image once, in order, on any number of replicas; the last batches are padded."""
+
+    count: int
+    batch_size: int
+    """Images per replica and step."""
+    replicas: int
+
+    @property
+    def steps(self) -> int:
+        return -(-self.count // (self.batch_size * self.replicas))
+
+    def positions(self, step: int, replica: int) -> Positions:
+        """Of `replica` at `step`: int64 [batch_size], PADDING where there is no image."""
+        start = (step * self.replicas + replica) * self.batch_size
+        positions = np.arange(start, start + self.batch_size, dtype=np.int64)
+        return np.where(positions < self.count, positions, PADDING)
+
+
+_orders = threading.local()
+
+
+def _cached_order(count: int, seed: int, epoch: int) -> Positions:
+    """The last order of this thread: it is asked for at every step and changes once an epoch."""
+    key = (count, seed, epoch)
+    if getattr(_orders, "key", None) != key:
+        _orders.key, _orders.value = key, epoch_order(count, seed, epoch)
+    value: Positions = _orders.value
+    return value
+
+
+class Source(Protocol):
+    """Labelled inputs that are read by position."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]: ...
+
+    def batches(self, positions: Any) -> Any:
+        """TensorFlow ops from positions int64 [B] (all valid) to inputs [B, ...] of static shape."""
+
+
+class ShardSource:
+    """The images of one split of a dataset, uint8 [B, S, S, 1].
+
+    Every record's CRC is checked as it is read. What goes wrong in a reading thread is kept in
+    `failure`, since TensorFlow passes on only its text.
+    """
+
+    def __init__(self, dataset: Path, manifest: Manifest, split: str) -> None:
+        self._index = manifest.split(split)
+        self._paths = [dataset / name for name in self._index.shard_names]
+        self._manifest = manifest
+        self._files: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self.failure: Exception | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self._index.labels)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        return self._index.labels
+
+    @property
+    def paths(self) -> list[str]:
+        return self._index.paths
+
+    def batches(self, positions: Any) -> Any:
+        import tensorflow as tf
+
+        serialized = tf.numpy_function(self._read, [positions], tf.string)
+        serialized.set_shape(positions.shape)
+        return schema.parse_batch(serialized, self._manifest.image_size, self._manifest.encoding)["image"]
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def _read(self, positions: Positions) -> npt.NDArray[np.object_]:
+        records = np.empty(len(positions), dtype=object)
+        try:
+            for slot, position in enumerate(positions):
+                shard = int(self._index.shard[position])
+                records[slot] = recordio.read_at(
+                    self._file(shard),
+                    int(self._index.offset[position]),
+                    int(self._index.length[position]),
+                    self._paths[shard],
+                )
+        except Exception as error:
+            self.failure = error
+            raise
+        return records
+
+    def _file(self, shard: int) -> int:
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
+            return self._files[shard]
+
+
+class ArraySource:
+    """Inputs that are in memory or memory-mapped: `inputs` [N, ...] and `labels` int32 [N]."""
+
+    failure: Exception | None = None
+
+    def __init__(self, inputs: npt.NDArray[Any], labels: npt.NDArray[np.int32]) -> None:
+        if len(inputs) != len(labels):
+            raise ValueError(f"{len(inputs)} inputs and {len(labels)} labels")
+        self._inputs, self._labels = inputs, labels
+
+    @property
+    def count(self) -> int:
+        return len(self._labels)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        return self._labels
+
+    def batches(self, positions: Any) -> Any:
+        import tensorflow as tf
+
+        rows = tf.numpy_function(self._inputs.__getitem__, [positions], self._inputs.dtype)
+        rows.set_shape([positions.shape[0], *self._inputs.shape[1:]])
+        return rows
+
+
+def worker_batches(
+    source: Source,
+    plan: TrainingPlan | EvaluationPlan,
+    *,
+    first_replica: int,
+    local_replicas: int,
+    start_step: int = 0,
+) -> Any:
+    """The batches of one worker: a `tf.data.Dataset` without end, one element per replica and step.
+
+    Elements: `inputs` as the source gives them, `label` int32 [B], `mask` float32 [B] (0 for padding),
+    `slot` int32 [B] (the place in the global batch). Infinite and of static shape, so a distributed
+    iterator needs no agreement between workers about who has data left.
+    """
+    import tensorflow as tf
+
+    batch_size = plan.batch_size
+    labels = source.labels
+
+    def element(counter: npt.NDArray[np.int64]) -> tuple[Any, Any, Any, Any]:
+        step, local = divmod(int(counter), local_replicas)
+        replica = first_replica + local
+        positions = plan.positions(start_step + step, replica)
+        mask = (positions != PADDING).astype(np.float32)
+        valid = np.maximum(positions, 0)
+        slots = np.arange(replica * batch_size, (replica + 1) * batch_size, dtype=np.int32)
+        return valid, labels[valid], mask, slots
+
+    def load(counter: Any) -> dict[str, Any]:
+        positions, label, mask, slot = tf.numpy_function(
+            element, [counter], [tf.int64, tf.int32, tf.float32, tf.int32]
+        )
+        for tensor in (positions, label, mask, slot):
+            tensor.set_shape([batch_size])
+        return {"inputs": source.batches(positions), "label": label, "mask": mask, "slot": slot}
+
+    return (
+        tf.data.Dataset.counter()
+        .map(load, num_parallel_calls=2, deterministic=True)
+        .prefetch(2 * local_replicas)
+    )

@@ -1,0 +1,139 @@
+"""A run's folder and images in, figures out: nothing of training is needed, and no Ray."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cxr_dist import run_folder
+from cxr_dist.data import Positions, ShardSource, Source
+from cxr_dist.features import run_forward
+from cxr_dist.metrics import Predictions
+from cxr_dist.model import build_model
+from cxr_dist.report import write_evaluation
+from cxr_dist.strategy import dtype_policy, make_strategy, prepare_devices, resolve_precision, resolve_xla
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.images import load_gray
+from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.sources import find_images
+
+BATCH_SIZE = 32
+
+
+class FolderSource:
+    """Labelled image files, decoded when they are read: uint8 [B, S, S, 1]."""
+
+    def __init__(self, folder: Path, class_names: tuple[str, ...], image_size: int) -> None:
+        images = find_images(folder)
+        unknown = sorted({image.class_name for image in images} - set(class_names))
+        if unknown:
+            raise UserError(
+                f"{folder}: class {unknown[0]} is none of the run's ({', '.join(class_names)}); rename or remove it"
+            )
+        self.paths = [image.path for image in images]
+        self._folder, self._image_size = folder, image_size
+        self._labels = np.array([class_names.index(image.class_name) for image in images], dtype=np.int32)
+        self.failure: Exception | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.paths)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        return self._labels
+
+    def batches(self, positions: Any) -> Any:
+        import tensorflow as tf
+
+        images = tf.numpy_function(self._read, [positions], tf.uint8)
+        images.set_shape([positions.shape[0], self._image_size, self._image_size, 1])
+        return images
+
+    def _read(self, positions: Positions) -> npt.NDArray[np.uint8]:
+        try:
+            images = [load_gray(self._folder / self.paths[position], self._image_size) for position in positions]
+        except Exception as error:
+            self.failure = error
+            raise
+        return np.stack(images)[..., None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which images of which run to evaluate, and where to write."""
+
+    run: Path
+    out: Path
+    split: str = "test"
+    images: Path | None = None
+    dataset: Path | None = None
+
+
+def evaluate_run(request: Request, devices: int | None = None) -> dict[str, Any]:
+    """Evaluate a finished run and write metrics, predictions, figures and report.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: the run is not finished, or the images cannot be had.
+    """
+    config, info = run_folder.read_config(request.run), run_folder.read_info(request.run)
+    result = run_folder.read_result(request.run)
+    model_file = request.run / run_folder.MODEL
+    if result is None or not model_file.is_file():
+        raise UserError(f"{request.run}: the run is not finished; start it again with train to go on")
+    source, what = _source(request, info)
+    topology = prepare_devices(devices)
+    precision = resolve_precision(config.precision, topology.kind)
+    strategy = make_strategy(topology)
+    with strategy.scope():
+        model = build_model(len(info.class_names), info.image_size, config, dtype_policy(precision))
+        _load_weights(model, model_file)
+    try:
+        probabilities = run_forward(
+            strategy, topology, model, source, BATCH_SIZE, softmax=True, xla=resolve_xla(config, topology.kind)
+        )
+    except Exception as error:
+        if source.failure is not None:
+            raise source.failure from error
+        raise
+    predictions = Predictions(source.paths, source.labels, probabilities, info.class_names)
+    described = {
+        "run": str(request.run),
+        "images": what,
+        "precision": precision,
+        "replicas": topology.replicas,
+        "training": result,
+        "config": config.tree(),
+    }
+    return write_evaluation(request.out, predictions, run_folder.read_history(request.run), described)
+
+
+def _source(request: Request, info: run_folder.RunInfo) -> tuple["ShardSource | FolderSource", str]:
+    if request.images is not None:
+        return FolderSource(request.images, info.class_names, info.image_size), str(request.images)
+    dataset = request.dataset or Path(info.dataset)
+    manifest = read_manifest(dataset)
+    if request.dataset is None and manifest.fingerprint != info.fingerprint:
+        raise UserError(f"{dataset}: has changed since the run was trained; give the dataset with --dataset")
+    if manifest.class_names != info.class_names or manifest.image_size != info.image_size:
+        raise UserError(
+            f"{dataset}: has classes {', '.join(manifest.class_names)} at {manifest.image_size} pixels, the run has "
+            f"{', '.join(info.class_names)} at {info.image_size}; give a dataset that was built alike"
+        )
+    return ShardSource(dataset, manifest, request.split), f"{dataset}, split {request.split}"
+
+
+def _load_weights(model: Any, path: Path) -> None:
+    try:
+        model.load_weights(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be loaded ({reason}); train the run again") from None
+
+
+__all__ = ["FolderSource", "Request", "Source", "evaluate_run"]

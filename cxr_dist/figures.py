@@ -1,0 +1,268 @@
+"""The figures of an evaluation. Pure: numbers in, a `matplotlib.figure.Figure` out; no pyplot, no display.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart, and no meaning hangs on colour alone.
+"""
+
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import auc
+
+from cxr_dist.metrics import Predictions, mean_roc_curve, roc_curves, write_atomically
+
+STAGE_LABELS = {"1": "stage 1: head", "2": "stage 2: fine-tuning"}
+
+_BLUE, _VERMILLION = "#0072B2", "#D55E00"
+_COLOURS = (_BLUE, _VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_DASHES = ("-", "--", "-.")
+_GRAY, _RULE = "#6b6b6b", "#d0d4d9"
+# Above this, one-vs-rest curves are told apart only in the upper left corner.
+_ZOOM_FROM_AUC = 0.95
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 11.0,
+    "axes.labelsize": 12.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "legend.fontsize": 10.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "text.usetex": False,
+    "savefig.facecolor": "white",
+}
+
+
+def display_name(class_name: str) -> str:
+    """A class name as people read it: underscores as spaces."""
+    return class_name.replace("_", " ").strip() or class_name
+
+
+def confusion_matrix_figure(confusion: npt.ArrayLike, class_names: Sequence[str]) -> Figure:
+    """Counts, with the percentage of the true class below each; the shade is that percentage.
+
+    Args:
+        confusion: [C, C] counts; rows are true classes, columns predicted ones. A class without images has
+            no percentages.
+        class_names: C names in label order.
+    """
+    counts = np.asarray(confusion).astype(np.int64)
+    size = len(class_names)
+    if counts.shape != (size, size):
+        raise ValueError(f"confusion must be [{size}, {size}] for {size} classes, not {list(counts.shape)}")
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
+    # Few classes leave room for wide cells, whose names stand upright in two or three lines.
+    cell = 1.2 if size <= 5 else 0.82
+    columns = [_label(name, 12 if size <= 5 else _wrap_width(name)) for name in class_names]
+    rows = [
+        f"{_label(name, _wrap_width(name))}\n(n = {total:,})"
+        for name, total in zip(class_names, totals[:, 0], strict=True)
+    ]
+    upright = max(len(line) for label in columns for line in label.split("\n")) <= (14 if size <= 5 else 7)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(cell * size + 2.0, cell * size + (1.0 if upright else 2.0)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+        axes.set_xticks(range(size), columns)
+        axes.set_yticks(range(size), rows)
+        axes.tick_params(length=0)
+        if not upright:
+            # Across, not aslant: names of several lines keep to their own column.
+            axes.tick_params(axis="x", rotation=90)
+        axes.set_xlabel("Predicted class")
+        axes.set_ylabel("True class")
+        axes.spines[:].set(visible=True, color=_RULE, linewidth=0.8)
+        for edge in range(1, size):
+            axes.axhline(edge - 0.5, color=_RULE, linewidth=0.8)
+            axes.axvline(edge - 0.5, color=_RULE, linewidth=0.8)
+        for row, column in np.ndindex(counts.shape):
+            # White on the dark half of the map: a contrast of at least 4.5 to 1 on either side.
+            style: dict[str, Any] = {
+                "xy": (column, row),
+                "ha": "center",
+                "textcoords": "offset points",
+                "color": "white" if shares[row, column] > 0.55 else "black",
+            }
+            share = f"{100 * shares[row, column]:.1f}%" if totals[row, 0] else "–"  # noqa: RUF001
+            axes.annotate(f"{counts[row, column]:,}", xytext=(0, 1), va="bottom", size=13, **style)
+            axes.annotate(share, xytext=(0, -3), va="top", size=10, **style)
+    return figure
+
+
+def roc_figure(predictions: Predictions) -> Figure:
+    """One-vs-rest ROC curve of every class, their mean at equal false positive rate, and the chance line.
+
+    A good classifier's curves are repeated in an inset of the upper left corner. A class whose curve does not
+    exist (no image inside it, or none outside) is named in the legend without one.
+    """
+    curves = roc_curves(predictions)
+    outside = len(predictions.class_names) > 5 or max(map(len, predictions.class_names)) > 24
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.0 if outside else 6.0, 5.6), layout="constrained")
+        axes = figure.add_subplot()
+        for index, name in enumerate(predictions.class_names):
+            colour, dashes = _COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)]
+            if name in curves:
+                label = f"{_label(name, 34)} (AUC {auc(*curves[name]):.3f})"
+                axes.plot(*curves[name], color=colour, linestyle=dashes, label=label)
+            else:
+                reason = "no images" if not (predictions.labels == index).any() else "no other images"
+                axes.plot([], [], linestyle="none", label=f"{_label(name, 34)} ({reason})")
+        if curves:
+            mean = mean_roc_curve(list(curves.values()))
+            axes.plot(*mean, color="black", linewidth=2.2, linestyle=":", label=f"macro average (AUC {auc(*mean):.3f})")
+            if auc(*mean) >= _ZOOM_FROM_AUC:
+                _zoom_into_corner(axes)
+        axes.plot([0, 1], [0, 1], color=_GRAY, linewidth=1.0, linestyle=(0, (2, 3)), label="chance (AUC 0.500)")
+        # Room at the borders: a good curve runs along them.
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        axes.set_xlabel("False positive rate (1 − specificity)")  # noqa: RUF001
+        axes.set_ylabel("True positive rate (sensitivity)")
+        if outside:
+            axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), borderaxespad=0)
+        else:
+            axes.legend(loc="lower right")
+    return figure
+
+
+def history_figure(history: Sequence[Mapping[str, Any]], best_epoch: int | None = None) -> Figure:
+    """Accuracy and loss by epoch, training and validation, with the boundary between stages marked.
+
+    Args:
+        history: one row per epoch, in order, with stage, loss, accuracy, val_loss, val_accuracy (a missing or
+            null value leaves a gap). Epochs are counted through all stages, from 1: the rows' own `epoch` is not used.
+        best_epoch: the epoch to mark, counted likewise; `best_epoch_of(history)` if None.
+
+    Raises:
+        ValueError: `history` is empty.
+    """
+    if not history:
+        raise ValueError("history is empty: there is nothing to plot")
+    epochs = np.arange(1, len(history) + 1)
+    best = best_epoch_of(history) if best_epoch is None else best_epoch
+    spans = stage_spans(history)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.0, 6.4), layout="constrained")
+        panels = figure.subplots(2, 1, sharex=True)
+        for axes, key, title in zip(panels, ("accuracy", "loss"), ("Accuracy", "Loss"), strict=True):
+            training, validation = _column(history, key), _column(history, f"val_{key}")
+            axes.plot(epochs, training, color=_BLUE, marker="o", markersize=4.5, label="training")
+            axes.plot(
+                epochs, validation, color=_VERMILLION, marker="s", markersize=4.5, linestyle="--", label="validation"
+            )
+            if best is not None and math.isfinite(validation[best - 1]):
+                ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgewidth": 1.6}
+                axes.plot(
+                    [best],
+                    [validation[best - 1]],
+                    color="black",
+                    linestyle="none",
+                    **ring,
+                    label=f"best (epoch {best})",
+                )
+            for _, start, _ in spans[1:]:
+                axes.axvline(start - 0.5, color=_GRAY, linewidth=1.2, linestyle=(0, (4, 3)), gid="stage-boundary")
+            axes.set_ylabel(title)
+            axes.set_xlim(0.5, len(history) + 0.5)
+            axes.grid(axis="y", color="#e3e3e3", linewidth=0.8)
+            axes.set_axisbelow(True)
+        panels[1].set_xlabel("Epoch, counted through all stages")
+        panels[1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _label_stages(panels[0], spans)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return figure
+
+
+def best_epoch_of(history: Sequence[Mapping[str, Any]]) -> int | None:
+    """The epoch (from 1, through all stages) of the highest validation accuracy; of several, the lowest
+    validation loss, then the first. None if no epoch was validated."""
+    accuracy, loss = _column(history, "val_accuracy"), _column(history, "val_loss")
+    ranked = [
+        (-accuracy[index], loss[index] if math.isfinite(loss[index]) else math.inf, index + 1)
+        for index in range(len(history))
+        if math.isfinite(accuracy[index])
+    ]
+    return min(ranked)[2] if ranked else None
+
+
+def stage_spans(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
+    """(stage, first epoch, last epoch) of each run of equal stages, epochs counted through all stages from 1."""
+    stages = [str(row["stage"]) for row in history]
+    starts = [1, *(index + 2 for index, (one, other) in enumerate(pairwise(stages)) if one != other)]
+    ends = [*(start - 1 for start in starts[1:]), len(stages)]
+    return [(stages[start - 1], start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def stage_label(stage: str) -> str:
+    """What a stage is called in figures and captions."""
+    return STAGE_LABELS.get(stage, f"stage {stage}")
+
+
+def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
+    """`figure` as a PNG, grown to hold whatever reaches over its edge; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(_STYLE):
+        figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write `figure` to `path` as a PNG, complete or not at all."""
+    write_atomically(path, png_bytes(figure, dpi))
+
+
+def _label(class_name: str, width: int) -> str:
+    """A class name for a figure: broken into lines, its dollars literal (matplotlib would read them as formulas)."""
+    lines = textwrap.wrap(display_name(class_name), width) or [class_name]
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def _wrap_width(class_name: str) -> int:
+    """Characters a line, so that a name fills three lines at most (if its words allow), with room for the count."""
+    return max(18, len(class_name) // 3 + 6)
+
+
+def _zoom_into_corner(axes: Axes) -> None:
+    """Repeat the curves drawn so far in an inset of the upper left corner, where good curves crowd together."""
+    inset = axes.inset_axes((0.33, 0.4, 0.5, 0.5))
+    for line in axes.get_lines():
+        inset.plot(
+            *line.get_data(), color=line.get_color(), linestyle=line.get_linestyle(), linewidth=line.get_linewidth()
+        )
+    inset.set(xlim=(-0.004, 0.2), ylim=(0.8, 1.004), xticks=(0, 0.1, 0.2), yticks=(0.8, 0.9, 1.0))
+    inset.tick_params(labelsize=9.5)
+    axes.indicate_inset_zoom(inset, edgecolor=_GRAY, alpha=0.6)
+
+
+def _label_stages(axes: Axes, spans: Sequence[tuple[str, int, int]]) -> None:
+    """Name the stages above the panel, each on its own side of the boundary line."""
+    for index, (stage, start, end) in enumerate(spans):
+        first_of_several = index == 0 and len(spans) > 1
+        axes.annotate(
+            stage_label(stage),
+            xy=(end + 0.5 if first_of_several else start - 0.5, 1.0),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(-6 if first_of_several else 6, 4),
+            textcoords="offset points",
+            ha="right" if first_of_several else "left",
+            va="bottom",
+            color=_GRAY,
+        )
+
+
+def _column(history: Sequence[Mapping[str, Any]], key: str) -> npt.NDArray[np.float64]:
+    values = (row.get(key) for row in history)
+    return np.array([math.nan if value is None else value for value in values], np.float64)

@@ -1,0 +1,436 @@
+"""The one loop over stages and epochs. No Ray here: a worker of any launcher calls `train`."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cxr_dist import checkpoint, features, run_folder, stages, steps
+from cxr_dist.config import Config, StageConfig
+from cxr_dist.data import ArraySource, EvaluationPlan, ShardSource, Source, TrainingPlan
+from cxr_dist.metrics import counts_metrics
+from cxr_dist.model import (
+    build_model,
+    extractor_of,
+    head_of,
+    load_base_weights,
+    set_trainable,
+    trains_base_batch_norm,
+)
+from cxr_dist.reporting import Reporter
+from cxr_dist.strategy import Topology, dtype_policy, make_strategy, resolve_precision, resolve_xla
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.manifest import read_manifest
+
+SECONDS_PER_CALL = 1.0
+"""Steps are run in calls of about this length: long enough to hide the host, short enough to show progress."""
+MOST_STEPS_PER_CALL = 100
+
+
+@dataclass
+class Best:
+    """The best validation so far: accuracy, then loss."""
+
+    key: tuple[float, float] = (-1.0, -float("inf"))
+    epochs_done: int = 0
+    stage: int = 0
+    epoch: int = 0
+    arrays: checkpoint.Arrays = field(default_factory=dict)
+
+
+@dataclass
+class Progress:
+    """Where the run stands: what a checkpoint holds beside arrays."""
+
+    stage: int = 1
+    epoch: int = 0
+    """Epochs of the stage that are done."""
+    epochs_done: int = 0
+    """Over all stages."""
+    epochs_without_gain: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+def train(
+    config: Config, dataset: Path, run: Path, topology: Topology, reporter: Reporter, launcher: str
+) -> dict[str, Any]:
+    """Train all stages and leave the best model; goes on from the run's newest checkpoint.
+
+    Every worker calls this with equal arguments; the chief writes. The folder was prepared by
+    `run_folder.prepare`, and `config` is resolved.
+
+    Returns:
+        What result.json holds.
+
+    Raises:
+        UserError: something in the configuration or the data that the user can mend.
+    """
+    return _Run(config, dataset, run, topology, reporter, launcher).execute()
+
+
+class _Run:
+    """The state of one call of `train`, so that its parts need no long argument lists."""
+
+    def __init__(
+        self, config: Config, dataset: Path, run: Path, topology: Topology, reporter: Reporter, launcher: str
+    ) -> None:
+        import keras
+        import tensorflow as tf
+
+        self.started = time.perf_counter()
+        self.config, self.run, self.topology = config, run, topology
+        self.reporter, self.launcher = reporter, launcher
+        self.folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS)
+        self.progress, self.best = Progress(), Best()
+        self.resumed_from: str | None = None
+        self.steps_computed = 0
+
+        self.precision = resolve_precision(config.precision, topology.kind)
+        self.xla = resolve_xla(config, topology.kind)
+        manifest = read_manifest(dataset)
+        self.classes = len(manifest.class_names)
+        self.train_source = ShardSource(dataset, manifest, "train")
+        self.validation_source = ShardSource(dataset, manifest, "validation")
+        self.plan = TrainingPlan(self.train_source.count, config.global_batch_size, topology.replicas, config.seed)
+
+        keras.utils.set_random_seed(config.seed)
+        if config.deterministic:
+            tf.config.experimental.enable_op_determinism()
+        self.strategy = make_strategy(topology)
+        with self.strategy.scope():
+            self.model = build_model(self.classes, manifest.image_size, config, dtype_policy(self.precision))
+        self.feature_sources: tuple[Source, Source] | None = None
+
+    def execute(self) -> dict[str, Any]:
+        arrays = self._restore()
+        self.progress.seconds["start"] = (
+            self.progress.seconds.get("start", 0.0) + time.perf_counter() - self.started
+        )
+        try:
+            for number in sorted(self.config.stages):
+                if number < self.progress.stage or not self.config.stages[number].epochs:
+                    continue
+                if not self._is_finished(number):
+                    self._run_stage(number, self.config.stages[number], arrays)
+                self._restore_best()
+                arrays = None  # of the stage that was interrupted, and of no other
+        except Exception as error:
+            self._raise_reading_failure(error)
+            raise
+        return self._finish()
+
+    # -- stages ---------------------------------------------------------------------------------
+
+    def _run_stage(self, number: int, stage: StageConfig, restored: checkpoint.Arrays | None) -> None:
+        config, plan = self.config, self.plan
+        if self.progress.stage != number:
+            self.progress.stage, self.progress.epoch, self.progress.epochs_without_gain = number, 0, 0
+        set_trainable(self.model, stage.unfreeze_layers, trains_base_batch_norm(config))
+        cached = features.caches_features(config, stage)
+        self._announce(number, stage, cached)
+        model, sources = (head_of(self.model), self._features()) if cached else (self.model, self._images())
+        with self.strategy.scope():
+            optimizer = steps.make_optimizer(stage)
+            optimizer.build(model.trainable_variables)
+        loss_scale = steps.LossScale.create(self.precision)
+        if restored is not None:
+            checkpoint.restore_optimizer(optimizer, restored)
+            loss_scale.restore(restored)
+        train_step = steps.make_train_step(
+            self.strategy,
+            model,
+            optimizer,
+            stage,
+            global_batch_size=config.global_batch_size,
+            classes=self.classes,
+            seed=config.seed,
+            augmentation=config.augmentation if stage.augment else None,
+            class_weights=stages.class_weights(sources[0].labels, self.classes) if stage.class_weights else None,
+            loss_scale=loss_scale,
+            xla=self.xla,
+        )
+        evaluate = self._evaluation(model, sources[1])
+        rates = stages.learning_rates(stage, plan.steps_per_epoch)
+        # Counted from the planned ends of earlier stages, so that an early stop changes no later order.
+        first_epoch = sum(self.config.stages[earlier].epochs for earlier in range(1, number))
+        start = (first_epoch + self.progress.epoch) * plan.steps_per_epoch
+        iterator = features.distributed_batches(self.strategy, self.topology, sources[0], plan, start)
+        pace = _Pace()
+        while not self._is_finished(number):
+            epoch = self.progress.epoch
+            rate = rates[epoch * plan.steps_per_epoch : (epoch + 1) * plan.steps_per_epoch]
+            first_step = (first_epoch + epoch) * plan.steps_per_epoch
+            with _timed(self.progress.seconds, f"stage_{number}"):
+                row = self._train_epoch(number, train_step, iterator, first_step, rate, pace)
+            with _timed(self.progress.seconds, "validation"):
+                row |= evaluate()
+            self._end_epoch(row, optimizer, loss_scale)
+
+    def _train_epoch(
+        self,
+        number: int,
+        train_step: steps.TrainStep,
+        iterator: Any,
+        first_step: int,
+        rates: npt.NDArray[np.float32],
+        pace: "_Pace",
+    ) -> dict[str, Any]:
+        total, done = np.zeros(4), 0
+        started = time.perf_counter()
+        pace.start_epoch()
+        while done < len(rates):
+            count = min(pace.steps_per_call, len(rates) - done)
+            begun = time.perf_counter()
+            total += train_step.run(iterator, first_step + done, rates[done : done + count])
+            pace.record(count, time.perf_counter() - begun)
+            done += count
+            self.steps_computed += count
+            self.reporter.emit(
+                {
+                    "kind": "progress",
+                    "stage": number,
+                    "epoch": self.progress.epoch + 1,
+                    "step": done,
+                    "steps": len(rates),
+                    "images_per_second": pace.steps_per_second * self.config.global_batch_size,
+                }
+            )
+        count = total[steps.COUNT]
+        loss = float(total[steps.LOSS] / count) if count else float("nan")
+        if not np.isfinite(loss):
+            raise UserError(
+                f"training diverged: no finite step in stage {number}, epoch {self.progress.epoch + 1}; "
+                f"lower stages.{number}.learning_rate"
+            )
+        return {
+            "stage": number,
+            "epoch": self.progress.epoch + 1,
+            "epochs_done": self.progress.epochs_done + 1,
+            "loss": loss,
+            "accuracy": float(total[steps.CORRECT] / count),
+            "learning_rate": float(rates[-1]),
+            "skipped_steps": int(total[steps.SKIPPED]),
+            "images_per_second": pace.steps_per_second * self.config.global_batch_size,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def _evaluation(self, model: Any, source: Source) -> Callable[[], dict[str, float]]:
+        batch_size = self.plan.batch_size
+        evaluation_plan = EvaluationPlan(source.count, batch_size, self.topology.replicas)
+        run_steps = steps.make_evaluation_step(self.strategy, model, self.classes, self.xla)
+
+        def evaluate() -> dict[str, float]:
+            iterator = features.distributed_batches(self.strategy, self.topology, source, evaluation_plan)
+            confusion, loss = run_steps(iterator, evaluation_plan.steps)
+            if confusion.sum() != source.count:
+                raise RuntimeError(f"{confusion.sum()} images were counted, of {source.count}")
+            measured = {f"val_{key}": value for key, value in counts_metrics(confusion).items()}
+            return {"val_loss": loss / source.count, **measured}
+
+        return evaluate
+
+    def _is_finished(self, number: int) -> bool:
+        """Whether the current stage is `number` and has done its epochs or stops early."""
+        stage, progress = self.config.stages[number], self.progress
+        if progress.stage != number:
+            return False
+        stops = stage.early_stopping is not None and progress.epochs_without_gain >= stage.early_stopping
+        return progress.epoch >= stage.epochs or stops
+
+    # -- inputs ---------------------------------------------------------------------------------
+
+    def _images(self) -> tuple[Source, Source]:
+        return self.train_source, self.validation_source
+
+    def _features(self) -> tuple[Source, Source]:
+        """Pooled features of both splits, computed at the first stage that asks for them."""
+        if self.feature_sources is None:
+            with _timed(self.progress.seconds, "features"):
+                self.feature_sources = self._compute_features(self.train_source), self._compute_features(
+                    self.validation_source
+                )
+        return self.feature_sources
+
+    def _compute_features(self, source: Source) -> Source:
+        started = time.perf_counter()
+        batch_size = self.plan.batch_size
+
+        def progress(done: int, total: int) -> None:
+            rate = done * batch_size * self.topology.replicas / (time.perf_counter() - started)
+            self.reporter.emit(
+                {"kind": "progress", "stage": self.progress.stage, "epoch": "features", "step": done, "steps": total}
+                | {"images_per_second": rate}
+            )
+
+        values = features.run_forward(
+            self.strategy,
+            self.topology,
+            extractor_of(self.model),
+            source,
+            batch_size,
+            softmax=False,
+            xla=self.xla,
+            progress=progress,
+        )
+        return ArraySource(values, source.labels)
+
+    # -- what is kept ---------------------------------------------------------------------------
+
+    def _end_epoch(self, row: dict[str, Any], optimizer: Any, loss_scale: steps.LossScale) -> None:
+        progress = self.progress
+        if not np.isfinite(row["val_loss"]):
+            raise UserError(
+                f"training diverged: the validation loss after stage {row['stage']}, epoch {row['epoch']} is not "
+                f"finite; lower stages.{row['stage']}.learning_rate"
+            )
+        key = (row["val_accuracy"], -row["val_loss"])
+        # An epoch that is run again after a crash between two writes is still the best one.
+        row["best"] = key > self.best.key or row["epochs_done"] == self.best.epochs_done
+        progress.epoch, progress.epochs_done = row["epoch"], row["epochs_done"]
+        progress.epochs_without_gain = 0 if row["best"] else progress.epochs_without_gain + 1
+        progress.history.append(row)
+        with _timed(progress.seconds, "checkpoint"):
+            weights = checkpoint.model_arrays(self.model)
+            if row["best"]:
+                self.best = Best(key, row["epochs_done"], row["stage"], row["epoch"], weights)
+            if self.topology.is_chief:
+                self._write(row["best"], weights, optimizer, loss_scale)
+        self.reporter.emit({"kind": "epoch", "row": row})
+
+    def _write(
+        self, improved: bool, weights: checkpoint.Arrays, optimizer: Any, loss_scale: steps.LossScale
+    ) -> None:
+        progress, best = self.progress, self.best
+        if improved:
+            state = {"key": best.key, "epochs_done": best.epochs_done, "stage": best.stage, "epoch": best.epoch}
+            checkpoint.save_arrays(self.folder.best, weights, state)
+        self.folder.save(
+            progress.epochs_done,
+            weights | checkpoint.optimizer_arrays(optimizer) | loss_scale.arrays(),
+            vars(progress),
+        )
+        run_folder.write_history(self.run, progress.history)
+
+    def _restore(self) -> checkpoint.Arrays | None:
+        """Load the newest checkpoint, or the pretrained weights of a new run."""
+        found = self.folder.newest(lambda text: self.reporter.emit({"kind": "warning", "text": text}))
+        if found is None:
+            load_base_weights(self.model, self.config.model.weights)
+            return None
+        path, arrays, state = found
+        checkpoint.restore_model(self.model, arrays)
+        self.progress = Progress(**state)
+        best_arrays, best = checkpoint.load_arrays(self.folder.best)
+        self.best = Best(tuple(best["key"]), best["epochs_done"], best["stage"], best["epoch"], best_arrays)
+        self.resumed_from = path.name
+        self.reporter.emit({"kind": "message", "text": f"going on from {path}"})
+        return arrays
+
+    def _restore_best(self) -> None:
+        checkpoint.restore_model(self.model, self.best.arrays)
+
+    def _finish(self) -> dict[str, Any]:
+        self._restore_best()
+        seconds = self.progress.seconds
+        result = {
+            "launcher": self.launcher,
+            "strategy": type(self.strategy).__name__,
+            "workers": self.topology.workers,
+            "replicas": self.topology.replicas,
+            "device": self.topology.kind,
+            "precision": self.precision,
+            "xla": self.xla,
+            "parameters": int(self.model.count_params()),
+            "resumed_from": self.resumed_from,
+            "steps_computed": self.steps_computed,
+            "best": {
+                "stage": self.best.stage,
+                "epoch": self.best.epoch,
+                "val_accuracy": self.best.key[0],
+                "val_loss": -self.best.key[1],
+            },
+            "images_per_second": {
+                str(number): float(np.median(rates))
+                for number in self.config.stages
+                if (rates := [row["images_per_second"] for row in self.progress.history if row["stage"] == number])
+            },
+            "seconds": seconds,
+        }
+        if self.topology.is_chief:
+            with _timed(seconds, "save"):
+                self._save_model()
+            seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - self.started
+            checkpoint.write_json(self.run / run_folder.RESULT, result)
+        self.reporter.emit({"kind": "done", "result": result})
+        return result
+
+    def _save_model(self) -> None:
+        """`model.keras` in float32, so that it runs anywhere as it is."""
+        size = self.config.model.image_size
+        if size is None:
+            raise ValueError("the configuration was not resolved")
+        portable = build_model(self.classes, size, self.config, "float32")
+        checkpoint.restore_model(portable, self.best.arrays)
+        temporary = self.run / f".{run_folder.MODEL.removesuffix('.keras')}.tmp.keras"
+        portable.save(temporary)
+        temporary.replace(self.run / run_folder.MODEL)
+
+    def _announce(self, number: int, stage: StageConfig, cached: bool) -> None:
+        what = f"head and upper {stage.unfreeze_layers} layers" if stage.unfreeze_layers else "head"
+        source = "features computed once" if cached else "images"
+        text = (
+            f"stage {number}: {what}, {stage.epochs} epochs of {self.plan.steps_per_epoch} steps, batch "
+            f"{self.config.global_batch_size}, from {source} "
+            f"[{self.topology.replicas} x {self.topology.kind}, {self.precision}{', XLA' if self.xla else ''}]"
+        )
+        self.reporter.emit({"kind": "stage", "stage": number, "epochs": stage.epochs, "text": text})
+
+    def _raise_reading_failure(self, error: Exception) -> None:
+        for source in (self.train_source, self.validation_source):
+            if source.failure is not None:
+                raise source.failure from error
+
+
+class _Pace:
+    """How many steps to run in a call, and how fast they are; the first call, which compiles, does not count."""
+
+    def __init__(self) -> None:
+        self.steps_per_call = 1
+        self._compiled = False
+        self._steps = 0
+        self._seconds = 0.0
+        self._first = (0, 0.0)
+
+    @property
+    def steps_per_second(self) -> float:
+        if self._seconds:
+            return self._steps / self._seconds
+        steps_run, seconds = self._first
+        return steps_run / seconds if seconds else 0.0
+
+    def start_epoch(self) -> None:
+        self._steps, self._seconds = 0, 0.0
+
+    def record(self, count: int, seconds: float) -> None:
+        if not self._compiled:
+            self._compiled, self._first = True, (count, seconds)
+            return
+        self._steps += count
+        self._seconds += seconds
+        per_step = seconds / count
+        self.steps_per_call = int(min(max(SECONDS_PER_CALL / per_step, 1), 2 * self.steps_per_call, MOST_STEPS_PER_CALL))

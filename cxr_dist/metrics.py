@@ -1,0 +1,287 @@
+"""What a classifier's answers are worth: predictions, their file, and the metrics computed from them.
+
+Nothing here knows a model. scikit-learn computes every metric that it has, from exactly the numbers
+that the predictions file holds, so that whoever recomputes from the file gets the same.
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, roc_auc_score, roc_curve
+
+from tfrecords_builder.errors import UserError
+
+PROBABILITY_PREFIX = "prob_"
+"""Column of a class's probability in the predictions file: this, then the class name."""
+
+ROW_SUM_TOLERANCE = 1e-4
+"""A float32 softmax sums to one within about 1e-6; a row further off than this is no probability vector."""
+
+_MARK = {b"cxr_dist.file": b"predictions"}
+# Rows that already sum to one this closely are left alone, so that reading what was written changes nothing.
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What the classifier said about N images of C classes. Every image occurs once.
+
+    Attributes:
+        paths: N distinct paths, as the manifest or the image folder names them.
+        labels: int32 [N], the true class as an index into `class_names`.
+        probabilities: float64 [N, C], rows sum to one. Any float dtype is accepted; it is kept in float64,
+            each row divided by its sum, since float32 rows sum to one only within 1e-6.
+        class_names: C >= 2 distinct names; the position is the label.
+
+    Raises:
+        ValueError: shapes that do not fit, no image at all, an image twice, a label outside the classes,
+            a probability that is not finite or negative, a row that does not sum to one within 1e-4.
+    """
+
+    paths: list[str]
+    labels: npt.NDArray[np.int32]
+    probabilities: npt.NDArray[np.float64]
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        names = tuple(self.class_names)
+        paths = [str(path) for path in self.paths]
+        labels = np.asarray(self.labels)
+        if len(names) < 2 or len(set(names)) != len(names):
+            raise ValueError(f"class_names must be two or more distinct names, not {names}")
+        if not paths:
+            raise ValueError("no predictions: metrics of no image are undefined")
+        if len(set(paths)) != len(paths):
+            raise ValueError(f"every image counts once, but {_first_repeated(paths)!r} occurs more than once")
+        if labels.shape != (len(paths),) or labels.dtype.kind not in "iu":
+            raise ValueError(f"labels must be integers [{len(paths)}], not {labels.dtype} {list(labels.shape)}")
+        if labels.min() < 0 or labels.max() >= len(names):
+            raise ValueError(f"labels must lie in 0..{len(names) - 1}, not {labels.min()}..{labels.max()}")
+        probabilities = _normalised(self.probabilities, (len(paths), len(names)))
+        object.__setattr__(self, "class_names", names)
+        object.__setattr__(self, "paths", paths)
+        object.__setattr__(self, "labels", labels.astype(np.int32))
+        object.__setattr__(self, "probabilities", probabilities)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def predicted(self) -> npt.NDArray[np.int32]:
+        """int32 [N]: the most probable class; of several, the one with the lowest index."""
+        return np.argmax(self.probabilities, axis=1).astype(np.int32)
+
+
+def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
+    """All metrics of `predictions`, as plain numbers, lists and None that strict JSON can hold.
+
+    Macro means run over all classes, evaluated or not, as scikit-learn's do with ``labels=range(C)`` and
+    ``zero_division=0``; a class without images therefore contributes zeros to precision, recall and F1.
+    A one-vs-rest AUC needs images inside and outside the class: elsewhere it is None, and `auc_macro_ovr`
+    is the mean of those that exist (None if there is none).
+
+    Returns:
+        n: number of images.
+        accuracy, precision_macro, recall_macro, f1_macro, f1_weighted: in [0, 1]; f1_weighted by support.
+        auc_macro_ovr: one-vs-rest, unweighted mean over classes (Hand and Till's is one-vs-one).
+        cosine_similarity: mean over images of cos(one-hot label, probabilities), as keras.metrics.CosineSimilarity.
+        log_loss: mean negative log-likelihood, in nats.
+        per_class: for each class precision, recall, f1, support (number of images) and auc.
+        confusion_matrix: C lists of C counts; rows are true classes, columns predicted ones.
+        class_names: the classes in label order.
+    """
+    labels, predicted, probabilities = predictions.labels, predictions.predicted, predictions.probabilities
+    classes = np.arange(len(predictions.class_names))
+    options = {"labels": classes, "zero_division": 0}
+    precision, recall, f1, support = precision_recall_fscore_support(labels, predicted, average=None, **options)
+    macro = precision_recall_fscore_support(labels, predicted, average="macro", **options)
+    weighted = precision_recall_fscore_support(labels, predicted, average="weighted", **options)
+    aucs = [_auc(labels == index, probabilities[:, index]) for index in classes]
+    defined = [auc for auc in aucs if auc is not None]
+    return {
+        "n": len(predictions),
+        "accuracy": float(np.mean(labels == predicted)),
+        "precision_macro": float(macro[0]),
+        "recall_macro": float(macro[1]),
+        "f1_macro": float(macro[2]),
+        "f1_weighted": float(weighted[2]),
+        "auc_macro_ovr": float(np.mean(defined)) if defined else None,
+        "cosine_similarity": _cosine_similarity(labels, probabilities),
+        "log_loss": float(log_loss(labels, probabilities, labels=classes)),
+        "per_class": {
+            name: {
+                "precision": float(precision[index]),
+                "recall": float(recall[index]),
+                "f1": float(f1[index]),
+                "support": int(support[index]),
+                "auc": aucs[index],
+            }
+            for index, name in enumerate(predictions.class_names)
+        },
+        "confusion_matrix": confusion_matrix(labels, predicted, labels=classes).tolist(),
+        "class_names": list(predictions.class_names),
+    }
+
+
+def counts_metrics(confusion: npt.ArrayLike) -> dict[str, float]:
+    """Metrics from summed counts alone, for validation between epochs.
+
+    Args:
+        confusion: [C, C] counts of any real dtype; rows are true classes, columns predicted ones.
+
+    Returns:
+        accuracy, precision_macro, recall_macro, f1_macro, with the meaning of `evaluate_predictions`.
+
+    Raises:
+        ValueError: not square, negative or not finite, or no image counted.
+    """
+    counts = np.asarray(confusion, np.float64)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
+        raise ValueError(f"confusion must be square, not {list(counts.shape)}")
+    if not np.isfinite(counts).all() or (counts < 0).any() or counts.sum() == 0:
+        raise ValueError("confusion must hold finite counts >= 0, at least one of them positive")
+    hits, true, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+    return {
+        "accuracy": float(hits.sum() / counts.sum()),
+        "precision_macro": float(_ratio(hits, predicted).mean()),
+        "recall_macro": float(_ratio(hits, true).mean()),
+        "f1_macro": float(_ratio(2 * hits, true + predicted).mean()),
+    }
+
+
+def roc_curves(predictions: Predictions) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+    """One-vs-rest ROC curve, (false positive rate, true positive rate), of each class whose curve exists."""
+    curves = {}
+    for index, name in enumerate(predictions.class_names):
+        member = predictions.labels == index
+        if member.any() and not member.all():
+            fpr, tpr, _ = roc_curve(member, predictions.probabilities[:, index], drop_intermediate=True)
+            curves[name] = (fpr, tpr)
+    return curves
+
+
+def mean_roc_curve(
+    curves: Sequence[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The mean of one or more ROC curves at equal false positive rate.
+
+    Both ends of every vertical step are kept, so that the area below the mean is exactly the mean of the areas.
+    """
+    grid = np.unique(np.concatenate([fpr for fpr, _ in curves]))
+    lower, upper = np.mean([_limits(fpr, tpr, grid) for fpr, tpr in curves], axis=0)
+    return np.repeat(grid, 2), np.stack([lower, upper], axis=1).ravel()
+
+
+def write_predictions(path: Path, predictions: Predictions) -> None:
+    """Write `predictions` as Parquet: path, label, predicted (int32 indices), prob_<Class>... (float64)."""
+    columns: dict[str, pa.Array] = {
+        "path": pa.array(predictions.paths, pa.string()),
+        "label": pa.array(predictions.labels, pa.int32()),
+        "predicted": pa.array(predictions.predicted, pa.int32()),
+    }
+    for index, name in enumerate(predictions.class_names):
+        columns[PROBABILITY_PREFIX + name] = pa.array(predictions.probabilities[:, index], pa.float64())
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns).replace_schema_metadata(_MARK), buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read what `write_predictions` wrote, bit for bit.
+
+    Raises:
+        UserError: the file is missing, or is not a predictions file.
+    """
+    try:
+        table = pq.read_table(path, partitioning=None)
+        names = [name for name in table.column_names if name.startswith(PROBABILITY_PREFIX)]
+        return Predictions(
+            paths=table["path"].to_pylist(),
+            labels=table["label"].to_numpy(),
+            probabilities=np.stack([table[name].to_numpy() for name in names], axis=1),
+            class_names=tuple(name.removeprefix(PROBABILITY_PREFIX) for name in names),
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; give the predictions.parquet of an evaluation") from error
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path}: not a predictions file of an evaluation ({_one_line(error)}); evaluate again"
+        ) from error
+
+
+def is_predictions_file(path: Path) -> bool:
+    """Whether `path` is a file that `write_predictions` wrote (its mark is read, not its rows)."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException):
+        return False
+    return _MARK.items() <= metadata.items()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Put `content` at `path` complete or not at all: temporary name in the same folder, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _normalised(values: npt.ArrayLike, shape: tuple[int, int]) -> npt.NDArray[np.float64]:
+    probabilities = np.array(values, np.float64)
+    if probabilities.shape != shape:
+        raise ValueError(f"probabilities must be {list(shape)}, not {list(probabilities.shape)}")
+    if not np.isfinite(probabilities).all() or (probabilities < 0).any():
+        raise ValueError("probabilities must be finite and not negative")
+    sums = probabilities.sum(axis=1, keepdims=True)
+    worst = np.abs(sums - 1).max()
+    if worst > ROW_SUM_TOLERANCE:
+        raise ValueError(f"each row of probabilities must sum to 1; the worst is off by {worst:.3g}")
+    return np.where(np.abs(sums - 1) > _ROUNDING, probabilities / sums, probabilities)
+
+
+def _cosine_similarity(labels: npt.NDArray[np.int32], probabilities: npt.NDArray[np.float64]) -> float:
+    # The label vector is one-hot: its length is one, and its product with a row is the row's entry at the label.
+    at_label = probabilities[np.arange(len(labels)), labels]
+    return float(np.mean(at_label / np.linalg.norm(probabilities, axis=1)))
+
+
+def _auc(member: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]) -> float | None:
+    return float(roc_auc_score(member, score)) if member.any() and not member.all() else None
+
+
+def _limits(
+    fpr: npt.NDArray[np.float64], tpr: npt.NDArray[np.float64], grid: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The curve's height just left and just right of each point of `grid`."""
+    first = np.searchsorted(fpr, grid, side="left")
+    last = np.searchsorted(fpr, grid, side="right") - 1
+    between = np.interp(grid, fpr, tpr)
+    on_curve = first <= last
+    return np.where(on_curve, tpr[np.minimum(first, len(tpr) - 1)], between), np.where(on_curve, tpr[last], between)
+
+
+def _ratio(part: npt.NDArray[np.float64], whole: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+
+
+def _first_repeated(paths: list[str]) -> str:
+    seen: set[str] = set()
+    return next(path for path in paths if path in seen or seen.add(path))  # type: ignore[func-returns-value]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

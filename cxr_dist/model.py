@@ -1,0 +1,190 @@
+"""ResNet50 and its head, what of it trains, and the weights it starts from.
+
+    image [B, S, S, 1] 0..255 -> preprocessing -> base [B, S/32, S/32, 2048] -> pool [B, 2048] -> head -> logits [B, C]
+
+The preprocessing (three equal channels, minus the ImageNet mean) is part of the network and has no
+parameters, so `model.keras` takes gray pixels as they are. With four classes: 24,122,500 parameters.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cxr_dist.config import Config
+from tfrecords_builder.errors import UserError
+
+PARAMETERS_FOUR_CLASSES = 24_122_500
+FEATURES = 2048
+HIDDEN_UNITS = 256
+IMAGENET_MEAN_BGR = (103.939, 116.779, 123.68)
+"""What `keras.applications.resnet50.preprocess_input` subtracts; a gray image needs no swap of channels."""
+
+BASE_NAME = "resnet50"
+POOL_NAME = "pool"
+HEAD_NAME = "head"
+
+
+def build_model(classes: int, image_size: int, config: Config, policy: str) -> Any:
+    """The classifier with fresh weights, a `keras.Model`; load weights with `load_base_weights`.
+
+    Made of two models, `base` and `head`, so that either can be run alone.
+
+    Args:
+        classes: C, the number of logits.
+        image_size: S, pixels.
+        policy: Keras dtype policy of base and head; the logits are float32 always.
+    """
+    import keras
+
+    keras.config.set_dtype_policy(policy)
+    base = keras.applications.ResNet50(
+        include_top=False, weights=None, input_shape=(image_size, image_size, 3), name=BASE_NAME
+    )
+    head = _head(keras, classes, config.model.dropout)
+    image = keras.Input((image_size, image_size, 1), name="image", dtype="float32")
+    # In float32 under every policy: bfloat16 has too few bits for a pixel minus a mean.
+    x = keras.layers.Concatenate(name="gray_to_bgr", dtype="float32")([image, image, image])
+    x = keras.layers.Rescaling(1.0, offset=[-mean for mean in IMAGENET_MEAN_BGR], name="subtract_mean", dtype="float32")(x)
+    pooled = keras.layers.GlobalAveragePooling2D(name=POOL_NAME, dtype="float32")(base(x))
+    model = keras.Model(image, head(pooled), name="cxr_classifier")
+    for layer in batch_norm_layers(model):
+        layer.momentum = config.model.batch_norm_momentum
+        layer.synchronized = config.model.synchronize_batch_norm
+    return model
+
+
+def _head(keras: Any, classes: int, dropout: float) -> Any:
+    layers = keras.layers
+    inputs = keras.Input((FEATURES,), name="features", dtype="float32")
+    x = layers.BatchNormalization(name="head_bn_1")(inputs)
+    x = layers.Dropout(dropout, name="head_dropout_1")(x)
+    x = layers.Dense(HIDDEN_UNITS, activation="relu", name="head_dense")(x)
+    x = layers.BatchNormalization(name="head_bn_2")(x)
+    x = layers.Dropout(dropout, name="head_dropout_2")(x)
+    x = layers.Dense(classes, dtype="float32", name="logits")(x)
+    return keras.Model(inputs, x, name=HEAD_NAME)
+
+
+def base_of(model: Any) -> Any:
+    return model.get_layer(BASE_NAME)
+
+
+def head_of(model: Any) -> Any:
+    return model.get_layer(HEAD_NAME)
+
+
+def extractor_of(model: Any) -> Any:
+    """The network below the head: image [B, S, S, 1] -> pooled features float32 [B, 2048]; shares its layers."""
+    import keras
+
+    return keras.Model(model.input, model.get_layer(POOL_NAME).output, name="extractor")
+
+
+def batch_norm_layers(model: Any) -> list[Any]:
+    """The BatchNorm layers of base and head, in order."""
+    import keras
+
+    return [
+        layer
+        for part in (base_of(model), head_of(model))
+        for layer in part.layers
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+
+
+def set_trainable(model: Any, unfreeze_layers: int, train_batch_norm: bool) -> None:
+    """Train the head and the upper `unfreeze_layers` layers of the base, and nothing else.
+
+    A frozen BatchNorm runs in inference mode whatever the call says: Keras ties that to `trainable`
+    (a nested `training=False` would be overridden by the outer call).
+    """
+    import keras
+
+    base = base_of(model)
+    head_of(model).trainable = True
+    base.trainable = True  # the containers' own flags would hide their layers'
+    first = len(base.layers) - unfreeze_layers
+    for position, layer in enumerate(base.layers):
+        frozen_norm = isinstance(layer, keras.layers.BatchNormalization) and not train_batch_norm
+        layer.trainable = position >= first and not frozen_norm
+
+
+def trains_base_batch_norm(config: Config) -> bool:
+    """Without pretrained weights there are no statistics worth keeping, so BatchNorm trains."""
+    return config.model.batch_norm == "train" or config.model.weights == "none"
+
+
+def check_weights(weights: str) -> None:
+    """Fail early, in words, when the weights cannot be had. Downloads `imagenet` into Keras's cache.
+
+    Raises:
+        UserError: the file is missing, or the download failed.
+    """
+    if weights == "none":
+        return
+    if weights != "imagenet":
+        if not Path(weights).expanduser().is_file():
+            raise UserError(f"model.weights {weights}: no such file; give a .h5 file, imagenet, or none")
+        return
+    _imagenet_base()
+
+
+def load_base_weights(model: Any, weights: str) -> None:
+    """Fill the base: `imagenet`, a path to Keras's ResNet50 weights without top, or `none` (as it is).
+
+    Raises:
+        UserError: the file is missing, unreadable, or of another network.
+    """
+    if weights == "none":
+        return
+    base = base_of(model)
+    if weights == "imagenet":
+        base.set_weights(_imagenet_base().get_weights())
+        return
+    path = Path(weights).expanduser()
+    try:
+        _check_layers(path, (layer.name for layer in base.layers if layer.weights))
+        base.load_weights(path)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model.weights {path}: not the weights of ResNet50 without top ({reason}); "
+            "give Keras's resnet50 notop file, imagenet, or none"
+        ) from None
+
+
+def _check_layers(path: Path, expected: Iterable[str]) -> None:
+    """Keras loads such files by order, so one of another network can pass for ours: compare the names."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            group = file["model_weights"] if "model_weights" in file else file
+            present = {name for name in group if len(group[name].attrs.get("weight_names", ())) or len(group[name])}
+    except OSError as error:
+        raise UserError(
+            f"model.weights {path}: cannot be read as HDF5 ({str(error).splitlines()[0]}); give an intact .h5 file, "
+            "imagenet, or none"
+        ) from None
+    missing = [name for name in expected if name not in present]
+    if missing:
+        raise UserError(
+            f"model.weights {path}: weights of another network (no layer {missing[0]}); "
+            "give Keras's resnet50 notop file, imagenet, or none"
+        )
+
+
+def _imagenet_base() -> Any:
+    """Keras's own ResNet50 with ImageNet weights, downloaded at first use."""
+    import keras
+
+    try:
+        return keras.applications.ResNet50(include_top=False, weights="imagenet")
+    except Exception as error:  # noqa: BLE001 - Keras raises bare Exception for a failed download
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"model.weights imagenet: the download failed ({reason}); without a network give a path to the weights "
+            "(--set model.weights=PATH), or none to train from scratch"
+        ) from None

@@ -1,0 +1,193 @@
+"""Training through Ray Train: the same loop on every worker, in bundles that the cluster can place."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cxr_dist import run_folder
+from cxr_dist.config import Config
+from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_workers
+from cxr_dist.reporting import Event, EventFile, EventFollower, Reporter, Reporters, TensorBoardReporter
+from cxr_dist.strategy import prepare_devices
+from tfrecords_builder.errors import UserError
+
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE", "ABSL_MIN_LOG_LEVEL": "3"}
+
+
+@contextmanager
+def connected(address: str | None, verbose: bool) -> Iterator[None]:
+    """Connected to the cluster at `address` or $RAY_ADDRESS, or to one of our own on this machine."""
+    import logging
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_LOGGING", "1" if verbose else "0")
+    import ray
+
+    level = logging.INFO if verbose else logging.ERROR
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=verbose,
+            logging_level=level,
+            include_dashboard=None if address or os.environ.get("RAY_ADDRESS") else False,
+            runtime_env={"env_vars": {} if verbose else QUIET},
+        )
+    except (ConnectionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--address {address}: no Ray cluster answers there ({reason})") from None
+    if not verbose:
+        for name in ("ray", "ray.train", "ray.data", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def train_with_ray(
+    config: Config,
+    dataset: Path,
+    run: Path,
+    reporter: Reporter,
+    *,
+    prepare: Callable[[], bool],
+    workers: int | None = None,
+    devices_per_worker: int | None = None,
+    address: str | None = None,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Run `loop.train` on the workers of a Ray cluster; the folders are on storage that all of them share.
+
+    Args:
+        prepare: makes the run's folder, once the cluster can place the workers; False when nothing is left to do.
+
+    Returns:
+        result.json.
+
+    Raises:
+        UserError: more is asked than the cluster has, or a worker met something that the user can mend.
+    """
+    with connected(address, verbose):
+        plan = plan_workers(cluster_nodes(), workers, devices_per_worker)
+        if not prepare():
+            return _result(run)
+        arguments = {
+            "config": config.tree(),
+            "dataset": str(dataset.resolve()),
+            "run": str(run.resolve()),
+            "devices": plan.devices_per_worker,
+        }
+        with _following(run / run_folder.EVENTS, reporter):
+            launch(_train_worker, arguments, plan, run)
+    return _result(run)
+
+
+def _result(run: Path) -> dict[str, Any]:
+    result = run_folder.read_result(run)
+    if result is None:
+        raise RuntimeError(f"{run}: the workers ended without a result")
+    return result
+
+
+def launch(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], plan: WorkerPlan, run: Path) -> None:
+    """Run `worker` in the bundles of `plan` through Ray Train's TensorflowTrainer, and wait for it."""
+    import ray.train
+    from ray.train.tensorflow import TensorflowTrainer
+
+    trainer = TensorflowTrainer(
+        worker,
+        train_loop_config=arguments,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=plan.workers, use_gpu=plan.kind == "GPU", resources_per_worker=plan.resources()
+        ),
+        run_config=ray.train.RunConfig(name="ray_train", storage_path=str(run.resolve())),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        user_error = _user_error_in(error)
+        if user_error is not None:
+            raise UserError(user_error) from None
+        raise
+
+
+def _train_worker(arguments: dict[str, Any]) -> None:
+    """What each worker process runs; Ray Train has set TF_CONFIG."""
+    import ray.train
+
+    from cxr_dist.loop import train
+
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    topology = prepare_devices(arguments["devices"], workers, rank)
+    run = Path(arguments["run"])
+    reporters: list[Reporter] = [_RayReporter()]
+    if topology.is_chief:
+        reporters += [EventFile(run / run_folder.EVENTS), TensorBoardReporter(run / run_folder.TENSORBOARD)]
+    config = Config.model_validate(arguments["config"])
+    train(config, Path(arguments["dataset"]), run, topology, Reporters(reporters), "ray")
+
+
+class _RayReporter:
+    """Passes each epoch's row to Ray Train; every rank reports equally often, as Ray Train demands."""
+
+    def emit(self, event: Event) -> None:
+        import ray.train
+
+        if event["kind"] == "epoch":
+            ray.train.report(dict(event["row"]))
+
+
+@contextmanager
+def _following(path: Path, reporter: Reporter) -> Iterator[None]:
+    """Show what the chief worker writes to its event file, while it does."""
+    follower = EventFollower(path, reporter)
+    stop = threading.Event()
+
+    def follow() -> None:
+        while not stop.wait(0.3):
+            follower.poll()
+
+    thread = threading.Thread(target=follow, name="event-follower", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        follower.poll()
+
+
+def _user_error_in(error: BaseException) -> str | None:
+    """The message of the UserError that a worker raised, if that is what ended the job."""
+    pending: list[BaseException] = [error]
+    seen: set[int] = set()
+    while pending:
+        current = pending.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, UserError):
+            return str(current)
+        pending += [
+            found
+            for found in (current.__cause__, current.__context__, getattr(current, "cause", None))
+            if isinstance(found, BaseException)
+        ]
+        failures = getattr(current, "worker_failures", None)
+        pending += failures.values() if isinstance(failures, dict) else []
+    return None
+
+
+def train_locally(
+    config: Config, dataset: Path, run: Path, reporter: Reporter, *, devices_per_worker: int | None = None
+) -> dict[str, Any]:
+    """Train in this process, with no Ray at all: the single-node fallback."""
+    from cxr_dist.loop import train
+
+    topology = prepare_devices(devices_per_worker)
+    reporters = Reporters([reporter, TensorBoardReporter(run / run_folder.TENSORBOARD)])
+    return train(config, dataset, run, topology, reporters, "local")

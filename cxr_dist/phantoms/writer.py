@@ -1,0 +1,140 @@
+"""A folder of phantoms in the database's own layout, drawn by several processes, whole or absent."""
+
+import math
+import multiprocessing
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cxr_dist.phantoms.drawing import draw_phantom
+from cxr_dist.phantoms.signs import CLASS_FOLDERS
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.sources import IMAGES_FOLDER, MASKS_FOLDER
+
+SMALLEST_SIZE = 32
+LARGEST_SIZE = 4096
+IMAGES_PER_WORKER = 100
+"""Fewer are drawn sooner than another process starts."""
+_CHUNK = 16
+
+
+def write_phantoms(
+    folder: Path,
+    per_class: int = 250,
+    size: int = 299,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, int]:
+    """Write `<Class>/images/<Class>-<n>.png` and `<Class>/masks/<Class>-<n>.png`, n from 1, for each class.
+
+    Both are 8-bit gray, `size` pixels a side; a mask is 255 inside the lungs. Phantom n of a class depends on
+    (seed, class, n, size) alone. Everything is drawn under a hidden name beside `folder` and renamed at the end: a run
+    that is killed leaves no `folder`. (Files are not synced one by one: phantoms that a power cut damages are drawn
+    again from their seed.)
+
+    Args:
+        folder: the folder to make; it may exist if it is empty.
+        per_class: images of each of the four classes.
+        size: pixels a side.
+        seed: another seed gives other patients.
+        workers: processes that draw; None for as many as this process has cores, fewer for few images.
+        progress: called with (images written, images in all) as they come.
+
+    Returns:
+        Images per class folder.
+
+    Raises:
+        UserError: `folder` holds something or cannot be written, or a number is out of its range.
+    """
+    _check(per_class, size, seed, workers)
+    _check_free(folder)
+    total = per_class * len(CLASS_FOLDERS)
+    unfinished = folder.absolute().parent / f".{folder.name}.unfinished-{uuid.uuid4().hex[:8]}"
+    try:
+        for class_name in CLASS_FOLDERS:
+            for part in (IMAGES_FOLDER, MASKS_FOLDER):
+                (unfinished / class_name / part).mkdir(parents=True)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); name a folder that you may write") from error
+    try:
+        jobs = [(class_name, number) for number in range(1, per_class + 1) for class_name in CLASS_FOLDERS]
+        draw = partial(_write_one, unfinished, size, seed)
+        _run(draw, jobs, workers or min(_cores(), math.ceil(total / IMAGES_PER_WORKER)), progress)
+        _check_free(folder)
+        unfinished.replace(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return dict.fromkeys(CLASS_FOLDERS, per_class)
+
+
+def phantom_rng(class_name: str, number: int, seed: int) -> np.random.Generator:
+    """The generator from which phantom `number` of a class is drawn."""
+    return np.random.default_rng([seed, zlib.crc32(class_name.encode()), number])
+
+
+def _write_one(root: Path, size: int, seed: int, job: tuple[str, int]) -> None:
+    class_name, number = job
+    image, mask = draw_phantom(class_name, size, phantom_rng(class_name, number, seed))
+    for part, pixels in ((IMAGES_FOLDER, image), (MASKS_FOLDER, mask)):
+        Image.fromarray(pixels).save(root / class_name / part / f"{class_name}-{number}.png")
+
+
+def _run(
+    draw: Callable[[tuple[str, int]], None],
+    jobs: list[tuple[str, int]],
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    if workers == 1:
+        _count(map(draw, jobs), len(jobs), progress)
+        return
+    # Spawned, not forked: the caller may have started threads (TensorFlow has), and a fork would copy their locks.
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        _count(pool.map(draw, jobs, chunksize=_CHUNK), len(jobs), progress)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _count(written: Iterable[None], total: int, progress: Callable[[int, int], None] | None) -> None:
+    for done, _ in enumerate(written, start=1):
+        if progress is not None:
+            progress(done, total)
+
+
+def _check(per_class: int, size: int, seed: int, workers: int | None) -> None:
+    if per_class < 1:
+        raise UserError(f"per_class: must be at least 1, not {per_class}")
+    if not SMALLEST_SIZE <= size <= LARGEST_SIZE:
+        raise UserError(f"size: must be {SMALLEST_SIZE} to {LARGEST_SIZE} pixels, not {size}")
+    if seed < 0:
+        raise UserError(f"seed: must not be negative, not {seed}")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers: must be at least 1, not {workers}")
+
+
+def _check_free(folder: Path) -> None:
+    if folder.is_dir():
+        try:
+            empty = not any(folder.iterdir())
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be read ({error.strerror}); name another folder") from error
+        if not empty:
+            raise UserError(f"{folder}: is not empty; name a new folder, or remove this one")
+    elif folder.exists() or folder.is_symlink():
+        raise UserError(f"{folder}: is not a folder; name a new one")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,302 @@
+"""An evaluation's folder: metrics, predictions, figures, and one self-contained HTML page for people."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from cxr_dist import figures
+from cxr_dist.metrics import (
+    Predictions,
+    evaluate_predictions,
+    is_predictions_file,
+    roc_curves,
+    write_atomically,
+    write_predictions,
+)
+from tfrecords_builder.errors import UserError
+
+METRICS, PREDICTIONS, REPORT = "metrics.json", "predictions.parquet", "report.html"
+CONFUSION, ROC, HISTORY = "confusion_matrix.png", "roc.png", "history.png"
+FILES = (PREDICTIONS, CONFUSION, ROC, HISTORY, REPORT, METRICS)
+MISTAKES_SHOWN = 20
+
+_SPLIT_NAMES = {"train": "training", "validation": "validation", "test": "test"}
+_NOTHING = "–"  # noqa: RUF001
+
+
+def check_output_folder(out: Path) -> None:
+    """Refuse, before any work, a place where an evaluation must not be written.
+
+    Good are: a path that does not exist, an empty folder, an evaluation (whole, or one that was interrupted).
+
+    Raises:
+        UserError: `out` is a file, or a folder that holds something else.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder for the evaluation")
+    entries = [entry.name for entry in out.iterdir()]
+    if not entries or _is_metrics_file(out / METRICS):
+        return
+    # The metrics are written last, the predictions first: an interrupted evaluation has the one without the other.
+    ours = all(name in FILES or _is_temporary(name) for name in entries)
+    written = [name for name in entries if not _is_temporary(name)]
+    if ours and METRICS not in entries and (not written or is_predictions_file(out / PREDICTIONS)):
+        return
+    raise UserError(f"{out}: holds something other than an evaluation; give an empty or new folder")
+
+
+def write_evaluation(
+    out: Path,
+    predictions: Predictions,
+    history: Sequence[Mapping[str, Any]],
+    info: Mapping[str, Any],
+    best_epoch: int | None = None,
+) -> dict[str, Any]:
+    """Write metrics.json, predictions.parquet, confusion_matrix.png, roc.png, history.png and report.html.
+
+    Everything is computed before the first file is touched. An earlier evaluation in `out` loses its
+    metrics.json first and gets the new one last: a folder with metrics.json is complete and of one piece.
+
+    Args:
+        out: created if need be; see `check_output_folder`.
+        predictions: of the evaluated images.
+        history: the run's history, one row per epoch (see `figures.history_figure`); if empty, there is no
+            history.png and the report says so.
+        info: what the report tells of the run: numbers, strings, and one level of groups (a mapping becomes a
+            table of its own; what is nested deeper gets dotted names). `split`, if it is train, validation or
+            test, names the images in the captions.
+        best_epoch: the epoch whose weights were evaluated, counted from 1 through all stages; by default the
+            one of the highest validation accuracy.
+
+    Returns:
+        The metrics, as `metrics.evaluate_predictions` gives them.
+
+    Raises:
+        UserError: `out` holds something else, or cannot be written.
+    """
+    check_output_folder(out)
+    metrics = evaluate_predictions(predictions)
+    images = {
+        CONFUSION: figures.png_bytes(
+            figures.confusion_matrix_figure(metrics["confusion_matrix"], predictions.class_names)
+        ),
+        ROC: figures.png_bytes(figures.roc_figure(predictions)),
+    }
+    if history:
+        images[HISTORY] = figures.png_bytes(figures.history_figure(history, best_epoch))
+    page = render_report(metrics, predictions, history, info, images, best_epoch)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / METRICS).unlink(missing_ok=True)
+        write_predictions(out / PREDICTIONS, predictions)
+        (out / HISTORY).unlink(missing_ok=True)
+        for name, content in images.items():
+            write_atomically(out / name, content)
+        write_atomically(out / REPORT, page.encode())
+        write_atomically(out / METRICS, metrics_json(metrics).encode())
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot write the evaluation ({error.strerror or error}); give another folder"
+        ) from error
+    return metrics
+
+
+def metrics_json(metrics: Mapping[str, Any]) -> str:
+    """`metrics` as strict JSON. Raises ValueError rather than write NaN, which is not JSON."""
+    return json.dumps(metrics, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def render_report(
+    metrics: Mapping[str, Any],
+    predictions: Predictions,
+    history: Sequence[Mapping[str, Any]],
+    info: Mapping[str, Any],
+    images: Mapping[str, bytes],
+    best_epoch: int | None = None,
+) -> str:
+    """The report as one HTML page that loads nothing: style and figures (`images`: file name -> PNG) are inside."""
+    kind = _kind_of_images(info)
+    captions = {
+        CONFUSION: ("Confusion matrix", confusion_caption(metrics, kind)),
+        ROC: ("ROC curves", roc_caption(metrics, predictions)),
+    }
+    if history:
+        captions[HISTORY] = ("Training history", history_caption(history, best_epoch))
+    shown = [
+        {
+            "file": name,
+            "title": title,
+            "caption": caption,
+            "alt": f"{title}. {caption}",
+            "data": base64.b64encode(images[name]).decode(),
+        }
+        for name, (title, caption) in captions.items()
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cxr_dist"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"display": figures.display_name, "percent": _percent, "decimal": _decimal}
+    errors = int(np.sum(predictions.labels != predictions.predicted))
+    return environment.get_template("report.html.j2").render(
+        metrics=metrics,
+        kind=kind,
+        figures=shown,
+        has_history=bool(history),
+        mistakes=confident_mistakes(predictions),
+        errors=errors,
+        tables=info_tables(info),
+        written=datetime.now().astimezone().isoformat(" ", "seconds"),
+    )
+
+
+def confident_mistakes(predictions: Predictions, limit: int = MISTAKES_SHOWN) -> list[dict[str, Any]]:
+    """The misclassified images of which the model was surest: path, true, predicted, probability, true_probability.
+
+    The highest probability of the wrong class first, ties by path.
+    """
+    names, predicted = predictions.class_names, predictions.predicted
+    wrong = np.flatnonzero(predictions.labels != predicted)
+    ranked = sorted(wrong, key=lambda row: (-predictions.probabilities[row, predicted[row]], predictions.paths[row]))
+    return [
+        {
+            "path": predictions.paths[row],
+            "true": names[predictions.labels[row]],
+            "predicted": names[predicted[row]],
+            "probability": float(predictions.probabilities[row, predicted[row]]),
+            "true_probability": float(predictions.probabilities[row, predictions.labels[row]]),
+        }
+        for row in ranked[:limit]
+    ]
+
+
+def confusion_caption(metrics: Mapping[str, Any], kind: str) -> str:
+    """How many images lie on the diagonal, and the most frequent confusion (ties: the first in label order)."""
+    counts = np.array(metrics["confusion_matrix"])
+    names = [figures.display_name(name) for name in metrics["class_names"]]
+    hits, total = int(np.trace(counts)), int(counts.sum())
+    text = f"{hits:,} of {_count(total, kind)} lie on the diagonal ({_percent(hits / total)})"
+    wrong = counts - np.diag(np.diag(counts))
+    if not wrong.any():
+        return f"{text}: no image was misclassified."
+    true, predicted = np.unravel_index(np.argmax(wrong), wrong.shape)
+    most, of = int(wrong[true, predicted]), int(counts[true].sum())
+    # In a tie no confusion is the most frequent one.
+    phrase = "the most frequent confusion is" if np.sum(wrong == most) == 1 else "among the most frequent confusions is"
+    return f"{text}; {phrase} {names[true]} taken for {names[predicted]} ({most:,} of {of:,})."
+
+
+def roc_caption(metrics: Mapping[str, Any], predictions: Predictions) -> str:
+    """The best and the least separated class, and which classes have no curve."""
+    aucs = {name: metrics["per_class"][name]["auc"] for name in roc_curves(predictions)}
+    if not aucs:
+        return "No class has a ROC curve, because all images are of one class."
+    best, worst = max(aucs, key=aucs.__getitem__), min(aucs, key=aucs.__getitem__)
+    text = f"One class against the rest, macro-averaged AUC {metrics['auc_macro_ovr']:.3f}"
+    if f"{aucs[best]:.3f}" == f"{aucs[worst]:.3f}":
+        text += f"; every class has an AUC of {aucs[best]:.3f}"
+    else:
+        text += f"; {figures.display_name(best)} is separated best (AUC {aucs[best]:.3f})"
+        text += f" and {figures.display_name(worst)} least (AUC {aucs[worst]:.3f})"
+    absent = [figures.display_name(name) for name in predictions.class_names if name not in aucs]
+    return f"{text}; there is no curve for {', '.join(absent)}, which has no images." if absent else f"{text}."
+
+
+def history_caption(history: Sequence[Mapping[str, Any]], best_epoch: int | None = None) -> str:
+    """The epochs of each stage, and the best one by validation."""
+    spans = figures.stage_spans(history)
+    parts = [f"{_count(end - start + 1, '', 'epoch')} of {_stage_words(stage)}" for stage, start, end in spans]
+    text = f"Accuracy and loss by epoch: {', then '.join(parts)}"
+    best = figures.best_epoch_of(history) if best_epoch is None else best_epoch
+    if best is None:
+        return f"{text}; no epoch was validated."
+    accuracy = history[best - 1].get("val_accuracy")
+    value = "" if accuracy is None else f", with a validation accuracy of {_percent(accuracy)}"
+    return f"{text}; the best epoch is {best}{value}."
+
+
+def info_tables(info: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """`info` as tables of text, (title, rows of name and value).
+
+    What is not nested comes first, without a title; then one table per group.
+    """
+    flat = {key: value for key, value in info.items() if not isinstance(value, Mapping)}
+    groups = {key: value for key, value in info.items() if isinstance(value, Mapping) and value}
+    tables = [("", [(_words(key), _value(value, separators=True)) for key, value in flat.items()])] if flat else []
+    tables += [
+        (_words(title), [(key, _value(value)) for key, value in _flattened(group)]) for title, group in groups.items()
+    ]
+    return tables
+
+
+def _is_metrics_file(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "confusion_matrix" in content and "class_names" in content
+
+
+def _is_temporary(name: str) -> bool:
+    return name.endswith(".tmp") and any(name.startswith(f".{file}.") for file in FILES)
+
+
+def _kind_of_images(info: Mapping[str, Any]) -> str:
+    return _SPLIT_NAMES.get(str(info["split"]), "") if "split" in info else ""
+
+
+def _stage_words(stage: str) -> str:
+    name, _, what = figures.stage_label(stage).partition(": ")
+    return f"{name} ({what})" if what else name
+
+
+def _count(number: int, kind: str, noun: str = "image") -> str:
+    return " ".join(word for word in (f"{number:,}", kind, noun if number == 1 else f"{noun}s") if word)
+
+
+def _flattened(group: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in group.items():
+        if isinstance(value, Mapping) and value:
+            rows += _flattened(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", value))
+    return rows
+
+
+def _words(key: object) -> str:
+    return str(key).replace("_", " ")
+
+
+def _value(value: Any, separators: bool = False) -> str:
+    if value is None or (isinstance(value, (str, Mapping, Sequence)) and not value):
+        return _NOTHING
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        # A seed or a port in the configuration is a name, not a quantity: no separators there.
+        return f"{value:,}" if separators else str(value)
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_value(item, separators) for item in value)
+    return str(value)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _decimal(number: float | None) -> str:
+    return _NOTHING if number is None else f"{number:.3f}"

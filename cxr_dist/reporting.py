@@ -1,0 +1,147 @@
+"""What a run tells while it runs: events, and those who listen.
+
+The loop speaks to one `Reporter`. Events are plain data, so that a worker in another process can write
+them to a file and the process at the terminal can show them.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from tqdm import tqdm
+
+Event = Mapping[str, Any]
+
+
+class Reporter(Protocol):
+    """Takes events: `kind` is one of message, warning, stage, progress, epoch, done.
+
+    - message, warning: `text`
+    - stage: `stage`, `epochs`, `steps_per_epoch`, `text`
+    - progress: `stage`, `epoch`, `step`, `steps`, `images_per_second`
+    - epoch: `row`, as it stands in history.jsonl
+    - done: `result`, as it stands in result.json
+    """
+
+    def emit(self, event: Event) -> None: ...
+
+
+class Reporters:
+    """Passes every event to each of several reporters."""
+
+    def __init__(self, reporters: Sequence[Reporter]) -> None:
+        self._reporters = tuple(reporters)
+
+    def emit(self, event: Event) -> None:
+        for reporter in self._reporters:
+            reporter.emit(event)
+
+
+class ConsoleReporter:
+    """Progress bars in a terminal, plain lines otherwise."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._bar: tqdm[Any] | None = None
+        self._live = self._stream.isatty()
+
+    def emit(self, event: Event) -> None:
+        kind = event["kind"]
+        if kind == "progress":
+            self._progress(event)
+            return
+        self._close()
+        if kind in ("message", "stage"):
+            self._line(event["text"])
+        elif kind == "warning":
+            self._line(f"warning: {event['text']}")
+        elif kind == "epoch":
+            self._line(epoch_line(event["row"]))
+
+    def _line(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def _progress(self, event: Event) -> None:
+        if not self._live:
+            return
+        title = f"stage {event['stage']} epoch {event['epoch']}"
+        if self._bar is None or self._bar.desc != f"{title}: ":
+            self._close()
+            self._bar = tqdm(total=event["steps"], desc=title, unit="step", file=self._stream, leave=False)
+        self._bar.set_postfix_str(f"{event['images_per_second']:.1f} img/s", refresh=False)
+        self._bar.update(event["step"] - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def epoch_line(row: Mapping[str, Any]) -> str:
+    """One line for people."""
+    return (
+        f"stage {row['stage']} epoch {row['epoch']}: "
+        f"loss {row['loss']:.4f} accuracy {row['accuracy']:.4f} | "
+        f"validation loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.4f} | "
+        f"{row['images_per_second']:.1f} img/s, {row['seconds']:.0f} s" + (" *" if row["best"] else "")
+    )
+
+
+class TensorBoardReporter:
+    """Scalars of every epoch for TensorBoard."""
+
+    def __init__(self, folder: Path) -> None:
+        import tensorflow as tf
+
+        self._writer = tf.summary.create_file_writer(str(folder))
+
+    def emit(self, event: Event) -> None:
+        if event["kind"] != "epoch":
+            return
+        import tensorflow as tf
+
+        row = event["row"]
+        with self._writer.as_default(step=row["epochs_done"]):
+            for key, value in row.items():
+                if isinstance(value, float):
+                    tf.summary.scalar(key, value)
+        self._writer.flush()
+
+
+class EventFile:
+    """Appends events to a file, for another process to follow; progress at most twice a second."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._last_progress = 0.0
+
+    def emit(self, event: Event) -> None:
+        if event["kind"] == "progress":
+            now = time.monotonic()
+            if now - self._last_progress < 0.5:
+                return
+            self._last_progress = now
+        self._file.write(json.dumps(event) + "\n")
+        self._file.flush()
+
+
+class EventFollower:
+    """Reads what an `EventFile` appends and passes whole lines on."""
+
+    def __init__(self, path: Path, reporter: Reporter) -> None:
+        self._path, self._reporter = path, reporter
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def poll(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            self._reporter.emit(json.loads(line))

@@ -1,0 +1,141 @@
+"""A run's folder: who may write there, and what says what the run is."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cxr_dist.checkpoint import write_atomically, write_json
+from cxr_dist.config import Config, load_config
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.manifest import Manifest
+
+CONFIG = "config.yaml"
+RUN = "run.json"
+HISTORY = "history.jsonl"
+RESULT = "result.json"
+MODEL = "model.keras"
+CHECKPOINTS = "checkpoints"
+EVENTS = "events.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run was trained on: all that an evaluation needs beside the model."""
+
+    dataset: str
+    fingerprint: str
+    class_names: tuple[str, ...]
+    image_size: int
+
+
+def resolve_config(config: Config, manifest: Manifest) -> Config:
+    """Fill in what depends on the dataset.
+
+    Raises:
+        UserError: the image size is not the dataset's.
+    """
+    size = config.model.image_size
+    if size not in (None, manifest.image_size):
+        raise UserError(
+            f"model.image_size {size}: the dataset holds images of {manifest.image_size} pixels; "
+            f"leave the key out, or build the dataset with --image-size {size}"
+        )
+    if manifest.image_size < 32:
+        raise UserError(f"the dataset's images of {manifest.image_size} pixels are too small: ResNet50 needs 32")
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"image_size": manifest.image_size})}
+    )
+
+
+def prepare(run: Path, config: Config, dataset: Path, manifest: Manifest) -> None:
+    """Make the folder of a new run, or accept that of an interrupted one with the same settings.
+
+    Raises:
+        UserError: the folder holds something else, or a run with other settings or other data.
+    """
+    info = RunInfo(str(dataset.resolve()), manifest.fingerprint, manifest.class_names, manifest.image_size)
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; give a folder for the run")
+    if (run / CONFIG).is_file() and (run / RUN).is_file():
+        _check_same(run, config, info)
+        return
+    if run.is_dir() and any(entry.name not in (CONFIG, EVENTS) for entry in run.iterdir()):
+        raise UserError(f"{run}: holds something that is not a run of this program; give a new folder as --out")
+    run.mkdir(parents=True, exist_ok=True)
+    text = config.to_yaml()
+    write_atomically(run / CONFIG, lambda file: file.write(text.encode()) and None)
+    write_json(run / RUN, asdict(info))
+
+
+def _check_same(run: Path, config: Config, info: RunInfo) -> None:
+    earlier = read_config(run)
+    if earlier != config:
+        key, before, now = _first_difference(earlier.tree(), config.tree())
+        raise UserError(
+            f"{run}: holds a run with {key} {before}, not {now}; give another --out, or the same settings to go on"
+        )
+    if read_info(run).fingerprint != info.fingerprint:
+        raise UserError(f"{run}: holds a run on another dataset ({read_info(run).dataset}); give another --out")
+
+
+def _first_difference(before: Any, now: Any, prefix: str = "") -> tuple[str, Any, Any]:
+    for key in before.keys() | now.keys():
+        left, right = before.get(key), now.get(key)
+        if left != right:
+            name = f"{prefix}{key}"
+            if isinstance(left, dict) and isinstance(right, dict):
+                return _first_difference(left, right, f"{name}.")
+            return name, left, right
+    raise ValueError("there is no difference")
+
+
+def read_config(run: Path) -> Config:
+    """The resolved configuration of a run."""
+    _require(run, CONFIG)
+    return load_config(run / CONFIG)
+
+
+def read_info(run: Path) -> RunInfo:
+    _require(run, RUN)
+    try:
+        raw = json.loads((run / RUN).read_text(encoding="utf-8"))
+        return RunInfo(raw["dataset"], raw["fingerprint"], tuple(raw["class_names"]), int(raw["image_size"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run / RUN}: damaged ({error}); train the run again") from None
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """The rows of history.jsonl; none when no epoch has ended."""
+    path = run / HISTORY
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+
+
+def read_result(run: Path) -> dict[str, Any] | None:
+    """result.json of a finished run, None before."""
+    path = run / RESULT
+    if not path.is_file():
+        return None
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    return result
+
+
+def write_history(run: Path, history: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in history)
+    write_atomically(run / HISTORY, lambda file: file.write(text.encode()) and None)
+
+
+def _require(run: Path, name: str) -> None:
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; give the folder of a run")
+    if not (run / name).is_file():
+        raise UserError(f"{run}: is not the folder of a run (no {name}); give what train wrote with --out")

@@ -1,0 +1,310 @@
+"""The compiled training and evaluation steps, and the order in which a step does things.
+
+A training step, on every replica:
+
+1. forward and gradient of the replica's share of the loss: one pure function of tensors, the XLA boundary;
+2. one all-reduce of gradients, summed counts and BatchNorm statistics together;
+3. a finite check of the reduced gradient, which is therefore the same on every replica;
+4. unscaling, clipping and the optimizer's update, or nothing at all when the check failed.
+
+Keras's own pieces do 2 and 3 the other way round (`LossScaleOptimizer` looks at each replica's own
+gradient, `global_clipnorm` clips before the reduction), which gives NaN weights or replicas that differ.
+
+Many steps run in one call (`tf.function` with a loop over steps), so the host is asked once per call.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cxr_dist import augment
+from cxr_dist.config import AugmentationConfig, StageConfig
+
+# Rows of the summed counts that a call returns.
+LOSS, CORRECT, COUNT, SKIPPED = range(4)
+
+# Domains of the counter-based random numbers, so that no two uses share a stream.
+_AUGMENTATION, _DROPOUT = 1, 2
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scale for float16 (Micikevicius et al. 2018): halved on overflow, doubled now and then."""
+
+    scale: Any
+    good_steps: Any
+    dynamic: bool
+    growth_interval: int = 2000
+
+    @classmethod
+    def create(cls, precision: str, initial: float = 2.0**15) -> "LossScale":
+        """Outside the strategy's scope: every worker makes the same decisions on a variable of its own."""
+        import tensorflow as tf
+
+        dynamic = precision == "float16"
+        scale = tf.Variable(initial if dynamic else 1.0, dtype=tf.float32, trainable=False, name="loss_scale")
+        return cls(scale, tf.Variable(0, dtype=tf.int32, trainable=False, name="good_steps"), dynamic)
+
+    def update(self, finite: Any) -> None:
+        """Called once per step, outside the replicas, inside the compiled loop."""
+        import tensorflow as tf
+
+        if not self.dynamic:
+            return
+        good = tf.where(finite, self.good_steps + 1, 0)
+        grow = good >= self.growth_interval
+        changed = tf.where(finite, tf.where(grow, self.scale * 2.0, self.scale), self.scale * 0.5)
+        self.scale.assign(tf.clip_by_value(changed, 1.0, 2.0**24))
+        self.good_steps.assign(tf.where(grow, 0, good))
+
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """What a checkpoint holds of it."""
+        return {"loss_scale": np.asarray(self.scale), "loss_scale_good_steps": np.asarray(self.good_steps)}
+
+    def restore(self, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        """Assign what `arrays` gave."""
+        self.scale.assign(arrays["loss_scale"])
+        self.good_steps.assign(arrays["loss_scale_good_steps"])
+
+
+@dataclass
+class TrainStep:
+    """The compiled steps of one stage. `traces` counts how often the loop was traced: once per stage."""
+
+    run: Callable[..., npt.NDArray[np.float64]]
+    """run(iterator, first_step, learning_rates float32 [n]) -> float64 [4]: LOSS, CORRECT, COUNT, SKIPPED."""
+    traces: list[str] = field(default_factory=list)
+
+
+def make_optimizer(stage: StageConfig) -> Any:
+    """The stage's Keras optimizer, which leaves the reduction of gradients to the step.
+
+    The learning rate is set by the step; call under the strategy's scope.
+    """
+    import keras
+
+    decay = stage.weight_decay or None
+    if stage.optimizer == "sgd":
+        optimizer = keras.optimizers.SGD(momentum=stage.momentum, weight_decay=decay)
+    elif stage.optimizer == "adamw":
+        optimizer = keras.optimizers.AdamW(weight_decay=stage.weight_decay)
+    else:
+        optimizer = keras.optimizers.Adam()
+    if decay:
+        optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+    # The gradients are reduced, checked and clipped before they come here: a second sum would multiply them.
+    optimizer._all_reduce_sum_gradients = list
+    return optimizer
+
+
+@dataclass(frozen=True)
+class Variables:
+    """A model's variables by what a step does with them, as indices into Keras's own lists."""
+
+    trainable: list[Any]
+    other: list[Any]
+    statistics: list[int]
+    """Of `other`: moving statistics of BatchNorm layers that train."""
+    seeds: list[int]
+    """Of `other`: states of dropout's seed generators, which are set by the step and never saved."""
+
+    @classmethod
+    def of(cls, model: Any) -> "Variables":
+        import keras
+
+        trainable, other = list(model.trainable_variables), list(model.non_trainable_variables)
+        place = {id(variable): index for index, variable in enumerate(other)}
+        statistics, seeds = [], []
+        for layer in model._flatten_layers():
+            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
+                statistics += [place[id(layer.moving_mean)], place[id(layer.moving_variance)]]
+            if isinstance(layer, keras.layers.Dropout) and layer.rate > 0:
+                seeds.append(place[id(layer.seed_generator.state)])
+        return cls(trainable, other, statistics, seeds)
+
+    def values(self) -> tuple[list[Any], list[Any]]:
+        """This replica's values, as tensors: what `stateless_call` takes."""
+        import tensorflow as tf
+
+        return (
+            [tf.convert_to_tensor(variable.value) for variable in self.trainable],
+            [tf.convert_to_tensor(variable.value) for variable in self.other],
+        )
+
+
+def make_train_step(
+    strategy: Any,
+    model: Any,
+    optimizer: Any,
+    stage: StageConfig,
+    *,
+    global_batch_size: int,
+    classes: int,
+    seed: int,
+    augmentation: AugmentationConfig | None,
+    class_weights: npt.NDArray[np.float32] | None,
+    loss_scale: LossScale,
+    xla: bool,
+) -> TrainStep:
+    """Compile the training of `model`'s trainable variables (set them, and build the optimizer, first).
+
+    `model` takes what the batches hold as `inputs`: images uint8 [B, S, S, 1], or pooled features
+    float32 [B, 2048] for the head alone. `augmentation` is for images; None leaves them as they are.
+    """
+    import tensorflow as tf
+
+    variables = Variables.of(model)
+    weights = np.ones(classes, np.float32) if class_weights is None else class_weights
+    traces: list[str] = []
+
+    def forward_and_gradient(
+        batch: dict[str, Any], step_seed: Any, replica: Any, scale: Any, trainable: list[Any], other: list[Any]
+    ) -> tuple[list[Any], Any, list[Any]]:
+        """Gradients of the scaled loss, [LOSS, CORRECT, COUNT, finite] and new BatchNorm statistics."""
+        inputs = tf.cast(batch["inputs"], tf.float32)
+        if augmentation is not None:
+            draws = augment.draw(step_seed + [0, _AUGMENTATION], batch["slot"], global_batch_size)
+            inputs = augment.augment(inputs, draws, augmentation)
+        other = list(other)
+        for number, index in enumerate(variables.seeds):
+            stream = tf.stack([step_seed[0] + 7919 * (number + 1), step_seed[1] * 4 + _DROPOUT + 65536 * replica])
+            other[index] = tf.cast(stream, other[index].dtype)
+        target = tf.one_hot(batch["label"], classes)
+        smoothed = target * (1.0 - stage.label_smoothing) + stage.label_smoothing / classes
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(trainable)
+            logits, other = model.stateless_call(trainable, other, inputs, training=True)
+            losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)
+            losses *= batch["mask"] * tf.gather(tf.constant(weights), batch["label"])
+            loss = tf.reduce_sum(losses)
+            scaled = loss / global_batch_size * scale
+        gradients = tape.gradient(scaled, trainable)
+        hit = tf.cast(tf.argmax(logits, -1, tf.int32) == batch["label"], tf.float32)
+        sums = tf.stack([loss, tf.reduce_sum(hit * batch["mask"]), tf.reduce_sum(batch["mask"])])
+        return gradients, sums, [tf.cast(other[index], tf.float32) for index in variables.statistics]
+
+    inner = tf.function(forward_and_gradient, jit_compile=True) if xla else forward_and_gradient
+
+    def replica_step(batch: dict[str, Any], step_seed: Any, scale: Any) -> tuple[list[Any], Any, list[Any], Any]:
+        context = tf.distribute.get_replica_context()
+        replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
+        gradients, sums, statistics = inner(batch, step_seed, replica, scale, *variables.values())
+        reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, [*gradients, sums, *statistics])
+        count = len(gradients)
+        gradients = [gradient / scale for gradient in reduced[:count]]
+        sums = reduced[count]
+        statistics = [statistic / context.num_replicas_in_sync for statistic in reduced[count + 1 :]]
+        checks = [tf.reduce_all(tf.math.is_finite(value)) for value in (*gradients, sums)]
+        return gradients, sums, statistics, tf.reduce_all(tf.stack(checks))
+
+    def apply(gradients: list[Any]) -> None:
+        if stage.clip_norm:
+            gradients, _ = tf.clip_by_global_norm(gradients, stage.clip_norm)
+        optimizer.apply(gradients, variables.trainable)
+
+    def first_of(value: Any) -> Any:
+        """The value of the first local replica: all replicas have the same."""
+        return strategy.experimental_local_results(value)[0]
+
+    @tf.function(reduce_retracing=True)
+    def loop(iterator: Any, first_step: Any, learning_rates: Any) -> Any:
+        traces.append(f"{len(variables.trainable)} trainable variables")
+        totals = tf.zeros([4], tf.float64)
+        for index in tf.range(tf.shape(learning_rates)[0]):
+            step_seed = tf.stack([tf.constant(seed, tf.int32), first_step + index])
+            gradients, sums, statistics, finite = strategy.run(
+                replica_step, args=(next(iterator), step_seed, loss_scale.scale.read_value())
+            )
+            finite = first_of(finite)
+            loss_scale.update(finite)
+            if finite:
+                optimizer.learning_rate.assign(learning_rates[index])
+                strategy.run(apply, args=(gradients,))
+                for position, statistic in zip(variables.statistics, statistics, strict=True):
+                    strategy.extended.update(
+                        variables.other[position].value, _assign, args=(statistic,), group=False
+                    )
+                totals += tf.concat([tf.cast(first_of(sums), tf.float64), [0.0]], 0)
+            else:
+                totals += tf.constant([0.0, 0.0, 0.0, 1.0], tf.float64)
+        return totals
+
+    def run(iterator: Any, first_step: int, learning_rates: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        totals = loop(iterator, tf.constant(first_step, tf.int32), tf.constant(learning_rates, tf.float32))
+        result: npt.NDArray[np.float64] = totals.numpy()
+        return result
+
+    return TrainStep(run, traces)
+
+
+def _assign(variable: Any, value: Any) -> Any:
+    return variable.assign(value)
+
+
+def make_evaluation_step(strategy: Any, model: Any, classes: int, xla: bool) -> Callable[..., Any]:
+    """run(iterator, steps) -> (confusion int64 [C, C] with true classes as rows, summed loss float).
+
+    Inference mode; masked slots count nowhere. The loss is the plain cross-entropy.
+    """
+    import tensorflow as tf
+
+    variables = Variables.of(model)
+
+    def forward(batch: dict[str, Any], trainable: list[Any], other: list[Any]) -> tuple[Any, Any]:
+        inputs = tf.cast(batch["inputs"], tf.float32)
+        logits, _ = model.stateless_call(trainable, other, inputs, training=False)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["label"], logits)
+        loss = tf.reduce_sum(tf.where(batch["mask"] > 0, losses, 0.0))
+        predicted = tf.one_hot(tf.argmax(logits, -1), classes)
+        true = tf.one_hot(batch["label"], classes) * batch["mask"][:, None]
+        return tf.matmul(true, predicted, transpose_a=True), loss
+
+    inner = tf.function(forward, jit_compile=True) if xla else forward
+
+    def replica_step(batch: dict[str, Any]) -> tuple[Any, Any]:
+        return inner(batch, *variables.values())
+
+    @tf.function(reduce_retracing=True)
+    def loop(iterator: Any, steps: Any) -> tuple[Any, Any]:
+        confusion, loss = tf.zeros([classes, classes], tf.float64), tf.zeros([], tf.float64)
+        for _ in tf.range(steps):
+            counts, batch_loss = strategy.run(replica_step, args=(next(iterator),))
+            confusion += tf.cast(strategy.reduce(tf.distribute.ReduceOp.SUM, counts, axis=None), tf.float64)
+            loss += tf.cast(strategy.reduce(tf.distribute.ReduceOp.SUM, batch_loss, axis=None), tf.float64)
+        return confusion, loss
+
+    def run(iterator: Any, steps: int) -> tuple[npt.NDArray[np.int64], float]:
+        confusion, loss = loop(iterator, tf.constant(steps, tf.int32))
+        return np.rint(confusion.numpy()).astype(np.int64), float(loss.numpy())
+
+    return run
+
+
+def make_forward_step(strategy: Any, model: Any, *, softmax: bool, xla: bool) -> Callable[[Any], Any]:
+    """run(iterator) -> outputs of the global batch in slot order, float32 [replicas * B, ...], on every worker."""
+    import tensorflow as tf
+
+    variables = Variables.of(model)
+
+    def forward(batch: dict[str, Any], trainable: list[Any], other: list[Any]) -> Any:
+        inputs = tf.cast(batch["inputs"], tf.float32)
+        outputs, _ = model.stateless_call(trainable, other, inputs, training=False)
+        outputs = tf.cast(outputs, tf.float32)
+        return tf.nn.softmax(outputs) if softmax else outputs
+
+    inner = tf.function(forward, jit_compile=True) if xla else forward
+
+    def replica_step(batch: dict[str, Any]) -> Any:
+        outputs = inner(batch, *variables.values())
+        context = tf.distribute.get_replica_context()
+        return context.all_gather(outputs, axis=0) if strategy.num_replicas_in_sync > 1 else outputs
+
+    @tf.function
+    def step(iterator: Any) -> Any:
+        return strategy.experimental_local_results(strategy.run(replica_step, args=(next(iterator),)))[0]
+
+    return lambda iterator: step(iterator).numpy()

@@ -1,0 +1,428 @@
+import errno
+import fcntl
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from tests.tfrecords_builder.conftest import COUNTS, write_images
+from tfrecords_builder import build as build_module
+from tfrecords_builder.build import WORK_FOLDER, BuildSummary, build_dataset
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.images import ImageError, load_gray
+from tfrecords_builder.manifest import MANIFEST_NAME, read_manifest
+from tfrecords_builder.recordio import read_at
+from tfrecords_builder.schema import decode_image, encode_image, parse_batch
+from tfrecords_builder.splits import SPLITS, split_sizes
+from tfrecords_builder.verify import verify_dataset
+
+SIZE = 16
+TOTAL = sum(COUNTS.values())
+
+
+def build(source: Path, dataset: Path, workers: int = 1, **options: object) -> BuildSummary:
+    return build_dataset(source, dataset, workers=workers, **{"image_size": SIZE, **options})  # type: ignore[arg-type]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def mutable(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "source"))
+
+
+# What a build makes
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
+def test_tensorflow_reads_back_every_image(source: Path, tmp_path: Path, encoding: str) -> None:
+    summary = build(source, tmp_path / "d", encoding=encoding)
+    manifest = read_manifest(tmp_path / "d")
+    seen = Counter[str]()
+    for split in SPLITS:
+        names = [str(tmp_path / "d" / name) for name in manifest.split(split).shard_names]
+        records = tf.data.TFRecordDataset(names).batch(7).map(lambda s: parse_batch(s, SIZE, encoding))
+        images, labels, indices = [], [], []
+        for batch in records.as_numpy_iterator():
+            images += list(batch["image"][..., 0])
+            labels += batch["label"].tolist()
+            indices += batch["index"].tolist()
+        # The order of the manifest's index is that of the files.
+        assert [manifest.rows[index].path for index in indices] == manifest.split(split).paths
+        assert labels == manifest.split(split).labels.tolist()
+        for image, index, label in zip(images, indices, labels, strict=True):
+            row = manifest.rows[index]
+            expected = load_gray(source / row.path, SIZE)
+            if encoding == "jpeg":
+                expected = decode_image(encode_image(expected, "jpeg"), SIZE, "jpeg")
+            np.testing.assert_array_equal(image, expected)
+            assert manifest.class_names[label] == row.path.split("/")[0].replace(" ", "_")
+            seen[row.path] += 1
+        assert Counter(manifest.class_names[label] for label in labels) == summary.counts[split]
+    assert set(seen.values()) == {1}
+    assert len(seen) == TOTAL
+    assert summary.fingerprint == manifest.fingerprint
+
+
+def test_random_access_by_offset(source: Path, built: Path) -> None:
+    index = read_manifest(built).split("train")
+    descriptors = [os.open(built / name, os.O_RDONLY) for name in index.shard_names]
+    try:
+        for i in np.random.default_rng(0).permutation(len(index)):
+            record = read_at(descriptors[index.shard[i]], int(index.offset[i]), int(index.length[i]))
+            image = parse_batch(tf.constant([record]), SIZE, "raw")["image"][0, ..., 0]
+            np.testing.assert_array_equal(image, load_gray(source / index.paths[i], SIZE))
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def test_same_bytes_for_any_number_of_workers(tmp_path: Path, source: Path, built: Path) -> None:
+    build(source, tmp_path / "two", workers=2)
+    assert content(tmp_path / "two") == content(built)
+
+
+def test_both_layouts_make_the_same_dataset_but_for_paths(tmp_path: Path, built: Path) -> None:
+    plain = write_images(tmp_path / "plain", COUNTS, database_layout=False)
+    summary = build(plain, tmp_path / "d")
+    assert summary.counts == read_manifest(built).counts
+    by_digest = {row.sha256: row for row in read_manifest(built).rows}
+    for row in read_manifest(tmp_path / "d").rows:
+        assert row.class_name == by_digest[row.sha256].class_name
+
+
+def test_shards_mix_classes_and_seeds_differ(source: Path, tmp_path: Path, built: Path) -> None:
+    index = read_manifest(built).split("train")
+    assert len(index.shard_names) == 4
+    for shard in range(4):
+        assert len(set(index.labels[index.shard == shard].tolist())) > 1
+    build(source, tmp_path / "d", seed=1)
+    other = read_manifest(tmp_path / "d")
+    assert set(other.split("train").paths) != set(index.paths)
+    assert other.counts == read_manifest(built).counts
+
+
+def test_progress_counts_every_image(source: Path, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    build(source, tmp_path / "d", progress=lambda done, total: calls.append((done, total)))
+    assert calls == sorted(set(calls))
+    assert calls[-1] == (TOTAL, TOTAL)
+
+
+# An output folder that is not empty
+
+
+def test_the_same_dataset_again_is_left_alone(source: Path, built: Path, tmp_path: Path) -> None:
+    dataset = Path(shutil.copytree(built, tmp_path / "d"))
+    before = {path: path.stat().st_mtime_ns for path in dataset.iterdir()}
+    summary = build(source, dataset)
+    assert summary.reused
+    assert summary.fingerprint == read_manifest(built).fingerprint
+    assert summary.counts == read_manifest(built).counts
+    assert {path: path.stat().st_mtime_ns for path in dataset.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"seed": 1}, r"\(seed 0 -> 1\)"),
+        ({"image_size": 17}, r"\(image_size 16 -> 17\)"),
+        ({"encoding": "png", "seed": 7}, r"\(encoding raw -> png; seed 0 -> 7\)"),
+    ],
+)
+def test_other_settings_are_refused(source: Path, built: Path, options: dict[str, object], difference: str) -> None:
+    before = content(built)
+    with pytest.raises(UserError, match=f"already holds another dataset {difference}; give another output folder"):
+        build(source, built, **options)
+    assert content(built) == before
+
+
+def test_other_images_are_refused(mutable: Path, built: Path) -> None:
+    before = content(built)
+    paths = sorted((mutable / "COVID/images").iterdir())
+    paths[0].unlink()
+    shutil.copy(paths[2], paths[1])
+    for name in ("x.png", "y.png"):
+        shutil.copy(paths[2], mutable / "Normal/images" / name)
+    with pytest.raises(UserError, match="added: 2; source images removed: 1; source images changed: 1"):
+        build(mutable, built)
+    assert content(built) == before
+
+
+def test_a_dataset_that_lost_a_shard_is_not_called_complete(source: Path, built: Path, tmp_path: Path) -> None:
+    dataset = Path(shutil.copytree(built, tmp_path / "d"))
+    (dataset / "cxr-test.tfrecord-00001-of-00004").unlink()
+    with pytest.raises(UserError, match=r"cxr-test\.tfrecord-00001-of-00004: this shard is missing"):
+        build(source, dataset)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden", "cxr-train.tfrecord-00000-of-00004", "COVID/x.png"])
+def test_what_is_not_ours_is_refused_and_kept(source: Path, tmp_path: Path, name: str) -> None:
+    dataset = tmp_path / "d"
+    (dataset / name).parent.mkdir(parents=True)
+    (dataset / name).write_text("precious")
+    with pytest.raises(UserError, match=f"is not empty and no dataset .it holds '{name.split('/')[0]}'"):
+        build(source, dataset)
+    assert content(dataset) == {name: b"precious"}
+    # Nor does the mark of an unfinished build give leave to remove it, unless it is a shard.
+    (dataset / WORK_FOLDER).mkdir()
+    if not name.startswith("cxr-"):
+        with pytest.raises(UserError, match="is not empty"):
+            build(source, dataset)
+        assert content(dataset) == {name: b"precious"}
+
+
+def test_output_that_cannot_be(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    for dataset in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(UserError, match="is not a folder"):
+            build(source, dataset)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_two_builds_into_one_folder(source: Path, tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another build is writing here"):
+        build(source, tmp_path)
+    os.close(descriptor)
+    build(source, tmp_path)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, "image-size: must be from 1"),
+        ({"encoding": "gif"}, "encoding: must be one of raw, png, jpeg, not 'gif'"),
+        ({"workers": 0}, "workers: must be at least 1, not 0"),
+        ({"on_error": "ignore"}, "on-error: must be one of stop, skip, not 'ignore'"),
+    ],
+)
+def test_options(source: Path, tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(source, tmp_path / "d", **options)
+    assert not (tmp_path / "d").exists()
+
+
+def test_too_few_images_or_classes(tmp_path: Path) -> None:
+    few = write_images(tmp_path / "few", {"A": 7, "B": 6})
+    with pytest.raises(UserError, match="class 'B' has 6 images; at least 7"):
+        build(few, tmp_path / "d")
+    one = write_images(tmp_path / "one", {"A": 7})
+    with pytest.raises(UserError, match="one class only, 'A'"):
+        build(one, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    enough = write_images(tmp_path / "enough", {"A": 7, "B": 7})
+    assert build(enough, tmp_path / "d").counts["validation"] == {"A": 1, "B": 1}
+
+
+def damage(source: Path) -> list[str]:
+    """Truncate two images and replace one by text; their paths, in order."""
+    victims = ["COVID/images/COVID-3.png", "COVID/images/COVID-7.png", "Normal/images/Normal-2.png"]
+    for victim in victims[::2]:
+        data = (source / victim).read_bytes()
+        (source / victim).write_bytes(data[: len(data) // 2])
+    (source / victims[1]).write_text("no image")
+    return victims
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_stop_names_the_first_damaged_file(mutable: Path, tmp_path: Path, workers: int) -> None:
+    first = damage(mutable)[0]
+    with pytest.raises(ImageError, match="truncated") as caught:
+        build(mutable, tmp_path / "d", workers=workers)
+    assert caught.value.path == mutable / first
+    assert not (tmp_path / "d").exists()
+    (tmp_path / "e").mkdir()
+    with pytest.raises(ImageError):
+        build(mutable, tmp_path / "e", workers=workers)
+    assert list((tmp_path / "e").iterdir()) == []
+
+
+def test_skip_lists_damaged_files_and_splits_the_rest_exactly(mutable: Path, tmp_path: Path) -> None:
+    victims = damage(mutable)
+    summary = build(mutable, tmp_path / "d", on_error="skip")
+    assert [path for path, _ in summary.rejected] == victims
+    assert "truncated" in summary.rejected[0][1]
+    assert "not a PNG or JPEG" in summary.rejected[1][1]
+    accepted = {"COVID": 18, "Normal": 12, "Viral_Pneumonia": 9}
+    assert summary.counts == {split: {n: split_sizes(c)[split] for n, c in accepted.items()} for split in SPLITS}
+    manifest = read_manifest(tmp_path / "d")
+    assert len(manifest.rows) == TOTAL
+    for row in manifest.rows:
+        placed = (row.split, row.shard, row.index, row.offset, row.length)
+        assert (row.path in victims) == (row.status == "rejected") == (row.reason is not None)
+        assert all(value is None for value in placed) == (row.status == "rejected")
+        assert row.sha256 is not None
+    assert verify_dataset(tmp_path / "d").rejected == 3
+    # The same again: with "skip" there is nothing to do, with "stop" it is still an error.
+    assert build(mutable, tmp_path / "d", on_error="skip").reused
+    with pytest.raises(ImageError, match="COVID-3"):
+        build(mutable, tmp_path / "d")
+
+
+def test_too_few_whole_images(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "s", {"A": 7, "B": 9})
+    for number in range(3):
+        (source / f"B/images/B-{number}.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"class 'B' has 6 images \(without 3 rejected\)"):
+        build(source, tmp_path / "d", on_error="skip")
+    assert not (tmp_path / "d").exists()
+
+
+def test_mixed_kinds_of_images(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "s", {"A": 7, "B": 7})
+    rng = np.random.default_rng(0)
+    for number, (shape, kind) in enumerate([((30, 50, 3), "jpg"), ((9, 9), "jpeg"), ((40, 31, 4), "png")]):
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(source / f"A/images/x{number}.{kind}")
+    wide = rng.integers(0, 65_536, (33, 21), dtype=np.uint16)
+    Image.fromarray(wide).save(source / "A/images/x3.png")
+    build(source, tmp_path / "d")
+    rows = {row.path: row for row in read_manifest(tmp_path / "d").rows}
+    assert (rows["A/images/x0.jpg"].width, rows["A/images/x0.jpg"].height) == (50, 30)
+    assert (rows["A/images/x3.png"].width, rows["A/images/x3.png"].height) == (21, 33)
+    assert verify_dataset(tmp_path / "d").records == 18
+
+
+# A build that does not come to its end
+
+
+def test_an_interrupt_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    for workers in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            build(source, tmp_path / "d", workers=workers, progress=interrupt)
+        assert not (tmp_path / "d").exists()
+        assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("step", ["write_shard", "fsync_folder", "write_manifest"])
+def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, step, fail)
+        with pytest.raises(UserError, match=r"d: cannot be written \(No space left on device\)"):
+            build(source, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_killed_worker_ends_the_build(source: Path, tmp_path: Path) -> None:
+    def kill(done: int, total: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+
+    with pytest.raises(UserError, match="workers: a worker process ended early"):
+        build(source, tmp_path / "d", workers=2, progress=kill)
+    assert not (tmp_path / "d").exists()
+
+
+SLOW_BUILD = """
+import multiprocessing, sys, time
+from pathlib import Path
+from tfrecords_builder.build import build_dataset
+
+def hold(done, total):
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    build_dataset(Path(sys.argv[1]), Path(sys.argv[2]), image_size=16, workers=2, progress=hold)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_build_is_no_dataset_and_is_replaced(
+    source: Path, built: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_BUILD)
+    process = subprocess.Popen(
+        [sys.executable, script, source, tmp_path / "d"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(build_module.__file__).parents[1])},
+    )
+    assert process.stdout is not None
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    with pytest.raises(UserError, match="no complete dataset"):
+        read_manifest(tmp_path / "d")
+    if number == signal.SIGINT:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and to the workers
+    else:
+        process.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    deadline = time.monotonic() + 30
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < deadline, "worker processes outlived the build"
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        assert not (tmp_path / "d").exists()
+        assert errors.count("Traceback") == 1  # the parent's; the workers keep silent
+    else:
+        assert (tmp_path / "d" / WORK_FOLDER).exists()
+        with pytest.raises(UserError, match="no complete dataset"):
+            read_manifest(tmp_path / "d")
+    assert not build(source, tmp_path / "d").reused
+    assert content(tmp_path / "d") == content(built)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("published", [0, 1, 12])
+def test_killed_while_publishing(source: Path, built: Path, tmp_path: Path, published: int) -> None:
+    """The states that a kill between two renames leaves behind."""
+    dataset = Path(shutil.copytree(built, tmp_path / "d"))
+    (dataset / MANIFEST_NAME).rename(dataset / f".{MANIFEST_NAME}.part")
+    (dataset / WORK_FOLDER).mkdir()
+    for path in sorted(dataset.glob("cxr-*"))[published:]:
+        path.rename(dataset / WORK_FOLDER / path.name)
+    with pytest.raises(UserError, match="no complete dataset"):
+        read_manifest(dataset)
+    assert not build(source, dataset).reused
+    assert content(dataset) == content(built)
+
+
+def test_killed_after_the_manifest(source: Path, built: Path, tmp_path: Path) -> None:
+    dataset = Path(shutil.copytree(built, tmp_path / "d"))
+    (dataset / WORK_FOLDER).mkdir()
+    (dataset / WORK_FOLDER / "spool-1").write_bytes(b"left")
+    verify_dataset(dataset)
+    assert build(source, dataset).reused
+    assert content(dataset) == content(built)
+
+
+def test_starts_without_tensorflow() -> None:
+    code = (
+        "import sys, tfrecords_builder.build, tfrecords_builder.verify;"
+        "sys.exit(any(name in sys.modules for name in ('tensorflow', 'keras', 'ray', 'cxr_dist')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(build_module.__file__).parents[1])

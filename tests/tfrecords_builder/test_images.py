@@ -1,0 +1,205 @@
+import contextlib
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.images import ImageError, load_gray
+
+SIZE = 24
+GRAY = np.random.default_rng(1).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
+
+
+def save(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA"])
+def test_gray_png_is_exact_in_every_mode(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(GRAY)
+    if mode == "P":
+        image.putpalette([value for value in range(256) for _ in range(3)])
+        assert image.mode == "P"
+    else:
+        image = image.convert(mode)
+    loaded = load_gray(save(tmp_path / "x.png", image), SIZE)
+    assert loaded.dtype == np.uint8
+    np.testing.assert_array_equal(loaded, GRAY)
+
+
+def test_palette_is_looked_up(tmp_path: Path) -> None:
+    image = Image.fromarray(GRAY)
+    image.putpalette([255 - value for value in range(256) for _ in range(3)])
+    np.testing.assert_array_equal(load_gray(save(tmp_path / "x.png", image), SIZE), 255 - GRAY)
+
+
+def test_one_bit(tmp_path: Path) -> None:
+    loaded = load_gray(save(tmp_path / "x.png", Image.fromarray(GRAY > 127)), SIZE)
+    np.testing.assert_array_equal(loaded, np.where(GRAY > 127, 255, 0))
+
+
+def test_colour_is_luma(tmp_path: Path) -> None:
+    rgb = np.random.default_rng(2).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    loaded = load_gray(save(tmp_path / "x.png", Image.fromarray(rgb)), SIZE)
+    np.testing.assert_allclose(loaded, rgb @ [0.299, 0.587, 0.114], atol=0.51)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparency_lies_over_black(tmp_path: Path, mode: str) -> None:
+    alpha = np.random.default_rng(3).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
+    image = Image.fromarray(GRAY).convert(mode)
+    image.putalpha(Image.fromarray(alpha))
+    loaded = load_gray(save(tmp_path / "x.png", image), SIZE)
+    np.testing.assert_allclose(loaded, GRAY * (alpha / 255), atol=1)
+
+
+def test_transparent_gray_level(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.png", Image.fromarray(GRAY), transparency=int(GRAY[0, 0]))
+    np.testing.assert_array_equal(load_gray(path, SIZE), np.where(GRAY[0, 0] == GRAY, 0, GRAY))
+
+
+def test_sixteen_bit_uses_the_full_range(tmp_path: Path) -> None:
+    samples = np.random.default_rng(4).integers(0, 65_536, (SIZE, SIZE), dtype=np.uint16)
+    samples[0, :2] = (0, 65_535)
+    path = save(tmp_path / "x.png", Image.fromarray(samples))
+    with Image.open(path) as image:
+        assert image.mode.startswith("I")  # or the test tests nothing
+    loaded = load_gray(path, SIZE)
+    np.testing.assert_allclose(loaded, samples / 257, atol=0.5 + 1e-9)
+    assert tuple(loaded[0, :2]) == (0, 255)
+    # Not stretched to what the image happens to hold: a dark image stays dark.
+    dark = load_gray(save(tmp_path / "dark.png", Image.fromarray(samples // 4)), SIZE)
+    assert dark.max() <= 64
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_jpeg(tmp_path: Path, mode: str) -> None:
+    smooth = np.add.outer(np.arange(SIZE) * 5, np.arange(SIZE) * 5).astype(np.uint8)
+    image = Image.fromarray(smooth).convert(mode)
+    loaded = load_gray(save(tmp_path / "x.jpg", image, quality=98), SIZE)
+    np.testing.assert_allclose(loaded.astype(int), smooth, atol=4)
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    path = save(tmp_path / "x.png", Image.fromarray(GRAY), exif=exif)
+    np.testing.assert_array_equal(load_gray(path, SIZE), GRAY[::-1, ::-1])
+
+
+def box_mean(pixels: npt.NDArray[np.uint8], factor: int) -> npt.NDArray[np.float64]:
+    rows, columns = pixels.shape
+    return pixels.reshape(rows // factor, factor, columns // factor, factor).mean((1, 3))
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (48, 144), (299, 299), (11, 7), (1, 1)])
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_any_size(tmp_path: Path, shape: tuple[int, int], kind: str) -> None:
+    rows, columns = np.indices(shape)
+    ramp = (200 * rows / max(shape[0], 2) + 50 * columns / max(shape[1], 2)).astype(np.uint8)
+    loaded = load_gray(save(tmp_path / f"x.{kind}", Image.fromarray(ramp)), SIZE)
+    assert loaded.shape == (SIZE, SIZE)
+    centres = (np.arange(SIZE) + 0.5) / SIZE
+    expected = ramp[(centres * shape[0]).astype(int)][:, (centres * shape[1]).astype(int)]
+    # Not transposed, not cropped, not wrapped: the ramp is still that ramp, within a source pixel's step.
+    step = 250 / min(max(shape[0], 2), max(shape[1], 2)) + 6
+    np.testing.assert_allclose(loaded.astype(float), expected, atol=step)
+
+
+def test_shrinking_is_antialiased(tmp_path: Path) -> None:
+    """Stripes finer than the result's pixels become their mean; picking pixels would keep the stripes."""
+    stripes = np.tile(np.array([0, 255], np.uint8), (96, 48))
+    loaded = load_gray(save(tmp_path / "x.png", Image.fromarray(stripes)), SIZE)
+    np.testing.assert_allclose(loaded[:, 1:-1].astype(float), box_mean(stripes, 4)[:, 1:-1], atol=3)
+
+
+def test_same_size_is_not_resampled(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(load_gray(save(tmp_path / "x.png", Image.fromarray(GRAY)), SIZE), GRAY)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_every_truncation_is_found(tmp_path: Path, kind: str) -> None:
+    data = encoded(Image.fromarray(GRAY), kind)
+    path = tmp_path / "x"
+    path.write_bytes(data)
+    load_gray(path, SIZE)
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(ImageError, match=str(path)):
+            load_gray(path, SIZE)
+
+
+def test_every_damaged_png_byte_is_found_or_harmless(tmp_path: Path) -> None:
+    """Of an image that compresses well: there Pillow's decoder alone takes wrong pixels for good."""
+    pixels = np.add.outer(np.arange(SIZE) // 3 * 20, np.arange(SIZE) // 5 * 3).astype(np.uint8)
+    data = encoded(Image.fromarray(pixels), "PNG")
+    path = tmp_path / "x"
+    taken_by_decoder_alone = 0
+    for position in range(len(data)):
+        damaged = data[:position] + bytes([data[position] ^ 0x24]) + data[position + 1 :]
+        path.write_bytes(damaged)
+        with contextlib.suppress(OSError, SyntaxError, ValueError):
+            taken_by_decoder_alone += not np.array_equal(np.asarray(Image.open(path)), pixels)
+        try:
+            loaded = load_gray(path, SIZE)
+        except ImageError:
+            continue
+        np.testing.assert_array_equal(loaded, pixels)
+    assert taken_by_decoder_alone > 0  # or this says nothing about the check that we add
+
+
+def test_damaged_jpeg_never_raises_anything_else(tmp_path: Path) -> None:
+    data = encoded(Image.fromarray(GRAY), "JPEG")
+    path = tmp_path / "x"
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for position in rng.integers(0, len(data), 3):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(ImageError):
+            load_gray(path, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "is empty"),
+        (b"not an image", "is not a PNG or JPEG"),
+        (encoded(Image.fromarray(GRAY), "BMP"), "is not a PNG or JPEG"),
+        (b"\x89PNG\r\n\x1a\n", "is not a PNG or JPEG"),
+    ],
+)
+def test_not_an_image(tmp_path: Path, data: bytes, reason: str) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=reason) as caught:
+        load_gray(path, SIZE)
+    assert caught.value.path == path
+    assert "\n" not in str(caught.value)
+    assert "replace or remove" in str(caught.value)
+
+
+def test_unreadable_and_error_type(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load_gray(tmp_path / "missing.png", SIZE)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_gray(tmp_path, SIZE)
+
+
+def test_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(ImageError(Path("a/b.png"), "is empty")))
+    assert (error.path, error.reason) == (Path("a/b.png"), "is empty")
+    assert str(error).startswith("a/b.png: is empty;")

@@ -1,0 +1,136 @@
+"""Decode an image file to a gray uint8 square.
+
+What is stored is what the network sees, so every choice here is fixed and documented: gray by ITU-R 601
+luma, transparency over black (the background of an X-ray), 16-bit samples by their full range, EXIF
+orientation applied, and one antialiased resize, which changes the aspect ratio of an image that is not
+square, as `keras.utils.image_dataset_from_directory` does.
+"""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from tfrecords_builder.errors import UserError
+
+FORMATS = ("PNG", "JPEG")
+
+# Bilinear (a triangle filter that Pillow widens when it shrinks, so antialiased) and not Lanczos, whose
+# negative lobes ring beside ribs and devices, nor Box, which weighs source pixels unevenly when the ratio
+# is not whole (299 to 224). It is also what `tf.image.resize(antialias=True)` computes.
+RESAMPLING = Image.Resampling.BILINEAR
+
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+# What Pillow raises on damaged input. SyntaxError is its own for a broken PNG chunk.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class ImageError(UserError):
+    """A file that is not a whole PNG or JPEG image.
+
+    Attributes:
+        path: The file.
+        reason: What is wrong with it, without the file's name.
+    """
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        # Both arguments go to the base class: the error then survives pickling between processes.
+        super().__init__(path, reason)
+        self.path = Path(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}; replace or remove the file (a build can skip it: --on-error skip)"
+
+
+def load_gray(path: Path, image_size: int) -> npt.NDArray[np.uint8]:
+    """The image in `path` as gray uint8 [image_size, image_size].
+
+    Raises:
+        ImageError: The file cannot be read, is neither PNG nor JPEG, or is damaged or truncated.
+    """
+    return decode_gray(read_bytes(path), image_size, path)[0]
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file; an `ImageError` when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(path, f"cannot be read ({error.strerror})") from error
+
+
+def decode_gray(data: bytes, image_size: int, path: Path) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+    """Decode the bytes of an image file.
+
+    Args:
+        data: The file's content.
+        image_size: Side of the result in pixels.
+        path: Named in errors only.
+
+    Returns:
+        The image, gray uint8 [image_size, image_size], and the file's own (width, height) in pixels.
+
+    Raises:
+        ImageError: See `load_gray`.
+    """
+    if not data:
+        raise ImageError(path, "is empty")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except _DECODE_ERRORS as error:
+        raise ImageError(path, "is not a PNG or JPEG image") from error
+    size = (image.width, image.height)
+    try:
+        if image.format == "PNG":
+            # Pillow's decoder checks no CRC of the pixel data, and does without the end of the file. `verify`
+            # checks them for a quarter of a millisecond, and leaves the object unusable: hence the second open.
+            image.verify()
+            if _PNG_END not in data:
+                raise EOFError("the end is missing")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image.load()
+        gray = _to_gray(ImageOps.exif_transpose(image))
+    except _DECODE_ERRORS as error:
+        raise ImageError(path, f"is a damaged or truncated image ({_one_line(error)})") from error
+    if gray.size != (image_size, image_size):
+        gray = gray.resize((image_size, image_size), RESAMPLING)
+    return np.asarray(gray, dtype=np.uint8), size
+
+
+def _to_gray(image: Image.Image) -> Image.Image:
+    """`image` in mode L; exact for 8-bit gray in whatever mode it comes (L, LA, P, RGB, RGBA)."""
+    if image.mode == "L" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        # 16-bit gray: white is 65,535, as the PNG specification says (section 13.12), and not the brightest
+        # pixel, which would make the result depend on the content.
+        samples = np.asarray(image).astype(np.int64)
+        if samples.min() < 0 or samples.max() > 65_535:
+            raise ValueError("gray samples beyond 16 bits")
+        return Image.fromarray(((samples * 255 + 32_767) // 65_535).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
+        return Image.alpha_composite(black, rgba).convert("L")
+    return image.convert("L")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

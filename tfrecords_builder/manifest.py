@@ -1,0 +1,312 @@
+"""The manifest: one row per source image, and what is said of the dataset as a whole.
+
+`manifest.parquet` is written last and in one step, so a folder that has it has all the rest: it is the mark
+of a complete dataset. What concerns the whole dataset is JSON under one key of the Parquet schema's
+metadata. Shards are found by it, records by their byte offset: nothing is discovered by listing folders.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.splits import SPLITS
+
+MANIFEST_NAME = "manifest.parquet"
+FORMAT_VERSION = 1
+ACCEPTED = "ok"
+REJECTED = "rejected"
+
+_METADATA_KEY = b"cxr_dataset"
+_ARROW_SCHEMA = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("class_name", pa.string(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("split", pa.string()),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("sha256", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("shard", pa.string()),
+        pa.field("index", pa.int64()),
+        pa.field("offset", pa.int64()),
+        pa.field("length", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One source image. What is None is unknown (width, height) or does not apply (no split, no record)."""
+
+    path: str
+    """Relative to the source folder, with forward slashes."""
+    class_name: str
+    label: int
+    """Position of the class in the dataset's class names."""
+    split: str | None
+    """train, validation or test; None when the image is excluded."""
+    group: str
+    """Images of one group stay in one split. For now each image is a group of its own."""
+    sha256: str | None
+    """Hexadecimal, of the source file's bytes; None when it could not be read."""
+    width: int | None
+    """Of the source image, in pixels."""
+    height: int | None
+    status: str
+    """ok or rejected."""
+    reason: str | None
+    """Why it was rejected."""
+    shard: str | None
+    """Name of the file that holds the record."""
+    index: int | None
+    """Number of the record in its shard."""
+    offset: int | None
+    """Byte in the shard at which the record's frame begins."""
+    length: int | None
+    """Of the record's payload, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """One shard as it was written."""
+
+    name: str
+    split: str
+    records: int
+    bytes: int
+    sha256: str
+    """Hexadecimal, of the whole file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What determines a dataset's content, beside its source files."""
+
+    image_size: int
+    """Side of the stored images in pixels."""
+    encoding: str
+    """raw, png or jpeg."""
+    seed: int
+    split_rule: str
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """Where the N records of a split lie, ordered by shard, then by place in the shard."""
+
+    paths: list[str]
+    """Source path of each record."""
+    labels: npt.NDArray[np.int32]
+    """[N]: position of the class in the dataset's class names."""
+    shard: npt.NDArray[np.int32]
+    """[N]: position in `shard_names`."""
+    offset: npt.NDArray[np.int64]
+    """[N]: byte at which the record's frame begins."""
+    length: npt.NDArray[np.int64]
+    """[N]: bytes of the record's payload."""
+    shard_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset's manifest; see `read_manifest`."""
+
+    class_names: tuple[str, ...]
+    settings: Settings
+    fingerprint: str
+    """SHA-256 over everything that determines the content; see `compute_fingerprint`."""
+    shards: tuple[ShardInfo, ...]
+    rows: tuple[Row, ...]
+    """In the order of their paths; a record's `index` key is a position here."""
+    created_with: dict[str, str] = field(default_factory=dict)
+    """Versions of the libraries that decoded the images: information, not part of the fingerprint."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the stored images in pixels."""
+        return self.settings.image_size
+
+    @property
+    def encoding(self) -> str:
+        """raw, png or jpeg."""
+        return self.settings.encoding
+
+    @property
+    def seed(self) -> int:
+        """Of the split and the order of records."""
+        return self.settings.seed
+
+    @cached_property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Images by split, then by class, in canonical order, zeros included."""
+        counts = {split: dict.fromkeys(self.class_names, 0) for split in SPLITS}
+        for row in self.rows:
+            if row.split is not None:
+                counts[row.split][row.class_name] += 1
+        return counts
+
+    @property
+    def rejected(self) -> list[tuple[str, str]]:
+        """Path and reason of every image that was rejected."""
+        return [(row.path, row.reason or "") for row in self.rows if row.status == REJECTED]
+
+    def split(self, name: str) -> SplitIndex:
+        """The records of one split; `UserError` when there is no such split."""
+        if name not in SPLITS:
+            raise UserError(f"split: unknown split '{name}'; known: {', '.join(SPLITS)}")
+        shard_names = tuple(sorted(shard.name for shard in self.shards if shard.split == name))
+        number = {shard: position for position, shard in enumerate(shard_names)}
+        rows = sorted(
+            (row for row in self.rows if row.split == name), key=lambda row: (number[row.shard or ""], row.index)
+        )
+        return SplitIndex(
+            paths=[row.path for row in rows],
+            labels=np.array([row.label for row in rows], np.int32),
+            shard=np.array([number[row.shard or ""] for row in rows], np.int32),
+            offset=np.array([row.offset for row in rows], np.int64),
+            length=np.array([row.length for row in rows], np.int64),
+            shard_names=shard_names,
+        )
+
+
+def compute_fingerprint(
+    settings: Settings, class_names: Sequence[str], sources: Iterable[tuple[str, str, str | None]]
+) -> str:
+    """Hexadecimal SHA-256 over what determines a dataset: format, settings, classes, and each source file.
+
+    Args:
+        settings: Image size, encoding, seed and split rule.
+        class_names: In label order.
+        sources: Path, class name and SHA-256 of every source image, rejected ones too, in any order.
+    """
+    content = {
+        "format_version": FORMAT_VERSION,
+        **asdict(settings),
+        "class_names": list(class_names),
+        "sources": sorted([path, name, sha256 or ""] for path, name, sha256 in sources),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(dataset: Path, manifest: Manifest) -> None:
+    """Write `manifest.parquet` in one step: under another name, to the disk, then renamed."""
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "class_names": list(manifest.class_names),
+        **asdict(manifest.settings),
+        "fingerprint": manifest.fingerprint,
+        "shards": [asdict(shard) for shard in manifest.shards],
+        "created_with": manifest.created_with,
+    }
+    columns = [[getattr(row, name) for row in manifest.rows] for name in _ARROW_SCHEMA.names]
+    schema = _ARROW_SCHEMA.with_metadata({_METADATA_KEY: json.dumps(metadata)})
+    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+    temporary = dataset / f".{MANIFEST_NAME}.part"
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(dataset / MANIFEST_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(dataset)
+
+
+def read_manifest(dataset: Path) -> Manifest:
+    """The manifest of a complete dataset.
+
+    Raises:
+        UserError: `dataset` is missing, is not a dataset or not a complete one, its manifest is damaged,
+            or another version of the format wrote it.
+    """
+    path = dataset / MANIFEST_NAME
+    if not dataset.is_dir():
+        raise UserError(f"{dataset}: no such dataset folder; make one with `cxr-dist build SOURCE {dataset}`")
+    if not path.is_file():
+        raise UserError(
+            f"{dataset}: holds no {MANIFEST_NAME}, so it is no complete dataset; make one with `cxr-dist build`"
+        )
+    try:
+        with path.open("rb") as file:
+            table = pq.read_table(file, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path) from error
+    raw = (table.schema.metadata or {}).get(_METADATA_KEY)
+    if raw is None:
+        raise UserError(f"{path}: is not the manifest of a dataset; give a folder that `cxr-dist build` made")
+    try:
+        metadata = json.loads(raw)
+        version = metadata["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path) from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: has format version {version}, this program reads {FORMAT_VERSION}; build the dataset anew"
+        )
+    try:
+        return _from_table(table, metadata)
+    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
+        raise _damaged(path) from error
+
+
+def check_shards(dataset: Path, manifest: Manifest) -> None:
+    """Check that every shard is there with its exact size: what a copy that broke off gets wrong.
+
+    Raises:
+        UserError: Names the first shard that is missing or has another size.
+    """
+    for shard in manifest.shards:
+        path = dataset / shard.name
+        if not path.is_file():
+            raise UserError(f"{path}: this shard is missing; restore it or build the dataset anew in another folder")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise UserError(
+                f"{path}: has {size:,} bytes where the manifest says {shard.bytes:,}; "
+                "restore it or build the dataset anew in another folder"
+            )
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _from_table(table: pa.Table, metadata: dict[str, Any]) -> Manifest:
+    if not table.schema.equals(_ARROW_SCHEMA):
+        raise ValueError("unexpected columns")
+    columns = [table.column(name).to_pylist() for name in _ARROW_SCHEMA.names]
+    return Manifest(
+        class_names=tuple(metadata["class_names"]),
+        settings=Settings(**{f.name: metadata[f.name] for f in fields(Settings)}),
+        fingerprint=metadata["fingerprint"],
+        shards=tuple(ShardInfo(**shard) for shard in metadata["shards"]),
+        rows=tuple(Row(*values) for values in zip(*columns, strict=True)),
+        created_with=metadata["created_with"],
+    )
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: is damaged; restore the file or build the dataset anew in another folder")

@@ -1,0 +1,160 @@
+"""TFRecord framing: how records lie in a shard. Knows nothing of what a record means.
+
+A record is its length (uint64, little-endian), the masked CRC-32C of those 8 bytes, the payload, and the
+masked CRC-32C of the payload; a shard is records and nothing else. Source:
+https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
+"""
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import google_crc32c
+
+from tfrecords_builder.errors import UserError
+
+_HEADER = struct.Struct("<QI")
+_FOOTER = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size
+FRAME_BYTES = _HEADER.size + _FOOTER.size
+"""What framing adds to a payload."""
+
+_crc32c = google_crc32c.value
+_LENGTH = struct.Struct("<Q")
+
+
+class CorruptRecordError(UserError):
+    """A record that is not what was written.
+
+    Attributes:
+        shard: The file, or what is known of it.
+        record: Its number in the shard, counted from 0; None when only its offset is known.
+        offset: The byte at which its frame begins.
+        reason: What is wrong.
+    """
+
+    def __init__(self, shard: Path | str, record: int | None, offset: int, reason: str) -> None:
+        super().__init__(shard, record, offset, reason)
+        self.shard = str(shard)
+        self.record = record
+        self.offset = offset
+        self.reason = reason
+
+    def __str__(self) -> str:
+        which = "the record" if self.record is None else f"record {self.record}"
+        return f"{self.shard}: {which} at byte {self.offset}: {self.reason}; restore the file or build the dataset anew"
+
+
+def masked_crc(data: bytes) -> int:
+    """CRC-32C of `data`, rotated and offset, so that the CRC of data that holds CRCs stays sound."""
+    crc: int = _crc32c(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+class RecordWriter:
+    """Writes one shard; afterwards knows its size and SHA-256, and that its bytes are on the disk.
+
+    A context manager. The file must not exist yet. On an error inside the `with` block it is left as it
+    is: the caller wrote it under a temporary name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb")
+        self._sha256 = hashlib.sha256()
+        self.bytes_written = 0
+
+    def write(self, payload: bytes) -> int:
+        """Append a record; the byte offset at which its frame begins."""
+        offset = self.bytes_written
+        length = _LENGTH.pack(len(payload))
+        frame = b"".join(
+            (length, _FOOTER.pack(masked_crc(length)), payload, _FOOTER.pack(masked_crc(payload))),
+        )
+        self._file.write(frame)
+        self._sha256.update(frame)
+        self.bytes_written += len(frame)
+        return offset
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal SHA-256 of what was written so far."""
+        return self._sha256.hexdigest()
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def scan(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Every record of a shard in order, as (offset of its frame in bytes, payload).
+
+    Raises:
+        CorruptRecordError: A CRC differs or the shard ends inside a record. Records before it are yielded.
+    """
+    size = path.stat().st_size
+    with path.open("rb", buffering=1 << 20) as file:
+        offset = 0
+        number = 0
+        while offset < size:
+            header = file.read(HEADER_BYTES)
+            length = _payload_length(header, path, number, offset)
+            # Checked before the read: a length that is wrong must not ask for its memory.
+            if offset + FRAME_BYTES + length > size:
+                raise CorruptRecordError(path, number, offset, "the shard ends inside the record")
+            payload = file.read(length)
+            footer = file.read(_FOOTER.size)
+            _check_payload(payload, footer, path, number, offset)
+            yield offset, payload
+            offset += FRAME_BYTES + length
+            number += 1
+
+
+def read_at(fd: int, offset: int, length: int, shard: Path | str = "shard") -> bytes:
+    """One payload by its place, in one system call; safe to call from several threads on one descriptor.
+
+    Args:
+        fd: A descriptor of the shard, open for reading.
+        offset: Byte at which the record's frame begins.
+        length: Payload length in bytes.
+        shard: Named in errors only.
+
+    Raises:
+        CorruptRecordError: What lies there is not a whole record of that length with good CRCs.
+    """
+    frame = os.pread(fd, length + FRAME_BYTES, offset)
+    if len(frame) != length + FRAME_BYTES:
+        raise CorruptRecordError(shard, None, offset, "the shard ends inside the record")
+    found = _payload_length(frame[:HEADER_BYTES], shard, None, offset)
+    if found != length:
+        raise CorruptRecordError(shard, None, offset, f"it is {found} bytes long where the manifest says {length}")
+    payload = frame[HEADER_BYTES:-4]
+    _check_payload(payload, frame[-4:], shard, None, offset)
+    return payload
+
+
+def _payload_length(header: bytes, shard: Path | str, record: int | None, offset: int) -> int:
+    if len(header) != HEADER_BYTES:
+        raise CorruptRecordError(shard, record, offset, "the shard ends inside the record")
+    length: int
+    length, crc = _HEADER.unpack(header)
+    if masked_crc(header[:8]) != crc:
+        raise CorruptRecordError(shard, record, offset, "the checksum of its length does not match")
+    return length
+
+
+def _check_payload(payload: bytes, footer: bytes, shard: Path | str, record: int | None, offset: int) -> None:
+    # The two equal only when both are whole: a short read fails here too.
+    if len(footer) != _FOOTER.size or masked_crc(payload) != _FOOTER.unpack(footer)[0]:
+        raise CorruptRecordError(shard, record, offset, "the checksum of its content does not match")

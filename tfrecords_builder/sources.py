@@ -1,0 +1,103 @@
+"""Find the labelled images of a folder: the database's own layout, or one folder per class."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tfrecords_builder.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+# Folders of the database that are not classes, and that lie beside the images inside a class.
+IMAGES_FOLDER = "images"
+MASKS_FOLDER = "masks"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceImage:
+    """One labelled image file."""
+
+    path: str
+    """Relative to the source folder, with forward slashes."""
+    class_name: str
+    """The class folder's name, spaces as underscores."""
+
+
+def class_name_of(folder: str) -> str:
+    """A class is named as its folder, with spaces as underscores."""
+    return "_".join(folder.split())
+
+
+def find_images(root: Path) -> list[SourceImage]:
+    """All images below `root`, ordered by path.
+
+    Both `<Class>/images/*.png` (the database's layout, whose `<Class>/masks` are not images) and
+    `<Class>/*.png` are understood, class by class; a class that has both kinds keeps both. Hidden files
+    and folders are ignored, and so is a folder that holds other files only (documents, say).
+
+    Raises:
+        UserError: `root` is missing, holds no class folder with images, is itself a class folder, or
+            holds an empty class folder, two folders that would be the same class, or a name that is not
+            Unicode.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; give the folder that holds one folder per class")
+    images: list[SourceImage] = []
+    folders: dict[str, str] = {}
+    for folder in sorted(_visible(root), key=lambda item: item.name):
+        if not folder.is_dir():
+            continue
+        found = _images_of_class(folder)
+        if not found:
+            if not _visible(folder) or (folder / IMAGES_FOLDER).is_dir():
+                # It was meant as a class. To leave it out in silence would train a model without it.
+                raise UserError(f"{folder}: this class folder holds no image; add images or remove the folder")
+            continue
+        if folder.name in (IMAGES_FOLDER, MASKS_FOLDER):
+            raise UserError(f"{root}: looks like the folder of one class; give the folder above it")
+        name = class_name_of(folder.name)
+        if name in folders:
+            raise UserError(
+                f"{root}: folders '{folders[name]}' and '{folder.name}' are both class '{name}'; rename or merge one"
+            )
+        folders[name] = folder.name
+        images += [SourceImage(path.relative_to(root).as_posix(), name) for path in found]
+    if not images:
+        raise UserError(
+            f"{root}: holds no class folder with images; expected <Class>/images/*.png or <Class>/*.png (or .jpg)"
+        )
+    for image in images:
+        if not _is_unicode(image.path):
+            raise UserError(f"{root}: the file name {image.path!a} is not Unicode; rename it")
+    return sorted(images, key=lambda image: image.path)
+
+
+def class_counts(images: list[SourceImage]) -> dict[str, int]:
+    """Images per class, in class order (alphabetical): the position is the label."""
+    counts = Counter(image.class_name for image in images)
+    return {name: counts[name] for name in sorted(counts)}
+
+
+def _images_of_class(folder: Path) -> list[Path]:
+    inner = folder / IMAGES_FOLDER
+    holders = [folder, inner] if inner.is_dir() else [folder]
+    return [
+        path
+        for holder in holders
+        for path in _visible(holder)
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    ]
+
+
+def _visible(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except PermissionError as error:
+        raise UserError(f"{folder}: no permission to read this folder; grant it or remove the folder") from error
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

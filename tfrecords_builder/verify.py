@@ -1,0 +1,140 @@
+"""Read a dataset back in full and compare it with its manifest."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tfrecords_builder import recordio, schema
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.manifest import (
+    ACCEPTED,
+    MANIFEST_NAME,
+    Manifest,
+    Row,
+    ShardInfo,
+    check_shards,
+    compute_fingerprint,
+    read_manifest,
+)
+from tfrecords_builder.sharding import is_shard_name
+
+PlacedRows = dict[str, list[tuple[int, Row]]]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifySummary:
+    """What was found whole."""
+
+    records: int
+    shards: int
+    bytes: int
+    counts: dict[str, dict[str, int]]
+    """Images by split, then by class."""
+    rejected: int
+    """Source files that the build skipped."""
+    fingerprint: str
+
+
+def verify_dataset(dataset: Path, progress: Callable[[int, int], None] | None = None) -> VerifySummary:
+    """Check the manifest against itself, then every byte of every shard against the manifest.
+
+    Args:
+        dataset: A dataset's folder.
+        progress: Called with (records checked, records in all).
+
+    Raises:
+        UserError: The first thing found wrong, with the shard and the record.
+    """
+    manifest = read_manifest(dataset)
+    rows_of = _rows_by_shard(manifest)
+    _check_manifest(dataset, manifest, rows_of)
+    check_shards(dataset, manifest)
+    known = {shard.name for shard in manifest.shards}
+    for path in sorted(dataset.iterdir()):
+        if is_shard_name(path.name) and path.name not in known:
+            raise UserError(f"{path}: this shard is not in the manifest; remove it or build the dataset anew")
+    total = sum(shard.records for shard in manifest.shards)
+    done = 0
+    for shard in manifest.shards:
+        _check_shard(dataset / shard.name, manifest, shard, rows_of[shard.name])
+        done += shard.records
+        if progress is not None:
+            progress(done, total)
+    return VerifySummary(
+        records=done,
+        shards=len(manifest.shards),
+        bytes=sum(shard.bytes for shard in manifest.shards),
+        counts=manifest.counts,
+        rejected=len(manifest.rejected),
+        fingerprint=manifest.fingerprint,
+    )
+
+
+def _check_manifest(dataset: Path, manifest: Manifest, rows_of: PlacedRows) -> None:
+    """What the manifest says of the whole agrees with its rows."""
+    sources = [(row.path, row.class_name, row.sha256) for row in manifest.rows]
+    _require(
+        compute_fingerprint(manifest.settings, manifest.class_names, sources) == manifest.fingerprint,
+        dataset,
+        "its fingerprint does not match its rows",
+    )
+    for row in manifest.rows:
+        known = 0 <= row.label < len(manifest.class_names) and manifest.class_names[row.label] == row.class_name
+        _require(known, dataset, f"the label of '{row.path}' is not that of its class")
+        placed = [row.split, row.shard, row.index, row.offset, row.length]
+        whole = all(value is not None for value in placed)
+        empty = all(value is None for value in placed)
+        _require(whole if row.status == ACCEPTED else empty, dataset, f"the row of '{row.path}' contradicts its status")
+    for shard in manifest.shards:
+        rows = rows_of[shard.name]
+        _require(len(rows) == shard.records, dataset, f"the number of records of {shard.name} is not that of its rows")
+    accepted = sum(row.status == ACCEPTED for row in manifest.rows)
+    _require(
+        accepted == sum(shard.records for shard in manifest.shards), dataset, "records are missing from the shards"
+    )
+
+
+def _check_shard(path: Path, manifest: Manifest, shard: ShardInfo, rows: list[tuple[int, Row]]) -> None:
+    number = -1
+    for number, (offset, payload) in enumerate(recordio.scan(path)):
+        try:
+            record = schema.decode_example(payload)
+            schema.decode_image(record.image, manifest.image_size, manifest.encoding)
+            if number >= len(rows):
+                raise ValueError(f"the manifest has {len(rows)} records in this shard")
+            row_number, row = rows[number]
+            found = (record.path, record.label, record.index, number, offset, len(payload), shard.split)
+            expected = (row.path, row.label, row_number, row.index, row.offset, row.length, row.split)
+            if found != expected:
+                raise ValueError(f"it holds {found} where the manifest says {expected}")
+        except ValueError as error:
+            raise recordio.CorruptRecordError(path, number, offset, str(error)) from error
+    if number + 1 != len(rows):
+        raise UserError(
+            f"{path}: holds {number + 1} records where the manifest says {len(rows)}; build the dataset anew"
+        )
+    # After the records, which say more about where; this is what no rewritten checksum can fool.
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != shard.sha256:
+        raise UserError(
+            f"{path}: is not the file that was built (SHA-256 differs); restore it or build the dataset anew"
+        )
+
+
+def _rows_by_shard(manifest: Manifest) -> PlacedRows:
+    """Each shard's rows, with their numbers, by their place in the shard."""
+    placed: PlacedRows = defaultdict(list)
+    for number, row in enumerate(manifest.rows):
+        if row.shard is not None:
+            placed[row.shard].append((number, row))
+    for rows in placed.values():
+        rows.sort(key=lambda item: item[1].index or 0)
+    return placed
+
+
+def _require(holds: bool, dataset: Path, problem: str) -> None:
+    if not holds:
+        raise UserError(f"{dataset / MANIFEST_NAME}: {problem}; restore the file or build the dataset anew")
