@@ -62,8 +62,6 @@ def _affine(images: Any, draws: Any, config: AugmentationConfig) -> Any:
     import tensorflow as tf
 
     height, width = images.shape[1], images.shape[2]
-    angle = draws[:, 0] * float(np.deg2rad(config.rotation))
-    scale = 1.0 / (1.0 + config.zoom * draws[:, 3])
     shift_y, shift_x = config.shift * height * draws[:, 1], config.shift * width * draws[:, 2]
     if not (config.rotation or config.zoom):
         # Shifts alone move by whole pixels: resampling would blur training images and no others.
@@ -72,9 +70,15 @@ def _affine(images: Any, draws: Any, config: AugmentationConfig) -> Any:
     grid_y, grid_x = np.meshgrid(
         np.arange(height, dtype=np.float32) - centre_y, np.arange(width, dtype=np.float32) - centre_x, indexing="ij"
     )
-    cos, sin = (scale * tf.cos(angle))[:, None, None], (scale * tf.sin(angle))[:, None, None]
-    source_y = centre_y + sin * grid_x + cos * grid_y - shift_y[:, None, None]
-    source_x = centre_x + cos * grid_x - sin * grid_y - shift_x[:, None, None]
+    source_y, source_x = grid_y, grid_x
+    if config.rotation or config.zoom:
+        angle = draws[:, 0] * float(np.deg2rad(config.rotation))
+        # In a graph, TensorFlow on a CPU computes 1 / 1 as 1 - 2^-24: hence not for shifts alone.
+        scale = 1.0 / (1.0 + config.zoom * draws[:, 3])
+        cos, sin = (scale * tf.cos(angle))[:, None, None], (scale * tf.sin(angle))[:, None, None]
+        source_y, source_x = sin * grid_x + cos * grid_y, cos * grid_x - sin * grid_y
+    source_y = source_y + centre_y - shift_y[:, None, None]
+    source_x = source_x + centre_x - shift_x[:, None, None]
     return _bilinear(images, source_y, source_x)
 
 

@@ -1,20 +1,21 @@
 """What a run leaves to go on from: weights, optimizer, position - written complete or not at all.
 
 A checkpoint is one `.npz` file (NumPy's zip, whose members carry a CRC): arrays only, so loading one
-executes nothing. It is written under a temporary name, flushed to disk and renamed.
+executes nothing. It is written under a temporary name, flushed to disk and renamed. One member is JSON:
+the state, and the names of all arrays, as no CRC guards the zip's own directory.
 """
 
+import io
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cxr_dist.files import write_atomically
 from tfrecords_builder.errors import UserError
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -24,36 +25,17 @@ KEPT = 2
 """How many checkpoints are kept: the newest, and the one before in case the newest is damaged."""
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """`write` fills a temporary file beside `path`, which then takes its name: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: object) -> None:
-    """JSON without NaN: indented, whole or not at all."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()) and None)
-
-
 def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], state: Mapping[str, Any]) -> None:
-    """Write arrays and a JSON state as one file."""
-    encoded = np.frombuffer(json.dumps(state).encode(), dtype=np.uint8)
+    """Write arrays and a JSON state as one file.
+
+    Raises:
+        ValueError: an array's dtype is none of NumPy's own (objects, bfloat16): it would not come back.
+    """
+    for name, array in arrays.items():
+        if array.dtype.kind in "OV":
+            raise ValueError(f"{name}: cannot be saved as {array.dtype}")
+    described = {"arrays": sorted(arrays), "state": state}
+    encoded = np.frombuffer(json.dumps(described).encode(), dtype=np.uint8)
     write_atomically(path, lambda file: np.savez(file, **{_STATE: encoded}, **arrays))
 
 
@@ -64,14 +46,29 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
         UserError: the file is missing, damaged, or something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        state = json.loads(arrays.pop(_STATE).tobytes())
+        with zipfile.ZipFile(path) as archive:
+            arrays = {
+                member.filename.removesuffix(".npy"): _read_member(archive, member) for member in archive.infolist()
+            }
+        described = json.loads(arrays.pop(_STATE).tobytes())
+        state = described["state"]
+        if described["arrays"] != sorted(arrays):
+            raise ValueError("arrays are missing")
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged checkpoint ({error}); remove it to go on from the one before") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: damaged checkpoint ({reason}); remove it to go on from the one before") from None
     return arrays, state
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> npt.NDArray[Any]:
+    """One array; never an object, as that would be a pickle."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{member.filename} is compressed")
+    # Read to its end before it is parsed: NumPy alone stops where the header says, short of the CRC.
+    array: npt.NDArray[Any] = np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)
+    return array
 
 
 def model_arrays(model: Any) -> Arrays:
@@ -120,6 +117,19 @@ class CheckpointFolder:
         save_arrays(self._folder / f"{_PREFIX}{epochs_done:05d}.npz", arrays, state)
         for path in self._all()[:-KEPT]:
             path.unlink(missing_ok=True)
+
+    def load_best(self) -> tuple[Arrays, dict[str, Any]]:
+        """The best weights and where they came from.
+
+        Raises:
+            UserError: they are missing or damaged, and cannot be had again without training.
+        """
+        try:
+            return load_arrays(self.best)
+        except UserError as error:
+            raise UserError(
+                f"{error}".split(";")[0] + "; the run lost its best weights: train into a new --out"
+            ) from None
 
     def newest(self, warn: Callable[[str], None]) -> tuple[Path, Arrays, dict[str, Any]] | None:
         """The newest whole checkpoint; a damaged one is passed over with a warning."""

@@ -22,21 +22,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _workers(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
+    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = _Parser(prog="cxr-dist", description="Train and evaluate chest X-ray classifiers, on a laptop or a cluster.")
+    parser = _Parser(
+        prog="cxr-dist", description="Train and evaluate chest X-ray classifiers, on a laptop or a cluster."
+    )
     parser.add_argument("--verbose", action="store_true", help="show TensorFlow's and Ray's own messages")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         added = subparsers.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run)
+        added.set_defaults(action=run)
         added.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         return added
 
@@ -68,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     train = command("train", commands.train, "train both stages; started again with the same --out it goes on")
     train.add_argument("dataset", type=Path, metavar="DATASET")
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
-    train.add_argument("--config", type=Path, metavar="YAML", help="a file, or the name of a preset (published, cpu, smoke)")
+    train.add_argument(
+        "--config", type=Path, metavar="YAML", help="a file, or the name of a preset (published, cpu, smoke)"
+    )
     train.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="e.g. stages.1.epochs=5"
     )
@@ -77,18 +80,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--workers", type=_workers, metavar="N", help="worker processes (default: from the cluster)")
     train.add_argument("--devices-per-worker", type=_workers, metavar="M", help="GPUs, or logical CPUs, of a worker")
-    train.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster (default: $RAY_ADDRESS, or one of its own)")
+    train.add_argument(
+        "--address", metavar="ADDRESS", help="of a Ray cluster (default: $RAY_ADDRESS, or one of its own)"
+    )
 
     evaluate = command("evaluate", commands.evaluate, "metrics, predictions, figures and report of a finished run")
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
     which = evaluate.add_mutually_exclusive_group()
-    which.add_argument("--split", choices=["train", "validation", "test"], default="test", help="(default: %(default)s)")
+    which.add_argument(
+        "--split", choices=["train", "validation", "test"], default="test", help="(default: %(default)s)"
+    )
     which.add_argument("--images", type=Path, metavar="FOLDER", help="labelled images that are not in the dataset")
     evaluate.add_argument("--dataset", type=Path, metavar="DATASET", help="(default: the one the run was trained on)")
     evaluate.add_argument("--devices", type=_workers, metavar="M", help="GPUs, or logical CPUs")
 
-    config = command("config", commands.show_config, "print the resolved configuration, every key with its meaning")
+    config = command("config", commands.show_config, "print the resolved configuration as YAML")
     config.add_argument("--config", type=Path, metavar="YAML")
     config.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     return parser
@@ -101,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.verbose:
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
             os.environ.setdefault("ABSL_MIN_LOG_LEVEL", "3")
-        options.run(options)
+        options.action(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -71,7 +71,9 @@ def verify(options: argparse.Namespace) -> None:
 
     with _progress("verify") as progress:
         summary = verify_dataset(options.dataset, progress)
-    print(f"{options.dataset}: {summary.records:,} records in {summary.shards} shards, {summary.bytes:,} bytes: all whole")
+    print(
+        f"{options.dataset}: {summary.records:,} records in {summary.shards} shards, {summary.bytes:,} bytes: all whole"
+    )
 
 
 def train(options: argparse.Namespace) -> None:
@@ -180,8 +182,8 @@ def demo(options: argparse.Namespace) -> None:
     from tfrecords_builder.build import build_dataset
 
     out: Path = options.out
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty; give a new folder with --out, or remove it")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: is not an empty folder; give a new one with --out, or remove it")
     started = time.perf_counter()
     with _progress("1/4 phantom X-rays") as progress:
         write_phantoms(out / "phantoms", per_class=DEMO_PER_CLASS, size=DEMO_SIZE, progress=progress)

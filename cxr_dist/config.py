@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tfrecords_builder.errors import UserError
 
@@ -19,6 +28,15 @@ BASE_LAYERS = 175
 
 class _Node(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_switch_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """Pydantic takes true for 1; YAML reads `yes` as true."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation in (int, float, int | None, float | None):
+            raise ValueError("is a number, not true or false")
+        return value
 
 
 def _switch(value: object) -> object:
@@ -50,7 +68,9 @@ class AugmentationConfig(_Node):
     rotation: float = Field(0.0, ge=0, le=45, description="largest rotation, degrees either way")
     shift: float = Field(0.05, ge=0, le=0.5, description="largest shift, as a share of the image's side")
     zoom: float = Field(0.0, ge=0, le=0.5, description="largest change of scale, as a share")
-    contrast: float = Field(0.15, ge=0, lt=1, description="largest change of contrast about the image's mean, as a share")
+    contrast: float = Field(
+        0.15, ge=0, lt=1, description="largest change of contrast about the image's mean, as a share"
+    )
     brightness: float = Field(0.1, ge=0, lt=1, description="largest change of brightness, as a share of full scale")
 
 
@@ -122,7 +142,9 @@ class Config(_Node):
         if not any(stage.epochs for stage in self.stages.values()):
             raise ValueError("stages: every stage has 0 epochs, so nothing would be trained")
         if self.xla == "on" and self.model.synchronize_batch_norm:
-            raise ValueError("xla on and model.synchronize_batch_norm true exclude each other: collectives do not compile")
+            raise ValueError(
+                "xla on and model.synchronize_batch_norm true exclude each other: collectives do not compile"
+            )
         return self
 
     def tree(self) -> dict[str, Any]:
@@ -146,7 +168,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
         key, found, value = override.partition("=")
         if not found or not key:
             raise UserError(f"--set {override}: expected key=value, such as stages.1.epochs=5")
-        node: Any = _parse_value(override, value)
+        node: Any = _plain(_parse_value(override, value))
         for part in reversed(key.strip().split(".")):
             node = {part: node}
         _merge(tree, node, "--set ")
@@ -174,8 +196,10 @@ def resolve_preset(path: Path | None) -> Path | None:
 def _validated(tree: dict[str, Any]) -> Config:
     first = tree["stages"].get("1", {})
     second = tree["stages"].get("2")
-    if second is not None and second.get("learning_rate") is None and isinstance(first.get("learning_rate"), float):
-        second["learning_rate"] = float(f"{first['learning_rate'] / 10:.6g}")
+    rate = first.get("learning_rate")
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if second is not None and second.get("learning_rate") is None and is_number:
+        second["learning_rate"] = float(f"{rate / 10:.6g}")
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -183,7 +207,7 @@ def _validated(tree: dict[str, Any]) -> Config:
         field = ".".join(str(part) for part in problem["loc"] if part != "[key]")
         message = problem["msg"].removeprefix("Value error, ")
         given = problem["input"]
-        shown = f" {given!r}" if isinstance(given, str | int | float | bool) else ""
+        shown = f" {given!r}" if isinstance(given, str | int | float | bool) else " null" if given is None else ""
         raise UserError(f"config {field}{shown}: {message}".replace("config :", "config:")) from None
     for number, stage in config.stages.items():
         if stage.learning_rate is None:
@@ -268,4 +292,4 @@ def _nearest(name: str) -> str:
         leaves = {key.rsplit(".", 1)[-1]: key for key in keys}
         close = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.5)
         near = [leaves[close[0]]] if close else []
-    return f"; did you mean {near[0]}?" if near else "; see cxr-dist train --help"
+    return f"; did you mean {near[0]}?" if near else "; cxr-dist config prints them all"

@@ -229,15 +229,9 @@ def worker_batches(
         return valid, labels[valid], mask, slots
 
     def load(counter: Any) -> dict[str, Any]:
-        positions, label, mask, slot = tf.numpy_function(
-            element, [counter], [tf.int64, tf.int32, tf.float32, tf.int32]
-        )
+        positions, label, mask, slot = tf.numpy_function(element, [counter], [tf.int64, tf.int32, tf.float32, tf.int32])
         for tensor in (positions, label, mask, slot):
             tensor.set_shape([batch_size])
         return {"inputs": source.batches(positions), "label": label, "mask": mask, "slot": slot}
 
-    return (
-        tf.data.Dataset.counter()
-        .map(load, num_parallel_calls=2, deterministic=True)
-        .prefetch(2 * local_replicas)
-    )
+    return tf.data.Dataset.counter().map(load, num_parallel_calls=2, deterministic=True).prefetch(2 * local_replicas)

@@ -12,7 +12,7 @@ from cxr_dist.data import Positions, ShardSource, Source
 from cxr_dist.features import run_forward
 from cxr_dist.metrics import Predictions
 from cxr_dist.model import build_model
-from cxr_dist.report import write_evaluation
+from cxr_dist.report import check_output_folder, write_evaluation
 from cxr_dist.strategy import dtype_policy, make_strategy, prepare_devices, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.images import load_gray
@@ -86,6 +86,7 @@ def evaluate_run(request: Request, devices: int | None = None) -> dict[str, Any]
     model_file = request.run / run_folder.MODEL
     if result is None or not model_file.is_file():
         raise UserError(f"{request.run}: the run is not finished; start it again with train to go on")
+    check_output_folder(request.out)  # now, not after minutes of computing
     source, what = _source(request, info)
     topology = prepare_devices(devices)
     precision = resolve_precision(config.precision, topology.kind)

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import auc
 
-from cxr_dist.metrics import Predictions, mean_roc_curve, roc_curves, write_atomically
+from cxr_dist.files import write_bytes
+from cxr_dist.metrics import Predictions, mean_roc_curve, roc_curves
 
 STAGE_LABELS = {"1": "stage 1: head", "2": "stage 2: fine-tuning"}
 
@@ -221,7 +222,7 @@ def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
 
 def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write `figure` to `path` as a PNG, complete or not at all."""
-    write_atomically(path, png_bytes(figure, dpi))
+    write_bytes(path, png_bytes(figure, dpi))
 
 
 def _label(class_name: str, width: int) -> str:

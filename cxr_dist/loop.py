@@ -13,6 +13,7 @@ import numpy.typing as npt
 from cxr_dist import checkpoint, features, run_folder, stages, steps
 from cxr_dist.config import Config, StageConfig
 from cxr_dist.data import ArraySource, EvaluationPlan, ShardSource, Source, TrainingPlan
+from cxr_dist.files import write_json
 from cxr_dist.metrics import counts_metrics
 from cxr_dist.model import (
     build_model,
@@ -118,9 +119,7 @@ class _Run:
 
     def execute(self) -> dict[str, Any]:
         arrays = self._restore()
-        self.progress.seconds["start"] = (
-            self.progress.seconds.get("start", 0.0) + time.perf_counter() - self.started
-        )
+        self.progress.seconds["start"] = self.progress.seconds.get("start", 0.0) + time.perf_counter() - self.started
         try:
             for number in sorted(self.config.stages):
                 if number < self.progress.stage or not self.config.stages[number].epochs:
@@ -261,8 +260,9 @@ class _Run:
         """Pooled features of both splits, computed at the first stage that asks for them."""
         if self.feature_sources is None:
             with _timed(self.progress.seconds, "features"):
-                self.feature_sources = self._compute_features(self.train_source), self._compute_features(
-                    self.validation_source
+                self.feature_sources = (
+                    self._compute_features(self.train_source),
+                    self._compute_features(self.validation_source),
                 )
         return self.feature_sources
 
@@ -312,9 +312,7 @@ class _Run:
                 self._write(row["best"], weights, optimizer, loss_scale)
         self.reporter.emit({"kind": "epoch", "row": row})
 
-    def _write(
-        self, improved: bool, weights: checkpoint.Arrays, optimizer: Any, loss_scale: steps.LossScale
-    ) -> None:
+    def _write(self, improved: bool, weights: checkpoint.Arrays, optimizer: Any, loss_scale: steps.LossScale) -> None:
         progress, best = self.progress, self.best
         if improved:
             state = {"key": best.key, "epochs_done": best.epochs_done, "stage": best.stage, "epoch": best.epoch}
@@ -335,7 +333,7 @@ class _Run:
         path, arrays, state = found
         checkpoint.restore_model(self.model, arrays)
         self.progress = Progress(**state)
-        best_arrays, best = checkpoint.load_arrays(self.folder.best)
+        best_arrays, best = self.folder.load_best()
         self.best = Best(tuple(best["key"]), best["epochs_done"], best["stage"], best["epoch"], best_arrays)
         self.resumed_from = path.name
         self.reporter.emit({"kind": "message", "text": f"going on from {path}"})
@@ -372,10 +370,12 @@ class _Run:
             "seconds": seconds,
         }
         if self.topology.is_chief:
+            # Again: a run that was stopped between a checkpoint and its history has the row in the one alone.
+            run_folder.write_history(self.run, self.progress.history)
             with _timed(seconds, "save"):
                 self._save_model()
             seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - self.started
-            checkpoint.write_json(self.run / run_folder.RESULT, result)
+            write_json(self.run / run_folder.RESULT, result)
         self.reporter.emit({"kind": "done", "result": result})
         return result
 
@@ -433,4 +433,6 @@ class _Pace:
         self._steps += count
         self._seconds += seconds
         per_step = seconds / count
-        self.steps_per_call = int(min(max(SECONDS_PER_CALL / per_step, 1), 2 * self.steps_per_call, MOST_STEPS_PER_CALL))
+        self.steps_per_call = int(
+            min(max(SECONDS_PER_CALL / per_step, 1), 2 * self.steps_per_call, MOST_STEPS_PER_CALL)
+        )

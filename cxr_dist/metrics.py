@@ -5,7 +5,6 @@ that the predictions file holds, so that whoever recomputes from the file gets t
 """
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, roc_auc_score, roc_curve
 
+from cxr_dist.files import write_bytes
 from tfrecords_builder.errors import UserError
 
 PROBABILITY_PREFIX = "prob_"
@@ -191,7 +191,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
         columns[PROBABILITY_PREFIX + name] = pa.array(predictions.probabilities[:, index], pa.float64())
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns).replace_schema_metadata(_MARK), buffer)
-    write_atomically(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def read_predictions(path: Path) -> Predictions:
@@ -224,20 +224,6 @@ def is_predictions_file(path: Path) -> bool:
     except (OSError, pa.ArrowException):
         return False
     return _MARK.items() <= metadata.items()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path` complete or not at all: temporary name in the same folder, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _normalised(values: npt.ArrayLike, shape: tuple[int, int]) -> npt.NDArray[np.float64]:

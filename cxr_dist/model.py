@@ -44,7 +44,9 @@ def build_model(classes: int, image_size: int, config: Config, policy: str) -> A
     image = keras.Input((image_size, image_size, 1), name="image", dtype="float32")
     # In float32 under every policy: bfloat16 has too few bits for a pixel minus a mean.
     x = keras.layers.Concatenate(name="gray_to_bgr", dtype="float32")([image, image, image])
-    x = keras.layers.Rescaling(1.0, offset=[-mean for mean in IMAGENET_MEAN_BGR], name="subtract_mean", dtype="float32")(x)
+    x = keras.layers.Rescaling(
+        1.0, offset=[-mean for mean in IMAGENET_MEAN_BGR], name="subtract_mean", dtype="float32"
+    )(x)
     pooled = keras.layers.GlobalAveragePooling2D(name=POOL_NAME, dtype="float32")(base(x))
     model = keras.Model(image, head(pooled), name="cxr_classifier")
     for layer in batch_norm_layers(model):

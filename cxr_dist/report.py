@@ -11,12 +11,12 @@ import jinja2
 import numpy as np
 
 from cxr_dist import figures
+from cxr_dist.files import write_bytes
 from cxr_dist.metrics import (
     Predictions,
     evaluate_predictions,
     is_predictions_file,
     roc_curves,
-    write_atomically,
     write_predictions,
 )
 from tfrecords_builder.errors import UserError
@@ -99,9 +99,9 @@ def write_evaluation(
         write_predictions(out / PREDICTIONS, predictions)
         (out / HISTORY).unlink(missing_ok=True)
         for name, content in images.items():
-            write_atomically(out / name, content)
-        write_atomically(out / REPORT, page.encode())
-        write_atomically(out / METRICS, metrics_json(metrics).encode())
+            write_bytes(out / name, content)
+        write_bytes(out / REPORT, page.encode())
+        write_bytes(out / METRICS, metrics_json(metrics).encode())
     except OSError as error:
         raise UserError(
             f"{out}: cannot write the evaluation ({error.strerror or error}); give another folder"

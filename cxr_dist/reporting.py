@@ -68,11 +68,12 @@ class ConsoleReporter:
         if not self._live:
             return
         title = f"stage {event['stage']} epoch {event['epoch']}"
-        if self._bar is None or self._bar.desc != f"{title}: ":
+        bar = self._bar
+        if bar is None or (bar.desc, bar.total) != (title, event["steps"]) or event["step"] < bar.n:
             self._close()
-            self._bar = tqdm(total=event["steps"], desc=title, unit="step", file=self._stream, leave=False)
-        self._bar.set_postfix_str(f"{event['images_per_second']:.1f} img/s", refresh=False)
-        self._bar.update(event["step"] - self._bar.n)
+            bar = self._bar = tqdm(total=event["steps"], desc=title, unit="step", file=self._stream, leave=False)
+        bar.set_postfix_str(f"{event['images_per_second']:.1f} img/s", refresh=False)
+        bar.update(event["step"] - bar.n)
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cxr_dist.checkpoint import write_atomically, write_json
 from cxr_dist.config import Config, load_config
+from cxr_dist.files import write_json, write_text
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.manifest import Manifest
 
@@ -44,9 +44,7 @@ def resolve_config(config: Config, manifest: Manifest) -> Config:
         )
     if manifest.image_size < 32:
         raise UserError(f"the dataset's images of {manifest.image_size} pixels are too small: ResNet50 needs 32")
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"image_size": manifest.image_size})}
-    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"image_size": manifest.image_size})})
 
 
 def prepare(run: Path, config: Config, dataset: Path, manifest: Manifest) -> None:
@@ -61,12 +59,24 @@ def prepare(run: Path, config: Config, dataset: Path, manifest: Manifest) -> Non
     if (run / CONFIG).is_file() and (run / RUN).is_file():
         _check_same(run, config, info)
         return
-    if run.is_dir() and any(entry.name not in (CONFIG, EVENTS) for entry in run.iterdir()):
+    if run.is_dir() and not _is_begun(run, config):
         raise UserError(f"{run}: holds something that is not a run of this program; give a new folder as --out")
-    run.mkdir(parents=True, exist_ok=True)
-    text = config.to_yaml()
-    write_atomically(run / CONFIG, lambda file: file.write(text.encode()) and None)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{run}: cannot be made ({error.strerror}); give a folder that you may write as --out"
+        ) from None
+    write_text(run / CONFIG, config.to_yaml())
     write_json(run / RUN, asdict(info))
+
+
+def _is_begun(run: Path, config: Config) -> bool:
+    """Whether the folder holds nothing but what this very run may have left when it was stopped at its start."""
+    names = {entry.name for entry in run.iterdir()}
+    if CONFIG in names and (run / CONFIG).read_bytes() != config.to_yaml().encode():
+        return False
+    return names <= {CONFIG, EVENTS}
 
 
 def _check_same(run: Path, config: Config, info: RunInfo) -> None:
@@ -81,7 +91,7 @@ def _check_same(run: Path, config: Config, info: RunInfo) -> None:
 
 
 def _first_difference(before: Any, now: Any, prefix: str = "") -> tuple[str, Any, Any]:
-    for key in before.keys() | now.keys():
+    for key in sorted(before.keys() | now.keys()):
         left, right = before.get(key), now.get(key)
         if left != right:
             name = f"{prefix}{key}"
@@ -130,8 +140,7 @@ def read_result(run: Path) -> dict[str, Any] | None:
 
 
 def write_history(run: Path, history: list[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in history)
-    write_atomically(run / HISTORY, lambda file: file.write(text.encode()) and None)
+    write_text(run / HISTORY, "".join(json.dumps(row, allow_nan=False) + "\n" for row in history))
 
 
 def _require(run: Path, name: str) -> None:

@@ -60,7 +60,6 @@ class LossScale:
         self.scale.assign(tf.clip_by_value(changed, 1.0, 2.0**24))
         self.good_steps.assign(tf.where(grow, 0, good))
 
-
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What a checkpoint holds of it."""
         return {"loss_scale": np.asarray(self.scale), "loss_scale_good_steps": np.asarray(self.good_steps)}
@@ -167,11 +166,13 @@ def make_train_step(
         """Gradients of the scaled loss, [LOSS, CORRECT, COUNT, finite] and new BatchNorm statistics."""
         inputs = tf.cast(batch["inputs"], tf.float32)
         if augmentation is not None:
-            draws = augment.draw(step_seed + [0, _AUGMENTATION], batch["slot"], global_batch_size)
+            stream = tf.stack([step_seed[0], step_seed[1] * 4 + _AUGMENTATION])
+            draws = augment.draw(stream, batch["slot"], global_batch_size)
             inputs = augment.augment(inputs, draws, augmentation)
         other = list(other)
         for number, index in enumerate(variables.seeds):
-            stream = tf.stack([step_seed[0] + 7919 * (number + 1), step_seed[1] * 4 + _DROPOUT + 65536 * replica])
+            # Every layer, replica and step has a stream of its own, which no checkpoint has to hold.
+            stream = tf.stack([step_seed[0] + 7919 * (number + 1) + 104729 * replica, step_seed[1] * 4 + _DROPOUT])
             other[index] = tf.cast(stream, other[index].dtype)
         target = tf.one_hot(batch["label"], classes)
         smoothed = target * (1.0 - stage.label_smoothing) + stage.label_smoothing / classes
@@ -225,9 +226,7 @@ def make_train_step(
                 optimizer.learning_rate.assign(learning_rates[index])
                 strategy.run(apply, args=(gradients,))
                 for position, statistic in zip(variables.statistics, statistics, strict=True):
-                    strategy.extended.update(
-                        variables.other[position].value, _assign, args=(statistic,), group=False
-                    )
+                    strategy.extended.update(variables.other[position].value, _assign, args=(statistic,), group=False)
                 totals += tf.concat([tf.cast(first_of(sums), tf.float64), [0.0]], 0)
             else:
                 totals += tf.constant([0.0, 0.0, 0.0, 1.0], tf.float64)

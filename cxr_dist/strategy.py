@@ -4,6 +4,11 @@ Call `prepare_devices` before anything else touches TensorFlow in a process: log
 growth can only be set before the runtime starts.
 """
 
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,13 +46,16 @@ def prepare_devices(devices: int | None, workers: int = 1, worker: int = 0) -> T
     Raises:
         UserError: more GPUs are asked for than there are.
     """
-    import tensorflow as tf
+    with muted_stderr():
+        import tensorflow as tf
 
-    gpus = tf.config.list_physical_devices("GPU")
+        gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         wanted = devices or len(gpus)
         if wanted > len(gpus):
-            raise UserError(f"--devices-per-worker {wanted}: this machine has {len(gpus)} GPU(s); ask for at most as many")
+            raise UserError(
+                f"--devices-per-worker {wanted}: this machine has {len(gpus)} GPU(s); ask for at most as many"
+            )
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
         return Topology(workers, worker, "GPU", tuple(f"GPU:{index}" for index in range(wanted)))
@@ -57,6 +65,31 @@ def prepare_devices(devices: int | None, workers: int = 1, worker: int = 0) -> T
     if wanted > 1 and len(present or ()) < wanted:
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * wanted)
     return Topology(workers, worker, "CPU", tuple(f"CPU:{index}" for index in range(wanted)))
+
+
+@contextmanager
+def muted_stderr() -> Iterator[None]:
+    """Hold back what C++ code writes to stderr, unless TensorFlow's log level was lowered or the block raises.
+
+    TensorFlow logs the search for CUDA before its own log level is read, on every machine without a GPU.
+    """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") < "3":
+        yield
+        return
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(saved, 2)
+            held.seek(0)
+            os.write(2, held.read())
+            raise
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
 def make_strategy(topology: Topology) -> Any:

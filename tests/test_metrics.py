@@ -14,7 +14,7 @@ import sklearn.metrics as sk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_dist import metrics
+from cxr_dist import files, metrics
 from cxr_dist.metrics import Predictions
 from tfrecords_builder.errors import UserError
 
@@ -232,13 +232,13 @@ def test_area_below_the_mean_curve_is_the_macro_auc(classes: int, images: int, s
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
-    metrics.write_atomically(path, b"old")
+    files.write_bytes(path, b"old")
 
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
-        metrics.write_atomically(path, b"new")
+        files.write_bytes(path, b"new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"

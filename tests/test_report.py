@@ -143,7 +143,7 @@ def test_the_page_loads_nothing(written: tuple[Path, dict[str, Any], Predictions
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
-    names = (evil, '"><img_src=x_onerror=y>', "$\\frac{", "{{_7*7_}}")
+    names = (evil, '"><img_src=x_onerror=y>', "$\\frac{$", "{{_7*7_}}")
     predictions = make_predictions(names)
     report.write_evaluation(tmp_path / "out", predictions, [], {"run": evil, evil: {evil: [evil]}})
     text = (tmp_path / "out" / "report.html").read_text()
@@ -192,7 +192,7 @@ def test_metrics_come_last_and_an_interrupted_evaluation_can_be_repeated(
     report.write_evaluation(tmp_path, make_predictions(images=30), make_history(), {})
     (tmp_path / "own_notes.txt").write_text("mine")
     order = []
-    write = metrics.write_atomically
+    write = metrics.write_bytes
 
     def recorded(path: Path, content: bytes) -> None:
         assert not (tmp_path / "metrics.json").exists(), "the old metrics must not stand beside new files"
@@ -205,7 +205,7 @@ def test_metrics_come_last_and_an_interrupted_evaluation_can_be_repeated(
         write(path, content)
 
     for module in (metrics, report):
-        monkeypatch.setattr(module, "write_atomically", recorded)
+        monkeypatch.setattr(module, "write_bytes", recorded)
     report.write_evaluation(tmp_path, make_predictions(images=40), make_history(), {})
     assert order[0] == "predictions.parquet"
     assert order[-1] == "metrics.json"
@@ -214,7 +214,7 @@ def test_metrics_come_last_and_an_interrupted_evaluation_can_be_repeated(
 
     other = tmp_path / "other"
     for module in (metrics, report):
-        monkeypatch.setattr(module, "write_atomically", interrupted)
+        monkeypatch.setattr(module, "write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         report.write_evaluation(other, make_predictions(), make_history(), {})
     assert not (other / "metrics.json").exists()

@@ -48,12 +48,11 @@ def plan_workers(nodes: Sequence[Node], workers: int | None, devices_per_worker:
             raise UserError(f"{name} {value}: must be at least 1")
     gpu_nodes = [node for node in nodes if node.gpus >= 1]
     if gpu_nodes:
-        total = sum(int(node.gpus) for node in gpu_nodes)
         per_node = min(int(node.gpus) for node in gpu_nodes)
         if devices_per_worker is None:
-            devices_per_worker = per_node if workers is None else max(1, min(per_node, total // workers))
+            devices_per_worker = per_node if workers is None else _most_devices(nodes, workers)
         if workers is None:
-            workers = sum(int(node.gpus) // devices_per_worker for node in gpu_nodes)
+            workers = _places(WorkerPlan(1, devices_per_worker, "GPU", 1.0), nodes)
         share = min(node.cpus * devices_per_worker / node.gpus for node in gpu_nodes)
         plan = WorkerPlan(max(workers, 1), devices_per_worker, "GPU", max(1.0, float(int(share))))
     else:
@@ -62,6 +61,13 @@ def plan_workers(nodes: Sequence[Node], workers: int | None, devices_per_worker:
         largest = max(node.cpus for node in nodes)
         plan = WorkerPlan(workers, devices_per_worker or 1, "CPU", max(1.0, float(int(min(share, largest)))))
     return _fitted(plan, nodes)
+
+
+def _most_devices(nodes: Sequence[Node], workers: int) -> int:
+    """The most GPUs that each of `workers` can have on one machine; 1 when not even that fits."""
+    largest = max(int(node.gpus) for node in nodes)
+    fitting = (each for each in range(largest, 1, -1) if _places(WorkerPlan(1, each, "GPU", 1.0), nodes) >= workers)
+    return next(fitting, 1)
 
 
 def _fitted(plan: WorkerPlan, nodes: Sequence[Node]) -> WorkerPlan:
@@ -74,8 +80,8 @@ def _fitted(plan: WorkerPlan, nodes: Sequence[Node]) -> WorkerPlan:
     there = ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes)
     room = _places(WorkerPlan(plan.workers, plan.devices_per_worker, plan.kind, 1.0), nodes)
     raise UserError(
-        f"--workers {plan.workers}: each needs {what} on one machine, and the cluster ({there}) has room for {room}; "
-        "ask for fewer workers or devices, or add machines"
+        f"--workers {plan.workers} --devices-per-worker {plan.devices_per_worker}: each worker needs {what} on one "
+        f"machine, and the cluster ({there}) has room for {room}; ask for fewer workers or devices, or add machines"
     )
 
 

@@ -11,7 +11,7 @@ from cxr_dist import run_folder
 from cxr_dist.config import Config
 from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_workers
 from cxr_dist.reporting import Event, EventFile, EventFollower, Reporter, Reporters, TensorBoardReporter
-from cxr_dist.strategy import prepare_devices
+from cxr_dist.strategy import muted_stderr, prepare_devices
 from tfrecords_builder.errors import UserError
 
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE", "ABSL_MIN_LOG_LEVEL": "3"}
@@ -94,8 +94,9 @@ def _result(run: Path) -> dict[str, Any]:
 
 def launch(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], plan: WorkerPlan, run: Path) -> None:
     """Run `worker` in the bundles of `plan` through Ray Train's TensorflowTrainer, and wait for it."""
-    import ray.train
-    from ray.train.tensorflow import TensorflowTrainer
+    with muted_stderr():
+        import ray.train
+        from ray.train.tensorflow import TensorflowTrainer
 
     trainer = TensorflowTrainer(
         worker,

@@ -55,7 +55,7 @@ def _peripheral_patches(thorax: Thorax, x: Field, y: Field, rng: np.random.Gener
     """Hazy patches near the outer wall, mostly in both lungs, mostly low."""
     mottle = smooth_noise(rng, 22, x.shape[0])
     counts = rng.integers(2, 6, size=2)
-    if rng.random() < 0.15:
+    if rng.random() < 0.1:
         counts[rng.integers(2)] = 0
     right, left = (_patches(lung, int(count), x, y, rng) for lung, count in zip(thorax.lungs, counts, strict=True))
     texture = np.float32(1) + np.float32(0.45) * mottle
@@ -66,10 +66,10 @@ def _patches(lung: Lung, count: int, x: Field, y: Field, rng: np.random.Generato
     total = np.zeros_like(x)
     for index in range(count):  # spread over the height from the base up, so that they stay apart
         downward = float(np.clip(1 - 0.8 * index / count + rng.normal(0, 0.06), 0.15, 1))
-        centre = lung.point(float(rng.uniform(0.6, 0.9)), downward)
+        centre = lung.point(float(rng.uniform(0.5, 0.9)), downward)
         radii = (float(rng.uniform(0.065, 0.095)), float(rng.uniform(0.065, 0.105)))
-        total += np.float32(rng.uniform(0.34, 0.44)) * blob(x, y, centre, radii, angle=float(rng.uniform(0, np.pi)))
-    return np.minimum(total, np.float32(0.44))
+        total += np.float32(rng.uniform(0.38, 0.48)) * blob(x, y, centre, radii, angle=float(rng.uniform(0, np.pi)))
+    return np.minimum(total, np.float32(0.48))
 
 
 def _lobar_opacity(thorax: Thorax, x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Field]:
@@ -80,7 +80,7 @@ def _lobar_opacity(thorax: Thorax, x: Field, y: Field, rng: np.random.Generator)
     radii = (float(rng.uniform(0.18, 0.25)), float(rng.uniform(0.2, 0.28)))
     dx, dy = (x - np.float32(centre[0])) / radii[0], (y - np.float32(centre[1])) / radii[1]
     uneven = np.float32(0.15) * smooth_noise(rng, 9, x.shape[0])
-    opacity = np.float32(rng.uniform(0.4, 0.5)) * soft_step(1 - np.sqrt(dx * dx + dy * dy) + uneven, 0.5)
+    opacity = np.float32(rng.uniform(0.44, 0.54)) * soft_step(1 - np.sqrt(dx * dx + dy * dy) + uneven, 0.5)
     empty = np.zeros_like(x)
     return (opacity, empty) if lung.side == RIGHT_LUNG else (empty, opacity)
 
@@ -88,7 +88,7 @@ def _lobar_opacity(thorax: Thorax, x: Field, y: Field, rng: np.random.Generator)
 def _interstitial_lines(x: Field, rng: np.random.Generator) -> tuple[Field, Field]:
     """A net of fine lines all over both lungs: the zero lines of smooth noise."""
     size = x.shape[0]
-    strength = np.float32(rng.uniform(0.26, 0.34))
+    strength = np.float32(rng.uniform(0.3, 0.38))
     lines = np.zeros_like(x)
     for _ in range(2):  # two nets, so that lines cross
         noise = smooth_noise(rng, int(rng.integers(16, 20)), size)

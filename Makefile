@@ -1,0 +1,76 @@
+# `make demo` and `make test` do all the set-up themselves: they need Python 3.11 to 3.13 and make, nothing else.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint clean
+MAKEFLAGS += --no-builtin-rules
+
+# TensorFlow 2.21 has no wheels for later Pythons; raise the upper bound when the pinned version has.
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+ifndef PYTHON
+PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	if "$$python" -c '$(SUPPORTED)' 2>/dev/null; then echo "$$python"; break; fi; done)
+ifeq ($(PYTHON),)
+PYTHON := python3
+endif
+endif
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+
+# Without bytecode files, every process would compile TensorFlow's modules again.
+unexport PYTHONDONTWRITEBYTECODE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+# Also for the environments in which pip builds packages (the second name is that of newer versions of pip).
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+
+# pip compiles bytecode on one core, tests of libraries included: this takes all cores and leaves those out. Some
+# libraries ship templates that are no Python. That they do not compile is no failure, nor is it one for pip.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile -c constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
+
+# An earlier demo is replaced. A folder that holds anything else stays, and the command says what is in the way.
+DEMO_HOLDS := phantoms|\.phantoms\.unfinished-[0-9a-f]+|dataset|run|evaluation
+REMOVE_DEMO := if [ -d $(DEMO) ] && ! ls -A $(DEMO) | grep -qvxE '$(DEMO_HOLDS)'; then rm -rf $(DEMO); fi
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.installed ## set up, then phantom X-rays -> dataset -> training -> evaluation, in ./demo
+	@$(REMOVE_DEMO)
+	$(BIN)/cxr-dist demo --out $(DEMO)
+
+test: lint ## set up, then all checks and tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test ## set up, then the checks that run nothing: style, types, direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+clean: ## remove the environment, caches and the demo
+	@$(REMOVE_DEMO)
+	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find cxr_dist tfrecords_builder tune_configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { \
+		echo "error: PYTHON $(PYTHON): is not Python 3.11 to 3.13; give one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+# What `test` installs is all that `demo` needs and more, so it counts for both.
+$(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "Installing the dependencies into $(VENV): about 1 GB to download, two to five minutes, once."
+	@$(PIP_INSTALL) -e .
+	@$(COMPILE)
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "Installing the dependencies and the checks into $(VENV): about 1 GB to download, two to five minutes, once."
+	@$(PIP_INSTALL) -e ".[test]"
+	@$(COMPILE)
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,93 @@
+"""What all tests share: logical CPUs before TensorFlow starts, small datasets, and the real images where they are."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+LOGICAL_CPUS = 4
+_SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logical_cpus() -> None:
+    """Divide the CPU once: it cannot be done after TensorFlow has started."""
+    from cxr_dist.strategy import prepare_devices
+
+    prepare_devices(LOGICAL_CPUS)
+
+
+@pytest.fixture(scope="session")
+def phantom_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantoms of the four classes, 20 of each at 48 pixels."""
+    from cxr_dist.phantoms import write_phantoms
+
+    folder = tmp_path_factory.mktemp("source") / "phantoms"
+    write_phantoms(folder, per_class=20, size=48, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(phantom_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of 80 phantoms at 32 pixels: 56 for training, 12 for validation, 12 for the test."""
+    from tfrecords_builder.build import build_dataset
+
+    folder = tmp_path_factory.mktemp("dataset") / "phantoms"
+    build_dataset(phantom_source, folder, image_size=32, workers=1)
+    return folder
+
+
+def _real(variable: str, default: Path) -> Path:
+    path = Path(os.environ.get(variable, default))
+    if not path.exists():
+        pytest.skip(f"needs real input: {path} is missing; set ${variable}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def xrays() -> Path:
+    """The real X-rays: $CXR_XRAYS, a folder in the database's layout."""
+    return _real("CXR_XRAYS", _SHARED / "data" / "cxr4" / "COVID-19_Radiography_Dataset")
+
+
+@pytest.fixture(scope="session")
+def imagenet_weights() -> Path:
+    """ImageNet weights of ResNet50 without top: $CXR_WEIGHTS."""
+    return _real("CXR_WEIGHTS", _SHARED / "weights" / "resnet50_imagenet_notop.h5")
+
+
+@pytest.fixture
+def ray_stopped() -> Iterator[None]:
+    """No Ray before or after, whatever the test does."""
+    import ray
+
+    ray.shutdown()
+    yield
+    ray.shutdown()
+
+
+SMALL_RUN = [
+    "global_batch_size=8",
+    "precision=float32",
+    "model.weights=none",
+    "stages.1.epochs=2",
+    "stages.1.learning_rate=1e-3",
+    "stages.2.epochs=1",
+    "stages.2.unfreeze_layers=20",
+]
+
+
+@pytest.fixture(scope="session")
+def finished_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs of stage 1 and one of stage 2, in this process. Do not change it."""
+    from cxr_dist.commands import run_training
+    from cxr_dist.config import load_config
+
+    run = tmp_path_factory.mktemp("run") / "run"
+    run_training(load_config(None, SMALL_RUN), dataset, run, launcher="local")
+    return run

@@ -1,0 +1,105 @@
+"""Ray Train for real: clusters of this machine, two worker processes, bundles of declared GPUs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cxr_dist.orchestration.preflight import cluster_nodes, plan_workers
+from cxr_dist.orchestration.train_job import launch
+from tests.conftest import SMALL_RUN
+from tests.integration import workers
+from tests.test_steps import curve
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_stopped")]
+ROOT = Path(__file__).parents[2]
+
+
+def start_cluster(**resources: float) -> None:
+    import ray
+
+    ray.init(
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}},
+        **resources,
+    )
+
+
+def reports(folder: Path, pattern: str = "[0-9]*.json") -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+
+
+@pytest.mark.parametrize(("asked", "devices"), [(2, 4), (8, None)])
+def test_bundles_of_gpus_that_are_only_declared(asked: int, devices: int | None, tmp_path: Path) -> None:
+    start_cluster(num_cpus=8, num_gpus=8)
+    plan = plan_workers(cluster_nodes(), asked, devices)
+    launch(workers.record_bundle, {"out": str(tmp_path)}, plan, tmp_path / "run")
+    found = reports(tmp_path)
+    assert [worker["rank"] for worker in found] == list(range(asked))
+    assert {worker["workers"] for worker in found} == {asked}
+    gpus = [worker["gpus"] for worker in found]
+    assert {len(ids) for ids in gpus} == {8 // asked}
+    assert sorted(gpu for ids in gpus for gpu in ids) == list(range(8)), "every GPU in one bundle"
+    assert [bundle.get("GPU") for bundle in found[0]["bundles"] if bundle.get("GPU")] == [8 / asked] * asked
+
+
+def test_two_workers_follow_one_device(tmp_path: Path) -> None:
+    """The same curve, XLA on and off, the same weights on both, and an overflow on one skips the step on both."""
+    start_cluster(num_cpus=2)
+    variants: dict[str, dict[str, Any]] = {
+        "synchronized": {"synchronize_batch_norm": True},
+        "plain": {},
+        "xla": {"xla": True},
+    }
+    plan = plan_workers(cluster_nodes(), 2, None)
+    launch(workers.curves_and_overflow, {"out": str(tmp_path), "variants": variants}, plan, tmp_path / "run")
+    first, second = reports(tmp_path)
+    for name in variants:
+        assert first[name] == second[name], f"{name}: the workers differ"
+    one = curve()
+    for key, expected in (("losses", one.losses), ("validation", one.validation)):
+        np.testing.assert_allclose(first["synchronized"][key], expected, atol=1e-4)
+        np.testing.assert_allclose(first["xla"][key], first["plain"][key], atol=1e-3)
+    for found in reports(tmp_path, "poisoned-*.json"):
+        assert found == {"skipped": [4], "same": True, "scale": 2.0**11}
+
+
+def command(*arguments: object, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "cxr_dist", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
+
+
+def test_the_command_trains_through_ray_and_says_what_the_user_can_mend(dataset: Path, tmp_path: Path) -> None:
+    settings = [word for change in SMALL_RUN for word in ("--set", change)]
+    run = tmp_path / "run"
+    done = command("train", dataset, "--out", run, *settings, "--set", "stages.2.epochs=0")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "result.json").read_text())
+    assert (result["launcher"], result["workers"], result["strategy"]) == ("ray", 1, "OneDeviceStrategy")
+    assert "Traceback" not in done.stderr
+    assert "stage 1 epoch 2" in done.stderr
+
+    too_many = command("train", dataset, "--out", tmp_path / "other", *settings, "--workers", "64")
+    assert too_many.returncode == 2
+    assert too_many.stderr.splitlines()[-1].startswith("error: --workers 64")
+    assert not (tmp_path / "other").exists()
+
+    broken = tmp_path / "broken"
+    shutil.copytree(dataset, broken)
+    shard = max(broken.glob("*train*"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    failed = command("train", broken, "--out", tmp_path / "third", *settings)
+    assert failed.returncode == 2, failed.stderr
+    assert shard.name in failed.stderr.splitlines()[-1]
+    assert "Traceback" not in failed.stderr

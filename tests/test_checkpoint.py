@@ -1,0 +1,264 @@
+"""Checkpoints: what is written comes back, what is damaged is refused, and nothing is executed."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cxr_dist import checkpoint
+from cxr_dist.checkpoint import KEPT, CheckpointFolder, load_arrays, save_arrays
+from tfrecords_builder.errors import UserError
+
+STATE = {"stage": 2, "epoch": 3, "history": [{"loss": 0.1, "best": True}], "seconds": {"start": 1e-3}}
+
+
+def arrays() -> checkpoint.Arrays:
+    rng = np.random.default_rng(0)
+    return {
+        "model/conv1/kernel": rng.normal(size=(2, 3)).astype(np.float32),
+        "model/half": rng.normal(size=5).astype(np.float16),
+        "optimizer/0": np.array(7, np.int64),
+        "optimizer/1": np.array([np.nan, np.inf, -0.0], np.float64),
+        "flags": np.array([True, False]),
+        "empty": np.zeros((0, 4), np.uint8),
+    }
+
+
+def assert_same(found: checkpoint.Arrays, expected: checkpoint.Arrays) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        assert found[name].shape == array.shape
+        assert found[name].tobytes() == array.tobytes()
+
+
+def warn_nothing(text: str) -> None:
+    pytest.fail(f"unexpected warning: {text}")
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    save_arrays(tmp_path / "deep" / "one.npz", arrays(), STATE)
+    found, state = load_arrays(tmp_path / "deep" / "one.npz")
+    assert_same(found, arrays())
+    assert state == STATE
+
+
+def test_any_reader_of_npz_can_read_one(tmp_path: Path) -> None:
+    save_arrays(tmp_path / "one.npz", arrays(), STATE)
+    with np.load(tmp_path / "one.npz", allow_pickle=False) as file:
+        np.testing.assert_array_equal(file["model/conv1/kernel"], arrays()["model/conv1/kernel"])
+
+
+@pytest.mark.parametrize(
+    "array", [np.array([{}, "x"], object), np.ones(3, ml_dtypes.bfloat16)], ids=["object", "bfloat16"]
+)
+def test_what_would_not_come_back_is_not_written(tmp_path: Path, array: Any) -> None:
+    path = tmp_path / "one.npz"
+    with pytest.raises(ValueError, match="odd"):
+        save_arrays(path, {"odd": array}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+# Damage
+
+
+def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """Every byte of the file, one bit of each: also those of the zip's own directory, which no CRC guards."""
+    path = tmp_path / "one.npz"
+    small = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(3, np.int64)}
+    save_arrays(path, small, {"epoch": 1})
+    whole = path.read_bytes()
+    messages: list[str] = []
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            found, state = load_arrays(path)
+        except UserError as error:
+            messages.append(str(error))
+        else:
+            assert_same(found, small)
+            assert state == {"epoch": 1}
+    assert all(message.startswith(f"{path}: damaged checkpoint") and "\n" not in message for message in messages)
+    assert len(messages) > len(whole) / 2
+
+
+def test_a_header_that_asks_for_less_is_found(tmp_path: Path) -> None:
+    """NumPy reads what the header says and no further, so not as far as the CRC of a larger array."""
+    path = tmp_path / "one.npz"
+    save_arrays(path, {"large": np.zeros((70, 1000), np.float32)}, {})
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"(70, 1000)", b"(30, 1000)", 1))
+    with pytest.raises(UserError, match="damaged"):
+        load_arrays(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "one.npz"
+    save_arrays(path, arrays(), STATE)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(UserError, match=f"^{path}: damaged checkpoint"):
+        load_arrays(path)
+
+
+class Bomb:
+    """Fails the test when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("a pickle was loaded",)
+
+
+def test_no_pickle_is_ever_loaded(tmp_path: Path) -> None:
+    save_arrays(tmp_path / "whole.npz", {}, {})
+    state = np.load(tmp_path / "whole.npz")["state.json"]
+    hidden = np.empty(1, object)
+    hidden[0] = Bomb()
+    np.savez(tmp_path / "object.npz", **{"state.json": state, "a": hidden})
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, state)
+    with zipfile.ZipFile(tmp_path / "raw.npz", "w") as archive:
+        archive.writestr("state.json.npy", buffer.getvalue())
+        archive.writestr("a.npy", pickle.dumps(Bomb()))
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Bomb()))
+    for name in ("object.npz", "raw.npz", "pickle.npz"):
+        with pytest.raises(UserError, match=name):
+            load_arrays(tmp_path / name)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez(tmp_path / "plain.npz", a=np.zeros(3))
+    np.savez(tmp_path / "words.npz", **{"state.json": np.frombuffer(b"not json", np.uint8)})
+    np.savez(tmp_path / "list.npz", **{"state.json": np.frombuffer(json.dumps([1]).encode(), np.uint8)})
+    np.savez_compressed(tmp_path / "packed.npz", **{"state.json": np.frombuffer(b"{}", np.uint8)})
+    (tmp_path / "text.npz").write_text("epoch 3")
+    (tmp_path / "folder.npz").mkdir()
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(UserError, match=f"^{path}: damaged checkpoint .*; remove it"):
+            load_arrays(path)
+    with pytest.raises(UserError, match=r"no such checkpoint$"):
+        load_arrays(tmp_path / "missing.npz")
+
+
+# The folder
+
+
+def test_the_newest_few_are_kept(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    assert folder.newest(warn_nothing) is None
+    save_arrays(folder.best, arrays(), {})
+    for done in range(1, 13):
+        folder.save(done, {"epoch": np.array(done)}, {"epochs_done": done})
+        found = folder.newest(warn_nothing)
+        assert found is not None
+        assert (int(found[1]["epoch"]), found[2]) == (done, {"epochs_done": done})
+        kept = sorted(path.name for path in folder.best.parent.iterdir())
+        numbers = range(max(1, done - KEPT + 1), done + 1)
+        assert kept == ["best.npz", *(f"epoch-{number:05d}.npz" for number in numbers)]
+    assert KEPT >= 2, "else there is none before a damaged one"
+
+
+def test_order_is_by_number(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for done in (9, 10, 100, 99):
+        save_arrays(tmp_path / f"epoch-{done:05d}.npz", {}, {"epochs_done": done})
+    found = folder.newest(warn_nothing)
+    assert found is not None
+    assert found[2] == {"epochs_done": 100}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "flip"])
+def test_a_damaged_newest_falls_back_with_a_warning(tmp_path: Path, damage: str) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for done in (1, 2):
+        folder.save(done, arrays(), {"epochs_done": done})
+    newest = tmp_path / "epoch-00002.npz"
+    data = bytearray(newest.read_bytes())
+    if damage == "flip":
+        data[data.index(arrays()["model/conv1/kernel"].tobytes()) + 3] ^= 1
+    newest.write_bytes({"truncate": data[:-10], "empty": b"", "flip": data}[damage])
+    warnings: list[str] = []
+    found = folder.newest(warnings.append)
+    assert found is not None
+    assert (found[0].name, found[2]) == ("epoch-00001.npz", {"epochs_done": 1})
+    assert_same(found[1], arrays())
+    assert len(warnings) == 1
+    assert str(newest) in warnings[0]
+    assert newest.exists(), "it is not ours to remove"
+    (tmp_path / "epoch-00001.npz").write_bytes(b"")
+    assert folder.newest(warnings.append) is None
+    assert len(warnings) == 3
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for done in range(1, KEPT + 1):
+        folder.save(done, arrays(), {"epochs_done": done})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for done in (KEPT, KEPT + 1):  # the same once more, as after a crash; and the next
+        with pytest.raises(OSError, match="No space"):
+            folder.save(done, {"other": np.zeros(3)}, {})
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# Variables
+
+
+class Variable:
+    """As much of a Keras variable as a checkpoint uses."""
+
+    def __init__(self, path: str, value: Any) -> None:
+        self.path, self.value = path, np.asarray(value, np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.array(self.value, dtype)
+
+    def assign(self, value: Any) -> None:
+        self.value = np.array(value)
+
+
+class Holder:
+    def __init__(self, *variables: Variable) -> None:
+        self.weights = self.variables = list(variables)
+
+
+def test_models_by_path_and_optimizers_by_order() -> None:
+    model = Holder(Variable("a/kernel", [1, 2]), Variable("b/kernel", [3]))
+    shuffled = Holder(Variable("b/kernel", [0]), Variable("a/kernel", [0, 0]))
+    checkpoint.restore_model(shuffled, checkpoint.model_arrays(model))
+    assert [variable.value.tolist() for variable in shuffled.weights] == [[3], [1, 2]]
+    optimizer = Holder(Variable("velocity", [1]), Variable("velocity", [2, 3]))
+    fresh = Holder(Variable("velocity", [0]), Variable("velocity", [0, 0]))
+    checkpoint.restore_optimizer(fresh, checkpoint.optimizer_arrays(optimizer))
+    assert [variable.value.tolist() for variable in fresh.variables] == [[1], [2, 3]]
+
+
+def test_what_is_missing_or_of_another_shape_is_named() -> None:
+    saved = checkpoint.model_arrays(Holder(Variable("a", [1, 2])))
+    for other in (Variable("b", [1, 2]), Variable("a", [1]), Variable("a", [[1, 2]])):
+        with pytest.raises(ValueError, match=rf"no weight {other.path} of shape"):
+            checkpoint.restore_model(Holder(other), saved)
+    saved = checkpoint.optimizer_arrays(Holder(Variable("a", [1, 2])))
+    for wrong in (Holder(Variable("a", [1])), Holder(Variable("a", [1, 2]), Variable("b", [1]))):
+        with pytest.raises(ValueError, match="no optimizer variable"):
+            checkpoint.restore_optimizer(wrong, saved)

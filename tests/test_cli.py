@@ -1,0 +1,421 @@
+"""The command line: help at once, and one line for everything that the user can mend."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr_dist import cli, run_folder
+from cxr_dist.config import load_config
+from tfrecords_builder.manifest import read_manifest
+
+COMMANDS = ("demo", "synth", "build", "verify", "train", "evaluate", "config")
+TRAIN = ["--launcher", "local", "--config", "smoke"]
+
+
+def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A process of its own, which finds the packages wherever it runs."""
+    root = str(Path(cli.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=120)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Command:
+    """Runs commands in this process, and looks at how they end."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def succeeds(self, *arguments: object) -> str:
+        cli.main([str(argument) for argument in arguments])
+        return self._capsys.readouterr().out
+
+    def fails(self, *arguments: object) -> str:
+        """Its one line on stderr, without `error: `."""
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(argument) for argument in arguments])
+        captured = self._capsys.readouterr()
+        assert caught.value.code == 2
+        assert captured.out == ""
+        lines = captured.err.splitlines()
+        assert len(lines) == 1, captured.err
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(capsys)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Two classes of eight 40-pixel images."""
+    rng = np.random.default_rng(0)
+    for name in ("COVID", "Normal"):
+        folder = tmp_path / "source" / name / "images"
+        folder.mkdir(parents=True)
+        for number in range(8):
+            Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8)).save(folder / f"{name}-{number}.png")
+    return tmp_path / "source"
+
+
+def truncate(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-60])
+    return path
+
+
+# Help
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help(name: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"] if name else ["--help"])
+    captured = capsys.readouterr()
+    assert caught.value.code == 0
+    assert captured.err == ""
+    assert captured.out.startswith(f"usage: cxr-dist {name or ''}".rstrip())
+    for mentioned in COMMANDS if name is None else ():
+        assert f"    {mentioned} " in captured.out
+
+
+def test_every_command_is_tested_here() -> None:
+    parser = cli.build_parser()
+    actions = [action for action in parser._actions if action.dest == "command"]
+    assert set(actions[0].choices or ()) == set(COMMANDS)
+
+
+def test_help_starts_without_what_is_slow() -> None:
+    code = (
+        "import sys\n"
+        "from cxr_dist.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit as done: assert done.code == 0\n"
+        "slow = {'tensorflow', 'keras', 'ray', 'matplotlib', 'sklearn', 'scipy', 'pandas'} & set(sys.modules)\n"
+        "print('loaded:', sorted(slow))"
+    )
+    done = python("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+# Processes of their own
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    done = python("-m", "cxr_dist", "verify", "missing", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: missing: no such dataset folder")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_training_on_nothing_says_one_line_and_makes_nothing(tmp_path: Path) -> None:
+    """Through Ray, by default: TensorFlow and Ray are not even started."""
+    (tmp_path / "dataset").mkdir()
+    done = python("-m", "cxr_dist", "train", "dataset", "--out", "run", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: dataset: holds no manifest.parquet")
+    assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset"]
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["COMMAND", "cxr-dist --help"]),
+        (["trian"], ["'trian'", "train", "cxr-dist --help"]),
+        (["build", "a", "b", "--imagesize", "64"], ["--imagesize"]),
+        (["build", "a"], ["DATASET", "cxr-dist build --help"]),
+        (["build", "a", "b", "--image-size", "big"], ["--image-size", "'big'"]),
+        (["build", "a", "b", "--encoding", "tiff"], ["--encoding", "'tiff'", "png"]),
+        (["build", "a", "b", "--on-error", "ignore"], ["--on-error", "'ignore'", "skip"]),
+        (["build", "a", "b", "--workers", "0"], ["--workers", "0: must be", "at least 1"]),
+        (["train", "a"], ["--out", "cxr-dist train --help"]),
+        (["train", "a", "--out", "b", "--launcher", "slurm"], ["--launcher", "'slurm'", "ray", "local"]),
+        (["train", "a", "--out", "b", "--workers", "two"], ["--workers", "two: must be", "at least 1"]),
+        (["train", "a", "--out", "b", "--devices-per-worker", "-1"], ["--devices-per-worker"]),
+        (["evaluate", "a", "--out", "b", "--split", "dev"], ["--split", "'dev'", "validation"]),
+        (["evaluate", "a", "--out", "b", "--split", "train", "--images", "c"], ["--images", "--split"]),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[-2:]) if value else "nothing",
+)
+def test_mistyped_options(arguments: list[str], words: list[str], command: Command) -> None:
+    message = command.fails(*arguments)
+    assert all(word in message for word in words), message
+
+
+def test_verbose_goes_before_and_after_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "ABSL_MIN_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    cli.main(["--verbose", "config"])
+    cli.main(["config", "--verbose"])
+    assert "TF_CPP_MIN_LOG_LEVEL" not in os.environ
+    cli.main(["config"])
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "3"
+
+
+# Configuration
+
+
+def test_the_printed_configuration_is_one(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(command.succeeds("config", "--config", "cpu", "--set", "seed=5", "--set", "xla=on"))
+    config = load_config(path)
+    assert (config.seed, config.xla) == (5, "on")
+    assert config.stages == load_config(Path(cli.__file__).parents[1] / "tune_configs" / "cpu.yaml").stages
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--set", "model.dropot=0.1"], ["model.dropot", "did you mean model.dropout?"]),
+        (["--set", "stages.1.learning_rate=fast"], ["stages.1.learning_rate", "'fast'"]),
+        (["--set", "seed"], ["--set seed", "key=value"]),
+        (["--config", "smoky"], ["--config smoky", "smoke"]),
+        (["--config", "own.yaml"], ["own.yaml", "epocs", "did you mean"]),
+    ],
+)
+def test_bad_configuration(
+    options: list[str],
+    words: list[str],
+    command: Command,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("stages: {1: {epocs: 3}}")
+    for message in (
+        command.fails("train", dataset, "--out", "run", "--launcher", "local", *options),
+        command.fails("config", *options),
+    ):
+        assert all(word in message for word in words), message
+    assert not Path("run").exists()
+
+
+# Folders that are missing, empty, or something else
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_inputs_that_are_not_there(kind: str, command: Command, tmp_path: Path) -> None:
+    given, out = tmp_path / "input", tmp_path / "output"
+    if kind == "empty":
+        given.mkdir()
+    elif kind == "file":
+        given.write_text("mine")
+    for arguments in (
+        ["build", given, out],
+        ["verify", given],
+        ["train", given, "--out", out, *TRAIN],
+        ["evaluate", given, "--out", out],
+    ):
+        assert command.fails(*arguments).startswith(f"{given}: ")
+    assert not out.exists()
+    if kind == "file":
+        assert given.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.yaml", "manifest.parquet", "metrics.json"])
+def test_outputs_that_hold_something_else(
+    name: str, command: Command, source: Path, dataset: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    finished = tmp_path / "run"
+    run_folder.prepare(finished, load_config(), dataset, read_manifest(dataset))
+    (finished / run_folder.RESULT).write_text("{}")
+    (finished / run_folder.MODEL).write_bytes(b"")
+    for arguments in (
+        ["build", source, out, "--workers", 1],
+        ["train", dataset, "--out", out, *TRAIN],
+        ["evaluate", finished, "--out", out],
+        ["demo", "--out", out],
+        ["synth", out, "--workers", 1],
+    ):
+        assert str(out) in command.fails(*arguments)
+        assert content(out) == {name: b"mine"}
+
+
+def test_an_output_that_is_a_file(command: Command, source: Path, dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("mine")
+    for path in (out, out / "inside"):
+        for arguments in (
+            ["build", source, path, "--workers", 1],
+            ["train", dataset, "--out", path, *TRAIN],
+            ["synth", path, "--workers", 1],
+            ["demo", "--out", path],
+        ):
+            assert str(out) in command.fails(*arguments)
+    assert out.read_text() == "mine"
+
+
+# Images and datasets
+
+
+def test_a_class_with_too_few_images(command: Command, source: Path, tmp_path: Path) -> None:
+    for number in range(6):
+        (source / "Normal" / "images" / f"Normal-{number}.png").unlink()
+    message = command.fails("build", source, tmp_path / "dataset", "--workers", 1)
+    assert "Normal" in message
+    assert "2" in message
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_a_truncated_image_is_named_or_skipped(command: Command, source: Path, tmp_path: Path) -> None:
+    damaged = truncate(source / "COVID" / "images" / "COVID-3.png")
+    out = tmp_path / "dataset"
+    options = ["build", source, out, "--workers", 1, "--image-size", 32]
+    message = command.fails(*options)
+    assert message.startswith(f"{damaged}: ")
+    assert "--on-error skip" in message
+    assert not out.exists()
+    printed = command.succeeds(*options, "--on-error", "skip")
+    assert "left out: COVID/images/COVID-3.png: " in printed
+    assert "1 file(s) left out" in printed
+    assert read_manifest(out).rejected[0][0] == "COVID/images/COVID-3.png"
+    assert sum(sum(counts.values()) for counts in read_manifest(out).counts.values()) == 15
+    assert "15 records" in command.succeeds("verify", out)
+    assert "was complete already" in command.succeeds(*options, "--on-error", "skip")
+    assert "other output folder" in command.fails(*options, "--on-error", "skip", "--seed", 1)
+
+
+def test_a_dataset_that_fails_its_checksum(command: Command, dataset: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(dataset, tmp_path / "dataset"))
+    shard = damaged / read_manifest(damaged).shards[0].name
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert str(shard) in command.fails("verify", damaged)
+    shard.write_bytes(data[:-1])
+    for arguments in (["verify", damaged], ["train", damaged, "--out", tmp_path / "run", *TRAIN]):
+        assert str(shard) in command.fails(*arguments)
+    shard.unlink()
+    assert str(shard) in command.fails("train", damaged, "--out", tmp_path / "run", *TRAIN)
+    assert not (tmp_path / "run").exists()
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--set", "model.weights=missing.h5"], ["model.weights missing.h5", "no such file", "imagenet", "none"]),
+        (["--workers", "2"], ["--launcher local", "--workers", "ray"]),
+        (["--address", "auto"], ["--launcher local", "--address"]),
+        (["--set", "model.image_size=224"], ["model.image_size 224", "32 pixels", "--image-size 224"]),
+    ],
+)
+def test_training_that_cannot_be(
+    options: list[str], words: list[str], command: Command, dataset: Path, tmp_path: Path
+) -> None:
+    message = command.fails("train", dataset, "--out", tmp_path / "run", *TRAIN, *options)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_settings_than_the_run_has(command: Command, dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    manifest = read_manifest(dataset)
+    run_folder.prepare(run, run_folder.resolve_config(load_config(), manifest), dataset, manifest)
+    before = content(run)
+    message = command.fails("train", dataset, "--out", run, *TRAIN)
+    assert message.startswith(f"{run}: holds a run with ")
+    assert content(run) == before
+
+
+def test_a_finished_run_is_not_trained_again(
+    command: Command, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    manifest = read_manifest(dataset)
+    config = run_folder.resolve_config(load_config(Path(cli.__file__).parents[1] / "tune_configs/smoke.yaml"), manifest)
+    run_folder.prepare(run, config, dataset, manifest)
+    result = '{"best": {"val_accuracy": 0.75, "stage": 2, "epoch": 1}, "seconds": {"total": 12.3}}'
+    (run / run_folder.RESULT).write_text(result)
+    before = content(run)
+    cli.main(["train", str(dataset), "--out", str(run), *TRAIN])
+    captured = capsys.readouterr()
+    assert captured.err == f"{run}: was finished already\n"
+    assert "validation accuracy 0.7500 (stage 2, epoch 1), 12 s" in captured.out
+    assert content(run) == before
+
+
+# Evaluation
+
+
+def test_a_run_that_is_not_finished(command: Command, dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_folder.prepare(run, load_config(), dataset, read_manifest(dataset))
+    message = command.fails("evaluate", run, "--out", tmp_path / "out")
+    assert message.startswith(f"{run}: the run is not finished")
+    (run / run_folder.RUN).write_text("{}")
+    assert str(run / run_folder.RUN) in command.fails("evaluate", run, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_and_datasets_that_do_not_match_the_run(
+    command: Command, dataset: Path, source: Path, tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    run_folder.prepare(run, load_config(), dataset, read_manifest(dataset))
+    (run / run_folder.RESULT).write_text("{}")
+    (run / run_folder.MODEL).write_bytes(b"")
+    evaluate = ["evaluate", run, "--out", out]
+    assert command.fails(*evaluate, "--images", tmp_path / "none").startswith(f"{tmp_path / 'none'}: ")
+    (source / "COVID").rename(source / "Cat")
+    message = command.fails(*evaluate, "--images", source)
+    assert "class Cat" in message
+    assert "COVID" in message
+    other = tmp_path / "other"
+    command.succeeds("build", source, other, "--workers", 1, "--image-size", 32)
+    message = command.fails(*evaluate, "--dataset", other)
+    assert message.startswith(f"{other}: ")
+    assert "Cat" in message
+    moved = tmp_path / "moved"
+    run_folder.prepare(moved, load_config(), tmp_path / "gone", read_manifest(dataset))
+    for name in (run_folder.RESULT, run_folder.MODEL):
+        shutil.copy(run / name, moved / name)
+    assert str(tmp_path / "gone") in command.fails("evaluate", moved, "--out", out)
+    assert not out.exists()
+
+
+# What is not the user's to mend
+
+
+def test_defects_are_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_arguments: object, **_options: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("tfrecords_builder.verify.verify_dataset", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["verify", str(tmp_path)])
+
+
+def test_an_interrupt_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tfrecords_builder.verify.verify_dataset", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["verify", str(tmp_path)])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "stopped; start the same command again to go on\n"

@@ -1,0 +1,88 @@
+"""Every image counts once, on any number of devices, from shards or from a folder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cxr_dist import features, model, steps
+from cxr_dist.config import load_config
+from cxr_dist.data import EvaluationPlan
+from cxr_dist.evaluate import FolderSource, Request, evaluate_run
+from cxr_dist.metrics import read_predictions
+from cxr_dist.strategy import make_strategy
+from tests.training import CLASSES, SIZE, config, images, local_topology
+from tfrecords_builder.errors import UserError
+
+
+def test_101_images_on_1_2_and_3_replicas() -> None:
+    import keras
+
+    source = images(101)
+    confusions, outputs = [], []
+    for replicas in (1, 2, 3):
+        strategy = make_strategy(local_topology(replicas))
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            network = model.build_model(CLASSES, SIZE, config(), "float32")
+        plan = EvaluationPlan(source.count, 16, replicas)
+        iterator = features.distributed_batches(strategy, local_topology(replicas), source, plan)
+        confusion, _ = steps.make_evaluation_step(strategy, network, CLASSES, xla=False)(iterator, plan.steps)
+        confusions.append(confusion)
+        outputs.append(
+            features.run_forward(strategy, local_topology(replicas), network, source, 16, softmax=True, xla=False)
+        )
+    assert confusions[0].sum() == 101
+    assert confusions[0].sum(axis=1).tolist() == np.bincount(source.labels).tolist()
+    for confusion, probabilities in zip(confusions[1:], outputs[1:], strict=True):
+        np.testing.assert_array_equal(confusion, confusions[0])
+        np.testing.assert_allclose(probabilities, outputs[0], atol=1e-5)
+    assert outputs[0].shape == (101, CLASSES)
+
+
+def test_a_folder_of_other_images(finished_run: Path, phantom_source: Path, tmp_path: Path) -> None:
+    metrics = evaluate_run(Request(finished_run, tmp_path / "out", images=phantom_source))
+    assert metrics["n"] == 80
+    predictions = read_predictions(tmp_path / "out" / "predictions.parquet")
+    assert sorted(predictions.paths) == sorted(
+        str(path.relative_to(phantom_source)) for path in phantom_source.glob("*/images/*.png")
+    )
+    assert all(
+        predictions.class_names[label] == path.split("/")[0].replace(" ", "_")
+        for path, label in zip(predictions.paths, predictions.labels, strict=True)
+    )
+
+
+def test_the_test_split(finished_run: Path, tmp_path: Path) -> None:
+    metrics = evaluate_run(Request(finished_run, tmp_path / "out"))
+    assert metrics["n"] == 12
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
+    with pytest.raises(UserError, match="not an evaluation|other than an evaluation"):
+        evaluate_run(Request(finished_run, finished_run))
+
+
+def test_model_keras_alone_gives_the_same_predictions(finished_run: Path, phantom_source: Path, tmp_path: Path) -> None:
+    """A user who loads model.keras with Keras gets what our evaluation got."""
+    import keras
+
+    evaluate_run(Request(finished_run, tmp_path / "out", images=phantom_source))
+    predictions = read_predictions(tmp_path / "out" / "predictions.parquet")
+    loaded = keras.models.load_model(finished_run / "model.keras", safe_mode=True)
+    source = FolderSource(phantom_source, predictions.class_names, 32)
+    pixels = source._read(np.arange(8)).astype("float32")
+    logits = np.asarray(loaded(pixels, training=False))
+    probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(probabilities, predictions.probabilities[:8], atol=1e-4)
+
+
+def test_what_cannot_be_evaluated(finished_run: Path, phantom_source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate_run(Request(tmp_path / "missing", tmp_path / "out"))
+    (tmp_path / "other" / "Fracture").mkdir(parents=True)
+    (tmp_path / "other" / "Fracture" / "1.png").write_bytes(next(phantom_source.glob("*/images/*.png")).read_bytes())
+    with pytest.raises(UserError, match="Fracture"):
+        evaluate_run(Request(finished_run, tmp_path / "out", images=tmp_path / "other"))
+    assert not (tmp_path / "out").exists()
+    assert load_config(finished_run / "config.yaml").model.image_size == 32

@@ -1,0 +1,131 @@
+"""The network: its size, what trains, and that training touches nothing else. On real weights where they are."""
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from cxr_dist import model
+from cxr_dist.config import Config, ModelConfig, StageConfig
+from tests.training import CLASSES, SIZE, Training, config
+from tfrecords_builder.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Any:
+    return model.build_model(CLASSES, SIZE, config(), "mixed_bfloat16")
+
+
+def test_the_published_number_of_parameters(fresh: Any) -> None:
+    assert fresh.count_params() == model.PARAMETERS_FOUR_CLASSES == 24_122_500
+    assert len(model.base_of(fresh).layers) == 175
+
+
+def test_logits_are_float32_and_preprocessing_is_keras_own(fresh: Any) -> None:
+    import keras
+
+    assert fresh.output.dtype == "float32"
+    pixels = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 1)).astype("float32")
+    prepared = keras.Model(fresh.input, fresh.get_layer("subtract_mean").output)(pixels)
+    expected = keras.applications.resnet50.preprocess_input(np.repeat(pixels, 3, axis=-1).copy())
+    np.testing.assert_allclose(np.asarray(prepared), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("unfreeze", [0, 1, 30, 100, 175])
+@pytest.mark.parametrize("train_batch_norm", [True, False])
+def test_what_trains(fresh: Any, unfreeze: int, train_batch_norm: bool) -> None:
+    import keras
+
+    model.set_trainable(fresh, unfreeze, train_batch_norm)
+    base = model.base_of(fresh)
+    upper = base.layers[175 - unfreeze :]
+    expected = {
+        variable.path
+        for layer in upper
+        if train_batch_norm or not isinstance(layer, keras.layers.BatchNormalization)
+        for variable in layer.weights
+        if "moving" not in variable.path
+    }
+    trained = {variable.path for variable in fresh.trainable_variables}
+    assert trained == expected | {variable.path for variable in model.head_of(fresh).trainable_variables}
+    assert len(model.head_of(fresh).trainable_variables) == 8
+
+
+def changed(run: Training, before: dict[str, np.ndarray]) -> set[str]:
+    return {
+        variable.path
+        for variable in model.base_of(run.model).weights
+        if (np.asarray(variable) != before[variable.path]).any()
+    }
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("batch_norm", ["train", "inference"])
+def test_each_stage_changes_exactly_what_it_trains(imagenet_weights: Path, batch_norm: str) -> None:
+    run = Training(weights=str(imagenet_weights), batch_norm=batch_norm, dropout=0.3)
+    model.load_base_weights(run.model, str(imagenet_weights))
+    base = model.base_of(run.model)
+    before = {variable.path: np.asarray(variable) for variable in base.weights}
+
+    run.stage(StageConfig(epochs=1, learning_rate=1e-3))
+    assert changed(run, before) == set()
+
+    run.stage(StageConfig(epochs=1, learning_rate=1e-3, unfreeze_layers=100))
+    trainable = {variable.path for variable in base.trainable_variables}
+    upper = [variable for layer in base.layers[-100:] for variable in layer.weights]
+    statistics = {variable.path for variable in upper if "moving" in variable.path} if batch_norm == "train" else set()
+    assert changed(run, before) == trainable | statistics
+    if batch_norm == "train":
+        assert trainable == {variable.path for variable in upper if "moving" not in variable.path}
+
+
+@pytest.mark.real
+def test_the_weights_are_those_that_keras_loads(imagenet_weights: Path) -> None:
+    import keras
+
+    ours = model.build_model(CLASSES, SIZE, config(), "float32")
+    model.load_base_weights(ours, str(imagenet_weights))
+    theirs = keras.applications.ResNet50(include_top=False, weights=str(imagenet_weights), input_shape=(SIZE, SIZE, 3))
+    for left, right in zip(model.base_of(ours).get_weights(), theirs.get_weights(), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_weights_of_another_network_are_refused(fresh: Any, tmp_path: Path) -> None:
+    other = tmp_path / "other.h5"
+    with h5py.File(other, "w") as file:
+        for name in ("conv1_conv", "dense"):
+            file.create_group(name).attrs["weight_names"] = [f"{name}/kernel"]
+    with pytest.raises(UserError, match="another network"):
+        model.load_base_weights(fresh, str(other))
+
+    damaged = tmp_path / "damaged.h5"
+    damaged.write_bytes(other.read_bytes()[:400])
+    with pytest.raises(UserError, match=r"damaged\.h5"):
+        model.load_base_weights(fresh, str(damaged))
+    with pytest.raises(UserError, match=r"model\.weights"):
+        model.check_weights(str(tmp_path / "missing.h5"))
+
+
+def test_offline_the_two_other_ways_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import keras
+
+    def no_network(*_: object, **__: object) -> None:
+        raise Exception("URL fetch failure: None -- [Errno -3] Temporary failure in name resolution")
+
+    monkeypatch.setattr(keras.applications, "ResNet50", no_network)
+    with pytest.raises(UserError, match=r"model\.weights=PATH.*none") as error:
+        model.check_weights("imagenet")
+    assert "\n" not in str(error.value)
+
+
+def test_batch_norm_always_trains_without_pretrained_weights() -> None:
+    for weights, batch_norm, expected in (
+        ("none", "inference", True),
+        ("none", "train", True),
+        ("imagenet", "inference", False),
+        ("imagenet", "train", True),
+    ):
+        settings = Config(model=ModelConfig.model_validate({"weights": weights, "batch_norm": batch_norm}))
+        assert model.trains_base_batch_norm(settings) is expected

@@ -1,0 +1,157 @@
+"""What people and other processes are told."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cxr_dist import reporting
+from cxr_dist.reporting import ConsoleReporter, EventFile, EventFollower, Reporters
+
+ROW = {
+    "stage": 2, "epoch": 3, "epochs_done": 6, "loss": 0.123456, "accuracy": 0.9, "val_loss": 0.5, "val_accuracy": 0.875,
+    "images_per_second": 12.34, "seconds": 61.2, "best": True,
+}  # fmt: skip
+
+
+def progress(step: int, steps: int = 10, epoch: int = 1) -> dict[str, Any]:
+    return {"kind": "progress", "stage": 1, "epoch": epoch, "step": step, "steps": steps, "images_per_second": 9.87}
+
+
+EVENTS: list[dict[str, Any]] = [
+    {"kind": "message", "text": "going on from epoch-00003.npz"},
+    {"kind": "stage", "stage": 1, "epochs": 2, "text": "stage 1: head"},
+    progress(1),
+    progress(10),
+    {"kind": "warning", "text": "damaged"},
+    {"kind": "epoch", "row": ROW},
+    progress(1, epoch=2),
+    {"kind": "epoch", "row": ROW | {"best": False}},
+    {"kind": "done", "result": {"workers": 1}},
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def emit(self, event: Any) -> None:
+        self.events.append(event)
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    reporter = ConsoleReporter(stream)
+    for event in EVENTS:
+        reporter.emit(event)
+    text = stream.getvalue()
+    assert all(character.isprintable() or character == "\n" for character in text), "no control characters"
+    epoch = "stage 2 epoch 3: loss 0.1235 accuracy 0.9000 | validation loss 0.5000 accuracy 0.8750 | 12.3 img/s, 61 s"
+    assert text.splitlines() == [
+        "going on from epoch-00003.npz", "stage 1: head", "warning: damaged", f"{epoch} *", epoch
+    ]  # fmt: skip
+
+
+def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+
+    class Bar(reporting.tqdm):  # type: ignore[misc, type-arg]
+        """Draws at every update: a real one waits a tenth of a second."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, mininterval=0, miniters=1)
+            made.append(self)
+
+    monkeypatch.setattr(reporting, "tqdm", Bar)
+    stream = Terminal()
+    reporter = ConsoleReporter(stream)
+    for event in [progress(1), progress(4), progress(10)]:
+        reporter.emit(event)
+    assert len(made) == 1, "one bar an epoch, or neither speed nor time left would be known"
+    drawn = stream.getvalue()
+    for words in ("\rstage 1 epoch 1", "4/10", "10/10", "9.9 img/s"):
+        assert words in drawn
+    # The bar is wiped before a line is written, so that the line stands alone.
+    reporter.emit({"kind": "warning", "text": "damaged"})
+    rest = stream.getvalue()[len(drawn) :]
+    wiped, line = rest.rsplit("\r", 1)
+    assert (wiped.replace("\r", "").strip(" "), line) == ("", "warning: damaged\n")
+    for number, event in enumerate([progress(1, epoch=2), progress(1, 20, epoch=2), progress(20, 20, epoch=2)]):
+        reporter.emit(event)
+        assert len(made) == 2 + min(number, 1), "another epoch, another number of steps"
+    reporter.emit(progress(3, 20, epoch=2))  # the same title once more: the features of another split
+    assert len(made) == 4
+    assert made[-1].n == 3
+    reporter.emit({"kind": "done", "result": {}})
+    assert all(bar.disable for bar in made), "closed"
+
+
+def test_several_reporters_hear_everything() -> None:
+    recorders = [Recorder(), Recorder()]
+    for event in EVENTS:
+        Reporters(recorders).emit(event)
+    assert all(recorder.events == EVENTS for recorder in recorders)
+
+
+# Between processes
+
+
+def test_a_follower_passes_on_what_was_written_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100, 200))
+    monkeypatch.setattr(reporting.time, "monotonic", lambda: float(next(clock)))
+    path, recorder = tmp_path / "events.jsonl", Recorder()
+    follower = EventFollower(path, recorder)
+    follower.poll()  # before there is a file
+    writer = EventFile(path)
+    for number, event in enumerate(EVENTS):
+        writer.emit(event)
+        if number % 3 == 0:
+            follower.poll()
+    follower.poll()
+    follower.poll()
+    assert recorder.events == EVENTS
+
+
+def test_a_partial_line_waits_until_it_is_whole(tmp_path: Path) -> None:
+    path, recorder = tmp_path / "events.jsonl", Recorder()
+    follower = EventFollower(path, recorder)
+    events = [{"kind": "message", "text": text} for text in ("première", "zweite", "third")]
+    data = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events).encode()
+    for end in range(len(data) + 1):  # byte by byte, also inside a character
+        path.write_bytes(data[:end])
+        follower.poll()
+        assert recorder.events == events[: data[:end].count(b"\n")]
+    assert recorder.events == events
+
+
+def test_a_follower_starts_where_it_was_made(tmp_path: Path) -> None:
+    """An interrupted run left events: they were shown then."""
+    path, recorder = tmp_path / "events.jsonl", Recorder()
+    EventFile(path).emit(EVENTS[0])
+    follower = EventFollower(path, recorder)
+    EventFile(path).emit(EVENTS[1])
+    follower.poll()
+    assert recorder.events == [EVENTS[1]]
+
+
+def test_progress_is_thinned_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(reporting.time, "monotonic", lambda: now)
+    writer = EventFile(tmp_path / "events.jsonl")
+    for step in range(100):
+        writer.emit(progress(step, 100))
+        now += 0.1
+        if step % 10 == 0:
+            writer.emit({"kind": "message", "text": str(step)})
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["kind"] == "progress"]
+    assert 15 <= len(steps) <= 21, "10 s at two a second"
+    assert steps == sorted(steps)
+    assert [line["text"] for line in lines if line["kind"] == "message"] == [str(step) for step in range(0, 100, 10)]

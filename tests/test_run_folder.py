@@ -1,0 +1,170 @@
+"""Who may write into a run's folder, and what is read from one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cxr_dist import run_folder
+from cxr_dist.config import Config, load_config
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.manifest import Manifest, Settings
+
+DATA = Path("somewhere/dataset")
+
+
+def manifest(fingerprint: str = "f" * 64, image_size: int = 64) -> Manifest:
+    settings = Settings(image_size=image_size, encoding="raw", seed=0, split_rule="any")
+    return Manifest(class_names=("COVID", "Normal"), settings=settings, fingerprint=fingerprint, shards=(), rows=())
+
+
+def config(*overrides: str) -> Config:
+    return run_folder.resolve_config(load_config(overrides=["model.weights=none", *overrides]), manifest())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(run: Path, settings: Config, data: Manifest | None = None) -> str:
+    """The message; whatever is there stays as it is."""
+    before = content(run) if run.is_dir() else run.read_bytes()
+    with pytest.raises(UserError) as caught:
+        run_folder.prepare(run, settings, DATA, data or manifest())
+    assert (content(run) if run.is_dir() else run.read_bytes()) == before
+    message = str(caught.value)
+    assert message.startswith(f"{run}: ")
+    assert "--out" in message or "folder" in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "deep" / "run"
+    run_folder.prepare(folder, config("stages.1.epochs=5"), DATA, manifest())
+    return folder
+
+
+def test_a_new_run(run: Path) -> None:
+    assert run_folder.read_config(run) == config("stages.1.epochs=5")
+    assert run_folder.read_info(run) == run_folder.RunInfo(str(DATA.resolve()), "f" * 64, ("COVID", "Normal"), 64)
+    assert run_folder.read_history(run) == []
+    assert run_folder.read_result(run) is None
+
+
+def test_an_interrupted_run_is_accepted_and_left_as_it_is(run: Path) -> None:
+    (run / run_folder.CHECKPOINTS).mkdir()
+    (run / run_folder.CHECKPOINTS / "epoch-00001.npz").write_bytes(b"x")
+    run_folder.write_history(run, [{"epoch": 1, "loss": 0.5}])
+    before = content(run)
+    run_folder.prepare(run, config("stages.1.epochs=5"), Path("moved/dataset"), manifest())
+    assert content(run) == before
+
+
+def test_a_run_stopped_at_its_very_start_is_accepted(run: Path) -> None:
+    (run / run_folder.RUN).unlink()
+    run_folder.prepare(run, config("stages.1.epochs=5"), DATA, manifest())
+    assert run_folder.read_info(run).fingerprint == "f" * 64
+    empty = run.parent / "empty"
+    empty.mkdir()
+    run_folder.prepare(empty, config(), DATA, manifest())
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "before", "now"),
+    [
+        ("stages.1.epochs=6", "stages.1.epochs", "5", "6"),
+        ("seed=3", "seed", "0", "3"),
+        ("model.dropout=0.5", "model.dropout", "0.3", "0.5"),
+        ("stages.2.clip_norm=1", "stages.2.clip_norm", "None", "1.0"),
+        ("stages.3.learning_rate=1e-5", "stages.3", "None", "1e-05"),
+    ],
+)
+def test_other_settings_are_refused_by_name(run: Path, override: str, key: str, before: str, now: str) -> None:
+    overrides = [override] if override.startswith("stages.1") else ["stages.1.epochs=5", override]
+    message = refused(run, config(*overrides))
+    assert f" {key} {before}, not " in message
+    assert now in message.split(", not ")[1]
+
+
+def test_the_first_of_several_differences_is_always_the_same(run: Path) -> None:
+    message = refused(run, config("stages.1.epochs=6", "seed=1", "model.dropout=0.1"))
+    assert " model.dropout 0.3, not 0.1" in message
+
+
+def test_another_dataset_is_refused(run: Path) -> None:
+    message = refused(run, config("stages.1.epochs=5"), manifest("0" * 64))
+    assert "another dataset" in message
+    assert str(DATA.resolve()) in message
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in refused(tmp_path / "file", config())
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "model.keras", run_folder.RUN, run_folder.RESULT, ".hidden", run_folder.CONFIG]
+)
+def test_a_folder_with_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("seed: 5  # mine")
+    assert "not a run of this program" in refused(tmp_path, config())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot be made .*--out"):
+        run_folder.prepare(tmp_path / "file" / "run", config(), DATA, manifest())
+
+
+# What depends on the dataset
+
+
+def test_the_image_size_is_the_datasets() -> None:
+    assert run_folder.resolve_config(load_config(), manifest(image_size=96)).model.image_size == 96
+    same = load_config(overrides=["model.image_size=96"])
+    assert run_folder.resolve_config(same, manifest(image_size=96)) == same
+    with pytest.raises(UserError, match=r"^model\.image_size 96: .* 64 pixels.*--image-size 96"):
+        run_folder.resolve_config(same, manifest(image_size=64))
+    with pytest.raises(UserError, match="31 pixels are too small"):
+        run_folder.resolve_config(load_config(), manifest(image_size=31))
+
+
+# Reading
+
+
+def test_history_and_result(run: Path) -> None:
+    rows = [{"epoch": 1, "loss": 0.5, "best": True}, {"epoch": 2, "loss": 0.25, "best": False}]
+    run_folder.write_history(run, rows)
+    assert run_folder.read_history(run) == rows
+    assert len((run / run_folder.HISTORY).read_text().splitlines()) == 2
+    (run / run_folder.RESULT).write_text(json.dumps({"workers": 2}))
+    assert run_folder.read_result(run) == {"workers": 2}
+    with pytest.raises(ValueError, match="JSON"):
+        run_folder.write_history(run, [{"loss": float("nan")}])
+    assert run_folder.read_history(run) == rows
+
+
+def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+    for read in (run_folder.read_config, run_folder.read_info):
+        with pytest.raises(UserError, match=f"^{tmp_path / 'missing'}: no such folder"):
+            read(tmp_path / "missing")
+        with pytest.raises(UserError, match=f"^{tmp_path}: is not the folder of a run"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"dataset": "d", "fingerprint": "f", "class_names": 3}', "\xff"]
+)
+def test_damaged_files_are_named(run: Path, text: str) -> None:
+    for name in (run_folder.RUN, run_folder.HISTORY, run_folder.RESULT):
+        (run / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=run_folder.RUN):
+        run_folder.read_info(run)
+    if text in ("", "{", "\xff"):
+        if text:
+            with pytest.raises(UserError, match=run_folder.HISTORY):
+                run_folder.read_history(run)
+        with pytest.raises(UserError, match=run_folder.RESULT):
+            run_folder.read_result(run)

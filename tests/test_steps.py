@@ -1,0 +1,85 @@
+"""The step under one device and two mirrored logical CPUs: same curve, whatever compiles it and in what precision.
+
+ResNet50 itself, at 32 pixels. The curves are computed once and compared in several tests.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+
+from cxr_dist.config import StageConfig
+from tests import training
+from tests.training import Trace, Training
+
+
+@functools.cache
+def curve(replicas: int = 1, precision: str = "float32", xla: bool = False, synchronized: bool = False) -> Trace:
+    return training.two_stages(replicas, precision, xla, synchronize_batch_norm=synchronized)
+
+
+def assert_same(left: Trace, right: Trace, tolerance: float) -> None:
+    np.testing.assert_allclose(left.losses, right.losses, atol=tolerance)
+    np.testing.assert_allclose(left.validation, right.validation, atol=tolerance)
+    assert left.skipped == right.skipped == [0] * 4
+
+
+def test_the_loss_falls_and_each_stage_is_traced_once() -> None:
+    trace = curve()
+    assert trace.losses[1] < trace.losses[0]
+    assert trace.losses[3] < trace.losses[2]
+    assert trace.traces == [1, 1]
+
+
+def test_two_mirrored_replicas_follow_one_device() -> None:
+    """With synchronised BatchNorm, whose collectives change nothing on one device."""
+    assert_same(curve(replicas=2, synchronized=True), curve(), 1e-4)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_xla_changes_nothing(replicas: int) -> None:
+    assert_same(curve(replicas, xla=True), curve(replicas), 1e-3)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.05), ("float16", 0.02)])
+def test_half_precision_follows_float32(precision: str, tolerance: float) -> None:
+    """bfloat16 has 8 significant bits and float16 11: the losses, near 1.4, agree to that over 16 steps."""
+    assert_same(curve(precision=precision), curve(), tolerance)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_an_overflow_anywhere_skips_the_step_everywhere(replicas: int) -> None:
+    """One replica's images make its gradients infinite; no weight of any replica may change."""
+    run = Training(replicas, "float16")
+    before = weights(run)
+    run.poison(replica=replicas - 1)
+    trace = run.stage(StageConfig(epochs=1, learning_rate=1e-3, optimizer="adam"), loss_scale=2.0**15)
+    steps_run = run.plan.steps_per_epoch
+    assert trace.skipped == [steps_run]
+    assert run.loss_scale.scale.numpy() == 2.0 ** (15 - steps_run)
+    for replica, (old, new) in enumerate(zip(before, weights(run), strict=True)):
+        for left, right in zip(old, new, strict=True):
+            np.testing.assert_array_equal(left, right, err_msg=f"replica {replica}")
+
+
+def weights(run: Training) -> list[list[np.ndarray]]:
+    """Every weight, on every replica."""
+    local = run.strategy.experimental_local_results
+    per_weight = [[np.asarray(value) for value in local(variable.value)] for variable in run.model.weights]
+    return [list(values) for values in zip(*per_weight, strict=True)]
+
+
+def test_gradients_are_clipped_after_the_reduction() -> None:
+    """A clip on each replica's own gradient would give two replicas another step than one device."""
+    row = StageConfig(epochs=1, learning_rate=1e-2, optimizer="sgd", momentum=0.0, clip_norm=0.05)
+    one, two = Training(1), Training(2, synchronize_batch_norm=True)
+    assert_close(one.stage(row).losses, two.stage(row).losses, 1e-4)
+    assert_close(
+        np.asarray(training.model.head_of(one.model).get_layer("logits").kernel),
+        np.asarray(training.model.head_of(two.model).get_layer("logits").kernel),
+        1e-5,
+    )
+
+
+def assert_close(left: object, right: object, tolerance: float) -> None:
+    np.testing.assert_allclose(np.asarray(left), np.asarray(right), atol=tolerance)

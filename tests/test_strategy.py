@@ -1,0 +1,168 @@
+"""Decisions by device, and the messages that are held back."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from cxr_dist import strategy
+from cxr_dist.config import Config, load_config
+from cxr_dist.strategy import Topology, dtype_policy, muted_stderr, resolve_precision, resolve_xla
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"avx2", "avx512f"}, "float32"),
+        (set(), "float32"),
+        ({"avx512f", "avx512_bf16"}, "bfloat16"),
+        ({"amx_bf16"}, "bfloat16"),
+    ],
+)
+def test_auto_precision_of_a_cpu(monkeypatch: pytest.MonkeyPatch, flags: set[str], expected: str) -> None:
+    monkeypatch.setattr(strategy, "_cpu_flags", lambda: frozenset(flags))
+    assert resolve_precision("auto", "CPU") == expected
+    for asked in ("float32", "bfloat16", "float16"):
+        assert resolve_precision(asked, "CPU") == asked
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((6, 1), "float32"), ((7, 0), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")]
+)
+def test_auto_precision_of_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str) -> None:
+    import tensorflow as tf
+
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _kind: ["gpu"])
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda _gpu: {"compute_capability": capability})
+    assert resolve_precision("auto", "GPU") == expected
+    assert resolve_precision("float16", "GPU") == "float16"
+
+
+def test_cpu_flags_are_read_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cpuinfo:
+        text: str | None = "model name : some\nflags\t\t: fpu avx512_bf16 sse\nflags : other"
+
+        def __init__(self, path: str) -> None:
+            assert path == "/proc/cpuinfo"
+
+        def read_text(self, **_options: Any) -> str:
+            if self.text is None:
+                raise FileNotFoundError
+            return self.text
+
+    monkeypatch.setattr(strategy, "Path", Cpuinfo)
+    assert strategy._cpu_flags() == {"fpu", "avx512_bf16", "sse"}
+    Cpuinfo.text = "processor : 0\n"
+    assert strategy._cpu_flags() == frozenset()
+    Cpuinfo.text = None
+    assert strategy._cpu_flags() == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("xla", "synchronized", "kind", "expected"),
+    [
+        ("auto", False, "CPU", False),
+        ("auto", False, "GPU", True),
+        ("auto", True, "GPU", False),
+        ("auto", True, "CPU", False),
+        ("on", False, "CPU", True),
+        ("on", False, "GPU", True),
+        ("off", False, "GPU", False),
+        ("off", True, "GPU", False),
+    ],
+)
+def test_xla(xla: str, synchronized: bool, kind: strategy.DeviceKind, expected: bool) -> None:
+    config: Config = load_config(overrides=[f"xla={xla}", f"model.synchronize_batch_norm={synchronized}"])
+    assert resolve_xla(config, kind) is expected
+
+
+def test_policies_and_replicas() -> None:
+    import keras
+
+    for precision in ("float32", "bfloat16", "float16"):
+        policy = keras.DTypePolicy(dtype_policy(precision))
+        assert (policy.variable_dtype, policy.compute_dtype) == ("float32", precision)
+    topology = Topology(3, 1, "GPU", ("GPU:0", "GPU:1"))
+    assert (topology.replicas, topology.is_chief) == (6, False)
+    assert Topology(3, 0, "GPU", ("GPU:0",)).is_chief
+
+
+@pytest.mark.parametrize(("devices", "name"), [(1, "OneDeviceStrategy"), (2, "MirroredStrategy")])
+def test_the_strategy_is_chosen_from_the_devices(devices: int, name: str) -> None:
+    topology = strategy.prepare_devices(devices)
+    assert len(topology.devices) == topology.replicas == devices
+    made = strategy.make_strategy(topology)
+    assert type(made).__name__ == name
+    assert made.num_replicas_in_sync == devices
+
+
+def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow as tf
+
+    grown: list[Any] = []
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _kind: ["a", "b"])
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda gpu, on: grown.append((gpu, on)))
+    with pytest.raises(strategy.UserError, match=r"^--devices-per-worker 3: .* 2 GPU"):
+        strategy.prepare_devices(3)
+    assert strategy.prepare_devices(None, 2, 1) == Topology(2, 1, "GPU", ("GPU:0", "GPU:1"))
+    assert grown == [("a", True), ("b", True)]
+
+
+# Messages that are held back; by descriptor, as C++ writes them
+
+
+def shout(text: str) -> None:
+    os.write(2, text.encode())
+
+
+def test_what_is_muted_is_gone(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    shout("before ")
+    with muted_stderr():
+        shout("noise")
+        print("python noise", file=sys.__stderr__, flush=True)
+    shout("after")
+    assert capfd.readouterr().err == "before after"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_what_was_muted_comes_back_with_an_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: type[BaseException]
+) -> None:
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+
+    def fail() -> None:
+        shout("the reason")
+        raise error
+
+    with pytest.raises(error), muted_stderr():
+        fail()
+    shout(" and more")
+    assert capfd.readouterr().err == "the reason and more"
+
+
+@pytest.mark.parametrize("level", [None, "0", "2"])
+def test_nothing_is_muted_when_messages_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], level: str | None
+) -> None:
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    if level:
+        monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", level)
+    with muted_stderr():
+        shout("wanted")
+    assert capfd.readouterr().err == "wanted"
+
+
+def test_no_descriptor_is_lost() -> None:
+    code = (
+        "import os; os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'\n"
+        "from cxr_dist.strategy import muted_stderr\n"
+        "before = os.listdir('/proc/self/fd')\n"
+        "for _ in range(3):\n"
+        "    with muted_stderr(): os.write(2, b'x')\n"
+        "assert os.listdir('/proc/self/fd') == before"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,129 @@
+"""A small two-stage training, driven step by step, whose curve the tests compare."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cxr_dist import features, model, steps
+from cxr_dist.config import Config, ModelConfig, StageConfig
+from cxr_dist.data import ArraySource, EvaluationPlan, TrainingPlan
+from cxr_dist.strategy import Topology, dtype_policy, make_strategy
+
+CLASSES = 4
+SIZE = 32
+BATCH = 8
+IMAGES = 32
+
+
+def images(count: int = IMAGES, seed: int = 0) -> ArraySource:
+    """Noise with a dark band whose place tells the class: uint8 [N, 32, 32, 1]."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count, dtype=np.int32) % CLASSES
+    pixels = rng.integers(60, 200, (count, SIZE, SIZE, 1))
+    for index, label in enumerate(labels):
+        pixels[index, 8 * label : 8 * label + 8] //= 4
+    return ArraySource(pixels.astype(np.uint8), labels)
+
+
+def pixels_of(source: ArraySource) -> np.ndarray:
+    return source._inputs
+
+
+def local_topology(replicas: int) -> Topology:
+    return Topology(1, 0, "CPU", tuple(f"CPU:{index}" for index in range(replicas)))
+
+
+@dataclass
+class Trace:
+    """What a training left to compare."""
+
+    losses: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    traces: list[int] = field(default_factory=list)
+
+
+def config(**changes: object) -> Config:
+    settings: dict[str, object] = {"weights": "none", "dropout": 0.0, "image_size": SIZE} | changes
+    return Config(global_batch_size=BATCH, model=ModelConfig.model_validate(settings))
+
+
+class Training:
+    """One model under one strategy, trained stage by stage on `images()`."""
+
+    def __init__(
+        self,
+        replicas: int = 1,
+        precision: str = "float32",
+        xla: bool = False,
+        topology: Topology | None = None,
+        **changes: object,
+    ) -> None:
+        import keras
+
+        self.config = config(**changes)
+        self.topology = topology or local_topology(replicas)
+        self.precision, self.xla = precision, xla
+        self.strategy = make_strategy(self.topology)
+        keras.utils.set_random_seed(0)
+        with self.strategy.scope():
+            self.model = model.build_model(CLASSES, SIZE, self.config, dtype_policy(precision))
+        self.source = images()
+        self.plan = TrainingPlan(self.source.count, BATCH, self.topology.replicas, seed=0)
+
+    def poison(self, replica: int) -> None:
+        """An infinite pixel in one image of `replica` at every step, and in no other replica's."""
+        pixels = pixels_of(self.source).astype(np.float32)
+        pixels[[self.plan.positions(step, replica)[0] for step in range(self.plan.steps_per_epoch)]] = np.inf
+        self.source = ArraySource(pixels, self.source.labels)
+
+    def stage(self, row: StageConfig, trace: Trace | None = None, loss_scale: float = 2.0**15) -> Trace:
+        """Train the epochs of `row` at a constant rate and validate after each."""
+        trace = trace or Trace()
+        model.set_trainable(self.model, row.unfreeze_layers, model.trains_base_batch_norm(self.config))
+        with self.strategy.scope():
+            optimizer = steps.make_optimizer(row)
+            optimizer.build(self.model.trainable_variables)
+        self.loss_scale = steps.LossScale.create(self.precision, loss_scale)
+        train_step = steps.make_train_step(
+            self.strategy,
+            self.model,
+            optimizer,
+            row,
+            global_batch_size=BATCH,
+            classes=CLASSES,
+            seed=0,
+            augmentation=self.config.augmentation if row.augment else None,
+            class_weights=None,
+            loss_scale=self.loss_scale,
+            xla=self.xla,
+        )
+        evaluate = steps.make_evaluation_step(self.strategy, self.model, CLASSES, self.xla)
+        evaluation = EvaluationPlan(self.source.count, 5, self.topology.replicas)
+        iterator = features.distributed_batches(self.strategy, self.topology, self.source, self.plan)
+        rates = np.full(self.plan.steps_per_epoch, row.learning_rate, np.float32)
+        for epoch in range(row.epochs):
+            # Two calls of different lengths: neither may cause another trace.
+            half = len(rates) // 2
+            first = epoch * len(rates)
+            totals = train_step.run(iterator, first, rates[:half]) + train_step.run(
+                iterator, first + half, rates[half:]
+            )
+            counted = features.distributed_batches(self.strategy, self.topology, self.source, evaluation)
+            confusion, loss = evaluate(counted, evaluation.steps)
+            assert confusion.sum() == self.source.count
+            trace.losses.append(totals[steps.LOSS] / max(totals[steps.COUNT], 1))
+            trace.validation.append(loss / self.source.count)
+            trace.skipped.append(int(totals[steps.SKIPPED]))
+        trace.traces.append(len(train_step.traces))
+        return trace
+
+
+HEAD = StageConfig(epochs=2, learning_rate=1e-3, optimizer="sgd", momentum=0.9)
+UPPER = StageConfig(epochs=2, learning_rate=1e-5, optimizer="sgd", momentum=0.9, unfreeze_layers=30)
+
+
+def two_stages(replicas: int = 1, precision: str = "float32", xla: bool = False, **changes: object) -> Trace:
+    """Both stages on one model; the curve of all epochs."""
+    training = Training(replicas, precision, xla, **changes)
+    return training.stage(UPPER, training.stage(HEAD))
