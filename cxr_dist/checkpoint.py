@@ -36,7 +36,8 @@ def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], state: Mappi
             raise ValueError(f"{name}: cannot be saved as {array.dtype}")
     described = {"arrays": sorted(arrays), "state": state}
     encoded = np.frombuffer(json.dumps(described).encode(), dtype=np.uint8)
-    write_atomically(path, lambda file: np.savez(file, **{_STATE: encoded}, **arrays))
+    members: dict[str, Any] = {_STATE: encoded, **arrays}
+    write_atomically(path, lambda file: np.savez(file, **members))
 
 
 def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:

@@ -1,7 +1,6 @@
 """What each command of the command line does: options in, one call into the packages, lines for people out."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -90,8 +89,8 @@ def train(options: argparse.Namespace) -> None:
     )
     best = result["best"]
     print(
-        f"{options.out}: validation accuracy {best['val_accuracy']:.4f} (stage {best['stage']}, epoch {best['epoch']}), "
-        f"{result['seconds']['total']:.0f} s"
+        f"{options.out}: validation accuracy {best['val_accuracy']:.4f} "
+        f"(stage {best['stage']}, epoch {best['epoch']}), {result['seconds']['total']:.0f} s"
     )
 
 
@@ -198,7 +197,7 @@ def demo(options: argparse.Namespace) -> None:
     print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
 
 
-DEMO_PER_CLASS = 300
+DEMO_PER_CLASS = 320
 DEMO_SIZE = 128
 DEMO_IMAGE_SIZE = 64
 
@@ -215,6 +214,3 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield update
-
-
-os.environ.setdefault("KERAS_BACKEND", "tensorflow")

@@ -102,7 +102,7 @@ def evaluate_run(request: Request, devices: int | None = None) -> dict[str, Any]
         if source.failure is not None:
             raise source.failure from error
         raise
-    predictions = Predictions(source.paths, source.labels, probabilities, info.class_names)
+    predictions = Predictions(source.paths, source.labels, probabilities.astype(np.float64), info.class_names)
     described = {
         "run": str(request.run),
         "images": what,

@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -56,7 +57,7 @@ def main() -> None:
     classes = link_splits(options.source, options.manifest, work)
     size = (options.image_size, options.image_size)
 
-    def load(split: str, shuffle: bool):
+    def load(split: str, shuffle: bool) -> Any:
         return keras.utils.image_dataset_from_directory(
             work / split,
             class_names=classes,
