@@ -6,7 +6,7 @@ The preprocessing (three equal channels, minus the ImageNet mean) is part of the
 parameters, so `model.keras` takes gray pixels as they are. With four classes: 24,122,500 parameters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,18 @@ POOL_NAME = "pool"
 HEAD_NAME = "head"
 
 
-def build_model(classes: int, image_size: int, config: Config, policy: str) -> Any:
+def resnet50(image_size: int) -> Any:
+    """Keras's ResNet50 without top, with fresh weights."""
+    import keras
+
+    return keras.applications.ResNet50(
+        include_top=False, weights=None, input_shape=(image_size, image_size, 3), name=BASE_NAME
+    )
+
+
+def build_model(
+    classes: int, image_size: int, config: Config, policy: str, make_base: Callable[[int], Any] = resnet50
+) -> Any:
     """The classifier with fresh weights, a `keras.Model`; load weights with `load_base_weights`.
 
     Made of two models, `base` and `head`, so that either can be run alone.
@@ -33,13 +44,12 @@ def build_model(classes: int, image_size: int, config: Config, policy: str) -> A
         classes: C, the number of logits.
         image_size: S, pixels.
         policy: Keras dtype policy of base and head; the logits are float32 always.
+        make_base: image size -> a model named BASE_NAME, [B, S, S, 3] -> [B, h, w, 2048].
     """
     import keras
 
     keras.config.set_dtype_policy(policy)
-    base = keras.applications.ResNet50(
-        include_top=False, weights=None, input_shape=(image_size, image_size, 3), name=BASE_NAME
-    )
+    base = make_base(image_size)
     head = _head(keras, classes, config.model.dropout)
     image = keras.Input((image_size, image_size, 1), name="image", dtype="float32")
     # In float32 under every policy: bfloat16 has too few bits for a pixel minus a mean.

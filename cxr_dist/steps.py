@@ -194,17 +194,23 @@ def make_train_step(
         context = tf.distribute.get_replica_context()
         replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
         gradients, sums, statistics = inner(batch, step_seed, replica, scale, *variables.values())
-        reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, [*gradients, sums, *statistics])
-        count = len(gradients)
-        gradients = [gradient / scale for gradient in reduced[:count]]
-        sums = reduced[count]
-        statistics = [statistic / context.num_replicas_in_sync for statistic in reduced[count + 1 :]]
-        checks = [tf.reduce_all(tf.math.is_finite(value)) for value in (*gradients, sums)]
-        return gradients, sums, statistics, tf.reduce_all(tf.stack(checks))
+        if context.num_replicas_in_sync > 1:
+            count = len(gradients)
+            reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, [*gradients, sums, *statistics])
+            gradients, sums = reduced[:count], reduced[count]
+            statistics = [statistic / context.num_replicas_in_sync for statistic in reduced[count + 1 :]]
+        if loss_scale.dynamic:
+            gradients = [gradient / scale for gradient in gradients]
+        # One pass over each gradient serves the check and the clipping. A finite gradient above 1e19, whose
+        # square is not, counts as an overflow too.
+        norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
+        finite = tf.math.is_finite(norm) & tf.reduce_all(tf.math.is_finite(sums))
+        if stage.clip_norm:
+            factor = stage.clip_norm / tf.maximum(norm, stage.clip_norm)
+            gradients = [gradient * factor for gradient in gradients]
+        return gradients, sums, statistics, finite
 
     def apply(gradients: list[Any]) -> None:
-        if stage.clip_norm:
-            gradients, _ = tf.clip_by_global_norm(gradients, stage.clip_norm)
         optimizer.apply(gradients, variables.trainable)
 
     def first_of(value: Any) -> Any:

@@ -5,6 +5,7 @@ growth can only be set before the runtime starts.
 """
 
 import ctypes
+import functools
 import os
 import sys
 import tempfile
@@ -112,9 +113,20 @@ def muted_stderr() -> Iterator[None]:
             os.close(saved)
 
 
+_COLLECTIVE_KEYS_PER_STRATEGY = 1000
+
+
+@functools.cache
 def make_strategy(topology: Topology) -> Any:
-    """One device, mirrored over local devices, or multi-worker (which reads TF_CONFIG)."""
+    """One device, mirrored over local devices, or multi-worker (which reads TF_CONFIG).
+
+    The same one for the same topology. Each strategy numbers its collectives from the same start, and the
+    runtime knows them by number: two strategies in one process would take each other's for their own.
+    """
     import tensorflow as tf
+
+    for kind in (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy):
+        kind._collective_key_base += _COLLECTIVE_KEYS_PER_STRATEGY
 
     if topology.workers > 1:
         implementation = (

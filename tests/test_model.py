@@ -64,7 +64,7 @@ def changed(run: Training, before: dict[str, np.ndarray]) -> set[str]:
 @pytest.mark.real
 @pytest.mark.parametrize("batch_norm", ["train", "inference"])
 def test_each_stage_changes_exactly_what_it_trains(imagenet_weights: Path, batch_norm: str) -> None:
-    run = Training(weights=str(imagenet_weights), batch_norm=batch_norm, dropout=0.3)
+    run = Training(make_base=model.resnet50, weights=str(imagenet_weights), batch_norm=batch_norm, dropout=0.3)
     model.load_base_weights(run.model, str(imagenet_weights))
     base = model.base_of(run.model)
     before = {variable.path: np.asarray(variable) for variable in base.weights}

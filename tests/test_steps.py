@@ -1,6 +1,7 @@
 """The step under one device and two mirrored logical CPUs: same curve, whatever compiles it and in what precision.
 
-ResNet50 itself, at 32 pixels. The curves are computed once and compared in several tests.
+A residual block of ResNet50's kind stands in for it in the grid of strategies, compilers and precisions.
+The curves are computed once and compared in several tests.
 """
 
 import functools
@@ -8,6 +9,7 @@ import functools
 import numpy as np
 import pytest
 
+from cxr_dist import model
 from cxr_dist.config import StageConfig
 from tests import training
 from tests.training import Trace, Training
@@ -16,6 +18,16 @@ from tests.training import Trace, Training
 @functools.cache
 def curve(replicas: int = 1, precision: str = "float32", xla: bool = False, synchronized: bool = False) -> Trace:
     return training.two_stages(replicas, precision, xla, synchronize_batch_norm=synchronized)
+
+
+def test_resnet50_itself_on_two_replicas() -> None:
+    """The real network through the real step, once: the same losses as on one device, synchronised."""
+    row = StageConfig(epochs=1, learning_rate=1e-4, optimizer="sgd", unfreeze_layers=30)
+    one, two = (
+        Training(replicas, make_base=model.resnet50, synchronize_batch_norm=True).stage(row) for replicas in (1, 2)
+    )
+    np.testing.assert_allclose(two.losses, one.losses, atol=1e-4)
+    np.testing.assert_allclose(two.validation, one.validation, atol=1e-3)
 
 
 def assert_same(left: Trace, right: Trace, tolerance: float) -> None:

@@ -68,8 +68,8 @@ def _patches(lung: Lung, count: int, x: Field, y: Field, rng: np.random.Generato
         downward = float(np.clip(1 - 0.8 * index / count + rng.normal(0, 0.06), 0.15, 1))
         centre = lung.point(float(rng.uniform(0.5, 0.9)), downward)
         radii = (float(rng.uniform(0.065, 0.095)), float(rng.uniform(0.065, 0.105)))
-        total += np.float32(rng.uniform(0.38, 0.48)) * blob(x, y, centre, radii, angle=float(rng.uniform(0, np.pi)))
-    return np.minimum(total, np.float32(0.48))
+        total += np.float32(rng.uniform(0.48, 0.6)) * blob(x, y, centre, radii, angle=float(rng.uniform(0, np.pi)))
+    return np.minimum(total, np.float32(0.6))
 
 
 def _lobar_opacity(thorax: Thorax, x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Field]:
@@ -80,7 +80,7 @@ def _lobar_opacity(thorax: Thorax, x: Field, y: Field, rng: np.random.Generator)
     radii = (float(rng.uniform(0.18, 0.25)), float(rng.uniform(0.2, 0.28)))
     dx, dy = (x - np.float32(centre[0])) / radii[0], (y - np.float32(centre[1])) / radii[1]
     uneven = np.float32(0.15) * smooth_noise(rng, 9, x.shape[0])
-    opacity = np.float32(rng.uniform(0.44, 0.54)) * soft_step(1 - np.sqrt(dx * dx + dy * dy) + uneven, 0.5)
+    opacity = np.float32(rng.uniform(0.58, 0.7)) * soft_step(1 - np.sqrt(dx * dx + dy * dy) + uneven, 0.5)
     empty = np.zeros_like(x)
     return (opacity, empty) if lung.side == RIGHT_LUNG else (empty, opacity)
 
@@ -88,7 +88,7 @@ def _lobar_opacity(thorax: Thorax, x: Field, y: Field, rng: np.random.Generator)
 def _interstitial_lines(x: Field, rng: np.random.Generator) -> tuple[Field, Field]:
     """A net of fine lines all over both lungs: the zero lines of smooth noise."""
     size = x.shape[0]
-    strength = np.float32(rng.uniform(0.3, 0.38))
+    strength = np.float32(rng.uniform(0.4, 0.5))
     lines = np.zeros_like(x)
     for _ in range(2):  # two nets, so that lines cross
         noise = smooth_noise(rng, int(rng.integers(16, 20)), size)

@@ -37,12 +37,18 @@ def reports(folder: Path, pattern: str = "[0-9]*.json") -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
 
 
-@pytest.mark.parametrize(("asked", "devices"), [(2, 4), (8, None)])
-def test_bundles_of_gpus_that_are_only_declared(asked: int, devices: int | None, tmp_path: Path) -> None:
+def test_bundles_of_gpus_that_are_only_declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     start_cluster(num_cpus=8, num_gpus=8)
-    plan = plan_workers(cluster_nodes(), asked, devices)
-    launch(workers.record_bundle, {"out": str(tmp_path)}, plan, tmp_path / "run")
-    found = reports(tmp_path)
+    for asked, devices in ((2, 4), (8, None)):
+        out = tmp_path / str(asked)
+        out.mkdir()
+        plan = plan_workers(cluster_nodes(), asked, devices)
+        launch(workers.record_bundle, {"out": str(out)}, plan, out / "run")
+        check_bundles(reports(out), asked)
+
+
+def check_bundles(found: list[dict[str, Any]], asked: int) -> None:
     assert [worker["rank"] for worker in found] == list(range(asked))
     assert {worker["workers"] for worker in found} == {asked}
     gpus = [worker["gpus"] for worker in found]
