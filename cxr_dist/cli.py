@@ -43,7 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = command("demo", commands.demo, "phantom X-rays -> dataset -> both stages -> evaluation, in a few minutes")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="a new folder (default: %(default)s)")
-    demo.add_argument("--launcher", choices=["ray", "local"], default="ray", help="(default: %(default)s)")
+    demo.add_argument(
+        "--launcher",
+        choices=["ray", "local"],
+        default="local",
+        help="Ray Train, or this process (default: %(default)s)",
+    )
 
     synth = command("synth", commands.synth, "draw phantom X-rays of the four classes, with lung masks")
     synth.add_argument("folder", type=Path, metavar="DIR")

@@ -197,7 +197,7 @@ def demo(options: argparse.Namespace) -> None:
     print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
 
 
-DEMO_PER_CLASS = 320
+DEMO_PER_CLASS = 400
 DEMO_SIZE = 128
 DEMO_IMAGE_SIZE = 64
 

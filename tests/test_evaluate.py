@@ -12,7 +12,7 @@ from cxr_dist.data import EvaluationPlan
 from cxr_dist.evaluate import FolderSource, Request, evaluate_run
 from cxr_dist.metrics import read_predictions
 from cxr_dist.strategy import make_strategy
-from tests.training import CLASSES, SIZE, config, images, local_topology
+from tests.training import CLASSES, SIZE, config, images, local_topology, small_base
 from tfrecords_builder.errors import UserError
 
 
@@ -25,7 +25,7 @@ def test_101_images_on_1_2_and_3_replicas() -> None:
         strategy = make_strategy(local_topology(replicas))
         keras.utils.set_random_seed(0)
         with strategy.scope():
-            network = model.build_model(CLASSES, SIZE, config(), "float32")
+            network = model.build_model(CLASSES, SIZE, config(), "float32", small_base)
         plan = EvaluationPlan(source.count, 16, replicas)
         iterator = features.distributed_batches(strategy, local_topology(replicas), source, plan)
         confusion, _ = steps.make_evaluation_step(strategy, network, CLASSES, xla=False)(iterator, plan.steps)

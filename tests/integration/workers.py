@@ -27,6 +27,16 @@ def record_bundle(arguments: dict[str, Any]) -> None:
     Path(arguments["out"], f"{found['rank']}.json").write_text(json.dumps(found))
 
 
+def fail_in_words(_arguments: dict[str, Any]) -> None:
+    """What a reader of a damaged shard raises, under the error that TensorFlow makes of it."""
+    from tfrecords_builder.errors import UserError
+
+    try:
+        raise RuntimeError("an error of many lines\nfrom TensorFlow")
+    except RuntimeError as error:
+        raise UserError("shard 7: damaged") from error
+
+
 def train_curves(arguments: dict[str, Any]) -> None:
     """Train the small two stages under MultiWorkerMirroredStrategy, once per variant, and write the curves."""
     import ray.train
