@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist import run_folder
-from cxr_dist.data import Positions, ShardSource, Source
+from cxr_dist.data import Positions, ShardSource
 from cxr_dist.features import run_forward
 from cxr_dist.metrics import Predictions
 from cxr_dist.model import build_model
@@ -135,6 +135,3 @@ def _load_weights(model: Any, path: Path) -> None:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be loaded ({reason}); train the run again") from None
-
-
-__all__ = ["FolderSource", "Request", "Source", "evaluate_run"]
