@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _workers(text: str) -> int:
+def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
     return int(text)
@@ -55,14 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
     synth.add_argument("--per-class", type=int, default=250, metavar="N", help="images (default: %(default)s)")
     synth.add_argument("--size", type=int, default=299, metavar="PX", help="pixels (default: %(default)s)")
     synth.add_argument("--seed", type=int, default=0, metavar="S")
-    synth.add_argument("--workers", type=_workers, metavar="N", help="processes (default: one per core)")
+    synth.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core)")
 
     build = command("build", commands.build, "labelled image files -> a verified dataset of TFRecord shards")
     build.add_argument("source", type=Path, metavar="SOURCE", help="<Class>/images/*.png or <Class>/*.png (or .jpg)")
     build.add_argument("dataset", type=Path, metavar="DATASET", help="a new folder")
     build.add_argument("--image-size", type=int, default=224, metavar="PX", help="stored size (default: %(default)s)")
     build.add_argument("--encoding", choices=["raw", "png", "jpeg"], default="raw", help="(default: %(default)s)")
-    build.add_argument("--workers", type=_workers, metavar="N", help="processes (default: one per core)")
+    build.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core)")
     build.add_argument("--seed", type=int, default=0, metavar="S", help="of the split (default: %(default)s)")
     build.add_argument(
         "--on-error", choices=["stop", "skip"], default="stop", help="what a damaged file does (default: %(default)s)"
@@ -83,8 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--launcher", choices=["ray", "local"], default="ray", help="Ray Train, or this process (default: %(default)s)"
     )
-    train.add_argument("--workers", type=_workers, metavar="N", help="worker processes (default: from the cluster)")
-    train.add_argument("--devices-per-worker", type=_workers, metavar="M", help="GPUs, or logical CPUs, of a worker")
+    train.add_argument("--workers", type=_positive, metavar="N", help="worker processes (default: from the cluster)")
+    train.add_argument("--devices-per-worker", type=_positive, metavar="M", help="GPUs, or logical CPUs, of a worker")
     train.add_argument(
         "--address", metavar="ADDRESS", help="of a Ray cluster (default: $RAY_ADDRESS, or one of its own)"
     )
@@ -98,7 +98,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     which.add_argument("--images", type=Path, metavar="FOLDER", help="labelled images that are not in the dataset")
     evaluate.add_argument("--dataset", type=Path, metavar="DATASET", help="(default: the one the run was trained on)")
-    evaluate.add_argument("--devices", type=_workers, metavar="M", help="GPUs, or logical CPUs")
+    evaluate.add_argument("--devices", type=_positive, metavar="M", help="GPUs, or logical CPUs")
+
+    bench = command("bench", commands.bench_step, "measure this machine, each figure beside its baseline")
+    bench.add_argument("what", choices=["step"], help="step: images/s of train against a bare compiled step")
+    bench.add_argument(
+        "dataset", type=Path, nargs="?", metavar="DATASET", help="(default: phantoms of 224 pixels, drawn for it)"
+    )
+    bench.add_argument("--config", type=Path, default=Path("cpu"), metavar="YAML", help="(default: %(default)s)")
+    bench.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    bench.add_argument(
+        "--rounds", type=_positive, default=5, metavar="N", help="medians are over (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--steps", type=_positive, default=6, metavar="N", help="a round, on phantoms (default: %(default)s)"
+    )
+    bench.add_argument("--json", action="store_true", help="for scripts: every round, and the medians")
 
     config = command("config", commands.show_config, "print the resolved configuration as YAML")
     config.add_argument("--config", type=Path, metavar="YAML")

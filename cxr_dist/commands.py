@@ -1,7 +1,11 @@
 """What each command of the command line does: options in, one call into the packages, lines for people out."""
 
 import argparse
+import json
+import math
+import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -174,18 +178,45 @@ def show_config(options: argparse.Namespace) -> None:
     print(load_config(resolve_preset(options.config), options.overrides).to_yaml(), end="")
 
 
+def bench_step(options: argparse.Namespace) -> None:
+    """Phantoms of the network's own size, just enough of them for the steps of an epoch, unless a dataset is given."""
+    from cxr_dist.bench import step
+    from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
+    from tfrecords_builder.build import build_dataset
+    from tfrecords_builder.splits import TRAIN_PERCENT
+
+    config = load_config(resolve_preset(options.config), [*options.overrides, *step.overrides(options.rounds)])
+    with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
+        work, dataset = Path(folder), options.dataset
+        if dataset is None:
+            dataset = work / "dataset"
+            images = options.steps * config.global_batch_size
+            per_class = math.ceil(images / len(CLASS_FOLDERS) * 100 / TRAIN_PERCENT)
+            write_phantoms(work / "phantoms", per_class=per_class, size=BENCH_IMAGE_SIZE)
+            build_dataset(work / "phantoms", dataset, image_size=BENCH_IMAGE_SIZE)
+        rounds = step.measure(config, dataset, work / "run", ConsoleReporter())
+    summaries = step.summarize(rounds)
+    if options.json:
+        print(json.dumps({"rounds": [vars(row) for row in rounds], "summary": [vars(row) for row in summaries]}))
+        return
+    print("stage  train img/s  bare step img/s  ratio (median of rounds)")
+    for row in summaries:
+        print(f"{row.stage:5} {row.train:12.2f} {row.bare:16.2f}  {row.ratio:.3f} ({row.rounds})")
+
+
 def demo(options: argparse.Namespace) -> None:
-    """The whole pipeline on phantoms, at a size that a laptop does in minutes."""
+    """The whole pipeline on phantoms, at a size that a laptop does in minutes; goes on where it was stopped."""
     from cxr_dist.evaluate import Request, evaluate_run
     from cxr_dist.phantoms import write_phantoms
     from tfrecords_builder.build import build_dataset
 
     out: Path = options.out
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: is not an empty folder; give a new one with --out, or remove it")
+    if out.exists() and not (out.is_dir() and all(DEMO_NAMES.fullmatch(entry.name) for entry in out.iterdir())):
+        raise UserError(f"{out}: holds something other than a demo; give a new folder with --out")
     started = time.perf_counter()
-    with _progress("1/4 phantom X-rays") as progress:
-        write_phantoms(out / "phantoms", per_class=DEMO_PER_CLASS, size=DEMO_SIZE, progress=progress)
+    if not (out / "phantoms").exists():
+        with _progress("1/4 phantom X-rays") as progress:
+            write_phantoms(out / "phantoms", per_class=DEMO_PER_CLASS, size=DEMO_SIZE, progress=progress)
     with _progress("2/4 build") as progress:
         build_dataset(out / "phantoms", out / "dataset", image_size=DEMO_IMAGE_SIZE, progress=progress)
     print("3/4 train", file=sys.stderr)
@@ -197,6 +228,8 @@ def demo(options: argparse.Namespace) -> None:
     print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
 
 
+BENCH_IMAGE_SIZE = 224
+DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation")
 DEMO_PER_CLASS = 400
 DEMO_SIZE = 128
 DEMO_IMAGE_SIZE = 64

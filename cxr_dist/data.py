@@ -69,7 +69,10 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Every image once, in order, on any number of replicas; the last batches are padded."""
+    """Every image once, in order, on any number of replicas; the last batches are padded.
+
+    After the last step it begins again, so that one iterator serves any number of passes.
+    """
 
     count: int
     batch_size: int
@@ -81,8 +84,8 @@ class EvaluationPlan:
         return -(-self.count // (self.batch_size * self.replicas))
 
     def positions(self, step: int, replica: int) -> Positions:
-        """Of `replica` at `step`: int64 [batch_size], PADDING where there is no image."""
-        start = (step * self.replicas + replica) * self.batch_size
+        """Of `replica` at `step` (counted over all passes): int64 [batch_size], PADDING where there is no image."""
+        start = (step % self.steps * self.replicas + replica) * self.batch_size
         positions = np.arange(start, start + self.batch_size, dtype=np.int64)
         return np.where(positions < self.count, positions, PADDING)
 

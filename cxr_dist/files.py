@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO
 
@@ -28,6 +28,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def is_temporary(name: str, files: Collection[str]) -> bool:
+    """Whether `name` is that of a temporary file which a stopped process left beside one of `files`."""
+    return name.endswith(".tmp") and any(name.startswith(f".{file}.") for file in files)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

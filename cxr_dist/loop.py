@@ -116,6 +116,7 @@ class _Run:
         with self.strategy.scope():
             self.model = build_model(self.classes, manifest.image_size, config, dtype_policy(self.precision))
         self.feature_sources: tuple[Source, Source] | None = None
+        self.iterators: list[Any] = []
 
     def execute(self) -> dict[str, Any]:
         arrays = self._restore()
@@ -168,7 +169,7 @@ class _Run:
         # Counted from the planned ends of earlier stages, so that an early stop changes no later order.
         first_epoch = sum(self.config.stages[earlier].epochs for earlier in range(1, number))
         start = (first_epoch + self.progress.epoch) * plan.steps_per_epoch
-        iterator = features.distributed_batches(self.strategy, self.topology, sources[0], plan, start)
+        iterator = self._batches(sources[0], plan, start)
         pace = _Pace()
         while not self._is_finished(number):
             epoch = self.progress.epoch
@@ -232,9 +233,9 @@ class _Run:
         batch_size = self.plan.batch_size
         evaluation_plan = EvaluationPlan(source.count, batch_size, self.topology.replicas)
         run_steps = steps.make_evaluation_step(self.strategy, model, self.classes, self.xla)
+        iterator = self._batches(source, evaluation_plan)
 
         def evaluate() -> dict[str, float]:
-            iterator = features.distributed_batches(self.strategy, self.topology, source, evaluation_plan)
             confusion, loss = run_steps(iterator, evaluation_plan.steps)
             if confusion.sum() != source.count:
                 raise RuntimeError(f"{confusion.sum()} images were counted, of {source.count}")
@@ -252,6 +253,12 @@ class _Run:
         return progress.epoch >= stage.epochs or stops
 
     # -- inputs ---------------------------------------------------------------------------------
+
+    def _batches(self, source: Source, plan: TrainingPlan | EvaluationPlan, start_step: int = 0) -> Any:
+        """An endless iterator, kept until the run ends: making and destroying one costs seconds."""
+        iterator = features.distributed_batches(self.strategy, self.topology, source, plan, start_step)
+        self.iterators.append(iterator)
+        return iterator
 
     def _images(self) -> tuple[Source, Source]:
         return self.train_source, self.validation_source
@@ -398,7 +405,10 @@ class _Run:
             f"{self.config.global_batch_size}, from {source} "
             f"[{self.topology.replicas} x {self.topology.kind}, {self.precision}{', XLA' if self.xla else ''}]"
         )
-        self.reporter.emit({"kind": "stage", "stage": number, "epochs": stage.epochs, "text": text})
+        self.reporter.emit(
+            {"kind": "stage", "stage": number, "epochs": stage.epochs}
+            | {"steps_per_epoch": self.plan.steps_per_epoch, "text": text}
+        )
 
     def _raise_reading_failure(self, error: Exception) -> None:
         for source in (self.train_source, self.validation_source):

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 
 from cxr_dist import figures
-from cxr_dist.files import write_bytes
+from cxr_dist.files import is_temporary, write_bytes
 from cxr_dist.metrics import (
     Predictions,
     evaluate_predictions,
@@ -46,8 +46,8 @@ def check_output_folder(out: Path) -> None:
     if not entries or _is_metrics_file(out / METRICS):
         return
     # The metrics are written last, the predictions first: an interrupted evaluation has the one without the other.
-    ours = all(name in FILES or _is_temporary(name) for name in entries)
-    written = [name for name in entries if not _is_temporary(name)]
+    ours = all(name in FILES or is_temporary(name, FILES) for name in entries)
+    written = [name for name in entries if not is_temporary(name, FILES)]
     if ours and METRICS not in entries and (not written or is_predictions_file(out / PREDICTIONS)):
         return
     raise UserError(f"{out}: holds something other than an evaluation; give an empty or new folder")
@@ -246,10 +246,6 @@ def _is_metrics_file(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and "confusion_matrix" in content and "class_names" in content
-
-
-def _is_temporary(name: str) -> bool:
-    return name.endswith(".tmp") and any(name.startswith(f".{file}.") for file in FILES)
 
 
 def _kind_of_images(info: Mapping[str, Any]) -> str:

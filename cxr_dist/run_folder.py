@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config import Config, load_config
-from cxr_dist.files import write_json, write_text
+from cxr_dist.files import is_temporary, write_json, write_text
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.manifest import Manifest
 
@@ -76,7 +76,7 @@ def _is_begun(run: Path, config: Config) -> bool:
     names = {entry.name for entry in run.iterdir()}
     if CONFIG in names and (run / CONFIG).read_bytes() != config.to_yaml().encode():
         return False
-    return names <= {CONFIG, EVENTS}
+    return all(name in (CONFIG, EVENTS) or is_temporary(name, (CONFIG, RUN)) for name in names)
 
 
 def _check_same(run: Path, config: Config, info: RunInfo) -> None:

@@ -322,6 +322,14 @@ def test_files_that_are_no_mapping(text: str, write: Write) -> None:
     assert str(path) in error_of(path=path)
 
 
+def test_a_key_that_is_there_twice(write: Write) -> None:
+    """YAML libraries take the last one in silence."""
+    assert "seed" in error_of(path=write("seed: 1\nprecision: auto\nseed: 2"))
+    assert "epochs" in error_of(path=write("stages: {1: {epochs: 1, epochs: 2}}"))
+    merged = load_config(write("stages: {1: &one {epochs: 3, augment: true}, 2: {<<: *one, epochs: 4}}"))
+    assert (merged.stages[2].epochs, merged.stages[2].augment) == (4, True)
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"# \xe9\nseed: 1")
     for name in ("missing.yaml", "latin.yaml", "."):

@@ -53,6 +53,16 @@ def test_a_new_run(run: Path) -> None:
     assert run_folder.read_result(run) is None
 
 
+def test_a_run_that_was_stopped_in_its_first_writes_is_begun_again(run: Path) -> None:
+    (run / run_folder.RUN).rename(run / f".{run_folder.RUN}.k3j4.tmp")
+    (run / f".{run_folder.CONFIG}.x1y2.tmp").write_text("seed: 0")
+    run_folder.prepare(run, config("stages.1.epochs=5"), DATA, manifest())
+    assert run_folder.read_info(run).fingerprint == "f" * 64
+    (run / run_folder.RUN).unlink()
+    (run / ".mine.tmp").write_text("mine")
+    refused(run, config("stages.1.epochs=5"))
+
+
 def test_an_interrupted_run_is_accepted_and_left_as_it_is(run: Path) -> None:
     (run / run_folder.CHECKPOINTS).mkdir()
     (run / run_folder.CHECKPOINTS / "epoch-00001.npz").write_bytes(b"x")
