@@ -133,12 +133,19 @@ class CheckpointFolder:
             ) from None
 
     def newest(self, warn: Callable[[str], None]) -> tuple[Path, Arrays, dict[str, Any]] | None:
-        """The newest whole checkpoint; a damaged one is passed over with a warning."""
-        for path in reversed(self._all()):
+        """The newest whole checkpoint, if there is any; a damaged one is passed over with a warning.
+
+        Raises:
+            UserError: there are some, and none of them can be read. To start anew would overwrite what is left.
+        """
+        paths = self._all()
+        for path in reversed(paths):
             try:
                 return path, *load_arrays(path)
             except UserError as error:
                 warn(str(error))
+        if paths:
+            raise UserError(f"{paths[-1]}: no checkpoint of this run can be read; train into a new --out")
         return None
 
     def _all(self) -> list[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cxr_dist import commands
+from cxr_dist.files import disk_error
 from tfrecords_builder.errors import UserError
 
 
@@ -84,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--launcher", choices=["ray", "local"], default="ray", help="Ray Train, or this process (default: %(default)s)"
     )
     train.add_argument("--workers", type=_positive, metavar="N", help="worker processes (default: from the cluster)")
-    train.add_argument("--devices-per-worker", type=_positive, metavar="M", help="GPUs, or logical CPUs, of a worker")
+    train.add_argument(
+        "--devices-per-worker", type=_positive, metavar="M", help="GPUs of a worker, or logical CPUs of the only one"
+    )
     train.add_argument(
         "--address", metavar="ADDRESS", help="of a Ray cluster (default: $RAY_ADDRESS, or one of its own)"
     )
@@ -131,6 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.action(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        explained = disk_error(error)
+        if explained is None:
+            raise
+        print(f"error: {explained}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped; start the same command again to go on", file=sys.stderr)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,9 @@ def run_training(
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Check all that can be checked, prepare the run's folder, and train through the launcher."""
+    from cxr_dist.data import TrainingPlan
     from cxr_dist.model import check_weights
+    from cxr_dist.orchestration.train_job import train_locally, train_with_ray
     from tfrecords_builder.manifest import check_shards, read_manifest
 
     if launcher == "local" and ((workers or 1) > 1 or address):
@@ -120,29 +122,27 @@ def run_training(
     config = run_folder.resolve_config(config, manifest)
     check_weights(config.model.weights)
     reporter = ConsoleReporter()
-    if launcher == "local":
-        from cxr_dist.orchestration.train_job import train_locally
+    with ExitStack() as held:
 
-        run_folder.prepare(run, config, dataset, manifest)
-        finished = _finished(run)
-        return finished or train_locally(config, dataset, run, reporter, devices_per_worker=devices_per_worker)
-    from cxr_dist.orchestration.train_job import train_with_ray
+        def prepare(replicas: int) -> bool:
+            TrainingPlan(len(manifest.split("train")), config.global_batch_size, replicas, config.seed)
+            held.enter_context(run_folder.locked(run))
+            run_folder.prepare(run, config, dataset, manifest)
+            return _finished(run) is None
 
-    def prepare() -> bool:
-        run_folder.prepare(run, config, dataset, manifest)
-        return _finished(run) is None
-
-    return train_with_ray(
-        config,
-        dataset,
-        run,
-        reporter,
-        prepare=prepare,
-        workers=workers,
-        devices_per_worker=devices_per_worker,
-        address=address,
-        verbose=verbose,
-    )
+        if launcher == "local":
+            return train_locally(config, dataset, run, reporter, prepare=prepare, devices_per_worker=devices_per_worker)
+        return train_with_ray(
+            config,
+            dataset,
+            run,
+            reporter,
+            prepare=prepare,
+            workers=workers,
+            devices_per_worker=devices_per_worker,
+            address=address,
+            verbose=verbose,
+        )
 
 
 def _finished(run: Path) -> dict[str, Any] | None:
@@ -156,7 +156,9 @@ def evaluate(options: argparse.Namespace) -> None:
     from cxr_dist.evaluate import Request, evaluate_run
 
     request = Request(options.run, options.out, options.split, options.images, options.dataset)
-    print_metrics(evaluate_run(request, options.devices))
+    with _progress("evaluate") as progress:
+        metrics = evaluate_run(request, options.devices, progress)
+    print_metrics(metrics)
     print(f"report: {options.out / 'report.html'}")
 
 
@@ -222,8 +224,8 @@ def demo(options: argparse.Namespace) -> None:
     print("3/4 train", file=sys.stderr)
     config = load_config(resolve_preset(Path("demo")))
     run_training(config, out / "dataset", out / "run", launcher=options.launcher, verbose=options.verbose)
-    print("4/4 evaluate", file=sys.stderr)
-    metrics = evaluate_run(Request(out / "run", out / "evaluation"))
+    with _progress("4/4 evaluate") as progress:
+        metrics = evaluate_run(Request(out / "run", out / "evaluation"), progress=progress)
     print_metrics(metrics)
     print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
 
@@ -237,13 +239,23 @@ DEMO_IMAGE_SIZE = 64
 
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar in a terminal; nothing otherwise, as the result's own lines say what was done."""
+    """A bar in a terminal; otherwise a line now and then, for a log."""
     from tqdm import tqdm
 
-    with tqdm(desc=title, unit="img", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
+    live = sys.stderr.isatty()
+    with tqdm(desc=title, unit="img", file=sys.stderr, disable=not live, leave=False) as bar:
+        spoken = time.monotonic()
 
         def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            nonlocal spoken
+            if live:
+                bar.total = total
+                bar.update(done - bar.n)
+            elif time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
+                spoken = time.monotonic()
+                print(f"{title}: {done:,} of {total:,} images", file=sys.stderr, flush=True)
 
         yield update
+
+
+SECONDS_BETWEEN_LINES = 15.0

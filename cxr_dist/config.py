@@ -142,6 +142,12 @@ class Config(_Node):
             raise ValueError(f"stages are numbered 1, 2, ... without a gap, not {numbers}")
         if not any(stage.epochs for stage in self.stages.values()):
             raise ValueError("stages: every stage has 0 epochs, so nothing would be trained")
+        for number, stage in self.stages.items():
+            if self.features.cache == "on" and stage.augment and not stage.unfreeze_layers:
+                raise ValueError(
+                    f"features.cache on and stages.{number}.augment true exclude each other: every epoch has other "
+                    "images; take features.cache auto, or no augmentation in that stage"
+                )
         if self.xla == "on" and self.model.synchronize_batch_norm:
             raise ValueError(
                 "xla on and model.synchronize_batch_norm true exclude each other: collectives do not compile"
@@ -221,7 +227,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no date though it looks like one
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     if loaded is None:
         return {}
@@ -253,7 +259,7 @@ _Loader.add_implicit_resolver(
 def _parse_value(override: str, text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"--set {override}: the value is not YAML; quote it") from None
 
 

@@ -8,6 +8,7 @@ a worker touches only the records of its own replicas.
 
 import os
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,6 +130,8 @@ class ShardSource:
         self._files: dict[int, int] = {}
         self._lock = threading.Lock()
         self.failure: Exception | None = None
+        # When nothing can read any more: iterators, whose threads do, hold on to this source.
+        weakref.finalize(self, _close, self._files).atexit = False
 
     @property
     def count(self) -> int:
@@ -148,11 +151,6 @@ class ShardSource:
         serialized = tf.numpy_function(self._read, [positions], tf.string)
         serialized.set_shape(positions.shape)
         return schema.parse_batch(serialized, self._manifest.image_size, self._manifest.encoding)["image"]
-
-    def close(self) -> None:
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
 
     def _read(self, positions: Positions) -> npt.NDArray[np.object_]:
         records = np.empty(len(positions), dtype=object)
@@ -175,6 +173,11 @@ class ShardSource:
             if shard not in self._files:
                 self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
             return self._files[shard]
+
+
+def _close(files: dict[int, int]) -> None:
+    for file in files.values():
+        os.close(file)
 
 
 class ArraySource:

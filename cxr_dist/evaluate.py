@@ -1,5 +1,7 @@
 """A run's folder and images in, figures out: nothing of training is needed, and no Ray."""
 
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from cxr_dist.report import check_output_folder, write_evaluation
 from cxr_dist.strategy import dtype_policy, make_strategy, prepare_devices, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.images import load_gray
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.manifest import check_shards, read_manifest
 from tfrecords_builder.sources import find_images
 
 BATCH_SIZE = 32
@@ -72,8 +74,15 @@ class Request:
     dataset: Path | None = None
 
 
-def evaluate_run(request: Request, devices: int | None = None) -> dict[str, Any]:
+def evaluate_run(
+    request: Request, devices: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
     """Evaluate a finished run and write metrics, predictions, figures and report.
+
+    Args:
+        request: What to evaluate.
+        devices: GPUs, or logical CPUs; all GPUs or one CPU when None.
+        progress: Called with the images done and their number.
 
     Returns:
         What metrics.json holds.
@@ -88,15 +97,21 @@ def evaluate_run(request: Request, devices: int | None = None) -> dict[str, Any]
         raise UserError(f"{request.run}: the run is not finished; start it again with train to go on")
     check_output_folder(request.out)  # now, not after minutes of computing
     source, what = _source(request, info)
-    topology = prepare_devices(devices)
+    topology = prepare_devices(devices, option="--devices")
     precision = resolve_precision(config.precision, topology.kind)
     strategy = make_strategy(topology)
     with strategy.scope():
         model = build_model(len(info.class_names), info.image_size, config, dtype_policy(precision))
         _load_weights(model, model_file)
+    xla = resolve_xla(config, topology.kind)
+
+    def count_images(steps: int, _total: int) -> None:
+        if progress is not None:
+            progress(min(steps * BATCH_SIZE * topology.replicas, source.count), source.count)
+
     try:
         probabilities = run_forward(
-            strategy, topology, model, source, BATCH_SIZE, softmax=True, xla=resolve_xla(config, topology.kind)
+            strategy, topology, model, source, BATCH_SIZE, softmax=True, xla=xla, progress=count_images
         )
     except Exception as error:
         if source.failure is not None:
@@ -106,6 +121,7 @@ def evaluate_run(request: Request, devices: int | None = None) -> dict[str, Any]
     described = {
         "run": str(request.run),
         "images": what,
+        **({"split": request.split} if request.images is None else {}),
         "precision": precision,
         "replicas": topology.replicas,
         "training": result,
@@ -126,12 +142,13 @@ def _source(request: Request, info: run_folder.RunInfo) -> tuple["ShardSource | 
             f"{dataset}: has classes {', '.join(manifest.class_names)} at {manifest.image_size} pixels, the run has "
             f"{', '.join(info.class_names)} at {info.image_size}; give a dataset that was built alike"
         )
+    check_shards(dataset, manifest)
     return ShardSource(dataset, manifest, request.split), f"{dataset}, split {request.split}"
 
 
 def _load_weights(model: Any, path: Path) -> None:
     try:
         model.load_weights(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: cannot be loaded ({reason}); train the run again") from None

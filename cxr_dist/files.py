@@ -1,11 +1,24 @@
 """Files that are whole or not there: a temporary name in the same folder, fsync, rename."""
 
+import errno
 import json
 import os
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO
+
+from tfrecords_builder.errors import UserError
+
+ENVIRONMENT_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS))
+"""A disk that is full or not to be written: the user's to mend, wherever it is met."""
+
+
+def disk_error(error: BaseException) -> UserError | None:
+    """What to tell the user of an error that is the disk's; None for any other."""
+    if not isinstance(error, OSError) or error.errno not in ENVIRONMENT_ERRORS:
+        return None
+    return UserError(f"{error.filename or 'disk'}: {error.strerror}; mend that and start the same command again")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -23,11 +36,22 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Give a whole file its place on the same file system; it and its name are on the disk on return."""
+    _sync(source)
+    source.replace(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def is_temporary(name: str, files: Collection[str]) -> bool:

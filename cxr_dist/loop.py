@@ -1,5 +1,6 @@
 """The one loop over stages and epochs. No Ray here: a worker of any launcher calls `train`."""
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from cxr_dist import checkpoint, features, run_folder, stages, steps
 from cxr_dist.config import Config, StageConfig
 from cxr_dist.data import ArraySource, EvaluationPlan, ShardSource, Source, TrainingPlan
-from cxr_dist.files import write_json
+from cxr_dist.files import move_durably, write_json
 from cxr_dist.metrics import counts_metrics
 from cxr_dist.model import (
     build_model,
@@ -30,7 +31,6 @@ from tfrecords_builder.manifest import read_manifest
 
 SECONDS_PER_CALL = 1.0
 """Steps are run in calls of about this length: long enough to hide the host, short enough to show progress."""
-MOST_STEPS_PER_CALL = 100
 
 
 @dataclass
@@ -93,7 +93,7 @@ class _Run:
         import keras
         import tensorflow as tf
 
-        self.started = time.perf_counter()
+        self.started = self.counted = time.perf_counter()
         self.config, self.run, self.topology = config, run, topology
         self.reporter, self.launcher = reporter, launcher
         self.folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS)
@@ -141,6 +141,8 @@ class _Run:
         if self.progress.stage != number:
             self.progress.stage, self.progress.epoch, self.progress.epochs_without_gain = number, 0, 0
         set_trainable(self.model, stage.unfreeze_layers, trains_base_batch_norm(config))
+        if stage.unfreeze_layers:
+            self.feature_sources = None  # those of a base that is about to change
         cached = features.caches_features(config, stage)
         self._announce(number, stage, cached)
         model, sources = (head_of(self.model), self._features()) if cached else (self.model, self._images())
@@ -321,6 +323,7 @@ class _Run:
 
     def _write(self, improved: bool, weights: checkpoint.Arrays, optimizer: Any, loss_scale: steps.LossScale) -> None:
         progress, best = self.progress, self.best
+        self._count_time()
         if improved:
             state = {"key": best.key, "epochs_done": best.epochs_done, "stage": best.stage, "epoch": best.epoch}
             checkpoint.save_arrays(self.folder.best, weights, state)
@@ -345,6 +348,12 @@ class _Run:
         self.resumed_from = path.name
         self.reporter.emit({"kind": "message", "text": f"going on from {path}"})
         return arrays
+
+    def _count_time(self) -> None:
+        """Add what has passed since it was last added to the total, so that the total survives an interruption."""
+        now = time.perf_counter()
+        self.progress.seconds["total"] = self.progress.seconds.get("total", 0.0) + now - self.counted
+        self.counted = now
 
     def _restore_best(self) -> None:
         checkpoint.restore_model(self.model, self.best.arrays)
@@ -381,7 +390,7 @@ class _Run:
             run_folder.write_history(self.run, self.progress.history)
             with _timed(seconds, "save"):
                 self._save_model()
-            seconds["total"] = seconds.get("total", 0.0) + time.perf_counter() - self.started
+            self._count_time()
             write_json(self.run / run_folder.RESULT, result)
         self.reporter.emit({"kind": "done", "result": result})
         return result
@@ -393,9 +402,10 @@ class _Run:
             raise ValueError("the configuration was not resolved")
         portable = build_model(self.classes, size, self.config, "float32")
         checkpoint.restore_model(portable, self.best.arrays)
-        temporary = self.run / f".{run_folder.MODEL.removesuffix('.keras')}.tmp.keras"
-        portable.save(temporary)
-        temporary.replace(self.run / run_folder.MODEL)
+        with tempfile.TemporaryDirectory(prefix=f".{run_folder.MODEL}.", dir=self.run) as folder:
+            saved = Path(folder, run_folder.MODEL)
+            portable.save(saved)
+            move_durably(saved, self.run / run_folder.MODEL)
 
     def _announce(self, number: int, stage: StageConfig, cached: bool) -> None:
         what = f"head and upper {stage.unfreeze_layers} layers" if stage.unfreeze_layers else "head"
@@ -444,5 +454,5 @@ class _Pace:
         self._seconds += seconds
         per_step = seconds / count
         self.steps_per_call = int(
-            min(max(SECONDS_PER_CALL / per_step, 1), 2 * self.steps_per_call, MOST_STEPS_PER_CALL)
+            min(max(SECONDS_PER_CALL / per_step, 1), 2 * self.steps_per_call, steps.MOST_STEPS_PER_CALL)
         )

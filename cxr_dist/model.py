@@ -19,6 +19,15 @@ HIDDEN_UNITS = 256
 IMAGENET_MEAN_BGR = (103.939, 116.779, 123.68)
 """What `keras.applications.resnet50.preprocess_input` subtracts; a gray image needs no swap of channels."""
 
+IMAGENET_URL = (
+    "https://storage.googleapis.com/tensorflow/keras-applications/resnet/"
+    "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
+)
+IMAGENET_MD5 = "4d473c1dd8becc155b73f8504c6f6626"
+"""Both as in Keras's own `applications/resnet.py`."""
+SOME_LAYERS = ("conv1_conv", "conv5_block3_3_conv")
+"""First and last of the layers of ResNet50 with weights: what a glance at a file looks for."""
+
 BASE_NAME = "resnet50"
 POOL_NAME = "pool"
 HEAD_NAME = "head"
@@ -143,15 +152,17 @@ def check_weights(weights: str) -> None:
     """Fail early, in words, when the weights cannot be had. Downloads `imagenet` into Keras's cache.
 
     Raises:
-        UserError: the file is missing, or the download failed.
+        UserError: the file is missing or of another network, or the download failed.
     """
     if weights == "none":
         return
-    if weights != "imagenet":
-        if not Path(weights).expanduser().is_file():
-            raise UserError(f"model.weights {weights}: no such file; give a .h5 file, imagenet, or none")
+    if weights == "imagenet":
+        _imagenet_file()
         return
-    _imagenet_base()
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise UserError(f"model.weights {weights}: no such file; give a .h5 file, imagenet, or none")
+    _check_layers(path, SOME_LAYERS)
 
 
 def load_base_weights(model: Any, weights: str) -> None:
@@ -163,10 +174,7 @@ def load_base_weights(model: Any, weights: str) -> None:
     if weights == "none":
         return
     base = base_of(model)
-    if weights == "imagenet":
-        base.set_weights(_imagenet_base().get_weights())
-        return
-    path = Path(weights).expanduser()
+    path = _imagenet_file() if weights == "imagenet" else Path(weights).expanduser()
     try:
         _check_layers(path, (layer.name for layer in base.layers if layer.weights))
         base.load_weights(path)
@@ -201,12 +209,12 @@ def _check_layers(path: Path, expected: Iterable[str]) -> None:
         )
 
 
-def _imagenet_base() -> Any:
-    """Keras's own ResNet50 with ImageNet weights, downloaded at first use."""
+def _imagenet_file() -> Path:
+    """Keras's file of ImageNet weights without top, downloaded at first use. Starts no TensorFlow device."""
     import keras
 
     try:
-        return keras.applications.ResNet50(include_top=False, weights="imagenet")
+        return Path(keras.utils.get_file(origin=IMAGENET_URL, cache_subdir="models", file_hash=IMAGENET_MD5))
     except Exception as error:  # noqa: BLE001 - Keras raises bare Exception for a failed download
         reason = " ".join(str(error).split())[:160]
         raise UserError(

@@ -95,15 +95,17 @@ class TensorBoardReporter:
     """Scalars of every epoch for TensorBoard."""
 
     def __init__(self, folder: Path) -> None:
-        import tensorflow as tf
-
-        self._writer = tf.summary.create_file_writer(str(folder))
+        self._folder = folder
+        self._writer: Any = None
 
     def emit(self, event: Event) -> None:
         if event["kind"] != "epoch":
             return
         import tensorflow as tf
 
+        if self._writer is None:
+            # Not before: it starts TensorFlow, and a multi-worker strategy has to be made ahead of that.
+            self._writer = tf.summary.create_file_writer(str(self._folder))
         row = event["row"]
         with self._writer.as_default(step=row["epochs_done"]):
             for key, value in row.items():

@@ -1,6 +1,10 @@
 """A run's folder: who may write there, and what says what the run is."""
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +48,46 @@ def resolve_config(config: Config, manifest: Manifest) -> Config:
         )
     if manifest.image_size < 32:
         raise UserError(f"the dataset's images of {manifest.image_size} pixels are too small: ResNet50 needs 32")
-    return config.model_copy(update={"model": config.model.model_copy(update={"image_size": manifest.image_size})})
+    weights = config.model.weights
+    if weights not in ("imagenet", "none"):
+        weights = str(Path(weights).expanduser().resolve())  # a worker's working folder is another one
+    resolved = {"image_size": manifest.image_size, "weights": weights}
+    return config.model_copy(update={"model": config.model.model_copy(update=resolved)})
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """The run's folder, made if need be, held against other processes that would train into it.
+
+    Raises:
+        UserError: the folder cannot be made, or another process holds it.
+    """
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; give a folder for the run")
+    made = not run.exists()
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        folder = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(
+            f"{run}: cannot be made ({error.strerror}); give a folder that you may write as --out"
+        ) from None
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: another process is training into it; wait for it, or give another --out") from None
+        yield
+    finally:
+        os.close(folder)
+        if made and not any(run.iterdir()):
+            run.rmdir()
 
 
 def prepare(run: Path, config: Config, dataset: Path, manifest: Manifest) -> None:
-    """Make the folder of a new run, or accept that of an interrupted one with the same settings.
+    """Begin a new run in its folder, or accept that of an interrupted one with the same settings.
+
+    While no epoch is done, other settings are no obstacle: what was wrong with the first ones may have been mended.
 
     Raises:
         UserError: the folder holds something else, or a run with other settings or other data.
@@ -57,26 +96,33 @@ def prepare(run: Path, config: Config, dataset: Path, manifest: Manifest) -> Non
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; give a folder for the run")
     if (run / CONFIG).is_file() and (run / RUN).is_file():
-        _check_same(run, config, info)
-        return
-    if run.is_dir() and not _is_begun(run, config):
+        if (run / RESULT).exists() or any((run / CHECKPOINTS).glob("*.npz")):
+            _check_same(run, config, info)
+            return
+    elif run.is_dir() and not _is_begun(run):
         raise UserError(f"{run}: holds something that is not a run of this program; give a new folder as --out")
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        write_text(run / CONFIG, config.to_yaml())
+        write_json(run / RUN, asdict(info))
     except OSError as error:
         raise UserError(
-            f"{run}: cannot be made ({error.strerror}); give a folder that you may write as --out"
+            f"{run}: cannot be written ({error.strerror}); give a folder that you may write as --out"
         ) from None
-    write_text(run / CONFIG, config.to_yaml())
-    write_json(run / RUN, asdict(info))
 
 
-def _is_begun(run: Path, config: Config) -> bool:
-    """Whether the folder holds nothing but what this very run may have left when it was stopped at its start."""
-    names = {entry.name for entry in run.iterdir()}
-    if CONFIG in names and (run / CONFIG).read_bytes() != config.to_yaml().encode():
+def _is_begun(run: Path) -> bool:
+    """Whether the folder holds nothing but what a run may have left that was stopped at its start."""
+    if (run / CONFIG).is_file() and not _is_resolved(run / CONFIG):
+        return False  # a configuration that somebody wrote
+    return all(entry.name in (CONFIG, EVENTS) or is_temporary(entry.name, (CONFIG, RUN)) for entry in run.iterdir())
+
+
+def _is_resolved(path: Path) -> bool:
+    """Whether a configuration is as `prepare` writes it: every key, and nothing else."""
+    try:
+        return load_config(path).to_yaml().encode() == path.read_bytes()
+    except UserError:
         return False
-    return all(name in (CONFIG, EVENTS) or is_temporary(name, (CONFIG, RUN)) for name in names)
 
 
 def _check_same(run: Path, config: Config, info: RunInfo) -> None:

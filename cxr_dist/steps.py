@@ -4,8 +4,8 @@ A training step, on every replica:
 
 1. forward and gradient of the replica's share of the loss: one pure function of tensors, the XLA boundary;
 2. one all-reduce of gradients, summed counts and BatchNorm statistics together;
-3. a finite check of the reduced gradient, which is therefore the same on every replica;
-4. unscaling, clipping and the optimizer's update, or nothing at all when the check failed.
+3. unscaling, and a finite check of the reduced gradient, which is therefore the same on every replica;
+4. clipping and the optimizer's update, or nothing at all when the check failed.
 
 Keras's own pieces do 2 and 3 the other way round (`LossScaleOptimizer` looks at each replica's own
 gradient, `global_clipnorm` clips before the reduction), which gives NaN weights or replicas that differ.
@@ -22,6 +22,8 @@ import numpy.typing as npt
 
 from cxr_dist import augment
 from cxr_dist.config import AugmentationConfig, StageConfig
+
+MOST_STEPS_PER_CALL = 100
 
 # Rows of the summed counts that a call returns.
 LOSS, CORRECT, COUNT, SKIPPED = range(4)
@@ -75,7 +77,10 @@ class TrainStep:
     """The compiled steps of one stage. `traces` counts how often the loop was traced: once per stage."""
 
     run: Callable[..., npt.NDArray[np.float64]]
-    """run(iterator, first_step, learning_rates float32 [n]) -> float64 [4]: LOSS, CORRECT, COUNT, SKIPPED."""
+    """run(iterator, first_step, learning_rates float32 [n]) -> float64 [4]: LOSS, CORRECT, COUNT, SKIPPED.
+
+    n is at most MOST_STEPS_PER_CALL.
+    """
     traces: list[str] = field(default_factory=list)
 
 
@@ -217,11 +222,11 @@ def make_train_step(
         """The value of the first local replica: all replicas have the same."""
         return strategy.experimental_local_results(value)[0]
 
-    @tf.function(reduce_retracing=True)
-    def loop(iterator: Any, first_step: Any, learning_rates: Any) -> Any:
+    @tf.function
+    def loop(iterator: Any, first_step: Any, count: Any, learning_rates: Any) -> Any:
         traces.append(f"{len(variables.trainable)} trainable variables")
         totals = tf.zeros([4], tf.float64)
-        for index in tf.range(tf.shape(learning_rates)[0]):
+        for index in tf.range(count):
             step_seed = tf.stack([tf.constant(seed, tf.int32), first_step + index])
             gradients, sums, statistics, finite = strategy.run(
                 replica_step, args=(next(iterator), step_seed, loss_scale.scale.read_value())
@@ -239,7 +244,11 @@ def make_train_step(
         return totals
 
     def run(iterator: Any, first_step: int, learning_rates: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-        totals = loop(iterator, tf.constant(first_step, tf.int32), tf.constant(learning_rates, tf.float32))
+        # Of one length whatever the number of steps: another shape would trace the loop again.
+        padded = np.zeros(MOST_STEPS_PER_CALL, np.float32)
+        padded[: len(learning_rates)] = learning_rates
+        count = tf.constant(len(learning_rates), tf.int32)
+        totals = loop(iterator, tf.constant(first_step, tf.int32), count, tf.constant(padded))
         result: npt.NDArray[np.float64] = totals.numpy()
         return result
 
@@ -273,7 +282,7 @@ def make_evaluation_step(strategy: Any, model: Any, classes: int, xla: bool) -> 
     def replica_step(batch: dict[str, Any]) -> tuple[Any, Any]:
         return inner(batch, *variables.values())
 
-    @tf.function(reduce_retracing=True)
+    @tf.function
     def loop(iterator: Any, steps: Any) -> tuple[Any, Any]:
         confusion, loss = tf.zeros([classes, classes], tf.float64), tf.zeros([], tf.float64)
         for _ in tf.range(steps):

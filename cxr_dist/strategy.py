@@ -43,13 +43,15 @@ class Topology:
         return self.worker == 0
 
 
-def prepare_devices(devices: int | None, workers: int = 1, worker: int = 0) -> Topology:
+def prepare_devices(
+    devices: int | None, workers: int = 1, worker: int = 0, option: str = "--devices-per-worker"
+) -> Topology:
     """Take `devices` local devices (all GPUs, or one CPU, when None) for this process.
 
     Without a GPU the CPU is divided into logical CPUs, which share its cores.
 
     Raises:
-        UserError: more GPUs are asked for than there are.
+        UserError: more GPUs are asked for than there are; names `option`.
     """
     with muted_stderr():
         import tensorflow as tf
@@ -58,9 +60,7 @@ def prepare_devices(devices: int | None, workers: int = 1, worker: int = 0) -> T
     if gpus:
         wanted = devices or len(gpus)
         if wanted > len(gpus):
-            raise UserError(
-                f"--devices-per-worker {wanted}: this machine has {len(gpus)} GPU(s); ask for at most as many"
-            )
+            raise UserError(f"{option} {wanted}: this machine has {len(gpus)} GPU(s); ask for at most as many")
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
         return Topology(workers, worker, "GPU", tuple(f"GPU:{index}" for index in range(wanted)))

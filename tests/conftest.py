@@ -1,5 +1,6 @@
 """What all tests share: logical CPUs before TensorFlow starts, small datasets, and the real images where they are."""
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,12 +83,30 @@ SMALL_RUN = [
 ]
 
 
+def use_small_base(patch: pytest.MonkeyPatch) -> None:
+    """Let training and evaluation build a small residual base: ResNet50's steps take half a minute to trace."""
+    from cxr_dist import evaluate, loop
+    from cxr_dist.model import build_model
+    from tests.training import small_base
+
+    for module in (loop, evaluate):
+        patch.setattr(module, "build_model", functools.partial(build_model, make_base=small_base))
+
+
+@pytest.fixture
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small residual base in place of ResNet50, in this process."""
+    use_small_base(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def finished_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs of stage 1 and one of stage 2, in this process. Do not change it."""
+    """A run of two epochs of stage 1 and one of stage 2 of the small network. Do not change it."""
     from cxr_dist.commands import run_training
     from cxr_dist.config import load_config
 
     run = tmp_path_factory.mktemp("run") / "run"
-    run_training(load_config(None, SMALL_RUN), dataset, run, launcher="local")
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_base(patch)
+        run_training(load_config(None, SMALL_RUN), dataset, run, launcher="local")
     return run

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist import loop
 from cxr_dist.bench import step
 from cxr_dist.bench.step import Round, Summary
 from cxr_dist.config import load_config
 from cxr_dist.model import build_model
 from cxr_dist.reporting import Reporters
 from cxr_dist.run_folder import read_history
-from tests.conftest import SMALL_RUN
+from tests.conftest import SMALL_RUN, use_small_base
 from tests.training import small_base
 
 
@@ -28,9 +27,8 @@ def test_the_first_round_of_a_stage_counts_nowhere_and_ratios_are_paired() -> No
 def test_every_epoch_of_train_is_followed_by_bare_steps(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = functools.partial(build_model, make_base=small_base)
-    monkeypatch.setattr(loop, "build_model", small)
-    monkeypatch.setattr(step, "build_model", small)
+    use_small_base(monkeypatch)
+    monkeypatch.setattr(step, "build_model", functools.partial(build_model, make_base=small_base))
     config = load_config(None, [*SMALL_RUN, *step.overrides(rounds=1)])
     rounds = step.measure(config, dataset, tmp_path / "run", Reporters([]))
     assert [row.stage for row in rounds] == [1, 1, 2, 2]

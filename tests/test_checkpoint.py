@@ -197,7 +197,8 @@ def test_a_damaged_newest_falls_back_with_a_warning(tmp_path: Path, damage: str)
     assert str(newest) in warnings[0]
     assert newest.exists(), "it is not ours to remove"
     (tmp_path / "epoch-00001.npz").write_bytes(b"")
-    assert folder.newest(warnings.append) is None
+    with pytest.raises(UserError, match="no checkpoint of this run can be read"):  # to begin anew would overwrite
+        folder.newest(warnings.append)
     assert len(warnings) == 3
 
 

@@ -1,5 +1,6 @@
 """The command line: help at once, and one line for everything that the user can mend."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from cxr_dist import cli, run_folder
 from cxr_dist.config import load_config
 from tfrecords_builder.manifest import read_manifest
 
-COMMANDS = ("demo", "synth", "build", "verify", "train", "evaluate", "config")
+COMMANDS = ("demo", "synth", "build", "verify", "train", "evaluate", "bench", "config")
 TRAIN = ["--launcher", "local", "--config", "smoke"]
 
 
@@ -316,7 +317,7 @@ def test_a_dataset_that_fails_its_checksum(command: Command, dataset: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--set", "model.weights=missing.h5"], ["model.weights missing.h5", "no such file", "imagenet", "none"]),
+        (["--set", "model.weights=missing.h5"], ["model.weights ", "missing.h5: no such file", "imagenet", "none"]),
         (["--workers", "2"], ["--launcher local", "--workers", "ray"]),
         (["--address", "auto"], ["--launcher local", "--address"]),
         (["--set", "model.image_size=224"], ["model.image_size 224", "32 pixels", "--image-size 224"]),
@@ -334,6 +335,8 @@ def test_other_settings_than_the_run_has(command: Command, dataset: Path, tmp_pa
     run = tmp_path / "run"
     manifest = read_manifest(dataset)
     run_folder.prepare(run, run_folder.resolve_config(load_config(), manifest), dataset, manifest)
+    (run / run_folder.CHECKPOINTS).mkdir()
+    (run / run_folder.CHECKPOINTS / "epoch-00001.npz").write_bytes(b"")
     before = content(run)
     message = command.fails("train", dataset, "--out", run, *TRAIN)
     assert message.startswith(f"{run}: holds a run with ")
@@ -405,6 +408,20 @@ def test_defects_are_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     monkeypatch.setattr("tfrecords_builder.verify.verify_dataset", broken)
     with pytest.raises(ZeroDivisionError):
+        cli.main(["verify", str(tmp_path)])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_cannot_be_written_is_the_users_to_mend(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(number, os.strerror(number), "run/checkpoints/x.npz")
+
+    monkeypatch.setattr("tfrecords_builder.verify.verify_dataset", full)
+    assert command.fails("verify", tmp_path).startswith(f"run/checkpoints/x.npz: {os.strerror(number)}; ")
+    monkeypatch.setattr("tfrecords_builder.verify.verify_dataset", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O")))
+    with pytest.raises(OSError, match="I/O"):
         cli.main(["verify", str(tmp_path)])
 
 

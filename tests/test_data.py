@@ -1,5 +1,6 @@
 """Which images come at which step, on any number of workers and replicas, and what is read."""
 
+import gc
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -194,7 +195,6 @@ def test_shards_give_the_images_of_their_paths(split: str, dataset: Path, phanto
                 assert manifest.class_names[label] == path.split("/")[0].replace(" ", "_")
                 number += 1
     assert number == source.count
-    source.close()
 
 
 @pytest.mark.parametrize("place", ["header", "payload"])
@@ -220,7 +220,6 @@ def test_a_flipped_byte_names_shard_and_offset(dataset: Path, tmp_path: Path, pl
     assert (source.failure.shard, source.failure.offset) == (str(shard), offset)
     assert str(shard) in str(source.failure)
     assert str(offset) in str(source.failure)
-    source.close()
 
 
 def test_a_reader_reads_its_own_records_alone(dataset: Path, tmp_path: Path) -> None:
@@ -240,7 +239,6 @@ def test_a_reader_reads_its_own_records_alone(dataset: Path, tmp_path: Path) -> 
     assert [len(record) for record in records] == [int(index.length[position]) for position in plan.positions(0, 0)]
     with pytest.raises(CorruptRecordError):
         source._read(plan.positions(0, 1))
-    source.close()
 
 
 def test_descriptors_are_given_back(dataset: Path) -> None:
@@ -248,10 +246,12 @@ def test_descriptors_are_given_back(dataset: Path) -> None:
         return len(list(Path("/proc/self/fd").iterdir()))
 
     manifest = read_manifest(dataset)
+    gc.collect()
     before = open_files()
     source = ShardSource(dataset, manifest, "train")
     for _ in range(3):
         source._read(np.arange(source.count))
     assert open_files() == before + len({int(shard) for shard in manifest.split("train").shard})
-    source.close()
+    del source
+    gc.collect()
     assert open_files() == before

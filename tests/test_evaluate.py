@@ -15,6 +15,8 @@ from cxr_dist.strategy import make_strategy
 from tests.training import CLASSES, SIZE, config, images, local_topology, small_base
 from tfrecords_builder.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def test_101_images_on_1_2_and_3_replicas() -> None:
     import keras

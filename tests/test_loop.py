@@ -1,4 +1,7 @@
-"""A whole run in this process: what it leaves, that it goes on, and that the cached features change nothing."""
+"""A whole run in this process: what it leaves, that it goes on, and that the cached features change nothing.
+
+On a small residual base; `integration/test_ray.py` runs the commands on ResNet50.
+"""
 
 import json
 import shutil
@@ -8,11 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist import run_folder
+from cxr_dist import checkpoint, loop, run_folder, steps
 from cxr_dist.commands import run_training
 from cxr_dist.config import Config, load_config
+from cxr_dist.reporting import Event, Reporter, Reporters
+from cxr_dist.strategy import prepare_devices
 from tests.conftest import SMALL_RUN
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.manifest import read_manifest
+
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def history(run: Path) -> list[dict[str, Any]]:
@@ -26,7 +34,6 @@ def small(*changes: str) -> Config:
 def test_what_a_run_leaves(finished_run: Path) -> None:
     result = json.loads((finished_run / "result.json").read_text())
     assert result["launcher"] == "local"
-    assert result["parameters"] == 24_122_500
     assert result["steps_computed"] == 3 * (56 // 8)
     assert [(row["stage"], row["epoch"]) for row in history(finished_run)] == [(1, 1), (1, 2), (2, 1)]
     best = max(history(finished_run), key=lambda row: (row["val_accuracy"], -row["val_loss"]))
@@ -46,21 +53,91 @@ def test_other_settings_need_another_folder(finished_run: Path, dataset: Path) -
         run_training(small("seed=1"), dataset, finished_run, launcher="local")
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(finished_run: Path, dataset: Path, tmp_path: Path) -> None:
-    """Stopped after stage 1's first epoch: the rest follows the undisturbed run's curve."""
+class CopyAfter:
+    """Copies a run's folder as it stands after an epoch, as if the process had been killed then."""
+
+    def __init__(self, run: Path, copy: Path, stage: int, epoch: int) -> None:
+        self._run, self._copy, self._at = run, copy, (stage, epoch)
+
+    def emit(self, event: Event) -> None:
+        if event["kind"] == "epoch" and (event["row"]["stage"], event["row"]["epoch"]) == self._at:
+            shutil.copytree(self._run, self._copy)
+
+
+def train_here(config: Config, dataset: Path, run: Path, reporter: Reporter) -> dict[str, Any]:
+    manifest = read_manifest(dataset)
+    config = run_folder.resolve_config(config, manifest)
+    run_folder.prepare(run, config, dataset, manifest)
+    return loop.train(config, dataset, run, prepare_devices(1), reporter, "local")
+
+
+@pytest.mark.parametrize(("stage", "epoch", "steps_left"), [(1, 1, 4), (1, 2, 3), (2, 1, 2), (2, 3, 0)])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    dataset: Path, tmp_path: Path, stage: int, epoch: int, steps_left: int
+) -> None:
+    """After any epoch, in a stage or between two: the same curve, and the same weights and optimizer at the end."""
+    config = small("stages.2.epochs=3", "stages.2.optimizer=adam", "stages.2.augment=true")
+    whole, copy = tmp_path / "whole", tmp_path / "copy"
+    undisturbed = train_here(config, dataset, whole, CopyAfter(whole, copy, stage, epoch))
+    resumed = train_here(config, dataset, copy, Reporters([]))
+    assert resumed["resumed_from"] == f"epoch-{5 - steps_left:05d}.npz"
+    assert resumed["steps_computed"] == steps_left * (56 // 8)
+    assert resumed["best"] == undisturbed["best"]
+    seconds = resumed["seconds"]
+    assert seconds["total"] >= sum(value for phase, value in seconds.items() if phase != "total")
+    left, right = history(copy), history(whole)
+    assert [(row["stage"], row["epoch"], row["best"]) for row in left] == [
+        (row["stage"], row["epoch"], row["best"]) for row in right
+    ]
+    for key in ("loss", "val_loss", "learning_rate"):
+        np.testing.assert_allclose([row[key] for row in left], [row[key] for row in right], rtol=1e-5, err_msg=key)
+    (arrays, _), (expected, _) = (checkpoint.load_arrays(run / "checkpoints/epoch-00005.npz") for run in (copy, whole))
+    assert arrays.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(arrays[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(finished_run: Path, dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     for name in ("result.json", "model.keras", "history.jsonl"):
         (run / name).unlink()
     kept = sorted((run / "checkpoints").glob("epoch-*.npz"))
     assert [path.name for path in kept] == ["epoch-00002.npz", "epoch-00003.npz"]
-    kept[-1].write_bytes(kept[-1].read_bytes()[:1000])  # a damaged newest one is passed over
+    kept[-1].write_bytes(kept[-1].read_bytes()[:1000])
     result = run_training(small(), dataset, run, launcher="local")
     assert result["resumed_from"] == "epoch-00002.npz"
     assert result["steps_computed"] == 7
     whole, resumed = history(finished_run), history(run)
     assert [(row["stage"], row["epoch"]) for row in resumed] == [(row["stage"], row["epoch"]) for row in whole]
-    np.testing.assert_allclose([row["loss"] for row in resumed], [row["loss"] for row in whole], atol=1e-3)
+
+
+def test_two_mirrored_devices_through_the_whole_loop(dataset: Path, tmp_path: Path) -> None:
+    """What one device gives, from the features of both splits to the last validation."""
+    settings = small("model.synchronize_batch_norm=true", "model.dropout=0", "stages.2.optimizer=sgd")
+    results = [
+        run_training(settings, dataset, tmp_path / str(devices), launcher="local", devices_per_worker=devices)
+        for devices in (1, 2)
+    ]
+    assert [result["strategy"] for result in results] == ["OneDeviceStrategy", "MirroredStrategy"]
+    assert [result["replicas"] for result in results] == [1, 2]
+    one, two = (history(tmp_path / str(devices)) for devices in (1, 2))
+    for key in ("loss", "val_loss"):
+        np.testing.assert_allclose([row[key] for row in two], [row[key] for row in one], atol=1e-4)
+
+
+def test_the_loop_is_traced_once_in_a_stage(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of one step, of more and of what is left of an epoch share a trace."""
+    made = []
+    make = steps.make_train_step
+
+    def remember(*arguments: Any, **named: Any) -> steps.TrainStep:
+        made.append(make(*arguments, **named))
+        return made[-1]
+
+    monkeypatch.setattr(steps, "make_train_step", remember)
+    run_training(small(), dataset, tmp_path / "run", launcher="local")
+    assert [len(step.traces) for step in made] == [1, 1]
 
 
 def test_cached_features_change_no_number(finished_run: Path, dataset: Path, tmp_path: Path) -> None:
@@ -83,3 +160,15 @@ def test_a_flipped_bit_ends_the_run_in_words(dataset: Path, tmp_path: Path) -> N
     shard.write_bytes(content)
     with pytest.raises(UserError, match=shard.name):
         run_training(small("stages.2.epochs=0"), broken, tmp_path / "run", launcher="local")
+
+
+def test_features_are_those_of_the_base_as_it_stands(dataset: Path, tmp_path: Path) -> None:
+    """A stage of the head after one of the base: what an earlier stage kept is of another base."""
+    three = ["stages.1.epochs=1", "stages.2.learning_rate=1e-2", "stages.3.learning_rate=1e-3", "stages.3.epochs=1"]
+    for name in ("on", "off"):
+        config = small(*three, "model.dropout=0", f"features.cache={name}")
+        run_training(config, dataset, tmp_path / name, launcher="local")
+    left, right = history(tmp_path / "on"), history(tmp_path / "off")
+    assert [row["stage"] for row in left] == [1, 2, 3]
+    for key in ("loss", "val_loss"):
+        np.testing.assert_allclose([row[key] for row in left], [row[key] for row in right], rtol=1e-3)

@@ -39,6 +39,11 @@ SOME = st.one_of(st.none(), st.integers(1, 9))
 @given(nodes=NODES, workers=SOME, devices=SOME)
 def test_a_plan_fits_and_a_refusal_is_right(nodes: list[Node], workers: int | None, devices: int | None) -> None:
     kind = "GPU" if any(node.gpus for node in nodes) else "CPU"
+    if kind == "CPU" and (workers or 1) > 1 and (devices or 1) > 1:
+        # TensorFlow's multi-worker strategy uses one CPU device of a worker, and leaves the others idle.
+        with pytest.raises(UserError, match=f"--devices-per-worker {devices}: .*one logical CPU"):
+            plan_workers(nodes, workers, devices)
+        return
     try:
         plan = plan_workers(nodes, workers, devices)
     except UserError as error:

@@ -46,6 +46,14 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def begun(run: Path) -> Path:
+    """A run with an epoch behind it."""
+    (run / run_folder.CHECKPOINTS).mkdir()
+    (run / run_folder.CHECKPOINTS / "epoch-00001.npz").write_bytes(b"x")
+    return run
+
+
 def test_a_new_run(run: Path) -> None:
     assert run_folder.read_config(run) == config("stages.1.epochs=5")
     assert run_folder.read_info(run) == run_folder.RunInfo(str(DATA.resolve()), "f" * 64, ("COVID", "Normal"), 64)
@@ -63,13 +71,45 @@ def test_a_run_that_was_stopped_in_its_first_writes_is_begun_again(run: Path) ->
     refused(run, config("stages.1.epochs=5"))
 
 
-def test_an_interrupted_run_is_accepted_and_left_as_it_is(run: Path) -> None:
-    (run / run_folder.CHECKPOINTS).mkdir()
-    (run / run_folder.CHECKPOINTS / "epoch-00001.npz").write_bytes(b"x")
-    run_folder.write_history(run, [{"epoch": 1, "loss": 0.5}])
-    before = content(run)
-    run_folder.prepare(run, config("stages.1.epochs=5"), Path("moved/dataset"), manifest())
-    assert content(run) == before
+def test_an_interrupted_run_is_accepted_and_left_as_it_is(begun: Path) -> None:
+    run_folder.write_history(begun, [{"epoch": 1, "loss": 0.5}])
+    before = content(begun)
+    run_folder.prepare(begun, config("stages.1.epochs=5"), Path("moved/dataset"), manifest())
+    assert content(begun) == before
+
+
+def test_before_the_first_epoch_other_settings_replace_those_that_did_not_work(run: Path) -> None:
+    run_folder.prepare(run, config("global_batch_size=8"), DATA, manifest("0" * 64))
+    assert run_folder.read_config(run) == config("global_batch_size=8")
+    assert run_folder.read_info(run).fingerprint == "0" * 64
+
+
+def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
+    run = tmp_path / "deep" / "run"
+    with run_folder.locked(run):
+        with pytest.raises(UserError, match="another process is training into it"), run_folder.locked(run):
+            pass
+        assert run.is_dir()
+    assert not run.exists(), "nothing was written"
+    with run_folder.locked(run):
+        (run / "kept").write_text("")
+    assert (run / "kept").exists()
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=str(path)), run_folder.locked(path):
+            pass
+
+
+def test_a_relative_path_of_weights_is_resolved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Workers run in another folder."""
+    monkeypatch.chdir(tmp_path)
+    resolved = run_folder.resolve_config(load_config(overrides=["model.weights=w/x.h5"]), manifest())
+    assert resolved.model.weights == str(tmp_path / "w" / "x.h5")
+    for name in ("imagenet", "none"):
+        assert (
+            run_folder.resolve_config(load_config(overrides=[f"model.weights={name}"]), manifest()).model.weights
+            == name
+        )
 
 
 def test_a_run_stopped_at_its_very_start_is_accepted(run: Path) -> None:
@@ -91,20 +131,20 @@ def test_a_run_stopped_at_its_very_start_is_accepted(run: Path) -> None:
         ("stages.3.learning_rate=1e-5", "stages.3", "None", "1e-05"),
     ],
 )
-def test_other_settings_are_refused_by_name(run: Path, override: str, key: str, before: str, now: str) -> None:
+def test_other_settings_are_refused_by_name(begun: Path, override: str, key: str, before: str, now: str) -> None:
     overrides = [override] if override.startswith("stages.1") else ["stages.1.epochs=5", override]
-    message = refused(run, config(*overrides))
+    message = refused(begun, config(*overrides))
     assert f" {key} {before}, not " in message
     assert now in message.split(", not ")[1]
 
 
-def test_the_first_of_several_differences_is_always_the_same(run: Path) -> None:
-    message = refused(run, config("stages.1.epochs=6", "seed=1", "model.dropout=0.1"))
+def test_the_first_of_several_differences_is_always_the_same(begun: Path) -> None:
+    message = refused(begun, config("stages.1.epochs=6", "seed=1", "model.dropout=0.1"))
     assert " model.dropout 0.3, not 0.1" in message
 
 
-def test_another_dataset_is_refused(run: Path) -> None:
-    message = refused(run, config("stages.1.epochs=5"), manifest("0" * 64))
+def test_another_dataset_is_refused(begun: Path) -> None:
+    message = refused(begun, config("stages.1.epochs=5"), manifest("0" * 64))
     assert "another dataset" in message
     assert str(DATA.resolve()) in message
 
@@ -124,7 +164,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path, name: str) -> N
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"cannot be made .*--out"):
+    with pytest.raises(UserError, match=r"cannot be written .*--out"):
         run_folder.prepare(tmp_path / "file" / "run", config(), DATA, manifest())
 
 

@@ -53,10 +53,11 @@ def test_xla_changes_nothing(replicas: int) -> None:
     assert_same(curve(replicas, xla=True), curve(replicas), 1e-3)
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.05), ("float16", 0.02)])
-def test_half_precision_follows_float32(precision: str, tolerance: float) -> None:
+def test_half_precision_follows_float32(precision: str, tolerance: float, replicas: int) -> None:
     """bfloat16 has 8 significant bits and float16 11: the losses, near 1.4, agree to that over 16 steps."""
-    assert_same(curve(precision=precision), curve(), tolerance)
+    assert_same(curve(replicas, precision), curve(replicas), tolerance)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])

@@ -127,11 +127,8 @@ class Training:
         rates = np.full(self.plan.steps_per_epoch, row.learning_rate, np.float32)
         for epoch in range(row.epochs):
             # Two calls of different lengths: neither may cause another trace.
-            half = len(rates) // 2
             first = epoch * len(rates)
-            totals = train_step.run(iterator, first, rates[:half]) + train_step.run(
-                iterator, first + half, rates[half:]
-            )
+            totals = train_step.run(iterator, first, rates[:1]) + train_step.run(iterator, first + 1, rates[1:])
             counted = features.distributed_batches(self.strategy, self.topology, self.source, evaluation)
             confusion, loss = evaluate(counted, evaluation.steps)
             assert confusion.sum() == self.source.count

@@ -25,6 +25,10 @@ class WorkerPlan:
     kind: DeviceKind
     cpus_per_worker: float
 
+    @property
+    def replicas(self) -> int:
+        return self.workers * self.devices_per_worker
+
     def resources(self) -> dict[str, float]:
         """Of one worker, in Ray's terms."""
         gpus = {"GPU": float(self.devices_per_worker)} if self.kind == "GPU" else {}
@@ -57,6 +61,11 @@ def plan_workers(nodes: Sequence[Node], workers: int | None, devices_per_worker:
         plan = WorkerPlan(max(workers, 1), devices_per_worker, "GPU", max(1.0, float(int(share))))
     else:
         workers = workers or 1
+        if workers > 1 and (devices_per_worker or 1) > 1:
+            raise UserError(
+                f"--devices-per-worker {devices_per_worker}: without GPUs each of several workers has one logical CPU; "
+                "leave it out, or ask for one worker"
+            )
         share = sum(node.cpus for node in nodes) / workers
         largest = max(node.cpus for node in nodes)
         plan = WorkerPlan(workers, devices_per_worker or 1, "CPU", max(1.0, float(int(min(share, largest)))))

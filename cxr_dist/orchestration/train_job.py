@@ -9,12 +9,15 @@ from typing import Any
 
 from cxr_dist import run_folder
 from cxr_dist.config import Config
+from cxr_dist.files import disk_error
 from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_workers
 from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, TensorBoardReporter
 from cxr_dist.strategy import muted_stderr, prepare_devices
 from tfrecords_builder.errors import UserError
 
 WORKER_ENVIRONMENT = {"TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")}
+Prepare = Callable[[int], bool]
+"""Makes the run's folder for so many replicas; False when nothing is left to do."""
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE", "ABSL_MIN_LOG_LEVEL": "3"}
 
 
@@ -22,6 +25,9 @@ QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE", "ABSL_MIN_LOG_LE
 def connected(address: str | None, verbose: bool) -> Iterator[None]:
     """Connected to the cluster at `address` or $RAY_ADDRESS, or to one of our own on this machine."""
     import logging
+
+    # Said outright: without an address, Ray would join whatever cluster was last started on this machine.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_LOGGING", "1" if verbose else "0")
@@ -33,12 +39,12 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
             address=address,
             log_to_driver=verbose,
             logging_level=level,
-            include_dashboard=None if address or os.environ.get("RAY_ADDRESS") else False,
+            include_dashboard=False if address == "local" else None,
             runtime_env={"env_vars": WORKER_ENVIRONMENT | ({} if verbose else QUIET)},
         )
-    except (ConnectionError, ValueError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--address {address}: no Ray cluster answers there ({reason})") from None
+        raise UserError(f"--address {address}: the Ray cluster there cannot be used ({reason})") from None
     if not verbose:
         for name in ("ray", "ray.train", "ray.data", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -54,7 +60,7 @@ def train_with_ray(
     run: Path,
     reporter: Reporter,
     *,
-    prepare: Callable[[], bool],
+    prepare: Prepare,
     workers: int | None = None,
     devices_per_worker: int | None = None,
     address: str | None = None,
@@ -63,7 +69,7 @@ def train_with_ray(
     """Run `loop.train` on the workers of a Ray cluster; the folders are on storage that all of them share.
 
     Args:
-        prepare: makes the run's folder, once the cluster can place the workers; False when nothing is left to do.
+        prepare: called once the cluster can place the workers.
 
     Returns:
         result.json.
@@ -73,7 +79,7 @@ def train_with_ray(
     """
     with connected(address, verbose):
         plan = plan_workers(cluster_nodes(), workers, devices_per_worker)
-        if not prepare():
+        if not prepare(plan.replicas):
             return _result(run)
         arguments = {
             "config": config.tree(),
@@ -105,14 +111,27 @@ def launch(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], 
         scaling_config=ray.train.ScalingConfig(
             num_workers=plan.workers, use_gpu=plan.kind == "GPU", resources_per_worker=plan.resources()
         ),
-        run_config=ray.train.RunConfig(name="ray_train", storage_path=str(run.resolve())),
+        run_config=ray.train.RunConfig(
+            name="ray_train",
+            storage_path=str(run.resolve()),
+            # Ray would try for ever to place workers on a cluster that is busy, and to replace lost ones.
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
+        ),
     )
     try:
         trainer.fit()
     except Exception as error:
-        user_error = _user_error_in(error)
-        if user_error is not None:
-            raise UserError(user_error) from None
+        for found in _errors_in(error):
+            mendable = found if isinstance(found, UserError) else disk_error(found)
+            if mendable is not None:
+                raise UserError(str(mendable)) from None
+            if type(found).__name__ == "WorkerGroupStartupTimeoutError":
+                raise UserError(
+                    f"--workers {plan.workers}: the cluster has such workers, but they are busy with other work "
+                    "(none were free for a minute); wait, or ask for fewer"
+                ) from None
         raise
 
 
@@ -155,8 +174,8 @@ def _following(path: Path, reporter: Reporter) -> Iterator[None]:
         follower.poll()
 
 
-def _user_error_in(error: BaseException) -> str | None:
-    """The message of the UserError that a worker raised, if that is what ended the job."""
+def _errors_in(error: BaseException) -> Iterator[BaseException]:
+    """`error` and all that it was made of, on workers and controller."""
     pending: list[BaseException] = [error]
     seen: set[int] = set()
     while pending:
@@ -164,24 +183,29 @@ def _user_error_in(error: BaseException) -> str | None:
         if id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, UserError):
-            return str(current)
+        yield current
+        inside = [getattr(current, name, None) for name in ("cause", "controller_failure")]
         pending += [
-            found
-            for found in (current.__cause__, current.__context__, getattr(current, "cause", None))
-            if isinstance(found, BaseException)
+            found for found in (current.__cause__, current.__context__, *inside) if isinstance(found, BaseException)
         ]
         failures = getattr(current, "worker_failures", None)
         pending += failures.values() if isinstance(failures, dict) else []
-    return None
 
 
 def train_locally(
-    config: Config, dataset: Path, run: Path, reporter: Reporter, *, devices_per_worker: int | None = None
+    config: Config,
+    dataset: Path,
+    run: Path,
+    reporter: Reporter,
+    *,
+    prepare: Prepare,
+    devices_per_worker: int | None = None,
 ) -> dict[str, Any]:
     """Train in this process, with no Ray at all: the single-node fallback."""
     from cxr_dist.loop import train
 
     topology = prepare_devices(devices_per_worker)
+    if not prepare(topology.replicas):
+        return _result(run)
     reporters = Reporters([reporter, TensorBoardReporter(run / run_folder.TENSORBOARD)])
     return train(config, dataset, run, topology, reporters, "local")

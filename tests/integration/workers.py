@@ -50,7 +50,8 @@ def train_curves(arguments: dict[str, Any]) -> None:
     curves = {}
     for name, settings in arguments["variants"].items():
         run = training.Training(topology=topology, **settings)
-        trace = run.stage(training.UPPER, run.stage(training.HEAD))
+        # A scale that does not overflow on the way, as in `training.two_stages`.
+        trace = run.stage(training.UPPER, run.stage(training.HEAD, loss_scale=2.0**8), loss_scale=2.0**8)
         weights = [float(abs(variable.numpy()).sum()) for variable in run.model.weights]
         curves[name] = {"losses": trace.losses, "validation": trace.validation, "weights": weights}
     Path(arguments["out"], f"{rank}.json").write_text(json.dumps(curves))
