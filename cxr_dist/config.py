@@ -55,7 +55,7 @@ class ModelConfig(_Node):
     image_size: int | None = Field(None, ge=32, description="pixels; must be the dataset's, which is also the default")
     dropout: float = Field(0.3, ge=0, lt=1, description="rate of both dropout layers of the head")
     batch_norm: Literal["train", "inference"] = Field(
-        "train", description="BatchNorm of unfrozen base layers; always trains with weights none"
+        "inference", description="BatchNorm of unfrozen base layers; always trains with weights none"
     )
     batch_norm_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of all BatchNorm statistics that train")
     synchronize_batch_norm: bool = Field(
