@@ -65,6 +65,28 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--encoding", choices=["raw", "png", "jpeg"], default="raw", help="(default: %(default)s)")
     build.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core)")
     build.add_argument("--seed", type=int, default=0, metavar="S", help="of the split (default: %(default)s)")
+    rule = build.add_mutually_exclusive_group()
+    rule.add_argument(
+        "--split",
+        choices=["leak-free", "published"],
+        default="leak-free",
+        help="both 70/15/15 of each class; leak-free keeps images that show the same together (default: %(default)s)",
+    )
+    rule.add_argument("--split-file", type=Path, metavar="CSV", help="columns path and split, instead of a rule")
+    build.add_argument(
+        "--conflicts",
+        choices=["exclude", "keep"],
+        help="images that show the same in several classes (default: exclude; keep with --split published)",
+    )
+    build.add_argument(
+        "--launcher",
+        choices=["local", "ray"],
+        default="local",
+        help="processes of this machine, or tasks on a Ray cluster (default: %(default)s)",
+    )
+    build.add_argument(
+        "--address", metavar="ADDRESS", help="of a Ray cluster (default: $RAY_ADDRESS, or one of its own)"
+    )
     build.add_argument(
         "--on-error", choices=["stop", "skip"], default="stop", help="what a damaged file does (default: %(default)s)"
     )
@@ -103,10 +125,18 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dataset", type=Path, metavar="DATASET", help="(default: the one the run was trained on)")
     evaluate.add_argument("--devices", type=_positive, metavar="M", help="GPUs, or logical CPUs")
 
-    bench = command("bench", commands.bench_step, "measure this machine, each figure beside its baseline")
-    bench.add_argument("what", choices=["step"], help="step: images/s of train against a bare compiled step")
+    bench = command("bench", commands.bench, "measure this machine, each figure beside its baseline")
     bench.add_argument(
-        "dataset", type=Path, nargs="?", metavar="DATASET", help="(default: phantoms of 224 pixels, drawn for it)"
+        "what",
+        choices=["build", "step"],
+        help="build: images/s of build, of bare decoding and of TensorFlow Datasets; "
+        "step: images/s of train against a bare compiled step",
+    )
+    bench.add_argument(
+        "dataset", type=Path, nargs="?", metavar="INPUT", help="images (build) or a dataset (step); default: phantoms"
+    )
+    bench.add_argument(
+        "--images", type=_positive, default=21_165, metavar="N", help="phantoms to build (default: %(default)s)"
     )
     bench.add_argument("--config", type=Path, default=Path("cpu"), metavar="YAML", help="(default: %(default)s)")
     bench.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")

@@ -10,12 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cxr_dist import run_folder
 from cxr_dist.config import Config, load_config, resolve_preset
 from cxr_dist.reporting import ConsoleReporter
 from tfrecords_builder.errors import UserError
+
+if TYPE_CHECKING:
+    from tfrecords_builder.build import Workers
+    from tfrecords_builder.manifest import Manifest
 
 
 def synth(options: argparse.Namespace) -> None:
@@ -36,7 +40,7 @@ def synth(options: argparse.Namespace) -> None:
 def build(options: argparse.Namespace) -> None:
     from tfrecords_builder.build import build_dataset
 
-    with _progress("build") as progress:
+    with _builders(options) as pool, _progress("build") as progress:
         summary = build_dataset(
             options.source,
             options.dataset,
@@ -44,29 +48,60 @@ def build(options: argparse.Namespace) -> None:
             encoding=options.encoding,
             workers=options.workers,
             seed=options.seed,
+            split=options.split,
+            split_file=options.split_file,
+            conflicts=options.conflicts,
             on_error=options.on_error,
             progress=progress,
+            pool=pool,
         )
-    for path, reason in summary.rejected:
+    manifest = summary.manifest
+    for change in summary.changes:
+        print(f"built anew: {change}")
+    for path, reason in [*manifest.rejected, *manifest.excluded]:
         print(f"left out: {path}: {reason}")
-    classes = sorted({name for counts in summary.counts.values() for name in counts})
-    width = max(len(name) for name in [*classes, "class"])
-    splits = list(summary.counts)
-    print(f"{'class':{width}}" + "".join(f"{split:>12}" for split in splits))
-    for name in classes:
-        print(f"{name:{width}}" + "".join(f"{summary.counts[split].get(name, 0):12,}" for split in splits))
-    print(f"{'all':{width}}" + "".join(f"{sum(summary.counts[split].values()):12,}" for split in splits))
+    width = max(len(name) for name in [*manifest.class_names, "class"])
+    print(f"{'class':{width}}" + "".join(f"{split:>12}" for split in manifest.counts))
+    for name in manifest.class_names:
+        print(f"{name:{width}}" + "".join(f"{counts[name]:12,}" for counts in manifest.counts.values()))
+    print(f"{'all':{width}}" + "".join(f"{sum(counts.values()):12,}" for counts in manifest.counts.values()))
+    print(_duplicates_words(manifest))
     if summary.reused:
         print(f"{options.dataset}: was complete already")
         return
     print(
-        f"{options.dataset}: {len(summary.shards)} shards in {summary.seconds:.1f} s "
-        f"({summary.images_per_second:,.0f} images/s)" + _rejected_words(summary.rejected)
+        f"{options.dataset}: {len(manifest.shards)} shards in {summary.seconds:.1f} s "
+        f"({summary.images_per_second:,.0f} images/s)"
     )
 
 
-def _rejected_words(rejected: list[tuple[str, str]]) -> str:
-    return f"; {len(rejected)} file(s) left out" if rejected else ""
+@contextmanager
+def _builders(options: argparse.Namespace) -> "Iterator[Workers | None]":
+    """Where a build's work is done; None for processes of this machine."""
+    if options.launcher == "local":
+        if options.address:
+            raise UserError("--address: is for --launcher ray; leave one out")
+        yield None
+        return
+    if options.workers is not None:
+        raise UserError("--workers: with --launcher ray the cluster decides; leave it out")
+    from cxr_dist.orchestration.ray_pool import RayPool
+    from cxr_dist.orchestration.train_job import connected
+
+    with connected(options.address, options.verbose):
+        yield RayPool()
+
+
+def _duplicates_words(manifest: "Manifest") -> str:
+    groups = manifest.groups
+    if not groups:
+        return "no image shows the same as another"
+    straddling = sum(len({row.split for row in rows} - {None}) > 1 for rows in groups.values())
+    where = f"{straddling} of the groups are in more than one split" if straddling else "each group is in one split"
+    return (
+        f"{sum(map(len, groups.values())):,} images show the same as another, in {len(groups):,} groups "
+        f"(the largest has {max(map(len, groups.values()))}); {where}"
+    )
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -180,6 +215,32 @@ def show_config(options: argparse.Namespace) -> None:
     print(load_config(resolve_preset(options.config), options.overrides).to_yaml(), end="")
 
 
+def bench(options: argparse.Namespace) -> None:
+    """The benchmark that was named."""
+    {"build": bench_build, "step": bench_step}[options.what](options)
+
+
+def bench_build(options: argparse.Namespace) -> None:
+    """On labelled images, or on phantoms of the database's size."""
+    from cxr_dist.bench import build
+    from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
+
+    with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
+        work, source = Path(folder), options.dataset
+        if source is None:
+            source = work / "phantoms"
+            with _progress("phantoms") as progress:
+                per_class = math.ceil(options.images / len(CLASS_FOLDERS))
+                write_phantoms(source, per_class=per_class, size=DATABASE_IMAGE_SIZE, progress=progress)
+        (work / "built").mkdir()
+        timings = build.measure(source, work / "built", BENCH_IMAGE_SIZE, (1, 2), options.rounds, tfds=True)
+    if options.json:
+        print(json.dumps([vars(timing) | {"images_per_second": timing.images_per_second} for timing in timings]))
+        return
+    print(f"{timings[0].images:,} images to {BENCH_IMAGE_SIZE} pixels, median of {options.rounds}")
+    print("\n".join(build.table(timings)))
+
+
 def bench_step(options: argparse.Namespace) -> None:
     """Phantoms of the network's own size, just enough of them for the steps of an epoch, unless a dataset is given."""
     from cxr_dist.bench import step
@@ -231,6 +292,7 @@ def demo(options: argparse.Namespace) -> None:
 
 
 BENCH_IMAGE_SIZE = 224
+DATABASE_IMAGE_SIZE = 299
 DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation")
 DEMO_PER_CLASS = 400
 DEMO_SIZE = 128

@@ -14,7 +14,7 @@ DATA = Path("somewhere/dataset")
 
 
 def manifest(fingerprint: str = "f" * 64, image_size: int = 64) -> Manifest:
-    settings = Settings(image_size=image_size, encoding="raw", seed=0, split_rule="any")
+    settings = Settings(image_size=image_size, encoding="raw", seed=0, split_rule="any", conflicts="keep")
     return Manifest(class_names=("COVID", "Normal"), settings=settings, fingerprint=fingerprint, shards=(), rows=())
 
 

@@ -1,89 +1,77 @@
 """Build a dataset: source images in, shards and a manifest out.
 
-Two parallel passes. The first decodes, resizes and encodes every image once, into spool files inside the
-output folder; the second copies the encoded images from the spool into shards. Splits are exact over the
-accepted images, and which are accepted is known only when all are decoded: without the spool, each image
-would be decoded twice, or again whenever one was rejected. Copying costs a fraction of decoding, and for a
-while the disk holds the images twice. (Whatever else must see all images before they are divided, such
-as a search for duplicates, belongs between the passes.)
+Two parallel passes. The first decodes, resizes and encodes every image once, into parts in the work folder
+(`parts`); the second copies the encoded images from the parts into shards. Between them every image is known: which
+are whole, which show the same, and so which goes where. Copying costs a fraction of decoding, and for a while the disk
+holds the images twice.
 
-The bytes of the dataset depend on the source and the settings alone, not on the number of workers.
-
-While it is built, a dataset is a folder with `.cxr-build` in it and no manifest. Shards are written there,
-renamed into place, and the manifest comes last; so a build that was killed is never taken for a dataset, and
-the next build into the same folder knows what it may remove.
+The bytes of the dataset depend on the source and the settings alone: not on the number of workers, and not on how
+often the build was stopped and started again.
 """
 
-import errno
-import fcntl
 import hashlib
-import os
-import shutil
+import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import PIL
 
-from tfrecords_builder import splits
+from tfrecords_builder import output, parts, plan, splits
+from tfrecords_builder.audit import THUMBNAIL_SIZE
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.images import ImageError
 from tfrecords_builder.manifest import (
-    ACCEPTED,
+    FORMAT_VERSION,
     MANIFEST_NAME,
-    REJECTED,
     Manifest,
-    Row,
     Settings,
     ShardInfo,
     check_shards,
     compute_fingerprint,
-    fsync_folder,
     read_manifest,
-    write_manifest,
 )
+from tfrecords_builder.metadata import Metadata, metadata_digest, read_metadata
 from tfrecords_builder.pool import Pool, default_workers
 from tfrecords_builder.schema import ENCODINGS
-from tfrecords_builder.sharding import is_shard_name, shard_bounds, shard_count, shard_name
-from tfrecords_builder.sources import SourceImage, class_counts, find_images
-from tfrecords_builder.writer import (
-    IngestTask,
-    ShardItem,
-    ShardTask,
-    SpooledImage,
-    ingest,
-    write_shard,
-)
-
-WORK_FOLDER = ".cxr-build"
-"""Holds a build in progress, inside the output folder."""
+from tfrecords_builder.sources import SourceImage, class_counts, find_images, read_split_file
+from tfrecords_builder.writer import IngestTask, ingest, write_shard
 
 MAX_IMAGE_SIZE = 4096
 ON_ERROR = ("stop", "skip")
 
-_IMAGES_PER_TASK = 32
+CONFLICTS = ("exclude", "keep")
+
 Progress = Callable[[int, int], None]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class Workers(Protocol):
+    """Runs functions over tasks, somewhere, with results in order; see `pool.Pool`."""
+
+    def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class BuildSummary:
     """What a build made, or found made already."""
 
-    counts: dict[str, dict[str, int]]
-    """Images by split, then by class."""
-    rejected: list[tuple[str, str]]
-    """Path and reason of each source file that is not in the dataset."""
-    shards: tuple[ShardInfo, ...]
+    manifest: Manifest
     seconds: float
     images_per_second: float
     """Source images decoded per second of the whole build; 0 when there was nothing to do."""
-    fingerprint: str
     reused: bool
     """True when the folder already held this dataset, so that nothing was written."""
+    changes: tuple[str, ...]
+    """Why the dataset that the folder held was built anew; empty when it held none."""
 
 
 def build_dataset(
@@ -94,13 +82,18 @@ def build_dataset(
     encoding: str = "raw",
     workers: int | None = None,
     seed: int = 0,
+    split: str = "leak-free",
+    split_file: Path | None = None,
+    conflicts: str | None = None,
     on_error: str = "stop",
     progress: Progress | None = None,
+    pool: Workers | None = None,
 ) -> BuildSummary:
     """Build the dataset of the images in `source` into the folder `dataset`.
 
-    A folder that holds this very dataset already is left as it is; what a killed build left is replaced;
-    anything else in the folder is an error and is not touched.
+    A folder that holds this very dataset already is left as it is. One that holds a dataset of other settings or other
+    images is built anew; what it held stays whole until the new shards are. A build that was stopped goes on. Anything
+    else in the folder is an error and is not touched.
 
     Args:
         source: Holds one folder per class; see `sources.find_images`.
@@ -109,48 +102,75 @@ def build_dataset(
         encoding: raw, png or jpeg; see `schema`.
         workers: Processes; None is one per processor.
         seed: Of the split and the order of records.
+        split: leak-free (images that show the same stay in one split) or published (each image for itself).
+        split_file: CSV with the columns path and split, in place of a rule.
+        conflicts: What becomes of images that show the same in several classes: exclude or keep. None excludes them
+            unless `split` is published.
         on_error: What a file that is no whole image does: "stop" ends the build, "skip" lists the file.
         progress: Called with (images decoded, images in all), from the calling thread.
+        pool: Where the work is done, in place of processes of this machine.
 
     Raises:
         ImageError: With on_error "stop", the first file (by path) that is no whole image.
         UserError: Anything else that the user can mend; see the message.
     """
     started = time.perf_counter()
-    _check_options(image_size, encoding, workers, on_error)
-    settings = Settings(image_size=image_size, encoding=encoding, seed=seed, split_rule=splits.RULE)
+    conflicts = conflicts or ("keep" if split == "published" else "exclude")
+    _check_options(image_size, encoding, workers, split, conflicts, on_error)
     found = find_images(source)
     classes = class_counts(found)
     _check_classes(source, classes)
-    with _locked_folder(dataset):
-        reused = (dataset / MANIFEST_NAME).exists()
-        if reused:
-            manifest = _existing(source, dataset, settings, found, on_error)
+    given, rule = None, split
+    if split_file is not None:
+        given, digest = read_split_file(split_file, {image.path for image in found})
+        rule = f"file:{digest}"
+    metadata = read_metadata(source, found)
+    settings = Settings(image_size, encoding, seed, rule, conflicts, metadata_digest(metadata))
+    with output.locked_folder(dataset):
+        present, changes = _existing(source, dataset, settings, found)
+        if present is not None and not changes:
+            manifest = present
+            if on_error == "stop" and manifest.rejected:
+                path, reason = manifest.rejected[0]
+                raise ImageError(source / path, reason)
+            output.remove_work(dataset)
         else:
-            with _work_folder(dataset) as work:
-                manifest = _build(source, work, settings, found, on_error, workers, progress)
-                _publish(dataset, work, manifest)
+            with output.work_folder(dataset) as work:
+                tasks = _ingest_tasks(source, work, settings, found, on_error)
+                with _workers(pool, min(workers or default_workers(), len(tasks))) as used:
+                    known, thumbnails = _ingest(source, tasks, found, metadata, used, progress)
+                    manifest = _write(source, work, settings, known, thumbnails, given, used)
+                output.publish(dataset, work, manifest)
+    reused = present is not None and not changes
     seconds = time.perf_counter() - started
-    return BuildSummary(
-        counts=manifest.counts,
-        rejected=manifest.rejected,
-        shards=manifest.shards,
-        seconds=seconds,
-        images_per_second=0.0 if reused else len(manifest.rows) / seconds,
-        fingerprint=manifest.fingerprint,
-        reused=reused,
-    )
+    rate = 0.0 if reused else len(manifest.rows) / seconds
+    return BuildSummary(manifest, seconds, rate, reused, tuple(changes))
 
 
-def _check_options(image_size: int, encoding: str, workers: int | None, on_error: str) -> None:
+@contextmanager
+def _workers(pool: Workers | None, workers: int) -> Iterator[Workers]:
+    if pool is not None:
+        yield pool
+        return
+    with Pool(workers) as own:
+        yield own
+
+
+def _check_options(
+    image_size: int, encoding: str, workers: int | None, split: str, conflicts: str, on_error: str
+) -> None:
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise UserError(f"image-size: must be from 1 to {MAX_IMAGE_SIZE} pixels, not {image_size}")
-    if encoding not in ENCODINGS:
-        raise UserError(f"encoding: must be one of {', '.join(ENCODINGS)}, not '{encoding}'")
     if workers is not None and workers < 1:
         raise UserError(f"workers: must be at least 1, not {workers}")
-    if on_error not in ON_ERROR:
-        raise UserError(f"on-error: must be one of {', '.join(ON_ERROR)}, not '{on_error}'")
+    for name, value, known in (
+        ("encoding", encoding, ENCODINGS),
+        ("split", split, splits.RULES),
+        ("conflicts", conflicts, CONFLICTS),
+        ("on-error", on_error, ON_ERROR),
+    ):
+        if value not in known:
+            raise UserError(f"{name}: must be one of {', '.join(known)}, not '{value}'")
 
 
 def _check_classes(source: Path, classes: dict[str, int], rejected: Counter[str] | None = None) -> None:
@@ -167,54 +187,81 @@ def _check_classes(source: Path, classes: dict[str, int], rejected: Counter[str]
             )
 
 
-def _build(
-    source: Path,
-    work: Path,
-    settings: Settings,
-    found: Sequence[SourceImage],
-    on_error: str,
-    workers: int | None,
-    progress: Progress | None,
-) -> Manifest:
-    """Write every shard into `work`; the manifest that goes with them."""
-    class_of = {image.path: image.class_name for image in found}
-    classes = class_counts(list(found))
-    tasks = [
+def _ingest_tasks(
+    source: Path, work: Path, settings: Settings, found: Sequence[SourceImage], on_error: str
+) -> list[IngestTask]:
+    key = json.dumps([FORMAT_VERSION, settings.image_size, settings.encoding, THUMBNAIL_SIZE, PIL.__version__])
+    files = [_source_file(source, image.path) for image in found]
+    size = parts.images_per_part(len(files))
+    return [
         IngestTask(
             source=source,
-            paths=[image.path for image in found[start : start + _IMAGES_PER_TASK]],
-            spool_folder=work,
+            files=files[start : start + size],
+            folder=work,
+            number=number,
+            key=key,
             image_size=settings.image_size,
             encoding=settings.encoding,
             stop_at_reject=on_error == "stop",
         )
-        for start in range(0, len(found), _IMAGES_PER_TASK)
+        for number, start in enumerate(range(0, len(files), size))
     ]
-    with Pool(min(workers or default_workers(), len(tasks))) as pool:
-        spooled: list[SpooledImage] = []
-        for part in pool.map(ingest, tasks):
-            spooled += part
-            if on_error == "stop" and (last := part[-1]).reason is not None:
-                raise ImageError(source / last.path, last.reason)
-            if progress is not None:
-                progress(len(spooled), len(found))
-        rejected = Counter(class_of[image.path] for image in spooled if image.reason is not None)
-        _check_classes(source, classes, rejected)
-        split_of = splits.assign_splits(
-            {image.path: class_of[image.path] for image in spooled if image.reason is None}, settings.seed
-        )
-        label_of = {name: label for label, name in enumerate(classes)}
-        shard_tasks = plan_shards(
-            work, spooled, split_of, {path: label_of[name] for path, name in class_of.items()}, settings.seed
-        )
-        written = list(pool.map(write_shard, [task for _, task in shard_tasks]))
-    places: dict[str, tuple[str, int, int, int]] = {}
-    for (_, task), shard in zip(shard_tasks, written, strict=True):
-        for number, item in enumerate(task.items):
-            places[item.path] = (shard.name, number, shard.offsets[number], shard.lengths[number])
-    rows = tuple(
-        _row(image, class_of[image.path], label_of[class_of[image.path]], split_of, places) for image in spooled
-    )
+
+
+def _source_file(source: Path, path: str) -> parts.SourceFile:
+    try:
+        status = (source / path).stat()
+    except OSError:
+        return parts.SourceFile(path, -1, -1)  # reading it says what is wrong
+    return parts.SourceFile(path, status.st_size, status.st_mtime_ns)
+
+
+def _ingest(
+    source: Path,
+    tasks: Sequence[IngestTask],
+    found: Sequence[SourceImage],
+    metadata: Mapping[str, Metadata],
+    pool: Workers,
+    progress: Progress | None,
+) -> tuple[list[plan.Known], npt.NDArray[np.uint8]]:
+    """The first pass: every source file as it was found, and the thumbnails of the whole ones."""
+    class_of = {image.path: image.class_name for image in found}
+    label_of = {name: label for label, name in enumerate(class_counts(list(found)))}
+    parts.remove_other_parts(tasks[0].folder, len(tasks))
+    known: list[plan.Known] = []
+    thumbnails = []
+    for done in pool.map(ingest, tasks):
+        if done.part is None:
+            last = done.images[-1]
+            raise ImageError(source / last.path, last.reason or "")
+        thumbnails.append(done.part.thumbnails())
+        for image in done.images:
+            name = class_of[image.path]
+            about = metadata.get(image.path, Metadata())
+            known.append(plan.Known(image, done.part.data.name, name, label_of[name], about))
+        if progress is not None:
+            progress(len(known), len(found))
+    return known, np.concatenate(thumbnails)
+
+
+def _write(
+    source: Path,
+    work: Path,
+    settings: Settings,
+    known: Sequence[plan.Known],
+    thumbnails: npt.NDArray[np.uint8],
+    given: Mapping[str, str] | None,
+    pool: Workers,
+) -> Manifest:
+    """The second pass: every shard, in `work`; the manifest that goes with them."""
+    lost = Counter(item.class_name for item in known if item.image.reason is not None)
+    classes = dict(sorted(Counter(item.class_name for item in known).items()))
+    _check_classes(source, classes, lost)
+    decision = plan.decide(known, thumbnails, settings, given)
+    _check_splits(source, known, decision)
+    planned = plan.plan_shards(work, known, decision.split_of, settings.seed)
+    written = list(pool.map(write_shard, [task for _, task in planned]))
+    rows = plan.manifest_rows(known, decision, list(zip((task for _, task in planned), written, strict=True)))
     return Manifest(
         class_names=tuple(classes),
         settings=settings,
@@ -223,77 +270,32 @@ def _build(
         ),
         shards=tuple(
             ShardInfo(shard.name, split, len(task.items), shard.bytes, shard.sha256)
-            for (split, task), shard in zip(shard_tasks, written, strict=True)
+            for (split, task), shard in zip(planned, written, strict=True)
         ),
         rows=rows,
+        duplicates=decision.duplicates,
         created_with={"pillow": PIL.__version__},
     )
 
 
-def plan_shards(
-    work: Path, spooled: Sequence[SpooledImage], split_of: dict[str, str], label_of: dict[str, int], seed: int
-) -> list[tuple[str, ShardTask]]:
-    """Which record goes where: (split, shard) for every shard, in order. Touches no file.
-
-    Inside a split, records follow `splits.stable_order`, so that every shard holds a mixture of the classes.
-
-    Args:
-        work: Holds the spool, and gets the shards.
-        spooled: Every source image, in the order of the manifest.
-        split_of: Split of every accepted image, by path.
-        label_of: Label of every image, by path.
-        seed: Of the order of the records.
-    """
-    row_of = {image.path: (index, image) for index, image in enumerate(spooled)}
-    plan: list[tuple[str, ShardTask]] = []
-    for split in splits.SPLITS:
-        paths = splits.stable_order([path for path, of in split_of.items() if of == split], seed)
-        count = shard_count(len(paths), sum(row_of[path][1].length for path in paths))
-        for number, (start, stop) in enumerate(shard_bounds(len(paths), count)):
-            items = []
-            for path in paths[start:stop]:
-                index, image = row_of[path]
-                items.append(ShardItem(image.spool, image.offset, image.length, label_of[path], path, index))
-            plan.append((split, ShardTask(work, shard_name(split, number, count), work, items)))
-    return plan
+def _check_splits(source: Path, known: Sequence[plan.Known], decision: plan.Decision) -> None:
+    """Every class has an image in every split."""
+    present = {(item.class_name, decision.split_of.get(item.image.path)) for item in known}
+    for name in sorted({item.class_name for item in known}):
+        for split in splits.SPLITS:
+            if (name, split) not in present:
+                raise UserError(
+                    f"{source}: class '{name}' has no image for the {split} split (images that show the same stay "
+                    "together, and what is excluded does not count); add images or give another split"
+                )
 
 
-def _row(
-    image: SpooledImage,
-    class_name: str,
-    label: int,
-    split_of: dict[str, str],
-    places: dict[str, tuple[str, int, int, int]],
-) -> Row:
-    shard, index, offset, length = places.get(image.path, (None, None, None, None))
-    return Row(
-        path=image.path,
-        class_name=class_name,
-        label=label,
-        split=split_of.get(image.path),
-        group=image.path,
-        sha256=image.sha256,
-        width=image.width,
-        height=image.height,
-        status=ACCEPTED if image.reason is None else REJECTED,
-        reason=image.reason,
-        shard=shard,
-        index=index,
-        offset=offset,
-        length=length,
-    )
-
-
-def _publish(dataset: Path, work: Path, manifest: Manifest) -> None:
-    for shard in manifest.shards:
-        (work / shard.name).rename(dataset / shard.name)
-    # The names must be on the disk before the manifest that vouches for them.
-    fsync_folder(dataset)
-    write_manifest(dataset, manifest)
-
-
-def _existing(source: Path, dataset: Path, settings: Settings, found: Sequence[SourceImage], on_error: str) -> Manifest:
-    """The manifest of the dataset that is there already, when it is the one that was asked for."""
+def _existing(
+    source: Path, dataset: Path, settings: Settings, found: Sequence[SourceImage]
+) -> tuple[Manifest | None, list[str]]:
+    """The manifest of the dataset that is there, and how it differs from the one that was asked for."""
+    if not (dataset / MANIFEST_NAME).exists():
+        return None, []
     manifest = read_manifest(dataset)
     wanted, present = asdict(settings), asdict(manifest.settings)
     differences = [f"{name} {present[name]} -> {wanted[name]}" for name in wanted if wanted[name] != present[name]]
@@ -303,17 +305,9 @@ def _existing(source: Path, dataset: Path, settings: Settings, found: Sequence[S
         sources = [(image.path, image.class_name, digests[image.path]) for image in found]
         if compute_fingerprint(settings, tuple(class_counts(list(found))), sources) != manifest.fingerprint:
             differences = _source_differences(manifest, digests)
-    if differences:
-        raise UserError(
-            f"{dataset}: already holds another dataset ({'; '.join(differences)}); give another output folder"
-        )
-    check_shards(dataset, manifest)
-    if on_error == "stop" and manifest.rejected:
-        path, reason = manifest.rejected[0]
-        raise ImageError(source / path, reason)
-    if (dataset / WORK_FOLDER).exists():  # killed between the manifest and the end
-        shutil.rmtree(dataset / WORK_FOLDER)
-    return manifest
+    if not differences:
+        check_shards(dataset, manifest)
+    return manifest, differences
 
 
 def _digests(source: Path, paths: Sequence[str]) -> dict[str, str | None]:
@@ -336,77 +330,3 @@ def _source_differences(manifest: Manifest, digests: dict[str, str | None]) -> l
         "changed": sum(before[path] != digests[path] for path in before.keys() & digests.keys()),
     }
     return [f"source images {name}: {count}" for name, count in counts.items() if count] or ["the fingerprint"]
-
-
-@contextmanager
-def _locked_folder(dataset: Path) -> Iterator[None]:
-    """The output folder, made if need be, held against other builds; gone again if a failed build made it."""
-    created = not dataset.exists()
-    with _explained(dataset):
-        try:
-            dataset.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"{dataset}: is not a folder; give another output folder") from error
-        descriptor = os.open(dataset, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"{dataset}: another build is writing here; wait for it or give another output folder"
-                ) from error
-            yield
-        finally:
-            os.close(descriptor)
-            if created and not any(dataset.iterdir()):
-                dataset.rmdir()
-
-
-@contextmanager
-def _work_folder(dataset: Path) -> Iterator[Path]:
-    """An empty work folder; on any error the output folder is left as empty as it was found.
-
-    Raises:
-        UserError: The output folder holds what no unfinished build left.
-    """
-    work = dataset / WORK_FOLDER
-    names = {path.name for path in dataset.iterdir()}
-    # Without the work folder, even a file with a shard's name was not left by a build that was killed.
-    foreign = sorted(name for name in names - {WORK_FOLDER} if WORK_FOLDER not in names or not _is_ours(name))
-    if foreign:
-        raise UserError(f"{dataset}: is not empty and no dataset (it holds '{foreign[0]}'); give another output folder")
-    _remove_build(dataset)
-    work.mkdir()
-    try:
-        yield work
-    except BaseException:
-        if not (dataset / MANIFEST_NAME).exists():
-            _remove_build(dataset)
-        raise
-    shutil.rmtree(work)
-
-
-def _is_ours(name: str) -> bool:
-    return is_shard_name(name) or name == f".{MANIFEST_NAME}.part"
-
-
-def _remove_build(dataset: Path) -> None:
-    """Remove an unfinished build; the work folder last, as it is what marks the rest as ours."""
-    for path in list(dataset.iterdir()):
-        if _is_ours(path.name):
-            path.unlink()
-    if (dataset / WORK_FOLDER).exists():
-        shutil.rmtree(dataset / WORK_FOLDER)
-
-
-@contextmanager
-def _explained(dataset: Path) -> Iterator[None]:
-    """Turn what the user can mend about the output folder into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(
-                f"{dataset}: cannot be written ({error.strerror}); mend that or give another output folder"
-            ) from error
-        raise

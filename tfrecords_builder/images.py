@@ -8,16 +8,23 @@ square, as `keras.utils.image_dataset_from_directory` does.
 
 import io
 import struct
+import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from tfrecords_builder.audit import THUMBNAIL_SIZE
 from tfrecords_builder.errors import UserError
 
 FORMATS = ("PNG", "JPEG")
+MAX_PIXELS = 89_478_485
+"""A file of a few kilobytes can claim billions; detectors of X-rays have 20 million at most. The limit is Pillow's,
+which only warns of it (and stops at twice as many), so the warning says nothing beside our error."""
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 # Bilinear (a triangle filter that Pillow widens when it shrinks, so antialiased) and not Lanczos, whose
 # negative lobes ring beside ribs and devices, nor Box, which weighs source pixels unevenly when the ratio
@@ -65,7 +72,7 @@ def load_gray(path: Path, image_size: int) -> npt.NDArray[np.uint8]:
     Raises:
         ImageError: The file cannot be read, is neither PNG nor JPEG, or is damaged or truncated.
     """
-    return decode_gray(read_bytes(path), image_size, path)[0]
+    return decode_gray(read_bytes(path), image_size, path).pixels
 
 
 def read_bytes(path: Path) -> bytes:
@@ -76,16 +83,26 @@ def read_bytes(path: Path) -> bytes:
         raise ImageError(path, f"cannot be read ({error.strerror})") from error
 
 
-def decode_gray(data: bytes, image_size: int, path: Path) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """An image as it is stored, and what the audit compares."""
+
+    pixels: npt.NDArray[np.uint8]
+    """Gray [image_size, image_size]."""
+    thumbnail: npt.NDArray[np.uint8]
+    """Gray [64, 64], of the whole image: the same for every image_size."""
+    width: int
+    """Of the file's image, in pixels."""
+    height: int
+
+
+def decode_gray(data: bytes, image_size: int, path: Path) -> Decoded:
     """Decode the bytes of an image file.
 
     Args:
         data: The file's content.
         image_size: Side of the result in pixels.
         path: Named in errors only.
-
-    Returns:
-        The image, gray uint8 [image_size, image_size], and the file's own (width, height) in pixels.
 
     Raises:
         ImageError: See `load_gray`.
@@ -96,7 +113,11 @@ def decode_gray(data: bytes, image_size: int, path: Path) -> tuple[npt.NDArray[n
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except _DECODE_ERRORS as error:
         raise ImageError(path, "is not a PNG or JPEG image") from error
-    size = (image.width, image.height)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(path, f"has {width} x {height} pixels, more than {MAX_PIXELS:,} in all")
+    if getattr(image, "is_animated", False):
+        raise ImageError(path, "is animated, and which of its frames is meant is not known")
     try:
         if image.format == "PNG":
             # Pillow's decoder checks no CRC of the pixel data, and does without the end of the file. `verify`
@@ -109,9 +130,10 @@ def decode_gray(data: bytes, image_size: int, path: Path) -> tuple[npt.NDArray[n
         gray = _to_gray(ImageOps.exif_transpose(image))
     except _DECODE_ERRORS as error:
         raise ImageError(path, f"is a damaged or truncated image ({_one_line(error)})") from error
+    thumbnail = gray.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), RESAMPLING, reducing_gap=3.0)
     if gray.size != (image_size, image_size):
         gray = gray.resize((image_size, image_size), RESAMPLING)
-    return np.asarray(gray, dtype=np.uint8), size
+    return Decoded(np.asarray(gray, np.uint8), np.asarray(thumbnail, np.uint8), width, height)
 
 
 def _to_gray(image: Image.Image) -> Image.Image:

@@ -23,9 +23,10 @@ from tfrecords_builder.errors import UserError
 from tfrecords_builder.splits import SPLITS
 
 MANIFEST_NAME = "manifest.parquet"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ACCEPTED = "ok"
 REJECTED = "rejected"
+EXCLUDED = "excluded"
 
 _METADATA_KEY = b"cxr_dataset"
 _ARROW_SCHEMA = pa.schema(
@@ -35,6 +36,8 @@ _ARROW_SCHEMA = pa.schema(
         pa.field("label", pa.int32(), nullable=False),
         pa.field("split", pa.string()),
         pa.field("group", pa.string(), nullable=False),
+        pa.field("source", pa.string()),
+        pa.field("patient", pa.string()),
         pa.field("sha256", pa.string()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
@@ -60,16 +63,19 @@ class Row:
     split: str | None
     """train, validation or test; None when the image is excluded."""
     group: str
-    """Images of one group stay in one split. For now each image is a group of its own."""
+    """The path of the first image that shows the same or is of the same patient; its own when no earlier one is."""
+    source: str | None
+    """Where the image came from, as the collection says."""
+    patient: str | None
     sha256: str | None
     """Hexadecimal, of the source file's bytes; None when it could not be read."""
     width: int | None
     """Of the source image, in pixels."""
     height: int | None
     status: str
-    """ok or rejected."""
+    """ok, rejected (no whole image) or excluded (a whole image that was left out)."""
     reason: str | None
-    """Why it was rejected."""
+    """Why it was rejected or excluded."""
     shard: str | None
     """Name of the file that holds the record."""
     index: int | None
@@ -102,6 +108,11 @@ class Settings:
     """raw, png or jpeg."""
     seed: int
     split_rule: str
+    """leak-free, published, or `file:` and the SHA-256 of the file that says it."""
+    conflicts: str
+    """Images that show the same in several classes: exclude or keep."""
+    metadata: str | None = None
+    """SHA-256 of what the collection's sheets say of its images; None when there are none."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,8 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     rows: tuple[Row, ...]
     """In the order of their paths; a record's `index` key is a position here."""
+    duplicates: tuple[tuple[int, int, float], ...] = ()
+    """Pairs of rows that show the same, and how alike they are; see `audit.find_duplicates`."""
     created_with: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that decoded the images: information, not part of the fingerprint."""
 
@@ -165,7 +178,24 @@ class Manifest:
     @property
     def rejected(self) -> list[tuple[str, str]]:
         """Path and reason of every image that was rejected."""
-        return [(row.path, row.reason or "") for row in self.rows if row.status == REJECTED]
+        return self._with_status(REJECTED)
+
+    @property
+    def excluded(self) -> list[tuple[str, str]]:
+        """Path and reason of every whole image that was left out."""
+        return self._with_status(EXCLUDED)
+
+    @cached_property
+    def groups(self) -> dict[str, list[Row]]:
+        """The groups of more than one whole image, by the path of their first."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row.status != REJECTED:
+                groups.setdefault(row.group, []).append(row)
+        return {path: rows for path, rows in groups.items() if len(rows) > 1}
+
+    def _with_status(self, status: str) -> list[tuple[str, str]]:
+        return [(row.path, row.reason or "") for row in self.rows if row.status == status]
 
     def split(self, name: str) -> SplitIndex:
         """The records of one split; `UserError` when there is no such split."""
@@ -213,6 +243,7 @@ def write_manifest(dataset: Path, manifest: Manifest) -> None:
         **asdict(manifest.settings),
         "fingerprint": manifest.fingerprint,
         "shards": [asdict(shard) for shard in manifest.shards],
+        "duplicates": manifest.duplicates,
         "created_with": manifest.created_with,
     }
     columns = [[getattr(row, name) for row in manifest.rows] for name in _ARROW_SCHEMA.names]
@@ -304,6 +335,7 @@ def _from_table(table: pa.Table, metadata: dict[str, Any]) -> Manifest:
         fingerprint=metadata["fingerprint"],
         shards=tuple(ShardInfo(**shard) for shard in metadata["shards"]),
         rows=tuple(Row(*values) for values in zip(*columns, strict=True)),
+        duplicates=tuple((int(i), int(j), float(score)) for i, j, score in metadata["duplicates"]),
         created_with=metadata["created_with"],
     )
 

@@ -1,10 +1,15 @@
 """Find the labelled images of a folder: the database's own layout, or one folder per class."""
 
+import csv
+import hashlib
+import io
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.splits import SPLITS
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 # Folders of the database that are not classes, and that lie beside the images inside a class.
@@ -69,6 +74,38 @@ def find_images(root: Path) -> list[SourceImage]:
         if not _is_unicode(image.path):
             raise UserError(f"{root}: the file name {image.path!a} is not Unicode; rename it")
     return sorted(images, key=lambda image: image.path)
+
+
+def read_split_file(path: Path, known: Collection[str]) -> tuple[dict[str, str], str]:
+    """The split of each image by path, and the file's SHA-256, from a CSV with the columns path and split.
+
+    Args:
+        path: The file. Lines of further columns are fine.
+        known: The paths of all source images.
+
+    Raises:
+        UserError: The file cannot be read, lacks a column, or has a line that names no image of the source, no split,
+            or an image a second time.
+    """
+    try:
+        data = path.read_bytes()
+        lines = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig")), strict=True))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a CSV file as --split-file") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: is no CSV file in UTF-8 ({error}); mend it") from error
+    split_of: dict[str, str] = {}
+    for number, line in enumerate(lines, start=2):
+        image, split = line.get("path"), line.get("split")
+        if image is None or split is None:
+            raise UserError(f"{path}: needs the columns path and split in its first line, and both in line {number}")
+        if image not in known:
+            raise UserError(f"{path}: line {number}: '{image}' is no image of the source; remove the line")
+        if split not in SPLITS:
+            raise UserError(f"{path}: line {number}: split '{split}' is none of {', '.join(SPLITS)}")
+        if split_of.setdefault(image, split) != split:
+            raise UserError(f"{path}: line {number}: '{image}' is in two splits; keep one line")
+    return split_of, hashlib.sha256(data).hexdigest()
 
 
 def class_counts(images: list[SourceImage]) -> dict[str, int]:

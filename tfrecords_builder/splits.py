@@ -1,8 +1,8 @@
-"""Which image goes to which split: stratified, stable, pure.
+"""Which image goes to which split: stratified, stable, with groups kept together. Pure.
 
-The published project divides each class 70/15/15, rounded down, and gives the rest to the test split.
-The order inside a class is by a keyed hash of the image's path, so that a seed always gives the same
-split, whatever the order in which files are found, and adding a class moves no image of another.
+The published project divides each class 70/15/15, rounded down, and gives the rest to the test split. The order inside
+a class is by a keyed hash of the image's path, so that a seed always gives the same split, whatever the order in which
+files are found, and adding a class moves no image of another (unless a group has images of both).
 """
 
 import hashlib
@@ -14,8 +14,8 @@ TRAIN_PERCENT = 70
 VALIDATION_PERCENT = 15
 MIN_IMAGES_PER_CLASS = 7
 """The smallest class of which every split gets an image: 15 % of 7 is 1, of 6 is 0."""
-RULE = f"stratified {TRAIN_PERCENT}/{VALIDATION_PERCENT}/{100 - TRAIN_PERCENT - VALIDATION_PERCENT} per class"
-"""What a dataset's manifest says of how it was divided."""
+RULES = ("leak-free", "published")
+"""Both divide each class 70/15/15; leak-free keeps the images of a group in one split."""
 
 
 def split_sizes(count: int) -> dict[str, int]:
@@ -31,18 +31,40 @@ def split_sizes(count: int) -> dict[str, int]:
     return {"train": train, "validation": validation, "test": count - train - validation}
 
 
-def assign_splits(classes: Mapping[str, str], seed: int) -> dict[str, str]:
-    """Map each path to a split, given `classes`, which maps each path to its class name."""
-    by_class: dict[str, list[str]] = defaultdict(list)
+def assign_splits(classes: Mapping[str, str], seed: int, group_of: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Map each path to a split, given `classes`, which maps each path to its class name.
+
+    With `group_of` (path to the name of its group; a path that is absent is a group of its own), no group is in two
+    splits: in the stable order, a split takes each group that still fits, and the smallest if none does. A class
+    without groups is divided exactly as `split_sizes` says; with them the sizes differ from that by less than the
+    class's largest group, and are equal to it as long as there are single images to fill up with.
+    """
+    by_class: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for path, class_name in classes.items():
-        by_class[class_name].append(path)
+        by_class[class_name][(group_of or {}).get(path, path)].append(path)
+    split_of_group: dict[str, str] = {}
     assigned: dict[str, str] = {}
-    for paths in by_class.values():
-        ordered = stable_order(paths, seed)
-        start = 0
-        for split, size in split_sizes(len(ordered)).items():
-            assigned.update(dict.fromkeys(ordered[start : start + size], split))
-            start += size
+    for _, groups in sorted(by_class.items()):
+        waiting = stable_order(groups, seed)
+        left = 0
+        for split, size in split_sizes(sum(map(len, groups.values()))).items():
+            left += size
+            # A group with images of two classes is where the first of them put it.
+            taken = [group for group in waiting if split_of_group.get(group) == split]
+            left -= sum(len(groups[group]) for group in taken)
+            free = [group for group in waiting if group not in split_of_group]
+            for group in free:
+                if split == SPLITS[-1] or len(groups[group]) <= left:
+                    taken.append(group)
+                    left -= len(groups[group])
+            if size and free and not taken:  # rather a group too many than a split without the class
+                taken.append(min(free, key=lambda group: len(groups[group])))
+                left -= len(groups[taken[0]])
+            for group in taken:
+                split_of_group[group] = split
+                assigned.update(dict.fromkeys(groups[group], split))
+            gone = set(taken)
+            waiting = [group for group in waiting if group not in gone]
     return assigned
 
 

@@ -19,6 +19,7 @@ from tfrecords_builder.manifest import (
     read_manifest,
 )
 from tfrecords_builder.sharding import is_shard_name
+from tfrecords_builder.tfds_files import tfds_files
 
 PlacedRows = dict[str, list[tuple[int, Row]]]
 
@@ -62,6 +63,11 @@ def verify_dataset(dataset: Path, progress: Callable[[int, int], None] | None = 
         done += shard.records
         if progress is not None:
             progress(done, total)
+    # Last, as they say of the shards only what the manifest does.
+    for name, content in tfds_files(manifest).items():
+        path = dataset / name
+        if not path.is_file() or path.read_bytes() != content:
+            raise UserError(f"{path}: is missing or not what was written; build the dataset anew in another folder")
     return VerifySummary(
         records=done,
         shards=len(manifest.shards),
@@ -87,6 +93,12 @@ def _check_manifest(dataset: Path, manifest: Manifest, rows_of: PlacedRows) -> N
         whole = all(value is not None for value in placed)
         empty = all(value is None for value in placed)
         _require(whole if row.status == ACCEPTED else empty, dataset, f"the row of '{row.path}' contradicts its status")
+    if manifest.settings.split_rule == "leak-free":
+        split_of: dict[str, str | None] = {}
+        for row in manifest.rows:
+            if row.status == ACCEPTED:
+                together = split_of.setdefault(row.group, row.split) == row.split
+                _require(together, dataset, f"the group of '{row.group}' is in two splits")
     for shard in manifest.shards:
         rows = rows_of[shard.name]
         _require(len(rows) == shard.records, dataset, f"the number of records of {shard.name} is not that of its rows")

@@ -9,21 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfrecords_builder import images, recordio, schema
-
-
-@dataclass(frozen=True, slots=True)
-class SpooledImage:
-    """A source image after decoding: either its place in a spool file, or the reason for rejecting it."""
-
-    path: str
-    sha256: str | None
-    width: int | None = None
-    height: int | None = None
-    reason: str | None = None
-    spool: str = ""
-    offset: int = 0
-    length: int = 0
+from tfrecords_builder import images, parts, recordio, schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +17,30 @@ class IngestTask:
     """Some source images to decode, resize and encode."""
 
     source: Path
-    paths: Sequence[str]
-    spool_folder: Path
+    files: Sequence[parts.SourceFile]
+    folder: Path
+    number: int
+    """Of the part."""
+    key: str
+    """What determines the part beside its files."""
     image_size: int
     encoding: str
     stop_at_reject: bool
 
 
 @dataclass(frozen=True, slots=True)
-class ShardItem:
-    """One record to write."""
+class IngestedImages:
+    """A part, or what there is of one that ends with a rejected image."""
 
-    spool: str
+    part: parts.Part | None
+    images: tuple[parts.PartImage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardItem:
+    """One record to write; the image lies in the part `part`."""
+
+    part: str
     offset: int
     length: int
     label: int
@@ -52,11 +50,10 @@ class ShardItem:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """One shard to write, under `folder / name`."""
+    """One shard to write, under `folder / name`, from the parts in `folder`."""
 
     folder: Path
     name: str
-    spool_folder: Path
     items: Sequence[ShardItem]
 
 
@@ -71,52 +68,56 @@ class WrittenShard:
     lengths: tuple[int, ...]
 
 
-def ingest(task: IngestTask) -> list[SpooledImage]:
-    """Decode images, and append what is to be stored to this process's spool file.
+def ingest(task: IngestTask) -> IngestedImages:
+    """Decode images into a part, or find it made.
 
-    A file that is no whole image becomes an entry with a reason; with `stop_at_reject` it is the last.
+    A file that is no whole image becomes an entry with a reason; with `stop_at_reject` it is the last, and there is
+    no part.
     """
-    done: list[SpooledImage] = []
-    # One file a process, not a task: the number of open files stays small for any number of images.
-    name = f"spool-{os.getpid()}"
-    with (task.spool_folder / name).open("ab") as spool:
-        for path in task.paths:
-            digest: str | None = None
-            try:
-                data = images.read_bytes(task.source / path)
-                digest = hashlib.sha256(data).hexdigest()
-                gray, (width, height) = images.decode_gray(data, task.image_size, task.source / path)
-            except images.ImageError as error:
-                done.append(SpooledImage(path, digest, reason=error.reason))
-                if task.stop_at_reject:
-                    break
-                continue
-            encoded = schema.encode_image(gray, task.encoding)
-            offset = spool.tell()
-            spool.write(encoded)
-            done.append(
-                SpooledImage(path, digest, width, height, spool=name, offset=offset, length=len(encoded)),
-            )
-    return done
+    made = parts.read_part(task.folder, task.number, task.key, task.files)
+    if made is not None and not (task.stop_at_reject and any(image.reason for image in made.images)):
+        return IngestedImages(made, made.images)
+    done: list[parts.PartImage] = []
+    encoded: list[bytes] = []
+    thumbnails: list[bytes] = []
+    offset = 0
+    for file in task.files:
+        digest: str | None = None
+        try:
+            data = images.read_bytes(task.source / file.path)
+            digest = hashlib.sha256(data).hexdigest()
+            decoded = images.decode_gray(data, task.image_size, task.source / file.path)
+        except images.ImageError as error:
+            done.append(parts.PartImage(file.path, digest, reason=error.reason))
+            if task.stop_at_reject:
+                return IngestedImages(None, tuple(done))
+            continue
+        content = schema.encode_image(decoded.pixels, task.encoding)
+        place = {"offset": offset, "length": len(content)}
+        done.append(parts.PartImage(file.path, digest, decoded.width, decoded.height, **place))
+        encoded.append(content)
+        thumbnails.append(decoded.thumbnail.tobytes())
+        offset += len(content)
+    content = b"".join([*encoded, *thumbnails])
+    part = parts.write_part(task.folder, task.number, task.key, task.files, done, content)
+    return IngestedImages(part, part.images)
 
 
 def write_shard(task: ShardTask) -> WrittenShard:
-    """Write one shard from the spool; on return its bytes are on the disk."""
-    spools: dict[str, int] = {}
+    """Write one shard from the parts; on return its bytes are on the disk."""
     offsets: list[int] = []
     lengths: list[int] = []
-    try:
-        with recordio.RecordWriter(task.folder / task.name) as writer:
-            for item in task.items:
-                if item.spool not in spools:
-                    spools[item.spool] = os.open(task.spool_folder / item.spool, os.O_RDONLY)
-                image = os.pread(spools[item.spool], item.length, item.offset)
-                if len(image) != item.length:
-                    raise OSError(f"{task.spool_folder / item.spool}: ends early")
-                payload = schema.encode_example(image=image, label=item.label, path=item.path, index=item.index)
-                offsets.append(writer.write(payload))
-                lengths.append(len(payload))
-    finally:
-        for descriptor in spools.values():
-            os.close(descriptor)
+    with recordio.RecordWriter(task.folder / task.name) as writer:
+        for item in task.items:
+            # Opened anew for each image: there are more parts than a process may have open files.
+            descriptor = os.open(task.folder / item.part, os.O_RDONLY)
+            try:
+                image = os.pread(descriptor, item.length, item.offset)
+            finally:
+                os.close(descriptor)
+            if len(image) != item.length:
+                raise OSError(f"{task.folder / item.part}: ends early")
+            payload = schema.encode_example(image=image, label=item.label, path=item.path, index=item.index)
+            offsets.append(writer.write(payload))
+            lengths.append(len(payload))
     return WrittenShard(task.name, writer.bytes_written, writer.sha256, tuple(offsets), tuple(lengths))

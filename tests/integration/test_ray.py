@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 
 from cxr_dist.orchestration.preflight import cluster_nodes, plan_workers
+from cxr_dist.orchestration.ray_pool import RayPool
 from cxr_dist.orchestration.train_job import launch
 from tests.conftest import SMALL_RUN
 from tests.integration import workers
 from tests.test_steps import curve
+from tfrecords_builder.build import build_dataset
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.images import ImageError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_stopped")]
 ROOT = Path(__file__).parents[2]
@@ -86,6 +90,19 @@ def test_two_workers_follow_one_device(tmp_path: Path) -> None:
             np.testing.assert_allclose(first[name][key], first["plain"][key], atol=tolerance)
     for found in reports(tmp_path, "poisoned-*.json"):
         assert found == {"skipped": [4], "same": True, "scale": 2.0**11}
+
+
+def test_tasks_on_a_cluster_build_what_processes_build(phantom_source: Path, dataset: Path, tmp_path: Path) -> None:
+    start_cluster(num_cpus=2)
+    build_dataset(phantom_source, tmp_path / "d", image_size=32, pool=RayPool())
+    for path in dataset.iterdir():
+        assert (tmp_path / "d" / path.name).read_bytes() == path.read_bytes(), path.name
+    damaged = Path(shutil.copytree(phantom_source, tmp_path / "damaged"))
+    victim = next((damaged / "COVID" / "images").iterdir())
+    victim.write_bytes(b"no image")
+    with pytest.raises(ImageError, match=f"^{victim}: is not a PNG or JPEG image; [^\\n]*$"):
+        build_dataset(damaged, tmp_path / "e", image_size=32, pool=RayPool())
+    assert not (tmp_path / "e").exists()
 
 
 def command(*arguments: object, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:

@@ -17,10 +17,12 @@ from PIL import Image
 
 from tests.tfrecords_builder.conftest import COUNTS, write_images
 from tfrecords_builder import build as build_module
-from tfrecords_builder.build import WORK_FOLDER, BuildSummary, build_dataset
+from tfrecords_builder import images, output, parts
+from tfrecords_builder.build import BuildSummary, build_dataset
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.images import ImageError, load_gray
 from tfrecords_builder.manifest import MANIFEST_NAME, read_manifest
+from tfrecords_builder.output import WORK_FOLDER
 from tfrecords_builder.recordio import read_at
 from tfrecords_builder.schema import decode_image, encode_image, parse_batch
 from tfrecords_builder.splits import SPLITS, split_sizes
@@ -70,10 +72,10 @@ def test_tensorflow_reads_back_every_image(source: Path, tmp_path: Path, encodin
             np.testing.assert_array_equal(image, expected)
             assert manifest.class_names[label] == row.path.split("/")[0].replace(" ", "_")
             seen[row.path] += 1
-        assert Counter(manifest.class_names[label] for label in labels) == summary.counts[split]
+        assert Counter(manifest.class_names[label] for label in labels) == summary.manifest.counts[split]
     assert set(seen.values()) == {1}
     assert len(seen) == TOTAL
-    assert summary.fingerprint == manifest.fingerprint
+    assert summary.manifest.fingerprint == manifest.fingerprint
 
 
 def test_random_access_by_offset(source: Path, built: Path) -> None:
@@ -97,7 +99,7 @@ def test_same_bytes_for_any_number_of_workers(tmp_path: Path, source: Path, buil
 def test_both_layouts_make_the_same_dataset_but_for_paths(tmp_path: Path, built: Path) -> None:
     plain = write_images(tmp_path / "plain", COUNTS, database_layout=False)
     summary = build(plain, tmp_path / "d")
-    assert summary.counts == read_manifest(built).counts
+    assert summary.manifest.counts == read_manifest(built).counts
     by_digest = {row.sha256: row for row in read_manifest(built).rows}
     for row in read_manifest(tmp_path / "d").rows:
         assert row.class_name == by_digest[row.sha256].class_name
@@ -129,36 +131,56 @@ def test_the_same_dataset_again_is_left_alone(source: Path, built: Path, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in dataset.iterdir()}
     summary = build(source, dataset)
     assert summary.reused
-    assert summary.fingerprint == read_manifest(built).fingerprint
-    assert summary.counts == read_manifest(built).counts
+    assert summary.manifest.fingerprint == read_manifest(built).fingerprint
+    assert summary.manifest.counts == read_manifest(built).counts
     assert {path: path.stat().st_mtime_ns for path in dataset.iterdir()} == before
 
 
 @pytest.mark.parametrize(
-    ("options", "difference"),
+    ("options", "changes"),
     [
-        ({"seed": 1}, r"\(seed 0 -> 1\)"),
-        ({"image_size": 17}, r"\(image_size 16 -> 17\)"),
-        ({"encoding": "png", "seed": 7}, r"\(encoding raw -> png; seed 0 -> 7\)"),
+        ({"seed": 1}, ["seed 0 -> 1"]),
+        ({"image_size": 17}, ["image_size 16 -> 17"]),
+        ({"encoding": "png", "seed": 7}, ["encoding raw -> png", "seed 0 -> 7"]),
+        ({"split": "published"}, ["split_rule leak-free -> published", "conflicts exclude -> keep"]),
     ],
 )
-def test_other_settings_are_refused(source: Path, built: Path, options: dict[str, object], difference: str) -> None:
-    before = content(built)
-    with pytest.raises(UserError, match=f"already holds another dataset {difference}; give another output folder"):
-        build(source, built, **options)
-    assert content(built) == before
+def test_other_settings_build_anew_and_are_named(
+    source: Path, built: Path, tmp_path: Path, options: dict[str, object], changes: list[str]
+) -> None:
+    dataset = Path(shutil.copytree(built, tmp_path / "d"))
+    summary = build(source, dataset, **options)
+    assert not summary.reused
+    assert list(summary.changes) == changes
+    build(source, tmp_path / "new", **options)
+    assert content(dataset) == content(tmp_path / "new")
 
 
-def test_other_images_are_refused(mutable: Path, built: Path) -> None:
-    before = content(built)
+def test_other_images_build_anew_and_are_counted(mutable: Path, built: Path, tmp_path: Path) -> None:
+    dataset = Path(shutil.copytree(built, tmp_path / "d"))
     paths = sorted((mutable / "COVID/images").iterdir())
     paths[0].unlink()
     shutil.copy(paths[2], paths[1])
     for name in ("x.png", "y.png"):
-        shutil.copy(paths[2], mutable / "Normal/images" / name)
-    with pytest.raises(UserError, match="added: 2; source images removed: 1; source images changed: 1"):
-        build(mutable, built)
-    assert content(built) == before
+        shutil.copy(paths[2], mutable / "COVID/images" / name)
+    summary = build(mutable, dataset)
+    assert list(summary.changes) == [
+        "source images added: 2",
+        "source images removed: 1",
+        "source images changed: 1",
+    ]
+    build(mutable, tmp_path / "new")
+    assert content(dataset) == content(tmp_path / "new")
+    assert build(mutable, dataset).reused
+
+
+def test_a_failed_rebuild_leaves_the_earlier_dataset(mutable: Path, built: Path, tmp_path: Path) -> None:
+    dataset = Path(shutil.copytree(built, tmp_path / "d"))
+    damage(mutable)
+    with pytest.raises(ImageError):
+        build(mutable, dataset)
+    assert content(dataset) == content(built)
+    verify_dataset(dataset)
 
 
 def test_a_dataset_that_lost_a_shard_is_not_called_complete(source: Path, built: Path, tmp_path: Path) -> None:
@@ -228,7 +250,7 @@ def test_too_few_images_or_classes(tmp_path: Path) -> None:
         build(one, tmp_path / "d")
     assert not (tmp_path / "d").exists()
     enough = write_images(tmp_path / "enough", {"A": 7, "B": 7})
-    assert build(enough, tmp_path / "d").counts["validation"] == {"A": 1, "B": 1}
+    assert build(enough, tmp_path / "d").manifest.counts["validation"] == {"A": 1, "B": 1}
 
 
 def damage(source: Path) -> list[str]:
@@ -257,11 +279,13 @@ def test_stop_names_the_first_damaged_file(mutable: Path, tmp_path: Path, worker
 def test_skip_lists_damaged_files_and_splits_the_rest_exactly(mutable: Path, tmp_path: Path) -> None:
     victims = damage(mutable)
     summary = build(mutable, tmp_path / "d", on_error="skip")
-    assert [path for path, _ in summary.rejected] == victims
-    assert "truncated" in summary.rejected[0][1]
-    assert "not a PNG or JPEG" in summary.rejected[1][1]
+    assert [path for path, _ in summary.manifest.rejected] == victims
+    assert "truncated" in summary.manifest.rejected[0][1]
+    assert "not a PNG or JPEG" in summary.manifest.rejected[1][1]
     accepted = {"COVID": 18, "Normal": 12, "Viral_Pneumonia": 9}
-    assert summary.counts == {split: {n: split_sizes(c)[split] for n, c in accepted.items()} for split in SPLITS}
+    assert summary.manifest.counts == {
+        split: {n: split_sizes(c)[split] for n, c in accepted.items()} for split in SPLITS
+    }
     manifest = read_manifest(tmp_path / "d")
     assert len(manifest.rows) == TOTAL
     for row in manifest.rows:
@@ -302,15 +326,59 @@ def test_mixed_kinds_of_images(tmp_path: Path) -> None:
 # A build that does not come to its end
 
 
-def test_an_interrupt_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_an_interrupted_build_goes_on(
+    source: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was decoded before is not decoded again, and nothing is taken for a dataset in between."""
+    monkeypatch.setattr(parts, "IMAGES_PER_PART", 8)
+    decoded: list[Path] = []
+
+    def decode(data: bytes, size: int, path: Path) -> images.Decoded:
+        decoded.append(path)
+        return real_decode(data, size, path)
+
+    real_decode = images.decode_gray
+    monkeypatch.setattr(images, "decode_gray", decode)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 24:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(source, tmp_path / "d", progress=interrupt)
+    with pytest.raises(UserError, match="no complete dataset"):
+        read_manifest(tmp_path / "d")
+    assert len(decoded) == 24
+    assert not build(source, tmp_path / "d").reused
+    assert len(decoded) == len(set(decoded)) == TOTAL
+    assert content(tmp_path / "d") == content(built)
+
+
+@pytest.mark.parametrize("change", ["data", "index", "source", "settings"])
+def test_what_an_interrupted_build_left_is_used_only_when_it_is_right(
+    mutable: Path, tmp_path: Path, change: str
+) -> None:
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    for workers in (1, 2):
-        with pytest.raises(KeyboardInterrupt):
-            build(source, tmp_path / "d", workers=workers, progress=interrupt)
-        assert not (tmp_path / "d").exists()
-        assert not multiprocessing.active_children()
+    with pytest.raises(KeyboardInterrupt):
+        build(mutable, tmp_path / "d", progress=interrupt)
+    part = tmp_path / "d" / WORK_FOLDER / "part-00000"
+    options: dict[str, object] = {}
+    if change == "data":
+        content_ = bytearray(part.read_bytes())
+        content_[100] ^= 1
+        part.write_bytes(content_)
+    elif change == "index":
+        index = part.with_name("part-00000.json")
+        index.write_text(index.read_text()[:-7])
+    elif change == "source":
+        Image.fromarray(np.zeros((9, 9), np.uint8)).save(mutable / "COVID/images/COVID-0.png")
+    else:
+        options["image_size"] = 11
+    build(mutable, tmp_path / "d", **options)
+    build(mutable, tmp_path / "new", **options)
+    assert content(tmp_path / "d") == content(tmp_path / "new")
 
 
 @pytest.mark.parametrize("step", ["write_shard", "fsync_folder", "write_manifest"])
@@ -319,7 +387,7 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, step, fail)
+        patch.setattr(build_module if step == "write_shard" else output, step, fail)
         with pytest.raises(UserError, match=r"d: cannot be written \(No space left on device\)"):
             build(source, tmp_path / "d")
     assert not (tmp_path / "d").exists()
@@ -382,13 +450,11 @@ def test_a_killed_build_is_no_dataset_and_is_replaced(
         assert time.monotonic() < deadline, "worker processes outlived the build"
         time.sleep(0.05)
     if number == signal.SIGINT:
-        assert not (tmp_path / "d").exists()
         # The parent's own; a worker keeps silent once it has started, and one that is still starting does not.
         assert errors.rstrip().endswith("KeyboardInterrupt")
-    else:
-        assert (tmp_path / "d" / WORK_FOLDER).exists()
-        with pytest.raises(UserError, match="no complete dataset"):
-            read_manifest(tmp_path / "d")
+    assert (tmp_path / "d" / WORK_FOLDER).exists()
+    with pytest.raises(UserError, match="no complete dataset"):
+        read_manifest(tmp_path / "d")
     assert not build(source, tmp_path / "d").reused
     assert content(tmp_path / "d") == content(built)
 
@@ -417,10 +483,42 @@ def test_killed_while_publishing(source: Path, built: Path, tmp_path: Path, publ
 def test_killed_after_the_manifest(source: Path, built: Path, tmp_path: Path) -> None:
     dataset = Path(shutil.copytree(built, tmp_path / "d"))
     (dataset / WORK_FOLDER).mkdir()
-    (dataset / WORK_FOLDER / "spool-1").write_bytes(b"left")
+    (dataset / WORK_FOLDER / "part-00000").write_bytes(b"left")
     verify_dataset(dataset)
     assert build(source, dataset).reused
     assert content(dataset) == content(built)
+
+
+KILLED_BUILD = """
+import os, random, signal, sys, threading
+from pathlib import Path
+from tfrecords_builder.build import build_dataset
+
+if __name__ == "__main__":
+    delay = float(sys.argv[3])
+    if delay:
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    build_dataset(Path(sys.argv[1]), Path(sys.argv[2]), image_size=16, workers=1)
+    os._exit(0)
+"""
+
+
+def test_killed_at_any_moment_and_started_again_the_bytes_are_the_same(
+    source: Path, built: Path, tmp_path: Path
+) -> None:
+    """Each build is killed once at a random moment, from its first write to after its last."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_BUILD)
+    rng = np.random.default_rng(0)
+    killed = 0
+    for attempt in range(6):
+        dataset = tmp_path / str(attempt)
+        environment = {**os.environ, "PYTHONPATH": str(Path(build_module.__file__).parents[1])}
+        line = [sys.executable, script, source, dataset, str(rng.uniform(0.02, 0.25))]
+        killed += subprocess.run(line, env=environment, check=False, timeout=60).returncode == -signal.SIGKILL
+        build(source, dataset)
+        assert content(dataset) == content(built), line
+    assert killed
 
 
 def test_starts_without_tensorflow() -> None:

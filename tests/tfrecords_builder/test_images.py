@@ -1,6 +1,7 @@
 import contextlib
 import io
 import pickle
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +204,77 @@ def test_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(ImageError(Path("a/b.png"), "is empty")))
     assert (error.path, error.reason) == (Path("a/b.png"), "is empty")
     assert str(error).startswith("a/b.png: is empty;")
+
+
+def animated() -> bytes:
+    buffer = io.BytesIO()
+    frames = [Image.fromarray(GRAY), Image.fromarray(255 - GRAY)]
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG whose header, with a good checksum, says that it has so many pixels."""
+    data = bytearray(encoded(Image.fromarray(GRAY), "PNG"))
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (animated(), "is animated"),
+        (claiming(9_500, 9_500), "has 9500 x 9500 pixels"),
+        (claiming(60_000, 60_000), "not a PNG or JPEG|60000 x 60000"),
+        (claiming(SIZE, 2**31 - 1), "not a PNG or JPEG|pixels"),
+    ],
+)
+def test_what_is_refused_with_its_reason(tmp_path: Path, data: bytes, reason: str) -> None:
+    (tmp_path / "x.png").write_bytes(data)
+    with pytest.raises(ImageError, match=reason):
+        load_gray(tmp_path / "x.png", SIZE)
+
+
+def test_cmyk_and_a_wrong_extension_are_converted(tmp_path: Path) -> None:
+    rgb = Image.fromarray(GRAY).convert("RGB")
+    path = tmp_path / "x.png"
+    path.write_bytes(encoded(rgb.convert("CMYK"), "JPEG"))
+    np.testing.assert_allclose(load_gray(path, SIZE).astype(int), GRAY, atol=40)
+    assert np.corrcoef(load_gray(path, SIZE).ravel(), GRAY.ravel())[0, 1] > 0.95
+
+
+def test_a_thousand_malformed_files(tmp_path: Path) -> None:
+    """No crash, no hang, and none taken for an image that it is not: a file gives its own pixels or an ImageError."""
+    rng = np.random.default_rng(7)
+    smooth = np.add.outer(np.arange(48) * 3, np.arange(48) * 2).astype(np.uint8)
+    png, jpeg = (encoded(Image.fromarray(smooth), kind) for kind in ("PNG", "JPEG"))
+    expected = load_gray(save(tmp_path / "good.png", Image.fromarray(smooth)), SIZE)
+    refused = 0
+    for number in range(1200):
+        kind = number % 6
+        data = bytearray(png)
+        if kind == 0:  # bytes changed
+            for position in rng.integers(8, len(data), rng.integers(1, 9)):
+                data[position] ^= rng.integers(1, 256)
+        elif kind == 1:  # a piece lost
+            start, stop = sorted(rng.integers(0, len(data), 2))
+            del data[start : stop + 1]
+        elif kind == 2:  # a piece twice, or elsewhere
+            start, stop, at = sorted(rng.integers(8, len(data), 3))
+            data[at:at] = data[start:stop]
+        elif kind == 3:
+            data = bytearray(jpeg[: rng.integers(0, len(jpeg))])
+        elif kind == 4:  # the right beginning, then anything
+            data[rng.integers(4, 40) :] = rng.bytes(200)
+        else:
+            data = bytearray(rng.bytes(rng.integers(0, 300)))
+        path = tmp_path / "x.png"
+        path.write_bytes(data)
+        try:
+            loaded = load_gray(path, SIZE)
+        except ImageError:
+            refused += 1
+            continue
+        np.testing.assert_array_equal(loaded, expected, err_msg=f"{number}: taken for something else")
+    assert refused > 1000

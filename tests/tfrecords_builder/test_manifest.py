@@ -101,7 +101,7 @@ def test_another_format_version(copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(manifest_module, "FORMAT_VERSION", 99)
         write_manifest(copy, manifest)
-    with pytest.raises(UserError, match="format version 99, this program reads 1"):
+    with pytest.raises(UserError, match="format version 99, this program reads 2"):
         read_manifest(copy)
 
 
@@ -157,7 +157,7 @@ def test_a_failed_write_keeps_the_manifest_and_leaves_no_part(copy: Path, monkey
 
 
 def test_fingerprint_depends_on_everything() -> None:
-    settings = Settings(image_size=16, encoding="raw", seed=0, split_rule="r")
+    settings = Settings(image_size=16, encoding="raw", seed=0, split_rule="r", conflicts="keep")
     sources = [("a", "A", "00"), ("b", "B", "11"), ("c", "B", None)]
     same = compute_fingerprint(settings, ["A", "B"], sources)
     assert compute_fingerprint(settings, ("A", "B"), sources[::-1]) == same

@@ -1,3 +1,5 @@
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,3 +64,41 @@ def test_order_is_fixed_across_versions() -> None:
 
 
 ORDER_OF_SEED_0 = ["f", "d", "c", "e", "a", "b"]
+
+
+@given(
+    st.dictionaries(names, st.tuples(st.sampled_from("XY"), st.integers(0, 30)), min_size=1, max_size=60),
+    st.integers(0, 5),
+)
+def test_groups_stay_together_and_sizes_are_within_one_group(images: dict[str, tuple[str, int]], seed: int) -> None:
+    classes = {path: name for path, (name, _) in images.items()}
+    group_of = {path: f"{name}{number}" for path, (name, number) in images.items()}
+    assigned = assign_splits(classes, seed, group_of)
+    assert assigned.keys() == classes.keys()
+    for group in set(group_of.values()):
+        assert len({assigned[path] for path in classes if group_of[path] == group}) == 1
+    for name in set(classes.values()):
+        members = [path for path in classes if classes[path] == name]
+        largest = max(Counter(group_of[path] for path in members).values())
+        for split, size in split_sizes(len(members)).items():
+            assert abs(sum(assigned[path] == split for path in members) - size) < largest
+
+
+def test_single_images_fill_up_to_the_exact_sizes() -> None:
+    classes = {f"{i}.png": "X" for i in range(100)}
+    group_of = {f"{i}.png": str(i // 5) for i in range(40)}
+    assigned = assign_splits(classes, 0, group_of)
+    assert Counter(assigned.values()) == split_sizes(100)
+
+
+def test_a_group_of_two_classes_is_in_one_split() -> None:
+    classes = {f"{name}/{i}.png": name for name in "XY" for i in range(40)}
+    group_of = {f"{name}/{i}.png": f"both-{i % 4}" for name in "XY" for i in range(12)}
+    assigned = assign_splits(classes, 3, group_of)
+    for number in range(4):
+        assert len({assigned[path] for path, group in group_of.items() if group == f"both-{number}"}) == 1
+
+
+def test_without_groups_nothing_changes() -> None:
+    classes = {f"{i}.png": "XY"[i % 2] for i in range(90)}
+    assert assign_splits(classes, 1, {path: path for path in classes}) == assign_splits(classes, 1)

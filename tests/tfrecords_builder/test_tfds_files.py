@@ -1,0 +1,81 @@
+"""TensorFlow Datasets reads a dataset with nothing of ours, and our builder for it makes the same records."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.tfrecords_builder.conftest import COUNTS
+from tfrecords_builder.build import build_dataset
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.images import load_gray
+from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.recordio import scan
+from tfrecords_builder.schema import decode_image, encode_image
+from tfrecords_builder.splits import SPLITS
+from tfrecords_builder.tfds_files import FILES
+from tfrecords_builder.verify import verify_dataset
+
+SIZE = 16
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
+def test_builder_from_directory_reads_every_split(source: Path, tmp_path: Path, encoding: str) -> None:
+    import tensorflow_datasets as tfds
+
+    build_dataset(source, tmp_path / "d", image_size=SIZE, workers=1, encoding=encoding)
+    manifest = read_manifest(tmp_path / "d")
+    builder = tfds.builder_from_directory(str(tmp_path / "d"))
+    assert tuple(builder.info.features["label"].names) == manifest.class_names
+    assert builder.info.features["image"].shape == (SIZE, SIZE, 1)
+    assert builder.info.supervised_keys == ("image", "label")
+    assert "Chowdhury" in builder.info.citation
+    assert "leak-free" in builder.info.description
+    assert {split: info.num_examples for split, info in builder.info.splits.items()} == {
+        split: sum(counts.values()) for split, counts in manifest.counts.items()
+    }
+    for split in SPLITS:
+        examples = list(builder.as_dataset(split=split, shuffle_files=False).as_numpy_iterator())
+        assert [example["path"].decode() for example in examples] == manifest.split(split).paths
+        for example in examples:
+            row = manifest.rows[example["index"]]
+            assert (row.path, row.label) == (example["path"].decode(), example["label"])
+            expected = load_gray(source / row.path, SIZE)
+            if encoding == "jpeg":
+                expected = decode_image(encode_image(expected, "jpeg"), SIZE, "jpeg")
+            np.testing.assert_array_equal(example["image"][..., 0], expected)
+    batch = next(iter(builder.as_dataset(split="train", as_supervised=True, batch_size=4)))
+    assert batch[0].shape == (4, SIZE, SIZE, 1)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_verify_names_a_file_that_is_not_what_was_written(built: Path, tmp_path: Path, name: str) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(built, tmp_path / "d"))
+    verify_dataset(copy)
+    (copy / name).write_bytes((copy / name).read_bytes().replace(b"COVID", b"COVIT").replace(b"tfrec", b"tfrek"))
+    (copy / name).write_bytes((copy / name).read_bytes() + b" ")
+    with pytest.raises(UserError, match=name):
+        verify_dataset(copy)
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=name):
+        verify_dataset(copy)
+
+
+def test_our_builder_for_tfds_makes_the_same_records(source: Path, tmp_path: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    from tfrecords_builder.tfds_builder import FOLDER, Covid19Radiography, SizeConfig
+
+    (tmp_path / "manual").mkdir()
+    (tmp_path / "manual" / FOLDER).symlink_to(source)
+    names = tuple(sorted(name.replace(" ", "_") for name in COUNTS))
+    config = SizeConfig(name="small", image_size=SIZE, class_names=names)
+    builder = Covid19Radiography(data_dir=str(tmp_path / "data"), config=config)
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(tmp_path / "manual")))
+    build_dataset(source, tmp_path / "ours", image_size=SIZE, workers=1, split="published")
+    ours = {payload for path in (tmp_path / "ours").glob("cxr-*") for _, payload in scan(path)}
+    theirs = {payload for path in Path(builder.data_dir).glob("*.tfrecord-*") for _, payload in scan(path)}
+    assert len(ours) == sum(COUNTS.values())
+    assert ours == theirs

@@ -1,0 +1,142 @@
+"""Which images show the same thing, and how images are grouped by that. Pure; NumPy alone.
+
+Two measures, both of thumbnails of 64 x 64 pixels and both correlations, which no change of brightness or contrast
+moves:
+
+1. of the 16 x 16 means of blocks, for every pair of images. X-rays of one projection look alike at this scale: most
+   unrelated pairs are above 0.8. What is below COARSE_THRESHOLD is no duplicate, and that leaves few.
+2. of the band of spatial frequencies from ribs to soft tissue edges, for those few. It is 0.87 and less for
+   different images of one kind, and stays above 0.98 for one image that was re-encoded, resized or re-exposed.
+
+The first is a matrix product, in blocks: time grows with the square of the number of images (seconds for twenty
+thousand, about a minute for a hundred thousand), memory with the number. Rotated, mirrored and cropped copies are not
+found.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+THUMBNAIL_SIZE = 64
+COARSE_SIZE = 16
+COARSE_THRESHOLD = 0.97
+FINE_THRESHOLD = 0.9
+"""Of 9 million pairs of 4,255 real X-rays 62 are above, the next is at 0.86; of 2,000 pairs that were made of 400 of
+them by JPEG (quality 40 to 95), resizing (half to 1.5 times), gain, offset (10 %) and gamma (0.9 to 1.1), all are, the
+lowest at 0.98."""
+
+_BLOCK = 4096
+_FINE_RADIUS = 4
+
+Thumbnails = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two images that show the same, as positions with `first` < `second`."""
+
+    first: int
+    second: int
+    score: float
+    """Correlation of the band-passed thumbnails; 1.0 for files of equal bytes."""
+
+
+def find_duplicates(digests: Sequence[str], thumbnails: Thumbnails) -> list[Pair]:
+    """All pairs of near-duplicates, and of each set of files with equal bytes the pairs with its first.
+
+    Args:
+        digests: SHA-256 of each of the N files.
+        thumbnails: uint8 [N, 64, 64].
+
+    Returns:
+        Pairs, ordered.
+    """
+    first_of: dict[str, int] = {}
+    pairs: list[Pair] = []
+    for position, digest in enumerate(digests):
+        first = first_of.setdefault(digest, position)
+        if first != position:
+            pairs.append(Pair(first, position, 1.0))
+    # Of equal files one stands for all: a set of k would give k * k pairs.
+    distinct = np.array(sorted(first_of.values()), np.int64)
+    for left, right, score in near_duplicates(thumbnails[distinct]):
+        pairs.append(Pair(int(distinct[left]), int(distinct[right]), score))
+    return sorted(pairs, key=lambda pair: (pair.first, pair.second))
+
+
+def near_duplicates(thumbnails: Thumbnails) -> list[tuple[int, int, float]]:
+    """Pairs (i, j, score) of near-duplicates with i < j, in no order, for thumbnails uint8 [N, 64, 64]."""
+    coarse = np.concatenate([_coarse(block) for block in _blocks(thumbnails)] or [np.empty((0, 1), np.float32)])
+    pairs: list[tuple[int, int, float]] = []
+    for start in range(0, len(coarse), _BLOCK):
+        rows = coarse[start : start + _BLOCK]
+        for other in range(start, len(coarse), _BLOCK):
+            left, right = np.nonzero(rows @ coarse[other : other + _BLOCK].T > COARSE_THRESHOLD)
+            left, right = left + start, right + other
+            left, right = left[left < right], right[left < right]
+            for piece in range(0, len(left), _BLOCK):
+                i, j = left[piece : piece + _BLOCK], right[piece : piece + _BLOCK]
+                scores = np.einsum("nd,nd->n", _fine(thumbnails[i]), _fine(thumbnails[j]))
+                keep = scores > FINE_THRESHOLD
+                pairs += zip(i[keep].tolist(), j[keep].tolist(), scores[keep].tolist(), strict=True)
+    return pairs
+
+
+def group_of(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+    """For each of `count` images the smallest position in its group: what pairs connect, directly or not."""
+    parent = list(range(count))
+
+    def root(position: int) -> int:
+        while parent[position] != position:
+            parent[position] = parent[parent[position]]
+            position = parent[position]
+        return position
+
+    for first, second in pairs:
+        low, high = sorted((root(first), root(second)))
+        parent[high] = low
+    return [root(position) for position in range(count)]
+
+
+def conflicts(groups: Sequence[int], class_names: Sequence[str]) -> dict[int, list[str]]:
+    """The groups whose images are in more than one class, with those classes."""
+    classes: dict[int, set[str]] = defaultdict(set)
+    for group, name in zip(groups, class_names, strict=True):
+        classes[group].add(name)
+    return {group: sorted(names) for group, names in classes.items() if len(names) > 1}
+
+
+def _blocks(thumbnails: Thumbnails) -> Iterable[Thumbnails]:
+    return (thumbnails[start : start + _BLOCK] for start in range(0, len(thumbnails), _BLOCK))
+
+
+def _coarse(thumbnails: Thumbnails) -> npt.NDArray[np.float32]:
+    side = THUMBNAIL_SIZE // COARSE_SIZE
+    shape = (len(thumbnails), COARSE_SIZE, side, COARSE_SIZE, side)
+    return _unit(thumbnails.reshape(shape).mean((2, 4), dtype=np.float32))
+
+
+def _fine(thumbnails: Thumbnails) -> npt.NDArray[np.float32]:
+    """What is left between two box filters, of 9 pixels and of 3."""
+    pixels = thumbnails.astype(np.float32)
+    return _unit(_box(pixels - _box(pixels, _FINE_RADIUS), 1))
+
+
+def _unit(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Rows of zero mean and unit norm, so that a dot product is a correlation; zero where an image is flat."""
+    rows = values.reshape(len(values), -1)
+    rows = rows - rows.mean(1, keepdims=True)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 1e-3 * rows.shape[1] ** 0.5)
+
+
+def _box(images: npt.NDArray[np.float32], radius: int) -> npt.NDArray[np.float32]:
+    """Mean over squares of 2 * radius + 1 pixels; the border repeats."""
+    width = 2 * radius + 1
+    padded = np.pad(images, ((0, 0), (radius + 1, radius), (radius + 1, radius)), mode="edge").astype(np.float64)
+    sums = padded.cumsum(1).cumsum(2)
+    inner = sums[:, width:, width:] - sums[:, :-width, width:] - sums[:, width:, :-width] + sums[:, :-width, :-width]
+    return (inner / width**2).astype(np.float32)

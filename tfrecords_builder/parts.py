@@ -1,0 +1,121 @@
+"""Decoded images on their way into shards: one part for each run of source files, whole or not there.
+
+A part is two files in the work folder: the data (encoded images, then thumbnails), and beside it what is in it, with
+a checksum of the data, which is written last. A build that was killed finds the parts that it had finished; one whose
+source files or settings are others, or whose data is damaged, is made again.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from tfrecords_builder.audit import THUMBNAIL_SIZE
+
+IMAGES_PER_PART = 32
+MOST_PARTS = 4096
+_THUMBNAIL_BYTES = THUMBNAIL_SIZE * THUMBNAIL_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A source image as it was found: whether it has changed since is told by this, without reading it."""
+
+    path: str
+    """Relative to the source folder."""
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartImage:
+    """A source image after decoding: its place in the part's data, or the reason for rejecting it."""
+
+    path: str
+    sha256: str | None
+    width: int | None = None
+    height: int | None = None
+    reason: str | None = None
+    offset: int = 0
+    length: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A whole part."""
+
+    data: Path
+    images: tuple[PartImage, ...]
+
+    def thumbnails(self) -> npt.NDArray[np.uint8]:
+        """uint8 [n, 64, 64] of the images that were not rejected, in order."""
+        count = sum(image.reason is None for image in self.images)
+        offset = sum(image.length for image in self.images)
+        flat = np.fromfile(self.data, np.uint8, count * _THUMBNAIL_BYTES, offset=offset)
+        return flat.reshape(count, THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+
+
+def images_per_part(count: int) -> int:
+    """Of a source of `count` images: few, so that little is lost, but no more than MOST_PARTS parts."""
+    return max(IMAGES_PER_PART, -(-count // MOST_PARTS))
+
+
+def part_name(number: int) -> str:
+    """Name of the data; what is in it has `.json` behind."""
+    return f"part-{number:05d}"
+
+
+def write_part(
+    folder: Path, number: int, key: str, sources: Sequence[SourceFile], images: Sequence[PartImage], data: bytes
+) -> Part:
+    """Make a part of `images` with their `data`; `key` says which settings made them."""
+    path = folder / part_name(number)
+    index = {
+        "key": key,
+        "sources": [asdict(source) for source in sources],
+        "images": [asdict(image) for image in images],
+        "bytes": len(data),
+        "crc32c": google_crc32c.value(data),
+    }
+    for target, content in ((path, data), (_index_of(path), json.dumps(index).encode())):
+        # No fsync: after a power cut the checksum tells whether the data arrived.
+        temporary = target.with_name(f"{target.name}.tmp")
+        temporary.write_bytes(content)
+        temporary.replace(target)
+    return Part(path, tuple(images))
+
+
+def read_part(folder: Path, number: int, key: str, sources: Sequence[SourceFile]) -> Part | None:
+    """The part that an earlier build made of these very sources with these settings; None when there is none."""
+    path = folder / part_name(number)
+    try:
+        index = json.loads(_index_of(path).read_bytes())
+        data = path.read_bytes()
+    except (OSError, ValueError):
+        return None
+    expected = {
+        "key": key,
+        "sources": [asdict(source) for source in sources],
+        "bytes": len(data),
+        "crc32c": google_crc32c.value(data),
+    }
+    if not isinstance(index, dict) or any(index.get(name) != value for name, value in expected.items()):
+        return None
+    return Part(path, tuple(PartImage(**image) for image in index["images"]))
+
+
+def remove_other_parts(folder: Path, count: int) -> None:
+    """Remove parts beyond the first `count`, and what a killed process left."""
+    known = {name for number in range(count) for name in (part_name(number), f"{part_name(number)}.json")}
+    for entry in os.scandir(folder):
+        if entry.name.startswith("part-") and entry.name not in known:
+            Path(entry.path).unlink()
+
+
+def _index_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
