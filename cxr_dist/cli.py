@@ -94,6 +94,12 @@ def build_parser() -> argparse.ArgumentParser:
     verify = command("verify", commands.verify, "read a dataset back: every record, checksum and count")
     verify.add_argument("dataset", type=Path, metavar="DATASET")
 
+    eda = command(
+        "eda", commands.eda, "explore a dataset: counts, pictures, duplicates, and what could mislead a network"
+    )
+    eda.add_argument("dataset", type=Path, metavar="DATASET")
+    eda.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an earlier analysis")
+
     train = command("train", commands.train, "train both stages; started again with the same --out it goes on")
     train.add_argument("dataset", type=Path, metavar="DATASET")
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")

@@ -114,6 +114,31 @@ def verify(options: argparse.Namespace) -> None:
     )
 
 
+def eda(options: argparse.Namespace) -> None:
+    from tfrecords_builder.eda_page import PAGE, write_analysis
+
+    with _progress("eda") as progress:
+        numbers = write_analysis(options.dataset, options.out, progress)
+    counts, duplicates = numbers["counts"], numbers["duplicates"]
+    width = max(len(name) for name in [*counts["classes"], "class"])
+    print(f"{'class':{width}}" + "".join(f"{split:>12}" for split in counts["splits"]) + f"{'all':>12}")
+    for name, total in counts["classes"].items():
+        of_split = "".join(f"{of[name]['images']:12,}" for of in counts["splits"].values())
+        print(f"{name:{width}}{of_split}{total:12,}")
+    print(
+        f"the largest class, {counts['largest']}, is {counts['imbalance']:.2f} times the smallest, {counts['smallest']}"
+    )
+    print(
+        f"{duplicates['pairs']:,} pairs show the same: {duplicates['images']:,} images in {duplicates['groups']:,} "
+        f"groups, {duplicates['straddling_splits']:,} of them in more than one split"
+    )
+    left_out = numbers["left_out"]
+    print(f"{left_out['rejected']['images']:,} files rejected, {left_out['excluded']['images']:,} excluded")
+    for text in numbers["warnings"]:
+        print(f"warning: {text}")
+    print(f"page: {options.out / PAGE}")
+
+
 def train(options: argparse.Namespace) -> None:
     config = load_config(resolve_preset(options.config), options.overrides)
     result = run_training(

@@ -114,14 +114,15 @@ def manifest_rows(
     known: Sequence[Known], decision: Decision, shards: Sequence[tuple[ShardTask, WrittenShard]]
 ) -> tuple[Row, ...]:
     """One row per source file, with the place of its record."""
-    places: dict[str, tuple[str, int, int, int]] = {}
+    # Shard, number in it, offset and length of each record, by path.
+    places: dict[str, tuple[str | None, int | None, int | None, int | None]] = {}
     for task, shard in shards:
-        for number, item in enumerate(task.items):
-            places[item.path] = (shard.name, number, shard.offsets[number], shard.lengths[number])
+        for number, record in enumerate(task.items):
+            places[record.path] = (shard.name, number, shard.offsets[number], shard.lengths[number])
     rows = []
     for item, group in zip(known, decision.groups, strict=True):
         image = item.image
-        shard_, index, offset, length = places.get(image.path, (None, None, None, None))
+        name, index, offset, length = places.get(image.path, (None, None, None, None))
         reason = image.reason or decision.excluded.get(image.path)
         rows.append(
             Row(
@@ -137,7 +138,7 @@ def manifest_rows(
                 height=image.height,
                 status=REJECTED if image.reason else EXCLUDED if reason else ACCEPTED,
                 reason=reason,
-                shard=shard_,
+                shard=name,
                 index=index,
                 offset=offset,
                 length=length,

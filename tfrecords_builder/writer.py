@@ -93,8 +93,8 @@ def ingest(task: IngestTask) -> IngestedImages:
                 return IngestedImages(None, tuple(done))
             continue
         content = schema.encode_image(decoded.pixels, task.encoding)
-        place = {"offset": offset, "length": len(content)}
-        done.append(parts.PartImage(file.path, digest, decoded.width, decoded.height, **place))
+        width, height = decoded.width, decoded.height
+        done.append(parts.PartImage(file.path, digest, width, height, offset=offset, length=len(content)))
         encoded.append(content)
         thumbnails.append(decoded.thumbnail.tobytes())
         offset += len(content)

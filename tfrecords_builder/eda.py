@@ -1,0 +1,452 @@
+"""Exploratory analysis of a dataset: all its numbers, and the pictures that belong to them.
+
+The manifest tells of counts, sizes and duplicates. The images are read once, shard by shard. What is kept of them are
+sums, histograms, a fixed number of small pictures and the trivial features of a bounded sample (`shortcuts`): beside
+the manifest, memory does not grow with the number of images.
+"""
+
+import hashlib
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tfrecords_builder import recordio, schema, shortcuts
+from tfrecords_builder.manifest import ACCEPTED, Manifest, Row, check_shards, read_manifest
+from tfrecords_builder.shortcuts import Features, Gray
+from tfrecords_builder.splits import SPLITS, TRAIN_PERCENT, VALIDATION_PERCENT
+
+FORMAT_VERSION = 1
+KIND = "exploratory analysis of a dataset"
+"""What `eda.json` says that it is."""
+SAMPLES_PER_CLASS = 12
+GROUPS_SHOWN = 6
+IMAGES_SHOWN_PER_GROUP = 6
+PICTURE_SIDE = 128
+"""Samples and duplicates are shown at this side or less, in pixels."""
+SIZES_LISTED = 10
+SAMPLE_LIMIT = 20_000
+"""Images of a split, at most, that the shortcuts are fitted or judged on."""
+BIN_WIDTH = 0.25
+"""Of the histograms that quantiles are taken from, in gray levels."""
+
+TARGET_SHARES = {
+    "train": TRAIN_PERCENT / 100,
+    "validation": VALIDATION_PERCENT / 100,
+    "test": (100 - TRAIN_PERCENT - VALIDATION_PERCENT) / 100,
+}
+QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
+FEATURES = {
+    "brightness": "mean brightness",
+    "contrast": "standard deviation of the pixels",
+    "border": "the outer frame of the image",
+    "source_size": "width and height of the source image",
+    "file_kind": "kind of file (its suffix)",
+    "source": "where the image came from, as the collection says",
+    "thumbnail": "a thumbnail of 16 x 16 pixels",
+}
+"""The trivial features, and what people call them."""
+CATEGORIES: dict[str, Callable[[Row], str]] = {
+    "file_kind": lambda row: PurePosixPath(row.path).suffix.lower(),
+    "source": lambda row: row.source or "not said",
+}
+"""What is counted by class, and tried as a feature."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """An analysis: `numbers` are JSON as it stands, the rest is pictures."""
+
+    numbers: dict[str, Any]
+    means: npt.NDArray[np.float32]
+    """[C, S, S]: mean image of each class, 0 to 255."""
+    deviations: npt.NDArray[np.float32]
+    """[C, S, S]: standard deviation of each pixel over the images of a class."""
+    pictures: dict[str, Gray]
+    """Small pictures by path, of the samples and of the duplicates that are shown and have a record."""
+
+
+class PixelStatistics:
+    """Mean and deviation images, brightness and contrast by class, from one image at a time.
+
+    Sums are of integers and so exact, in any order: up to 2**48 images do not overflow them.
+    """
+
+    def __init__(self, classes: int, image_size: int) -> None:
+        self._count = np.zeros(classes, np.int64)
+        self._sums = np.zeros((classes, image_size, image_size), np.uint64)
+        self._squares = np.zeros_like(self._sums)
+        self.brightness = [Distribution(256) for _ in range(classes)]
+        self.contrast = [Distribution(128) for _ in range(classes)]
+
+    def add(self, label: int, gray: Gray) -> tuple[float, float]:
+        """Count uint8 [S, S]; its brightness and contrast (mean and standard deviation of its pixels)."""
+        squares = np.square(gray, dtype=np.uint32)
+        self._count[label] += 1
+        self._sums[label] += gray
+        self._squares[label] += squares
+        mean = int(gray.sum(dtype=np.uint64)) / gray.size
+        variance = int(squares.sum(dtype=np.uint64)) / gray.size - mean**2
+        deviation = max(variance, 0.0) ** 0.5
+        self.brightness[label].add(mean)
+        self.contrast[label].add(deviation)
+        return mean, deviation
+
+    @property
+    def means(self) -> npt.NDArray[np.float32]:
+        """[C, S, S]; zeros where a class has no image."""
+        return (self._sums / self._divisor()).astype(np.float32)
+
+    @property
+    def deviations(self) -> npt.NDArray[np.float32]:
+        """[C, S, S], of the images of a class, divided by their number; zeros where it has none."""
+        variance = self._squares / self._divisor() - (self._sums / self._divisor()) ** 2
+        return np.sqrt(np.maximum(variance, 0)).astype(np.float32)
+
+    def _divisor(self) -> npt.NDArray[np.int64]:
+        return np.maximum(self._count, 1)[:, None, None]
+
+
+@dataclass
+class Distribution:
+    """Numbers from 0 to `top`, as sums and a histogram of fine bins."""
+
+    top: int
+    count: int = 0
+    _sum: float = 0.0
+    _squares: float = 0.0
+    _bins: npt.NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._bins = np.zeros(round(self.top / BIN_WIDTH), np.int64)
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self._sum += value
+        self._squares += value * value
+        self._bins[min(int(value / BIN_WIDTH), len(self._bins) - 1)] += 1
+
+    def numbers(self) -> dict[str, Any]:
+        """Mean, deviation and quantiles (the middle of their bin), and the histogram in bins of four levels."""
+        mean = self._sum / max(self.count, 1)
+        below = np.cumsum(self._bins)
+        return {
+            "mean": mean,
+            "deviation": max(self._squares / max(self.count, 1) - mean**2, 0.0) ** 0.5,
+            **{name: (int(np.searchsorted(below, q * self.count)) + 0.5) * BIN_WIDTH for name, q in QUANTILES.items()},
+            "histogram": self._bins.reshape(-1, round(HISTOGRAM_STEP / BIN_WIDTH)).sum(1).tolist(),
+        }
+
+
+HISTOGRAM_STEP = 4
+"""Gray levels a bin, of the histograms that are drawn."""
+
+
+def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
+    """Read a dataset once and analyse it. The same dataset gives the same numbers, to the last bit.
+
+    Args:
+        dataset: A folder that `build.build_dataset` made.
+        progress: Called with (images read, images in all).
+
+    Raises:
+        UserError: It is no complete dataset, or damaged; names the file.
+    """
+    manifest = read_manifest(dataset)
+    check_shards(dataset, manifest)
+    samples = choose_samples(manifest)
+    shown = [row.path for rows in _largest_groups(manifest) for row in rows[:IMAGES_SHOWN_PER_GROUP]]
+    wanted = {path for paths in samples.values() for path in paths} | set(shown)
+    statistics = PixelStatistics(len(manifest.class_names), manifest.image_size)
+    trivial = {split: _TrivialFeatures(_bounded_sample(manifest, split)) for split in ("train", "validation")}
+    pictures: dict[str, Gray] = {}
+    total = sum(shard.records for shard in manifest.shards)
+    for done, (row, gray) in enumerate(_images(dataset, manifest), start=1):
+        mean, deviation = statistics.add(row.label, gray)
+        if row.split in trivial:
+            trivial[row.split].add(row, gray, mean, deviation)
+        if row.path in wanted:
+            pictures[row.path] = shortcuts.reduced(gray, PICTURE_SIDE)
+        if progress is not None:
+            progress(done, total)
+    found = measure_shortcuts(trivial["train"], trivial["validation"])
+    duplicates = duplicate_numbers(manifest)
+    numbers = {
+        "kind": KIND,
+        "format_version": FORMAT_VERSION,
+        "dataset": {
+            "fingerprint": manifest.fingerprint,
+            "class_names": list(manifest.class_names),
+            **asdict(manifest.settings),
+        },
+        "counts": count_numbers(manifest),
+        "source_sizes": size_numbers(manifest),
+        "categories": {name: category_numbers(manifest, of) for name, of in CATEGORIES.items()},
+        "pixels": _pixel_numbers(manifest, statistics),
+        "samples": samples,
+        "duplicates": duplicates,
+        "left_out": {
+            status: {
+                "images": len(items),
+                "reasons": dict(sorted(Counter(reason for _, reason in items).items(), key=lambda i: (-i[1], i[0]))),
+                "files": [{"path": path, "reason": reason} for path, reason in items],
+            }
+            for status, items in (("rejected", manifest.rejected), ("excluded", manifest.excluded))
+        },
+        "shortcuts": {name: asdict(item) | {"suspicious": item.suspicious} for name, item in found.items()},
+    }
+    numbers["warnings"] = warnings_of(numbers)
+    return Analysis(numbers, statistics.means, statistics.deviations, pictures)
+
+
+def count_numbers(manifest: Manifest) -> dict[str, Any]:
+    """Images by class, by split and class with the distance from 70/15/15, and how uneven the classes are."""
+    by_split = manifest.counts
+    classes = {name: sum(counts[name] for counts in by_split.values()) for name in manifest.class_names}
+    largest, smallest = max(classes, key=classes.__getitem__), min(classes, key=classes.__getitem__)
+    return {
+        "images": sum(classes.values()),
+        "source_files": len(manifest.rows),
+        "classes": classes,
+        "largest": largest,
+        "smallest": smallest,
+        "imbalance": classes[largest] / classes[smallest],
+        "splits": {
+            split: {
+                name: {
+                    "images": counts[name],
+                    "share": counts[name] / classes[name],
+                    "deviation": counts[name] / classes[name] - TARGET_SHARES[split],
+                }
+                for name in manifest.class_names
+            }
+            for split, counts in by_split.items()
+        },
+    }
+
+
+def size_numbers(manifest: Manifest) -> dict[str, Any]:
+    """Width and height of the source images by class, and which pairs are commonest."""
+    of_class: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest.class_names}
+    for row in _accepted(manifest):
+        if row.width is not None and row.height is not None:
+            of_class[row.class_name].append((row.width, row.height))
+    pairs = {name: Counter(sizes) for name, sizes in of_class.items()}
+    together = sum(pairs.values(), Counter[tuple[int, int]]())
+    common = sorted(together.items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "distinct": len(common),
+        "commonest": [
+            {
+                "width": width,
+                "height": height,
+                "images": {name: pairs[name][width, height] for name in manifest.class_names},
+            }
+            for (width, height), _ in common[:SIZES_LISTED]
+        ],
+        "classes": {
+            name: {
+                side: _quantiles([size[position] for size in sizes])
+                for position, side in enumerate(("width", "height"))
+            }
+            for name, sizes in of_class.items()
+        },
+    }
+
+
+def category_numbers(manifest: Manifest, of: Callable[[Row], str]) -> dict[str, dict[str, int]]:
+    """Images by category, then by class; the commonest category first."""
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(manifest.class_names, 0))
+    for row in _accepted(manifest):
+        counts[of(row)][row.class_name] += 1
+    return dict(sorted(counts.items(), key=lambda item: (-sum(item[1].values()), item[0])))
+
+
+def duplicate_numbers(manifest: Manifest) -> dict[str, Any]:
+    """Pairs and groups of images that show the same, as the build found them."""
+    groups = manifest.groups
+    largest = _largest_groups(manifest)
+    return {
+        "pairs": len(manifest.duplicates),
+        "groups": len(groups),
+        "images": sum(map(len, groups.values())),
+        "sizes": {str(size): n for size, n in sorted(Counter(map(len, groups.values())).items())},
+        "straddling_splits": sum(len(_splits_of(rows)) > 1 for rows in groups.values()),
+        "straddling_classes": sum(len({row.class_name for row in rows}) > 1 for rows in groups.values()),
+        "largest": [
+            [{"path": row.path, "class_name": row.class_name, "split": row.split} for row in rows] for rows in largest
+        ],
+    }
+
+
+def choose_samples(manifest: Manifest) -> dict[str, list[str]]:
+    """Paths of some training images of each class; which, depends on the paths alone.
+
+    Of the training split: who looks at test images tunes to them.
+    """
+    of_class: dict[str, list[str]] = {name: [] for name in manifest.class_names}
+    for row in manifest.rows:
+        if row.split == "train":
+            of_class[row.class_name].append(row.path)
+    return {name: _least_hashes(paths, SAMPLES_PER_CLASS) for name, paths in of_class.items()}
+
+
+def measure_shortcuts(train: "_TrivialFeatures", validation: "_TrivialFeatures") -> dict[str, shortcuts.Shortcut]:
+    """Each of `FEATURES` alone, fitted on training images and judged on validation images."""
+    left, right = train.tables(train), validation.tables(train)
+    return {
+        name: shortcuts.measure(left[name], train.labels, right[name], validation.labels)
+        for name in sorted(left, key=list(FEATURES).index)
+    }
+
+
+def warnings_of(numbers: Mapping[str, Any]) -> list[str]:
+    """A sentence for everything in the numbers that can make a test result better than the truth."""
+    found = []
+    for name, item in numbers["shortcuts"].items():
+        if item["suspicious"]:
+            found.append(
+                f"The class can be told from a trivial feature: {FEATURES[name]} alone reaches an accuracy of "
+                f"{100 * item['accuracy']:.1f}% on the validation images (balanced "
+                f"{100 * item['balanced_accuracy']:.1f}%), where always guessing the largest class reaches "
+                f"{100 * item['guess']:.1f}% (balanced {100 * item['balanced_guess']:.1f}%)."
+            )
+    duplicates = numbers["duplicates"]
+    if straddling := duplicates["straddling_splits"]:
+        found.append(
+            f"Copies across splits: {straddling:,} of {duplicates['groups']:,} groups of images that show the same "
+            "are in more than one split, so what was learned by heart counts as recognised."
+        )
+    return found
+
+
+class _TrivialFeatures:
+    """The trivial features of chosen images of one split, kept in order of their paths."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._row_of = {path: number for number, path in enumerate(sorted(paths))}
+        self._rows: list[Row | None] = [None] * len(self._row_of)
+        self._pixels: dict[str, Features] = {}
+
+    def add(self, row: Row, gray: Gray, mean: float, deviation: float) -> None:
+        """Note an image, if it is one of the chosen."""
+        number = self._row_of.get(row.path)
+        if number is None:
+            return
+        self._rows[number] = row
+        values = {
+            "brightness": np.array([mean], np.float32),
+            "contrast": np.array([deviation], np.float32),
+            "border": shortcuts.border(gray),
+            "thumbnail": shortcuts.thumbnail(gray).ravel(),
+        }
+        for name, value in values.items():
+            if name not in self._pixels:
+                self._pixels[name] = np.zeros((len(self._rows), len(value)), np.float32)
+            self._pixels[name][number] = value
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for row in self._rows if row is not None]
+
+    @property
+    def labels(self) -> shortcuts.Labels:
+        return np.array([row.label for row in self.rows], np.int64)
+
+    def tables(self, train: "_TrivialFeatures") -> dict[str, Features]:
+        """float [N, D] of each feature; what is a category is coded by its values in `train`."""
+
+        def coded(of: Callable[[Row], str]) -> Features:
+            return shortcuts.one_hot([of(row) for row in train.rows], [of(row) for row in self.rows])
+
+        # The sizes that are common as such too: one source often has one size, neither large nor small.
+        sizes = np.array([(row.width or 0, row.height or 0) for row in self.rows], np.float32)
+        common = coded(lambda row: f"{row.width} x {row.height}")
+        categories = {name: coded(of) for name, of in CATEGORIES.items()}
+        return self._pixels | {"source_size": np.hstack([sizes, common])} | categories
+
+
+def _images(dataset: Path, manifest: Manifest) -> Iterator[tuple[Row, Gray]]:
+    """Every record with its row, in the order of the shards."""
+    for shard in manifest.shards:
+        path = dataset / shard.name
+        for number, (offset, payload) in enumerate(recordio.scan(path)):
+            try:
+                record = schema.decode_example(payload)
+                gray = schema.decode_image(record.image, manifest.image_size, manifest.encoding)
+                row = manifest.rows[record.index] if 0 <= record.index < len(manifest.rows) else None
+                if row is None or (row.path, row.shard, row.index) != (record.path, shard.name, number):
+                    raise ValueError(f"it holds '{record.path}', which the manifest has elsewhere")
+            except ValueError as error:
+                raise recordio.CorruptRecordError(path, number, offset, str(error)) from error
+            yield row, gray
+
+
+def _pixel_numbers(manifest: Manifest, statistics: PixelStatistics) -> dict[str, Any]:
+    means, deviations = statistics.means, statistics.deviations
+    return {
+        "histogram_step": HISTOGRAM_STEP,
+        "classes": {
+            name: {
+                "images": statistics.brightness[label].count,
+                "brightness": statistics.brightness[label].numbers(),
+                "contrast": statistics.contrast[label].numbers(),
+                "pixel_deviation": float(deviations[label].mean(dtype=np.float64)),
+            }
+            for label, name in enumerate(manifest.class_names)
+        },
+        "mean_image_differences": [
+            {
+                "classes": [manifest.class_names[one], manifest.class_names[other]],
+                "difference": float(np.abs(means[one] - means[other]).mean(dtype=np.float64)),
+            }
+            for one in range(len(means))
+            for other in range(one + 1, len(means))
+        ],
+    }
+
+
+def _bounded_sample(manifest: Manifest, split: str) -> list[str]:
+    return _least_hashes((row.path for row in manifest.rows if row.split == split), SAMPLE_LIMIT)
+
+
+def _least_hashes(paths: Iterable[str], count: int) -> list[str]:
+    """`count` of `paths` at most, as if drawn at random; the draw depends on each path alone."""
+    return heapq.nsmallest(count, paths, key=lambda path: (hashlib.sha256(f"eda\0{path}".encode()).digest(), path))
+
+
+def _largest_groups(manifest: Manifest) -> list[list[Row]]:
+    """The largest groups first; of equal ones those with more images in the dataset, then by path."""
+    order = sorted(
+        manifest.groups.items(),
+        key=lambda item: (-len(item[1]), -sum(row.shard is not None for row in item[1]), item[0]),
+    )
+    return [rows for _, rows in order[:GROUPS_SHOWN]]
+
+
+def _splits_of(rows: Sequence[Row]) -> list[str]:
+    present = {row.split for row in rows}
+    return [split for split in SPLITS if split in present]
+
+
+def _accepted(manifest: Manifest) -> Iterator[Row]:
+    return (row for row in manifest.rows if row.status == ACCEPTED)
+
+
+def _quantiles(values: Sequence[int]) -> dict[str, int]:
+    """Least, greatest and quantiles of whole numbers: each is one of them."""
+    ordered = np.sort(np.array(values, np.int64))
+    if not len(ordered):
+        return {}
+    return {
+        "least": int(ordered[0]),
+        **{name: int(np.quantile(ordered, q, method="inverted_cdf")) for name, q in QUANTILES.items()},
+        "greatest": int(ordered[-1]),
+    }
