@@ -66,12 +66,13 @@ def build(options: argparse.Namespace) -> None:
         print(f"{name:{width}}" + "".join(f"{counts[name]:12,}" for counts in manifest.counts.values()))
     print(f"{'all':{width}}" + "".join(f"{sum(counts.values()):12,}" for counts in manifest.counts.values()))
     print(_duplicates_words(manifest))
+    left_out = len(manifest.rejected) + len(manifest.excluded)
     if summary.reused:
         print(f"{options.dataset}: was complete already")
         return
     print(
         f"{options.dataset}: {len(manifest.shards)} shards in {summary.seconds:.1f} s "
-        f"({summary.images_per_second:,.0f} images/s)"
+        f"({summary.images_per_second:,.0f} images/s)" + (f"; {left_out} file(s) left out" if left_out else "")
     )
 
 

@@ -31,6 +31,8 @@ from tfrecords_builder.manifest import read_manifest
 
 SECONDS_PER_CALL = 1.0
 """Steps are run in calls of about this length: long enough to hide the host, short enough to show progress."""
+STEPS_PER_CALL_OF_WORKERS = 8
+"""With several workers, calls have this length, whatever the time: see `_Pace`."""
 
 
 @dataclass
@@ -172,7 +174,7 @@ class _Run:
         first_epoch = sum(self.config.stages[earlier].epochs for earlier in range(1, number))
         start = (first_epoch + self.progress.epoch) * plan.steps_per_epoch
         iterator = self._batches(sources[0], plan, start)
-        pace = _Pace()
+        pace = _Pace(by_time=self.topology.workers == 1)
         while not self._is_finished(number):
             epoch = self.progress.epoch
             rate = rates[epoch * plan.steps_per_epoch : (epoch + 1) * plan.steps_per_epoch]
@@ -427,9 +429,15 @@ class _Run:
 
 
 class _Pace:
-    """How many steps to run in a call, and how fast they are; the first call, which compiles, does not count."""
+    """How many steps to run in a call, and how fast they are; the first call, which compiles, does not count.
 
-    def __init__(self) -> None:
+    Workers must all run calls of the same lengths: TensorFlow knows a collective inside a loop by the number of the
+    iteration, and workers whose calls begin at different steps wait for each other for ever. So with several workers
+    the lengths do not depend on anybody's clock.
+    """
+
+    def __init__(self, by_time: bool) -> None:
+        self._by_time = by_time
         self.steps_per_call = 1
         self._compiled = False
         self._steps = 0
@@ -452,6 +460,9 @@ class _Pace:
             return
         self._steps += count
         self._seconds += seconds
+        if not self._by_time:
+            self.steps_per_call = STEPS_PER_CALL_OF_WORKERS
+            return
         per_step = seconds / count
         self.steps_per_call = int(
             min(max(SECONDS_PER_CALL / per_step, 1), 2 * self.steps_per_call, steps.MOST_STEPS_PER_CALL)

@@ -126,6 +126,23 @@ def test_two_mirrored_devices_through_the_whole_loop(dataset: Path, tmp_path: Pa
         np.testing.assert_allclose([row[key] for row in two], [row[key] for row in one], atol=1e-4)
 
 
+def test_the_calls_of_several_workers_do_not_depend_on_their_clocks() -> None:
+    """Collectives inside a loop are known by its iteration: calls of other lengths on another worker would hang."""
+
+    def lengths(seconds: list[float], by_time: bool) -> list[int]:
+        pace = loop._Pace(by_time)
+        found = []
+        for each in seconds:
+            found.append(pace.steps_per_call)
+            pace.record(pace.steps_per_call, each)
+        return found
+
+    slow, fast = [9.0, 3.0, 5.0, 2.0, 7.0], [0.9, 0.01, 0.02, 0.05, 0.01]
+    assert lengths(slow, by_time=False) == lengths(fast, by_time=False)
+    assert lengths(slow, by_time=True) == [1] * 5
+    assert lengths(fast, by_time=True)[-1] > 1
+
+
 def test_the_loop_is_traced_once_in_a_stage(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls of one step, of more and of what is left of an epoch share a trace."""
     made = []
