@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.files import write_atomically
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import write_atomically
 
 Arrays = dict[str, npt.NDArray[Any]]
 _STATE = "state.json"

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from cxr_dist import commands
-from cxr_dist.files import disk_error
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import disk_error
+
+Command = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
+"""Adds a command: name, what it runs, and a sentence about it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,6 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         return added
 
+    _add_phantoms(command)
+    _add_datasets(command)
+    _add_training(command)
+    _add_bench(command)
+    return parser
+
+
+def _add_phantoms(command: Command) -> None:
     demo = command("demo", commands.demo, "phantom X-rays -> dataset -> both stages -> evaluation, in a few minutes")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="a new folder (default: %(default)s)")
     demo.add_argument(
@@ -58,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     synth.add_argument("--seed", type=int, default=0, metavar="S")
     synth.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core)")
 
+
+def _add_datasets(command: Command) -> None:
     build = command("build", commands.build, "labelled image files -> a verified dataset of TFRecord shards")
     build.add_argument("source", type=Path, metavar="SOURCE", help="<Class>/images/*.png or <Class>/*.png (or .jpg)")
     build.add_argument("dataset", type=Path, metavar="DATASET", help="a new folder")
@@ -100,6 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     eda.add_argument("dataset", type=Path, metavar="DATASET")
     eda.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an earlier analysis")
 
+
+def _add_training(command: Command) -> None:
     train = command("train", commands.train, "train both stages; started again with the same --out it goes on")
     train.add_argument("dataset", type=Path, metavar="DATASET")
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
@@ -131,6 +146,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--dataset", type=Path, metavar="DATASET", help="(default: the one the run was trained on)")
     evaluate.add_argument("--devices", type=_positive, metavar="M", help="GPUs, or logical CPUs")
 
+    config = command("config", commands.show_config, "print the resolved configuration as YAML")
+    config.add_argument("--config", type=Path, metavar="YAML")
+    config.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+
+
+def _add_bench(command: Command) -> None:
     bench = command("bench", commands.bench, "measure this machine, each figure beside its baseline")
     bench.add_argument(
         "what",
@@ -153,11 +174,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--steps", type=_positive, default=6, metavar="N", help="a round, on phantoms (default: %(default)s)"
     )
     bench.add_argument("--json", action="store_true", help="for scripts: every round, and the medians")
-
-    config = command("config", commands.show_config, "print the resolved configuration as YAML")
-    config.add_argument("--config", type=Path, metavar="YAML")
-    config.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,20 +1,17 @@
 """What each command of the command line does: options in, one call into the packages, lines for people out."""
 
 import argparse
-import json
-import math
 import re
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxr_dist import run_folder
 from cxr_dist.config import Config, load_config, resolve_preset
-from cxr_dist.reporting import ConsoleReporter
+from cxr_dist.reporting import ConsoleReporter, progress_bar
 from tfrecords_builder.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +22,7 @@ if TYPE_CHECKING:
 def synth(options: argparse.Namespace) -> None:
     from cxr_dist.phantoms import write_phantoms
 
-    with _progress("phantoms") as progress:
+    with progress_bar("phantoms") as progress:
         counts = write_phantoms(
             options.folder,
             per_class=options.per_class,
@@ -40,7 +37,7 @@ def synth(options: argparse.Namespace) -> None:
 def build(options: argparse.Namespace) -> None:
     from tfrecords_builder.build import build_dataset
 
-    with _builders(options) as pool, _progress("build") as progress:
+    with _builders(options) as pool, progress_bar("build") as progress:
         summary = build_dataset(
             options.source,
             options.dataset,
@@ -108,7 +105,7 @@ def _duplicates_words(manifest: "Manifest") -> str:
 def verify(options: argparse.Namespace) -> None:
     from tfrecords_builder.verify import verify_dataset
 
-    with _progress("verify") as progress:
+    with progress_bar("verify") as progress:
         summary = verify_dataset(options.dataset, progress)
     print(
         f"{options.dataset}: {summary.records:,} records in {summary.shards} shards, {summary.bytes:,} bytes: all whole"
@@ -118,7 +115,7 @@ def verify(options: argparse.Namespace) -> None:
 def eda(options: argparse.Namespace) -> None:
     from tfrecords_builder.eda_page import PAGE, write_analysis
 
-    with _progress("eda") as progress:
+    with progress_bar("eda") as progress:
         numbers = write_analysis(options.dataset, options.out, progress)
     counts, duplicates = numbers["counts"], numbers["duplicates"]
     width = max(len(name) for name in [*counts["classes"], "class"])
@@ -217,7 +214,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from cxr_dist.evaluate import Request, evaluate_run
 
     request = Request(options.run, options.out, options.split, options.images, options.dataset)
-    with _progress("evaluate") as progress:
+    with progress_bar("evaluate") as progress:
         metrics = evaluate_run(request, options.devices, progress)
     print_metrics(metrics)
     print(f"report: {options.out / 'report.html'}")
@@ -243,54 +240,9 @@ def show_config(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """The benchmark that was named."""
-    {"build": bench_build, "step": bench_step}[options.what](options)
+    from cxr_dist.bench import commands as benchmarks
 
-
-def bench_build(options: argparse.Namespace) -> None:
-    """On labelled images, or on phantoms of the database's size."""
-    from cxr_dist.bench import build
-    from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
-
-    with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
-        work, source = Path(folder), options.dataset
-        if source is None:
-            source = work / "phantoms"
-            with _progress("phantoms") as progress:
-                per_class = math.ceil(options.images / len(CLASS_FOLDERS))
-                write_phantoms(source, per_class=per_class, size=DATABASE_IMAGE_SIZE, progress=progress)
-        (work / "built").mkdir()
-        timings = build.measure(source, work / "built", BENCH_IMAGE_SIZE, (1, 2), options.rounds, tfds=True)
-    if options.json:
-        print(json.dumps([vars(timing) | {"images_per_second": timing.images_per_second} for timing in timings]))
-        return
-    print(f"{timings[0].images:,} images to {BENCH_IMAGE_SIZE} pixels, median of {options.rounds}")
-    print("\n".join(build.table(timings)))
-
-
-def bench_step(options: argparse.Namespace) -> None:
-    """Phantoms of the network's own size, just enough of them for the steps of an epoch, unless a dataset is given."""
-    from cxr_dist.bench import step
-    from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
-    from tfrecords_builder.build import build_dataset
-    from tfrecords_builder.splits import TRAIN_PERCENT
-
-    config = load_config(resolve_preset(options.config), [*options.overrides, *step.overrides(options.rounds)])
-    with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
-        work, dataset = Path(folder), options.dataset
-        if dataset is None:
-            dataset = work / "dataset"
-            images = options.steps * config.global_batch_size
-            per_class = math.ceil(images / len(CLASS_FOLDERS) * 100 / TRAIN_PERCENT)
-            write_phantoms(work / "phantoms", per_class=per_class, size=BENCH_IMAGE_SIZE)
-            build_dataset(work / "phantoms", dataset, image_size=BENCH_IMAGE_SIZE)
-        rounds = step.measure(config, dataset, work / "run", ConsoleReporter())
-    summaries = step.summarize(rounds)
-    if options.json:
-        print(json.dumps({"rounds": [vars(row) for row in rounds], "summary": [vars(row) for row in summaries]}))
-        return
-    print("stage  train img/s  bare step img/s  ratio (median of rounds)")
-    for row in summaries:
-        print(f"{row.stage:5} {row.train:12.2f} {row.bare:16.2f}  {row.ratio:.3f} ({row.rounds})")
+    {"build": benchmarks.bench_build, "step": benchmarks.bench_step}[options.what](options)
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -304,46 +256,20 @@ def demo(options: argparse.Namespace) -> None:
         raise UserError(f"{out}: holds something other than a demo; give a new folder with --out")
     started = time.perf_counter()
     if not (out / "phantoms").exists():
-        with _progress("1/4 phantom X-rays") as progress:
+        with progress_bar("1/4 phantom X-rays") as progress:
             write_phantoms(out / "phantoms", per_class=DEMO_PER_CLASS, size=DEMO_SIZE, progress=progress)
-    with _progress("2/4 build") as progress:
+    with progress_bar("2/4 build") as progress:
         build_dataset(out / "phantoms", out / "dataset", image_size=DEMO_IMAGE_SIZE, progress=progress)
     print("3/4 train", file=sys.stderr)
     config = load_config(resolve_preset(Path("demo")))
     run_training(config, out / "dataset", out / "run", launcher=options.launcher, verbose=options.verbose)
-    with _progress("4/4 evaluate") as progress:
+    with progress_bar("4/4 evaluate") as progress:
         metrics = evaluate_run(Request(out / "run", out / "evaluation"), progress=progress)
     print_metrics(metrics)
     print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
 
 
-BENCH_IMAGE_SIZE = 224
-DATABASE_IMAGE_SIZE = 299
 DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation")
 DEMO_PER_CLASS = 400
 DEMO_SIZE = 128
 DEMO_IMAGE_SIZE = 64
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar in a terminal; otherwise a line now and then, for a log."""
-    from tqdm import tqdm
-
-    live = sys.stderr.isatty()
-    with tqdm(desc=title, unit="img", file=sys.stderr, disable=not live, leave=False) as bar:
-        spoken = time.monotonic()
-
-        def update(done: int, total: int) -> None:
-            nonlocal spoken
-            if live:
-                bar.total = total
-                bar.update(done - bar.n)
-            elif time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
-                spoken = time.monotonic()
-                print(f"{title}: {done:,} of {total:,} images", file=sys.stderr, flush=True)
-
-        yield update
-
-
-SECONDS_BETWEEN_LINES = 15.0

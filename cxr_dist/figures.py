@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import auc
 
-from cxr_dist.files import write_bytes
 from cxr_dist.metrics import Predictions, mean_roc_curve, roc_curves
+from tfrecords_builder.files import write_bytes
 
 STAGE_LABELS = {"1": "stage 1: head", "2": "stage 2: fine-tuning"}
 

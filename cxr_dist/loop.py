@@ -14,7 +14,6 @@ import numpy.typing as npt
 from cxr_dist import checkpoint, features, run_folder, stages, steps
 from cxr_dist.config import Config, StageConfig
 from cxr_dist.data import ArraySource, EvaluationPlan, ShardSource, Source, TrainingPlan
-from cxr_dist.files import move_durably, write_json
 from cxr_dist.metrics import counts_metrics
 from cxr_dist.model import (
     build_model,
@@ -24,15 +23,12 @@ from cxr_dist.model import (
     set_trainable,
     trains_base_batch_norm,
 )
+from cxr_dist.pace import Pace
 from cxr_dist.reporting import Reporter
 from cxr_dist.strategy import Topology, dtype_policy, make_strategy, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import move_durably, write_json
 from tfrecords_builder.manifest import read_manifest
-
-SECONDS_PER_CALL = 1.0
-"""Steps are run in calls of about this length: long enough to hide the host, short enough to show progress."""
-STEPS_PER_CALL_OF_WORKERS = 8
-"""With several workers, calls have this length, whatever the time: see `_Pace`."""
 
 
 @dataclass
@@ -174,7 +170,7 @@ class _Run:
         first_epoch = sum(self.config.stages[earlier].epochs for earlier in range(1, number))
         start = (first_epoch + self.progress.epoch) * plan.steps_per_epoch
         iterator = self._batches(sources[0], plan, start)
-        pace = _Pace(by_time=self.topology.workers == 1)
+        pace = Pace(by_time=self.topology.workers == 1)
         while not self._is_finished(number):
             epoch = self.progress.epoch
             rate = rates[epoch * plan.steps_per_epoch : (epoch + 1) * plan.steps_per_epoch]
@@ -192,7 +188,7 @@ class _Run:
         iterator: Any,
         first_step: int,
         rates: npt.NDArray[np.float32],
-        pace: "_Pace",
+        pace: Pace,
     ) -> dict[str, Any]:
         total, done = np.zeros(4), 0
         started = time.perf_counter()
@@ -426,44 +422,3 @@ class _Run:
         for source in (self.train_source, self.validation_source):
             if source.failure is not None:
                 raise source.failure from error
-
-
-class _Pace:
-    """How many steps to run in a call, and how fast they are; the first call, which compiles, does not count.
-
-    Workers must all run calls of the same lengths: TensorFlow knows a collective inside a loop by the number of the
-    iteration, and workers whose calls begin at different steps wait for each other for ever. So with several workers
-    the lengths do not depend on anybody's clock.
-    """
-
-    def __init__(self, by_time: bool) -> None:
-        self._by_time = by_time
-        self.steps_per_call = 1
-        self._compiled = False
-        self._steps = 0
-        self._seconds = 0.0
-        self._first = (0, 0.0)
-
-    @property
-    def steps_per_second(self) -> float:
-        if self._seconds:
-            return self._steps / self._seconds
-        steps_run, seconds = self._first
-        return steps_run / seconds if seconds else 0.0
-
-    def start_epoch(self) -> None:
-        self._steps, self._seconds = 0, 0.0
-
-    def record(self, count: int, seconds: float) -> None:
-        if not self._compiled:
-            self._compiled, self._first = True, (count, seconds)
-            return
-        self._steps += count
-        self._seconds += seconds
-        if not self._by_time:
-            self.steps_per_call = STEPS_PER_CALL_OF_WORKERS
-            return
-        per_step = seconds / count
-        self.steps_per_call = int(
-            min(max(SECONDS_PER_CALL / per_step, 1), 2 * self.steps_per_call, steps.MOST_STEPS_PER_CALL)
-        )

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, roc_auc_score, roc_curve
 
-from cxr_dist.files import write_bytes
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import write_bytes
 
 PROBABILITY_PREFIX = "prob_"
 """Column of a class's probability in the predictions file: this, then the class name."""

@@ -7,11 +7,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from cxr_dist import figures
-from cxr_dist.files import is_temporary, write_bytes
 from cxr_dist.metrics import (
     Predictions,
     evaluate_predictions,
@@ -20,6 +18,8 @@ from cxr_dist.metrics import (
     write_predictions,
 )
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import is_temporary, write_bytes
+from tfrecords_builder.page import template_environment
 
 METRICS, PREDICTIONS, REPORT = "metrics.json", "predictions.parquet", "report.html"
 CONFUSION, ROC, HISTORY = "confusion_matrix.png", "roc.png", "history.png"
@@ -140,13 +140,7 @@ def render_report(
         }
         for name, (title, caption) in captions.items()
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cxr_dist"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment("cxr_dist")
     environment.filters |= {"display": figures.display_name, "percent": _percent, "decimal": _decimal}
     errors = int(np.sum(predictions.labels != predictions.predicted))
     return environment.get_template("report.html.j2").render(

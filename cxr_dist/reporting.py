@@ -7,7 +7,8 @@ them to a file and the process at the terminal can show them.
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -148,3 +149,25 @@ class EventFollower:
         self._offset += len(whole)
         for line in whole.splitlines():
             self._reporter.emit(json.loads(line))
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar in a terminal; otherwise a line now and then, for a log."""
+    live = sys.stderr.isatty()
+    with tqdm(desc=title, unit="img", file=sys.stderr, disable=not live, leave=False) as bar:
+        spoken = time.monotonic()
+
+        def update(done: int, total: int) -> None:
+            nonlocal spoken
+            if live:
+                bar.total = total
+                bar.update(done - bar.n)
+            elif time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
+                spoken = time.monotonic()
+                print(f"{title}: {done:,} of {total:,} images", file=sys.stderr, flush=True)
+
+        yield update
+
+
+SECONDS_BETWEEN_LINES = 15.0

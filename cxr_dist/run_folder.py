@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config import Config, load_config
-from cxr_dist.files import is_temporary, write_json, write_text
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import is_temporary, write_json, write_text
 from tfrecords_builder.manifest import Manifest
 
 CONFIG = "config.yaml"

@@ -14,6 +14,7 @@ import pytest
 from cxr_dist import checkpoint, loop, run_folder, steps
 from cxr_dist.commands import run_training
 from cxr_dist.config import Config, load_config
+from cxr_dist.pace import Pace
 from cxr_dist.reporting import Event, Reporter, Reporters
 from cxr_dist.strategy import prepare_devices
 from tests.conftest import SMALL_RUN
@@ -130,7 +131,7 @@ def test_the_calls_of_several_workers_do_not_depend_on_their_clocks() -> None:
     """Collectives inside a loop are known by its iteration: calls of other lengths on another worker would hang."""
 
     def lengths(seconds: list[float], by_time: bool) -> list[int]:
-        pace = loop._Pace(by_time)
+        pace = Pace(by_time)
         found = []
         for each in seconds:
             found.append(pace.steps_per_call)

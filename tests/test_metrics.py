@@ -14,8 +14,9 @@ import sklearn.metrics as sk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_dist import files, metrics
+from cxr_dist import metrics
 from cxr_dist.metrics import Predictions
+from tfrecords_builder import files
 from tfrecords_builder.errors import UserError
 
 TOLERANCE = 1e-6

@@ -2,7 +2,6 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +14,10 @@ from PIL import Image
 
 from cxr_dist import figures, metrics, report
 from cxr_dist.metrics import Predictions
+from tests.html_page import Page
 from tfrecords_builder.errors import UserError
 
 FOUR = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
-VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 def make_predictions(names: tuple[str, ...] = FOUR, images: int = 80, absent: tuple[int, ...] = ()) -> Predictions:
@@ -48,34 +47,6 @@ def make_history(stages: str = "1112222") -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-class Page(HTMLParser):
-    """What a browser would make of the page: tags balanced, attributes and visible text collected."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.text += data
-
-    def attributes(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def texts(figure: Figure) -> list[str]:
@@ -132,11 +103,9 @@ def test_the_page_loads_nothing(written: tuple[Path, dict[str, Any], Predictions
     for _, attributes in page.tags:
         for name in ("src", "href", "srcset", "data", "action", "poster"):
             assert attributes.get(name, "data:").startswith("data:")
-    policy = [
-        meta["content"] for meta in page.attributes("meta") if meta.get("http-equiv") == "Content-Security-Policy"
-    ]
+    policy = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
-    images = page.attributes("img")
+    images = page.all("img")
     assert len(images) == 3
     assert all(len(image["alt"]) > 40 and image["src"].startswith("data:image/png;base64,") for image in images)
 
@@ -149,8 +118,8 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.html").read_text()
     page = Page(text)
     assert "<script" not in text.lower()
-    assert page.attributes("script") == []
-    assert not any("onerror" in attributes for attributes in page.attributes("img"))
+    assert page.all("script") == []
+    assert not any("onerror" in attributes for attributes in page.all("img"))
     assert evil in page.text
     assert "{{ 7*7 }}" in page.text
     assert metrics.read_predictions(tmp_path / "out" / "predictions.parquet").class_names == names

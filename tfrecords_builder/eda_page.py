@@ -6,21 +6,19 @@ interrupted is known by its page.
 
 import base64
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from tfrecords_builder import eda, eda_figures
 from tfrecords_builder.eda import Analysis
 from tfrecords_builder.eda_figures import display_name
 from tfrecords_builder.errors import UserError
-from tfrecords_builder.manifest import fsync_folder
+from tfrecords_builder.files import intended_name, sync, write_bytes
 from tfrecords_builder.output import explained
+from tfrecords_builder.page import template_environment
 
 NUMBERS, PAGE = "eda.json", "eda.html"
 LEFT_OUT_SHOWN = 50
@@ -28,7 +26,6 @@ GENERATOR = "cxr-dist eda"
 """What a page names as its generator, by which it is known as ours."""
 
 _FIGURE = re.compile(r"(counts|sizes|distributions|means|group_sizes|groups|shortcuts|samples-\d+)\.svg")
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.part")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +74,14 @@ def write_analysis(dataset: Path, out: Path, progress: eda.Progress | None = Non
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
         (out / NUMBERS).unlink(missing_ok=True)
-        fsync_folder(out)
-        _write(out / PAGE, page.encode())
+        sync(out)
+        write_bytes(out / PAGE, page.encode())
         for path in list(out.iterdir()):
             if path.name != PAGE:
                 path.unlink()  # only ours are left: figures of an earlier analysis, and what a stopped one was writing
         for item in figures:
-            _write(out / item.file, item.svg)
-        _write(out / NUMBERS, content.encode())
+            write_bytes(out / item.file, item.svg)
+        write_bytes(out / NUMBERS, content.encode())
     return numbers
 
 
@@ -106,7 +103,7 @@ def check_output_folder(out: Path) -> None:
     names = sorted(path.name for path in out.iterdir())
     foreign = [name for name in names if not (_is_ours(name) and (out / name).is_file())]
     # A figure's name proves nothing: without numbers or a page of ours, somebody else drew it.
-    written = [name for name in names if not _TEMPORARY.fullmatch(name)]
+    written = [name for name in names if intended_name(name) is None]
     if written and not foreign and not (_is_numbers(out / NUMBERS) or _is_page(out / PAGE)):
         foreign = written
     if foreign:
@@ -155,13 +152,7 @@ def draw(analysis: Analysis) -> list[Shown]:
 
 def render(numbers: Mapping[str, Any], figures: list[Shown]) -> str:
     """The analysis as one HTML page that loads nothing: style and figures are inside."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tfrecords_builder"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment("tfrecords_builder")
     environment.filters |= {"display": display_name, "percent": _percent, "number": "{:,}".format}
     environment.filters |= {"points": _points, "level": "{:.1f}".format}
     return environment.get_template("eda.html.j2").render(
@@ -309,8 +300,7 @@ def shortcuts_caption(shortcuts: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    temporary = _TEMPORARY.fullmatch(name)
-    name = temporary["name"] if temporary else name
+    name = intended_name(name) or name
     return name in (NUMBERS, PAGE) or _FIGURE.fullmatch(name) is not None
 
 
@@ -328,20 +318,6 @@ def _is_page(path: Path) -> bool:
             return f'<meta name="generator" content="{GENERATOR}">'.encode() in file.read(4096)
     except OSError:
         return False
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Put `content` at `path`, complete or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
 
 
 def _count(number: int, noun: str = "image") -> str:

@@ -7,7 +7,6 @@ metadata. Shards are found by it, records by their byte offset: nothing is disco
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import write_atomically
 from tfrecords_builder.splits import SPLITS
 
 MANIFEST_NAME = "manifest.parquet"
@@ -249,16 +249,10 @@ def write_manifest(dataset: Path, manifest: Manifest) -> None:
     columns = [[getattr(row, name) for row in manifest.rows] for name in _ARROW_SCHEMA.names]
     schema = _ARROW_SCHEMA.with_metadata({_METADATA_KEY: json.dumps(metadata)})
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
-    temporary = dataset / f".{MANIFEST_NAME}.part"
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(dataset / MANIFEST_NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync_folder(dataset)
+    write_atomically(
+        dataset / MANIFEST_NAME,
+        lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True),
+    )
 
 
 def read_manifest(dataset: Path) -> Manifest:
@@ -314,15 +308,6 @@ def check_shards(dataset: Path, manifest: Manifest) -> None:
                 f"{path}: has {size:,} bytes where the manifest says {shard.bytes:,}; "
                 "restore it or build the dataset anew in another folder"
             )
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _from_table(table: pa.Table, metadata: dict[str, Any]) -> Manifest:

@@ -5,7 +5,6 @@ with the manifest of that one, which stays whole until the new shards are comple
 therefore never taken for a dataset, and the next one into the same folder knows what it may use or remove.
 """
 
-import errno
 import fcntl
 import os
 import shutil
@@ -14,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tfrecords_builder.errors import UserError
-from tfrecords_builder.manifest import MANIFEST_NAME, Manifest, fsync_folder, write_manifest
+from tfrecords_builder.files import ENVIRONMENT_ERRORS, is_temporary, sync, write_bytes
+from tfrecords_builder.manifest import MANIFEST_NAME, Manifest, write_manifest
 from tfrecords_builder.sharding import is_shard_name
 from tfrecords_builder.tfds_files import FILES, tfds_files
 
@@ -85,17 +85,14 @@ def publish(dataset: Path, work: Path, manifest: Manifest) -> None:
     The manifest of a dataset that is replaced goes first, the new one comes last: in between the folder is no dataset.
     """
     (dataset / MANIFEST_NAME).unlink(missing_ok=True)
-    fsync_folder(dataset)
+    sync(dataset)
     _remove_published(dataset)
     for shard in manifest.shards:
         (work / shard.name).rename(dataset / shard.name)
     for name, content in tfds_files(manifest).items():
-        with (dataset / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_bytes(dataset / name, content)
     # The names must be on the disk before the manifest that vouches for them.
-    fsync_folder(dataset)
+    sync(dataset)
     write_manifest(dataset, manifest)
 
 
@@ -106,7 +103,7 @@ def remove_work(dataset: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return is_shard_name(name) or name in FILES or name == f".{MANIFEST_NAME}.part"
+    return is_shard_name(name) or name in FILES or is_temporary(name, (MANIFEST_NAME, *FILES))
 
 
 def _remove_published(folder: Path) -> None:
@@ -121,7 +118,7 @@ def explained(dataset: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in ENVIRONMENT_ERRORS:
             raise UserError(
                 f"{dataset}: cannot be written ({error.strerror}); mend that or give another output folder"
             ) from error

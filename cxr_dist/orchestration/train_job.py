@@ -9,11 +9,11 @@ from typing import Any
 
 from cxr_dist import run_folder
 from cxr_dist.config import Config
-from cxr_dist.files import disk_error
 from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_workers
 from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, TensorBoardReporter
 from cxr_dist.strategy import muted_stderr, prepare_devices
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import disk_error
 
 WORKER_ENVIRONMENT = {"TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")}
 Prepare = Callable[[int], bool]

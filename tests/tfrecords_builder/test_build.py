@@ -381,7 +381,7 @@ def test_what_an_interrupted_build_left_is_used_only_when_it_is_right(
     assert content(tmp_path / "d") == content(tmp_path / "new")
 
 
-@pytest.mark.parametrize("step", ["write_shard", "fsync_folder", "write_manifest"])
+@pytest.mark.parametrize("step", ["write_shard", "sync", "write_manifest"])
 def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -470,7 +470,7 @@ def is_running(pid: int) -> bool:
 def test_killed_while_publishing(source: Path, built: Path, tmp_path: Path, published: int) -> None:
     """The states that a kill between two renames leaves behind."""
     dataset = Path(shutil.copytree(built, tmp_path / "d"))
-    (dataset / MANIFEST_NAME).rename(dataset / f".{MANIFEST_NAME}.part")
+    (dataset / MANIFEST_NAME).rename(dataset / f".{MANIFEST_NAME}.k3_x9a1b.tmp")
     (dataset / WORK_FOLDER).mkdir()
     for path in sorted(dataset.glob("cxr-*"))[published:]:
         path.rename(dataset / WORK_FOLDER / path.name)

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,44 +16,14 @@ import numpy as np
 import pytest
 
 from cxr_dist import cli
+from tests.html_page import Page
 from tests.tfrecords_builder.eda_images import CONFLICT, TRIPLE, build, draw, draw_varied
 from tfrecords_builder import eda_figures, eda_page
 from tfrecords_builder.eda import analyse
 from tfrecords_builder.eda_page import NUMBERS, PAGE, write_analysis
 from tfrecords_builder.errors import UserError
 
-VOID = {"meta", "link", "img", "br"}
 HOSTILE = {"<b>A&B": 40, "$x_1$ 'and' \"y\"": 40}
-
-
-class Page(HTMLParser):
-    """What a browser would make of the page: tags balanced, attributes, ids and visible text collected."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.text = self.style = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "style":
-            self.style += data
-        else:
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +317,7 @@ def test_the_same_dataset_gives_the_same_bytes(out: Path, dataset: Path, tmp_pat
 def test_an_earlier_analysis_is_replaced(plain: Path, plain_out: Path, out: Path, tmp_path: Path) -> None:
     """One of three classes with duplicates, by one of two classes without: figures that are no more are gone."""
     target = Path(shutil.copytree(out, tmp_path / "analysis"))
-    (target / ".counts.svg.part").write_text("of one that was stopped")
+    (target / ".counts.svg.k3_x9a1b.tmp").write_text("of one that was stopped")
     write_analysis(plain, target)
     assert content(target) == content(plain_out)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -12,6 +13,7 @@ from tfrecords_builder.errors import UserError
 
 ENVIRONMENT_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS))
 """A disk that is full or not to be written: the user's to mend, wherever it is met."""
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[^.]+\.tmp")
 
 
 def disk_error(error: BaseException) -> UserError | None:
@@ -36,17 +38,18 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def move_durably(source: Path, target: Path) -> None:
     """Give a whole file its place on the same file system; it and its name are on the disk on return."""
-    _sync(source)
+    sync(source)
     source.replace(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,9 +57,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def intended_name(name: str) -> str | None:
+    """The name that a temporary file would have taken, had its process not been stopped; None for other names."""
+    found = _TEMPORARY.fullmatch(name)
+    return found["name"] if found else None
+
+
 def is_temporary(name: str, files: Collection[str]) -> bool:
     """Whether `name` is that of a temporary file which a stopped process left beside one of `files`."""
-    return name.endswith(".tmp") and any(name.startswith(f".{file}.") for file in files)
+    return intended_name(name) in files
 
 
 def write_bytes(path: Path, content: bytes) -> None:

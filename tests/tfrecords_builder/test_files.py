@@ -9,7 +9,7 @@ from typing import IO, Any, NoReturn
 
 import pytest
 
-from cxr_dist import files
+from tfrecords_builder import files
 
 OLD, NEW = b"old content", b"new content " * 1000
 
