@@ -13,7 +13,9 @@ from typing import NoReturn
 from cxr_dist import commands
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import disk_error
+from tfrecords_builder.storage import parse_place
 
+DATASET_HELP = "a folder that build made, or its address (s3://bucket/name, gs://...)"
 Command = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 """Adds a command: name, what it runs, and a sentence about it."""
 
@@ -73,7 +75,9 @@ def _add_phantoms(command: Command) -> None:
 def _add_datasets(command: Command) -> None:
     build = command("build", commands.build, "labelled image files -> a verified dataset of TFRecord shards")
     build.add_argument("source", type=Path, metavar="SOURCE", help="<Class>/images/*.png or <Class>/*.png (or .jpg)")
-    build.add_argument("dataset", type=Path, metavar="DATASET", help="a new folder")
+    build.add_argument(
+        "dataset", type=parse_place, metavar="DATASET", help="a new folder, or an address: s3://bucket/name, gs://..."
+    )
     build.add_argument("--image-size", type=int, default=224, metavar="PX", help="stored size (default: %(default)s)")
     build.add_argument("--encoding", choices=["raw", "png", "jpeg"], default="raw", help="(default: %(default)s)")
     build.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per core)")
@@ -92,6 +96,12 @@ def _add_datasets(command: Command) -> None:
         help="images that show the same in several classes (default: exclude; keep with --split published)",
     )
     build.add_argument(
+        "--masks",
+        choices=["read", "ignore"],
+        default="read",
+        help="lung masks, where <Class>/masks has them (default: %(default)s)",
+    )
+    build.add_argument(
         "--launcher",
         choices=["local", "ray"],
         default="local",
@@ -105,18 +115,18 @@ def _add_datasets(command: Command) -> None:
     )
 
     verify = command("verify", commands.verify, "read a dataset back: every record, checksum and count")
-    verify.add_argument("dataset", type=Path, metavar="DATASET")
+    verify.add_argument("dataset", type=parse_place, metavar="DATASET", help=DATASET_HELP)
 
     eda = command(
         "eda", commands.eda, "explore a dataset: counts, pictures, duplicates, and what could mislead a network"
     )
-    eda.add_argument("dataset", type=Path, metavar="DATASET")
+    eda.add_argument("dataset", type=parse_place, metavar="DATASET", help=DATASET_HELP)
     eda.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an earlier analysis")
 
 
 def _add_training(command: Command) -> None:
     train = command("train", commands.train, "train both stages; started again with the same --out it goes on")
-    train.add_argument("dataset", type=Path, metavar="DATASET")
+    train.add_argument("dataset", type=parse_place, metavar="DATASET", help=DATASET_HELP)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     train.add_argument(
         "--config", type=Path, metavar="YAML", help="a file, or the name of a preset (published, cpu, smoke)"
@@ -143,7 +153,9 @@ def _add_training(command: Command) -> None:
         "--split", choices=["train", "validation", "test"], default="test", help="(default: %(default)s)"
     )
     which.add_argument("--images", type=Path, metavar="FOLDER", help="labelled images that are not in the dataset")
-    evaluate.add_argument("--dataset", type=Path, metavar="DATASET", help="(default: the one the run was trained on)")
+    evaluate.add_argument(
+        "--dataset", type=parse_place, metavar="DATASET", help="(default: the one the run was trained on)"
+    )
     evaluate.add_argument("--devices", type=_positive, metavar="M", help="GPUs, or logical CPUs")
 
     config = command("config", commands.show_config, "print the resolved configuration as YAML")

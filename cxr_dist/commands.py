@@ -17,6 +17,7 @@ from tfrecords_builder.errors import UserError
 if TYPE_CHECKING:
     from tfrecords_builder.build import Workers
     from tfrecords_builder.manifest import Manifest
+    from tfrecords_builder.storage import Place
 
 
 def synth(options: argparse.Namespace) -> None:
@@ -37,10 +38,10 @@ def synth(options: argparse.Namespace) -> None:
 def build(options: argparse.Namespace) -> None:
     from tfrecords_builder.build import build_dataset
 
-    with _builders(options) as pool, progress_bar("build") as progress:
+    with _builders(options) as pool, _output_folder(options) as dataset, progress_bar("build") as progress:
         summary = build_dataset(
             options.source,
-            options.dataset,
+            dataset,
             image_size=options.image_size,
             encoding=options.encoding,
             workers=options.workers,
@@ -48,6 +49,7 @@ def build(options: argparse.Namespace) -> None:
             split=options.split,
             split_file=options.split_file,
             conflicts=options.conflicts,
+            masks=options.masks,
             on_error=options.on_error,
             progress=progress,
             pool=pool,
@@ -71,6 +73,30 @@ def build(options: argparse.Namespace) -> None:
         f"{options.dataset}: {len(manifest.shards)} shards in {summary.seconds:.1f} s "
         f"({summary.images_per_second:,.0f} images/s)" + (f"; {left_out} file(s) left out" if left_out else "")
     )
+
+
+@contextmanager
+def _output_folder(options: argparse.Namespace) -> Iterator[Path]:
+    """Where a build writes: the folder that was given, or a local one that goes up at the end."""
+    from tfrecords_builder.sources import find_images
+    from tfrecords_builder.storage import staged_output
+
+    if isinstance(options.dataset, Path):
+        yield options.dataset
+        return
+    # For a while the disk holds the images twice; raw is the largest encoding.
+    needed = 2 * len(find_images(options.source)) * options.image_size**2
+    with progress_bar("upload") as progress, staged_output(options.dataset, needed, progress=progress) as folder:
+        yield folder
+
+
+@contextmanager
+def _local_copy(place: "Place") -> Iterator[Path]:
+    """A dataset's folder on this machine, wherever it is."""
+    from tfrecords_builder.storage import local_copy
+
+    with progress_bar("fetch") as progress, local_copy(place, progress=progress) as dataset:
+        yield dataset
 
 
 @contextmanager
@@ -105,8 +131,8 @@ def _duplicates_words(manifest: "Manifest") -> str:
 def verify(options: argparse.Namespace) -> None:
     from tfrecords_builder.verify import verify_dataset
 
-    with progress_bar("verify") as progress:
-        summary = verify_dataset(options.dataset, progress)
+    with _local_copy(options.dataset) as dataset, progress_bar("verify") as progress:
+        summary = verify_dataset(dataset, progress)
     print(
         f"{options.dataset}: {summary.records:,} records in {summary.shards} shards, {summary.bytes:,} bytes: all whole"
     )
@@ -115,8 +141,8 @@ def verify(options: argparse.Namespace) -> None:
 def eda(options: argparse.Namespace) -> None:
     from tfrecords_builder.eda_page import PAGE, write_analysis
 
-    with progress_bar("eda") as progress:
-        numbers = write_analysis(options.dataset, options.out, progress)
+    with _local_copy(options.dataset) as dataset, progress_bar("eda") as progress:
+        numbers = write_analysis(dataset, options.out, progress)
     counts, duplicates = numbers["counts"], numbers["duplicates"]
     width = max(len(name) for name in [*counts["classes"], "class"])
     print(f"{'class':{width}}" + "".join(f"{split:>12}" for split in counts["splits"]) + f"{'all':>12}")
@@ -158,7 +184,7 @@ def train(options: argparse.Namespace) -> None:
 
 def run_training(
     config: Config,
-    dataset: Path,
+    dataset: "Place",
     run: Path,
     *,
     launcher: str,
@@ -175,12 +201,13 @@ def run_training(
 
     if launcher == "local" and ((workers or 1) > 1 or address):
         raise UserError("--launcher local: is one process; leave --workers and --address out, or use --launcher ray")
-    manifest = read_manifest(dataset)
-    check_shards(dataset, manifest)
-    config = run_folder.resolve_config(config, manifest)
-    check_weights(config.model.weights)
-    reporter = ConsoleReporter()
     with ExitStack() as held:
+        folder = held.enter_context(_local_copy(dataset))
+        manifest = read_manifest(folder)
+        check_shards(folder, manifest)
+        config = run_folder.resolve_config(config, manifest)
+        check_weights(config.model.weights)
+        reporter = ConsoleReporter()
 
         def prepare(replicas: int) -> bool:
             TrainingPlan(len(manifest.split("train")), config.global_batch_size, replicas, config.seed)
@@ -189,7 +216,7 @@ def run_training(
             return _finished(run) is None
 
         if launcher == "local":
-            return train_locally(config, dataset, run, reporter, prepare=prepare, devices_per_worker=devices_per_worker)
+            return train_locally(config, folder, run, reporter, prepare=prepare, devices_per_worker=devices_per_worker)
         return train_with_ray(
             config,
             dataset,

@@ -1,7 +1,8 @@
 """A run's folder and images in, figures out: nothing of training is needed, and no Ray."""
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist import run_folder
+from cxr_dist.config import Config
 from cxr_dist.data import Positions, ShardSource
 from cxr_dist.features import run_forward
 from cxr_dist.metrics import Predictions
@@ -20,6 +22,7 @@ from tfrecords_builder.errors import UserError
 from tfrecords_builder.images import load_gray
 from tfrecords_builder.manifest import check_shards, read_manifest
 from tfrecords_builder.sources import find_images
+from tfrecords_builder.storage import Place, local_copy, parse_place
 
 BATCH_SIZE = 32
 
@@ -71,7 +74,8 @@ class Request:
     out: Path
     split: str = "test"
     images: Path | None = None
-    dataset: Path | None = None
+    dataset: Place | None = None
+    """By default the one that the run was trained on."""
 
 
 def evaluate_run(
@@ -96,7 +100,28 @@ def evaluate_run(
     if result is None or not model_file.is_file():
         raise UserError(f"{request.run}: the run is not finished; start it again with train to go on")
     check_output_folder(request.out)  # now, not after minutes of computing
-    source, what = _source(request, info)
+    with _source(request, info) as (source, what):
+        predictions, used = _predict(config, info, model_file, source, devices, progress)
+    described = {
+        "run": str(request.run),
+        "images": what,
+        **({"split": request.split} if request.images is None else {}),
+        **used,
+        "training": result,
+        "config": config.tree(),
+    }
+    return write_evaluation(request.out, predictions, run_folder.read_history(request.run), described)
+
+
+def _predict(
+    config: Config,
+    info: run_folder.RunInfo,
+    model_file: Path,
+    source: "ShardSource | FolderSource",
+    devices: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Predictions, dict[str, Any]]:
+    """Predictions of the images, and what the report says of how they were computed."""
     topology = prepare_devices(devices, option="--devices")
     precision = resolve_precision(config.precision, topology.kind)
     strategy = make_strategy(topology)
@@ -118,22 +143,21 @@ def evaluate_run(
             raise source.failure from error
         raise
     predictions = Predictions(source.paths, source.labels, probabilities.astype(np.float64), info.class_names)
-    described = {
-        "run": str(request.run),
-        "images": what,
-        **({"split": request.split} if request.images is None else {}),
-        "precision": precision,
-        "replicas": topology.replicas,
-        "training": result,
-        "config": config.tree(),
-    }
-    return write_evaluation(request.out, predictions, run_folder.read_history(request.run), described)
+    return predictions, {"precision": precision, "replicas": topology.replicas}
 
 
-def _source(request: Request, info: run_folder.RunInfo) -> tuple["ShardSource | FolderSource", str]:
+@contextmanager
+def _source(request: Request, info: run_folder.RunInfo) -> "Iterator[tuple[ShardSource | FolderSource, str]]":
+    """The images, and what the report calls them."""
     if request.images is not None:
-        return FolderSource(request.images, info.class_names, info.image_size), str(request.images)
-    dataset = request.dataset or Path(info.dataset)
+        yield FolderSource(request.images, info.class_names, info.image_size), str(request.images)
+        return
+    place = request.dataset or parse_place(info.dataset)
+    with local_copy(place) as dataset:
+        yield _split_source(request, info, dataset), f"{place}, split {request.split}"
+
+
+def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path) -> ShardSource:
     manifest = read_manifest(dataset)
     if request.dataset is None and manifest.fingerprint != info.fingerprint:
         raise UserError(f"{dataset}: has changed since the run was trained; give the dataset with --dataset")
@@ -143,7 +167,7 @@ def _source(request: Request, info: run_folder.RunInfo) -> tuple["ShardSource | 
             f"{', '.join(info.class_names)} at {info.image_size}; give a dataset that was built alike"
         )
     check_shards(dataset, manifest)
-    return ShardSource(dataset, manifest, request.split), f"{dataset}, split {request.split}"
+    return ShardSource(dataset, manifest, request.split)
 
 
 def _load_weights(model: Any, path: Path) -> None:

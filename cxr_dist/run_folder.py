@@ -13,6 +13,7 @@ from cxr_dist.config import Config, load_config
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import is_temporary, write_json, write_text
 from tfrecords_builder.manifest import Manifest
+from tfrecords_builder.storage import Place, absolute
 
 CONFIG = "config.yaml"
 RUN = "run.json"
@@ -29,6 +30,7 @@ class RunInfo:
     """What a run was trained on: all that an evaluation needs beside the model."""
 
     dataset: str
+    """Its folder, absolute, or its address."""
     fingerprint: str
     class_names: tuple[str, ...]
     image_size: int
@@ -84,7 +86,7 @@ def locked(run: Path) -> Iterator[None]:
             run.rmdir()
 
 
-def prepare(run: Path, config: Config, dataset: Path, manifest: Manifest) -> None:
+def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> None:
     """Begin a new run in its folder, or accept that of an interrupted one with the same settings.
 
     While no epoch is done, other settings are no obstacle: what was wrong with the first ones may have been mended.
@@ -92,7 +94,7 @@ def prepare(run: Path, config: Config, dataset: Path, manifest: Manifest) -> Non
     Raises:
         UserError: the folder holds something else, or a run with other settings or other data.
     """
-    info = RunInfo(str(dataset.resolve()), manifest.fingerprint, manifest.class_names, manifest.image_size)
+    info = RunInfo(absolute(dataset), manifest.fingerprint, manifest.class_names, manifest.image_size)
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; give a folder for the run")
     if (run / CONFIG).is_file() and (run / RUN).is_file():

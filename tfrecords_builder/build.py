@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -48,6 +48,7 @@ MAX_IMAGE_SIZE = 4096
 ON_ERROR = ("stop", "skip")
 
 CONFLICTS = ("exclude", "keep")
+MASKS = ("read", "ignore")
 
 Progress = Callable[[int, int], None]
 Task = TypeVar("Task")
@@ -85,6 +86,7 @@ def build_dataset(
     split: str = "leak-free",
     split_file: Path | None = None,
     conflicts: str | None = None,
+    masks: str = "read",
     on_error: str = "stop",
     progress: Progress | None = None,
     pool: Workers | None = None,
@@ -106,6 +108,7 @@ def build_dataset(
         split_file: CSV with the columns path and split, in place of a rule.
         conflicts: What becomes of images that show the same in several classes: exclude or keep. None excludes them
             unless `split` is published.
+        masks: What becomes of lung masks: read or ignore.
         on_error: What a file that is no whole image does: "stop" ends the build, "skip" lists the file.
         progress: Called with (images decoded, images in all), from the calling thread.
         pool: Where the work is done, in place of processes of this machine.
@@ -116,8 +119,10 @@ def build_dataset(
     """
     started = time.perf_counter()
     conflicts = conflicts or ("keep" if split == "published" else "exclude")
-    _check_options(image_size, encoding, workers, split, conflicts, on_error)
+    _check_options(image_size, encoding, workers, split, conflicts, masks, on_error)
     found = find_images(source)
+    if masks == "ignore":
+        found = [replace(image, mask=None) for image in found]
     classes = class_counts(found)
     _check_classes(source, classes)
     given, rule = None, split
@@ -125,7 +130,8 @@ def build_dataset(
         given, digest = read_split_file(split_file, {image.path for image in found})
         rule = f"file:{digest}"
     metadata = read_metadata(source, found)
-    settings = Settings(image_size, encoding, seed, rule, conflicts, metadata_digest(metadata))
+    has_masks = any(image.mask for image in found)
+    settings = Settings(image_size, encoding, seed, rule, conflicts, has_masks, metadata_digest(metadata))
     with output.locked_folder(dataset):
         present, changes = _existing(source, dataset, settings, found)
         if present is not None and not changes:
@@ -157,7 +163,7 @@ def _workers(pool: Workers | None, workers: int) -> Iterator[Workers]:
 
 
 def _check_options(
-    image_size: int, encoding: str, workers: int | None, split: str, conflicts: str, on_error: str
+    image_size: int, encoding: str, workers: int | None, split: str, conflicts: str, masks: str, on_error: str
 ) -> None:
     if not 1 <= image_size <= MAX_IMAGE_SIZE:
         raise UserError(f"image-size: must be from 1 to {MAX_IMAGE_SIZE} pixels, not {image_size}")
@@ -167,6 +173,7 @@ def _check_options(
         ("encoding", encoding, ENCODINGS),
         ("split", split, splits.RULES),
         ("conflicts", conflicts, CONFLICTS),
+        ("masks", masks, MASKS),
         ("on-error", on_error, ON_ERROR),
     ):
         if value not in known:
@@ -191,7 +198,9 @@ def _ingest_tasks(
     source: Path, work: Path, settings: Settings, found: Sequence[SourceImage], on_error: str
 ) -> list[IngestTask]:
     key = json.dumps([FORMAT_VERSION, settings.image_size, settings.encoding, THUMBNAIL_SIZE, PIL.__version__])
-    files = [_source_file(source, image.path) for image in found]
+    files = [
+        _source_file(source, image.path, _source_file(source, image.mask) if image.mask else None) for image in found
+    ]
     size = parts.images_per_part(len(files))
     return [
         IngestTask(
@@ -208,12 +217,12 @@ def _ingest_tasks(
     ]
 
 
-def _source_file(source: Path, path: str) -> parts.SourceFile:
+def _source_file(source: Path, path: str, mask: parts.SourceFile | None = None) -> parts.SourceFile:
     try:
         status = (source / path).stat()
     except OSError:
-        return parts.SourceFile(path, -1, -1)  # reading it says what is wrong
-    return parts.SourceFile(path, status.st_size, status.st_mtime_ns)
+        return parts.SourceFile(path, -1, -1, mask)  # reading it says what is wrong
+    return parts.SourceFile(path, status.st_size, status.st_mtime_ns, mask)
 
 
 def _ingest(
@@ -225,7 +234,7 @@ def _ingest(
     progress: Progress | None,
 ) -> tuple[list[plan.Known], npt.NDArray[np.uint8]]:
     """The first pass: every source file as it was found, and the thumbnails of the whole ones."""
-    class_of = {image.path: image.class_name for image in found}
+    image_of = {image.path: image for image in found}
     label_of = {name: label for label, name in enumerate(class_counts(list(found)))}
     parts.remove_other_parts(tasks[0].folder, len(tasks))
     known: list[plan.Known] = []
@@ -236,9 +245,9 @@ def _ingest(
             raise ImageError(source / last.path, last.reason or "")
         thumbnails.append(done.part.thumbnails())
         for image in done.images:
-            name = class_of[image.path]
+            of = image_of[image.path]
             about = metadata.get(image.path, Metadata())
-            known.append(plan.Known(image, done.part.data.name, name, label_of[name], about))
+            known.append(plan.Known(image, done.part.data.name, of.class_name, label_of[of.class_name], about, of.mask))
         if progress is not None:
             progress(len(known), len(found))
     return known, np.concatenate(thumbnails)
@@ -259,14 +268,14 @@ def _write(
     _check_classes(source, classes, lost)
     decision = plan.decide(known, thumbnails, settings, given)
     _check_splits(source, known, decision)
-    planned = plan.plan_shards(work, known, decision.split_of, settings.seed)
+    planned = plan.plan_shards(work, known, decision.split_of, settings)
     written = list(pool.map(write_shard, [task for _, task in planned]))
     rows = plan.manifest_rows(known, decision, list(zip((task for _, task in planned), written, strict=True)))
     return Manifest(
         class_names=tuple(classes),
         settings=settings,
         fingerprint=compute_fingerprint(
-            settings, tuple(classes), [(row.path, row.class_name, row.sha256) for row in rows]
+            settings, tuple(classes), [(row.path, row.class_name, row.sha256, row.mask_sha256) for row in rows]
         ),
         shards=tuple(
             ShardInfo(shard.name, split, len(task.items), shard.bytes, shard.sha256)
@@ -301,8 +310,11 @@ def _existing(
     differences = [f"{name} {present[name]} -> {wanted[name]}" for name in wanted if wanted[name] != present[name]]
     if not differences:
         # Only now are the source files read: equal settings are no proof of equal images.
-        digests = _digests(source, [image.path for image in found])
-        sources = [(image.path, image.class_name, digests[image.path]) for image in found]
+        digests = _digests(source, [path for image in found for path in (image.path, image.mask) if path])
+        sources = [
+            (image.path, image.class_name, digests[image.path], digests[image.mask] if image.mask else None)
+            for image in found
+        ]
         if compute_fingerprint(settings, tuple(class_counts(list(found))), sources) != manifest.fingerprint:
             differences = _source_differences(manifest, digests)
     if not differences:
@@ -324,9 +336,10 @@ def _digests(source: Path, paths: Sequence[str]) -> dict[str, str | None]:
 
 def _source_differences(manifest: Manifest, digests: dict[str, str | None]) -> list[str]:
     before = {row.path: row.sha256 for row in manifest.rows}
+    before |= {row.mask: row.mask_sha256 for row in manifest.rows if row.mask}
     counts = {
         "added": len(digests.keys() - before.keys()),
         "removed": len(before.keys() - digests.keys()),
         "changed": sum(before[path] != digests[path] for path in before.keys() & digests.keys()),
     }
-    return [f"source images {name}: {count}" for name, count in counts.items() if count] or ["the fingerprint"]
+    return [f"source files {name}: {count}" for name, count in counts.items() if count] or ["the fingerprint"]

@@ -75,6 +75,15 @@ def load_gray(path: Path, image_size: int) -> npt.NDArray[np.uint8]:
     return decode_gray(read_bytes(path), image_size, path).pixels
 
 
+def decode_mask(data: bytes, image_size: int, path: Path) -> npt.NDArray[np.bool_]:
+    """The bytes of a lung mask as bool [image_size, image_size]: what is brighter than half is inside.
+
+    Raises:
+        ImageError: As `decode_gray`.
+    """
+    return decode_gray(data, image_size, path).pixels >= 128
+
+
 def read_bytes(path: Path) -> bytes:
     """The whole file; an `ImageError` when it cannot be read."""
     try:

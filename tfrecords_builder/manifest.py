@@ -23,7 +23,7 @@ from tfrecords_builder.files import write_atomically
 from tfrecords_builder.splits import SPLITS
 
 MANIFEST_NAME = "manifest.parquet"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ACCEPTED = "ok"
 REJECTED = "rejected"
 EXCLUDED = "excluded"
@@ -38,7 +38,9 @@ _ARROW_SCHEMA = pa.schema(
         pa.field("group", pa.string(), nullable=False),
         pa.field("source", pa.string()),
         pa.field("patient", pa.string()),
+        pa.field("mask", pa.string()),
         pa.field("sha256", pa.string()),
+        pa.field("mask_sha256", pa.string()),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("status", pa.string(), nullable=False),
@@ -67,8 +69,12 @@ class Row:
     source: str | None
     """Where the image came from, as the collection says."""
     patient: str | None
+    mask: str | None
+    """Path of the image's lung mask; None when it has none, or masks were not read."""
     sha256: str | None
     """Hexadecimal, of the source file's bytes; None when it could not be read."""
+    mask_sha256: str | None
+    """Likewise of the mask."""
     width: int | None
     """Of the source image, in pixels."""
     height: int | None
@@ -111,6 +117,8 @@ class Settings:
     """leak-free, published, or `file:` and the SHA-256 of the file that says it."""
     conflicts: str
     """Images that show the same in several classes: exclude or keep."""
+    masks: bool = False
+    """Whether records hold lung masks."""
     metadata: str | None = None
     """SHA-256 of what the collection's sheets say of its images; None when there are none."""
 
@@ -217,20 +225,21 @@ class Manifest:
 
 
 def compute_fingerprint(
-    settings: Settings, class_names: Sequence[str], sources: Iterable[tuple[str, str, str | None]]
+    settings: Settings, class_names: Sequence[str], sources: Iterable[tuple[str, str, str | None, str | None]]
 ) -> str:
     """Hexadecimal SHA-256 over what determines a dataset: format, settings, classes, and each source file.
 
     Args:
         settings: Image size, encoding, seed and split rule.
         class_names: In label order.
-        sources: Path, class name and SHA-256 of every source image, rejected ones too, in any order.
+        sources: Path, class name, SHA-256 and the mask's SHA-256 of every source image, rejected ones too, in any
+            order.
     """
     content = {
         "format_version": FORMAT_VERSION,
         **asdict(settings),
         "class_names": list(class_names),
-        "sources": sorted([path, name, sha256 or ""] for path, name, sha256 in sources),
+        "sources": sorted([path, name, sha256 or "", mask or ""] for path, name, sha256, mask in sources),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

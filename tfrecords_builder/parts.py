@@ -1,8 +1,8 @@
 """Decoded images on their way into shards: one part for each run of source files, whole or not there.
 
-A part is two files in the work folder: the data (encoded images, then thumbnails), and beside it what is in it, with
-a checksum of the data, which is written last. A build that was killed finds the parts that it had finished; one whose
-source files or settings are others, or whose data is damaged, is made again.
+A part is two files in the work folder: the data (encoded images with their masks, then thumbnails), and beside it what
+is in it, with a checksum of the data, which is written last. A build that was killed finds the parts that it had
+finished; one whose source files or settings are others, or whose data is damaged, is made again.
 """
 
 import json
@@ -30,6 +30,8 @@ class SourceFile:
     """Relative to the source folder."""
     size: int
     mtime_ns: int
+    mask: "SourceFile | None" = None
+    """The image's lung mask, if it is read too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,9 @@ class PartImage:
     reason: str | None = None
     offset: int = 0
     length: int = 0
+    mask_sha256: str | None = None
+    mask_length: int = 0
+    """The mask's bytes follow the image's; 0 when it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class Part:
     def thumbnails(self) -> npt.NDArray[np.uint8]:
         """uint8 [n, 64, 64] of the images that were not rejected, in order."""
         count = sum(image.reason is None for image in self.images)
-        offset = sum(image.length for image in self.images)
+        offset = sum(image.length + image.mask_length for image in self.images)
         flat = np.fromfile(self.data, np.uint8, count * _THUMBNAIL_BYTES, offset=offset)
         return flat.reshape(count, THUMBNAIL_SIZE, THUMBNAIL_SIZE)
 

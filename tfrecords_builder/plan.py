@@ -11,6 +11,7 @@ from tfrecords_builder import audit, splits
 from tfrecords_builder.manifest import ACCEPTED, EXCLUDED, REJECTED, Row, Settings
 from tfrecords_builder.metadata import Metadata
 from tfrecords_builder.parts import PartImage
+from tfrecords_builder.schema import encode_mask
 from tfrecords_builder.sharding import shard_bounds, shard_count, shard_name
 from tfrecords_builder.writer import ShardItem, ShardTask, WrittenShard
 
@@ -24,6 +25,8 @@ class Known:
     class_name: str
     label: int
     metadata: Metadata
+    mask: str | None
+    """Path of the lung mask, if it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,23 +93,28 @@ def _patients(known: Sequence[Known], rows: Sequence[int]) -> Iterator[tuple[int
 
 
 def plan_shards(
-    work: Path, known: Sequence[Known], split_of: Mapping[str, str], seed: int
+    work: Path, known: Sequence[Known], split_of: Mapping[str, str], settings: Settings
 ) -> list[tuple[str, ShardTask]]:
     """Which record goes where: (split, shard) for every shard, in order.
 
     Inside a split, records follow `splits.stable_order`, so that every shard holds a mixture of the classes.
     """
+    size = settings.image_size
+    no_mask = encode_mask(np.zeros((size, size), np.bool_)) if settings.masks else None
     row_of = {item.image.path: row for row, item in enumerate(known)}
     plan: list[tuple[str, ShardTask]] = []
     for split in splits.SPLITS:
-        paths = splits.stable_order([path for path, of in split_of.items() if of == split], seed)
+        paths = splits.stable_order([path for path, of in split_of.items() if of == split], settings.seed)
         count = shard_count(len(paths), sum(known[row_of[path]].image.length for path in paths))
         for number, (start, stop) in enumerate(shard_bounds(len(paths), count)):
             items = []
             for path in paths[start:stop]:
                 item = known[row_of[path]]
-                items.append(ShardItem(item.part, item.image.offset, item.image.length, item.label, path, row_of[path]))
-            plan.append((split, ShardTask(work, shard_name(split, number, count), items)))
+                image = item.image
+                items.append(
+                    ShardItem(item.part, image.offset, image.length, image.mask_length, item.label, path, row_of[path])
+                )
+            plan.append((split, ShardTask(work, shard_name(split, number, count), items, no_mask)))
     return plan
 
 
@@ -133,7 +141,9 @@ def manifest_rows(
                 group=group,
                 source=item.metadata.source,
                 patient=item.metadata.patient,
+                mask=item.mask,
                 sha256=image.sha256,
+                mask_sha256=image.mask_sha256,
                 width=image.width,
                 height=image.height,
                 status=REJECTED if image.reason else EXCLUDED if reason else ACCEPTED,

@@ -2,7 +2,8 @@
 
 A record is a serialised `tensorflow.Example` with the keys below. TensorFlow Datasets can read it:
 `label` as ClassLabel, `path` as Text, `index` as an int64 scalar, and `image` as
-`Tensor(shape=(S, S, 1), dtype=uint8, encoding=BYTES)` when raw, as `Image(shape=(S, S, 1))` when png or jpeg.
+`Tensor(shape=(S, S, 1), dtype=uint8, encoding=BYTES)` when raw, as `Image(shape=(S, S, 1))` when png or jpeg, and
+`mask` as `Image(shape=(S, S, 1))`.
 
 Nothing here imports TensorFlow but `parse_batch`, inside: the builder's processes start without it.
 """
@@ -28,6 +29,8 @@ PATH = "path"
 """bytes: UTF-8 path of the source file, relative to the source folder."""
 INDEX = "index"
 """int64: position of the image's row in the manifest."""
+MASK = "mask"
+"""bytes, in datasets with lung masks: PNG of 0 and 255. Of an image that has no mask, all is 0."""
 
 ENCODINGS = ("raw", "png", "jpeg")
 """raw: uint8 row by row, S x S bytes. png: lossless, smaller, slower to read. jpeg: quality 95, lossy."""
@@ -44,6 +47,8 @@ class Record:
     label: int
     path: str
     index: int
+    mask: bytes | None = None
+    """None in a dataset without masks."""
 
 
 def encode_image(gray: npt.NDArray[np.uint8], encoding: str) -> bytes:
@@ -82,7 +87,20 @@ def decode_image(image: bytes, image_size: int, encoding: str) -> npt.NDArray[np
     return np.asarray(decoded)
 
 
-def encode_example(*, image: bytes, label: int, path: str, index: int) -> bytes:
+def encode_mask(inside: npt.NDArray[np.bool_]) -> bytes:
+    """Bytes of a mask, bool [S, S]: some hundred, whatever the dataset's encoding of images."""
+    return encode_image(np.where(inside, np.uint8(255), np.uint8(0)), "png")
+
+
+def decode_mask(mask: bytes, image_size: int) -> npt.NDArray[np.bool_]:
+    """The inverse of `encode_mask`; `ValueError` when the bytes are no mask of that size."""
+    pixels = decode_image(mask, image_size, "png")
+    if not np.isin(pixels, (0, 255)).all():
+        raise ValueError("a mask of more than two levels")
+    return pixels > 0
+
+
+def encode_example(*, image: bytes, label: int, path: str, index: int, mask: bytes | None = None) -> bytes:
     """Serialise a record. The same input gives the same bytes in every process (map keys are sorted)."""
     example = _Example()
     feature = example.features.feature
@@ -90,6 +108,8 @@ def encode_example(*, image: bytes, label: int, path: str, index: int) -> bytes:
     feature[LABEL].int64_list.value.append(label)
     feature[PATH].bytes_list.value.append(path.encode())
     feature[INDEX].int64_list.value.append(index)
+    if mask is not None:
+        feature[MASK].bytes_list.value.append(mask)
     return example.SerializeToString(deterministic=True)
 
 
@@ -97,14 +117,14 @@ def decode_example(serialized: bytes) -> Record:
     """Parse a record without TensorFlow.
 
     Raises:
-        ValueError: The bytes are not an Example with exactly these keys, one value each.
+        ValueError: The bytes are not an Example with exactly these keys (with or without a mask), one value each.
     """
     try:
         feature = _Example.FromString(serialized).features.feature
     except DecodeError as error:
         raise ValueError("not a tensorflow.Example") from error
     keys = sorted(feature)
-    if keys != sorted((IMAGE, LABEL, PATH, INDEX)):
+    if keys not in (sorted((IMAGE, LABEL, PATH, INDEX)), sorted((IMAGE, LABEL, PATH, INDEX, MASK))):
         raise ValueError(f"has the keys {keys}")
 
     def one(key: str, kind: str) -> Any:
@@ -118,6 +138,7 @@ def decode_example(serialized: bytes) -> Record:
         label=one(LABEL, "int64_list"),
         path=one(PATH, "bytes_list").decode(),
         index=one(INDEX, "int64_list"),
+        mask=one(MASK, "bytes_list") if MASK in keys else None,
     )
 
 

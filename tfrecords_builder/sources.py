@@ -25,6 +25,8 @@ class SourceImage:
     """Relative to the source folder, with forward slashes."""
     class_name: str
     """The class folder's name, spaces as underscores."""
+    mask: str | None = None
+    """Likewise the path of its lung mask, where there is one."""
 
 
 def class_name_of(folder: str) -> str:
@@ -35,8 +37,8 @@ def class_name_of(folder: str) -> str:
 def find_images(root: Path) -> list[SourceImage]:
     """All images below `root`, ordered by path.
 
-    Both `<Class>/images/*.png` (the database's layout, whose `<Class>/masks` are not images) and
-    `<Class>/*.png` are understood, class by class; a class that has both kinds keeps both. Hidden files
+    Both `<Class>/images/*.png` (the database's layout) and `<Class>/*.png` are understood, class by class; a class
+    that has both kinds keeps both. Lung masks are the files of the images' names in `<Class>/masks`. Hidden files
     and folders are ignored, and so is a folder that holds other files only (documents, say).
 
     Raises:
@@ -65,7 +67,14 @@ def find_images(root: Path) -> list[SourceImage]:
                 f"{root}: folders '{folders[name]}' and '{folder.name}' are both class '{name}'; rename or merge one"
             )
         folders[name] = folder.name
-        images += [SourceImage(path.relative_to(root).as_posix(), name) for path in found]
+        masks = _masks_of_class(folder)
+        for path in found:
+            mask = masks.get(path.stem)
+            images.append(
+                SourceImage(
+                    path.relative_to(root).as_posix(), name, mask.relative_to(root).as_posix() if mask else None
+                )
+            )
     if not images:
         raise UserError(
             f"{root}: holds no class folder with images; expected <Class>/images/*.png or <Class>/*.png (or .jpg)"
@@ -123,6 +132,14 @@ def _images_of_class(folder: Path) -> list[Path]:
         for path in _visible(holder)
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
     ]
+
+
+def _masks_of_class(folder: Path) -> dict[str, Path]:
+    """By name without suffix."""
+    masks = folder / MASKS_FOLDER
+    if not masks.is_dir():
+        return {}
+    return {path.stem: path for path in sorted(_visible(masks)) if path.suffix.lower() in IMAGE_SUFFIXES}
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow_datasets as tfds
 
-from tfrecords_builder.images import load_gray
-from tfrecords_builder.schema import IMAGE, INDEX, LABEL, PATH
+from tfrecords_builder.images import decode_mask, load_gray, read_bytes
+from tfrecords_builder.schema import IMAGE, INDEX, LABEL, MASK, PATH
 from tfrecords_builder.sources import SourceImage, class_counts, find_images
 from tfrecords_builder.splits import SPLITS, assign_splits
 from tfrecords_builder.tfds_files import CITATION, VERSION
@@ -27,18 +28,23 @@ FOLDER = "COVID-19_Radiography_Dataset"
 
 
 class SizeConfig(tfds.core.BuilderConfig):
-    """The side of the stored images, and the classes, where they are not the database's."""
+    """The side of the stored images, whether lung masks are stored, and the classes, if not the database's."""
 
-    def __init__(self, *, image_size: int, class_names: tuple[str, ...] = CLASS_NAMES, **named: Any) -> None:
+    def __init__(
+        self, *, image_size: int, masks: bool = False, class_names: tuple[str, ...] = CLASS_NAMES, **named: Any
+    ) -> None:
         super().__init__(**named)
-        self.image_size, self.class_names = image_size, class_names
+        self.image_size, self.masks, self.class_names = image_size, masks, class_names
 
 
 class Covid19Radiography(tfds.core.GeneratorBasedBuilder):
     """Chest X-rays of four classes, as gray squares."""
 
     VERSION = tfds.core.Version(VERSION)
-    BUILDER_CONFIGS = [SizeConfig(name="px224", description="224 x 224 pixels", image_size=224)]  # noqa: RUF012
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        SizeConfig(name="px224", description="224 x 224 pixels", image_size=224),
+        SizeConfig(name="px224_masks", description="224 x 224 pixels, with lung masks", image_size=224, masks=True),
+    ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         f"Download the COVID-19 Radiography Database from Kaggle (cxr-dist download does) and put its folder "
         f"{FOLDER}, which holds one folder per class, into the manual directory."
@@ -46,6 +52,7 @@ class Covid19Radiography(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         shape = (self.builder_config.image_size, self.builder_config.image_size, 1)
+        masks = {MASK: tfds.features.Image(shape=shape, encoding_format="png")} if self.builder_config.masks else {}
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict(
                 {
@@ -53,6 +60,7 @@ class Covid19Radiography(tfds.core.GeneratorBasedBuilder):
                     LABEL: tfds.features.ClassLabel(names=list(self.builder_config.class_names)),
                     PATH: tfds.features.Text(),
                     INDEX: np.int64,
+                    **masks,
                 }
             ),
             supervised_keys=(IMAGE, LABEL),
@@ -76,6 +84,18 @@ class Covid19Radiography(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, source: Path, images: list[tuple[int, SourceImage]]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
+        size = self.builder_config.image_size
         for number, image in images:
-            pixels = load_gray(source / image.path, self.builder_config.image_size)
-            yield image.path, {IMAGE: pixels[..., None], LABEL: image.class_name, PATH: image.path, INDEX: number}
+            pixels = load_gray(source / image.path, size)
+            record = {IMAGE: pixels[..., None], LABEL: image.class_name, PATH: image.path, INDEX: number}
+            if self.builder_config.masks:
+                record[MASK] = self._mask(source, image, size)[..., None]
+            yield image.path, record
+
+    @staticmethod
+    def _mask(source: Path, image: SourceImage, size: int) -> npt.NDArray[np.uint8]:
+        """0 and 255; all 0 for an image without a mask."""
+        if image.mask is None:
+            return np.zeros((size, size), np.uint8)
+        path = source / image.mask
+        return np.where(decode_mask(read_bytes(path), size, path), np.uint8(255), np.uint8(0))

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from tfrecords_builder.manifest import Manifest
-from tfrecords_builder.schema import IMAGE, INDEX, LABEL, PATH
+from tfrecords_builder.schema import IMAGE, INDEX, LABEL, MASK, PATH
 from tfrecords_builder.sharding import DATASET_NAME
 from tfrecords_builder.splits import SPLITS
 
@@ -85,6 +85,8 @@ def _features(manifest: Manifest) -> dict[str, Any]:
     else:
         picture = {"shape": shape, "dtype": "uint8", "encodingFormat": manifest.encoding}
         image = {_PYTHON_CLASS: f"{_FEATURES}.image_feature.Image", "image": picture}
+    mask = {"shape": shape, "dtype": "uint8", "encodingFormat": "png"}
+    masks = {MASK: {_PYTHON_CLASS: f"{_FEATURES}.image_feature.Image", "image": mask}}
     number = {"shape": {}, "dtype": "int64", "encoding": "none"}
     return {
         _PYTHON_CLASS: f"{_FEATURES}.features_dict.FeaturesDict",
@@ -97,6 +99,7 @@ def _features(manifest: Manifest) -> dict[str, Any]:
                 },
                 PATH: {_PYTHON_CLASS: f"{_FEATURES}.text_feature.Text", "text": {}},
                 INDEX: {_PYTHON_CLASS: f"{_FEATURES}.tensor_feature.Tensor", "tensor": number},
+                **(masks if manifest.settings.masks else {}),
             }
         },
     }

@@ -80,7 +80,7 @@ def verify_dataset(dataset: Path, progress: Callable[[int, int], None] | None = 
 
 def _check_manifest(dataset: Path, manifest: Manifest, rows_of: PlacedRows) -> None:
     """What the manifest says of the whole agrees with its rows."""
-    sources = [(row.path, row.class_name, row.sha256) for row in manifest.rows]
+    sources = [(row.path, row.class_name, row.sha256, row.mask_sha256) for row in manifest.rows]
     _require(
         compute_fingerprint(manifest.settings, manifest.class_names, sources) == manifest.fingerprint,
         dataset,
@@ -114,6 +114,10 @@ def _check_shard(path: Path, manifest: Manifest, shard: ShardInfo, rows: list[tu
         try:
             record = schema.decode_example(payload)
             schema.decode_image(record.image, manifest.image_size, manifest.encoding)
+            if (record.mask is not None) != manifest.settings.masks:
+                raise ValueError(f"it has {'a' if record.mask is not None else 'no'} mask, unlike the manifest")
+            if record.mask is not None:
+                schema.decode_mask(record.mask, manifest.image_size)
             if number >= len(rows):
                 raise ValueError(f"the manifest has {len(rows)} records in this shard")
             row_number, row = rows[number]

@@ -43,6 +43,7 @@ class ShardItem:
     part: str
     offset: int
     length: int
+    mask_length: int
     label: int
     path: str
     index: int
@@ -55,6 +56,8 @@ class ShardTask:
     folder: Path
     name: str
     items: Sequence[ShardItem]
+    no_mask: bytes | None
+    """What the records of images without a mask hold in its place; None in a dataset without masks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +71,34 @@ class WrittenShard:
     lengths: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _SourceBytes:
+    """A source file's bytes, or why there are none."""
+
+    path: Path
+    sha256: str | None
+    data: bytes | images.ImageError
+
+    @classmethod
+    def read(cls, source: Path, path: str) -> "_SourceBytes":
+        try:
+            data = images.read_bytes(source / path)
+        except images.ImageError as error:
+            return cls(source / path, None, error)
+        return cls(source / path, hashlib.sha256(data).hexdigest(), data)
+
+    def content(self) -> bytes:
+        """The bytes; an `ImageError` when the file could not be read."""
+        if isinstance(self.data, images.ImageError):
+            raise self.data
+        return self.data
+
+
 def ingest(task: IngestTask) -> IngestedImages:
     """Decode images into a part, or find it made.
 
-    A file that is no whole image becomes an entry with a reason; with `stop_at_reject` it is the last, and there is
-    no part.
+    A file that is no whole image, or whose mask is none, becomes an entry with a reason; with `stop_at_reject` it is
+    the last, and there is no part.
     """
     made = parts.read_part(task.folder, task.number, task.key, task.files)
     if made is not None and not (task.stop_at_reject and any(image.reason for image in made.images)):
@@ -82,22 +108,36 @@ def ingest(task: IngestTask) -> IngestedImages:
     thumbnails: list[bytes] = []
     offset = 0
     for file in task.files:
-        digest: str | None = None
+        image = _SourceBytes.read(task.source, file.path)
+        mask = _SourceBytes.read(task.source, file.mask.path) if file.mask else None
         try:
-            data = images.read_bytes(task.source / file.path)
-            digest = hashlib.sha256(data).hexdigest()
-            decoded = images.decode_gray(data, task.image_size, task.source / file.path)
+            decoded = images.decode_gray(image.content(), task.image_size, image.path)
+            inside = images.decode_mask(mask.content(), task.image_size, mask.path) if mask else None
         except images.ImageError as error:
-            done.append(parts.PartImage(file.path, digest, reason=error.reason))
+            reason = error.reason if error.path == image.path else f"has a mask, {error.path.name}, that {error.reason}"
+            done.append(
+                parts.PartImage(file.path, image.sha256, reason=reason, mask_sha256=mask.sha256 if mask else None)
+            )
             if task.stop_at_reject:
                 return IngestedImages(None, tuple(done))
             continue
-        content = schema.encode_image(decoded.pixels, task.encoding)
-        width, height = decoded.width, decoded.height
-        done.append(parts.PartImage(file.path, digest, width, height, offset=offset, length=len(content)))
-        encoded.append(content)
+        encoded_image = schema.encode_image(decoded.pixels, task.encoding)
+        encoded_mask = b"" if inside is None else schema.encode_mask(inside)
+        done.append(
+            parts.PartImage(
+                file.path,
+                image.sha256,
+                decoded.width,
+                decoded.height,
+                offset=offset,
+                length=len(encoded_image),
+                mask_sha256=mask.sha256 if mask else None,
+                mask_length=len(encoded_mask),
+            )
+        )
+        encoded += [encoded_image, encoded_mask]
         thumbnails.append(decoded.thumbnail.tobytes())
-        offset += len(content)
+        offset += len(encoded_image) + len(encoded_mask)
     content = b"".join([*encoded, *thumbnails])
     part = parts.write_part(task.folder, task.number, task.key, task.files, done, content)
     return IngestedImages(part, part.images)
@@ -112,12 +152,18 @@ def write_shard(task: ShardTask) -> WrittenShard:
             # Opened anew for each image: there are more parts than a process may have open files.
             descriptor = os.open(task.folder / item.part, os.O_RDONLY)
             try:
-                image = os.pread(descriptor, item.length, item.offset)
+                content = os.pread(descriptor, item.length + item.mask_length, item.offset)
             finally:
                 os.close(descriptor)
-            if len(image) != item.length:
+            if len(content) != item.length + item.mask_length:
                 raise OSError(f"{task.folder / item.part}: ends early")
-            payload = schema.encode_example(image=image, label=item.label, path=item.path, index=item.index)
+            payload = schema.encode_example(
+                image=content[: item.length],
+                label=item.label,
+                path=item.path,
+                index=item.index,
+                mask=task.no_mask and (content[item.length :] or task.no_mask),
+            )
             offsets.append(writer.write(payload))
             lengths.append(len(payload))
     return WrittenShard(task.name, writer.bytes_written, writer.sha256, tuple(offsets), tuple(lengths))

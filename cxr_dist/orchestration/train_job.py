@@ -14,6 +14,7 @@ from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, Te
 from cxr_dist.strategy import muted_stderr, prepare_devices
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import disk_error
+from tfrecords_builder.storage import Place, absolute, local_copy, parse_place
 
 WORKER_ENVIRONMENT = {"TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")}
 Prepare = Callable[[int], bool]
@@ -56,7 +57,7 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
 
 def train_with_ray(
     config: Config,
-    dataset: Path,
+    dataset: Place,
     run: Path,
     reporter: Reporter,
     *,
@@ -69,6 +70,7 @@ def train_with_ray(
     """Run `loop.train` on the workers of a Ray cluster; the folders are on storage that all of them share.
 
     Args:
+        dataset: a folder on such storage, or an address, from which each machine fetches it.
         prepare: called once the cluster can place the workers.
 
     Returns:
@@ -83,7 +85,7 @@ def train_with_ray(
             return _result(run)
         arguments = {
             "config": config.tree(),
-            "dataset": str(dataset.resolve()),
+            "dataset": absolute(dataset),
             "run": str(run.resolve()),
             "devices": plan.devices_per_worker,
         }
@@ -151,7 +153,8 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     if topology.is_chief:
         reporters = [EventFile(run / run_folder.EVENTS), TensorBoardReporter(run / run_folder.TENSORBOARD)]
     config = Config.model_validate(arguments["config"])
-    train(config, Path(arguments["dataset"]), run, topology, Reporters(reporters), "ray")
+    with local_copy(parse_place(arguments["dataset"])) as dataset:
+        train(config, dataset, run, topology, Reporters(reporters), "ray")
 
 
 @contextmanager

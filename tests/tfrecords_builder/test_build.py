@@ -165,9 +165,9 @@ def test_other_images_build_anew_and_are_counted(mutable: Path, built: Path, tmp
         shutil.copy(paths[2], mutable / "COVID/images" / name)
     summary = build(mutable, dataset)
     assert list(summary.changes) == [
-        "source images added: 2",
-        "source images removed: 1",
-        "source images changed: 1",
+        "source files added: 2",
+        "source files removed: 1",
+        "source files changed: 1",
     ]
     build(mutable, tmp_path / "new")
     assert content(dataset) == content(tmp_path / "new")

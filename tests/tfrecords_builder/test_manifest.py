@@ -101,7 +101,7 @@ def test_another_format_version(copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(manifest_module, "FORMAT_VERSION", 99)
         write_manifest(copy, manifest)
-    with pytest.raises(UserError, match="format version 99, this program reads 2"):
+    with pytest.raises(UserError, match=f"format version 99, this program reads {manifest_module.FORMAT_VERSION};"):
         read_manifest(copy)
 
 
@@ -158,7 +158,7 @@ def test_a_failed_write_keeps_the_manifest_and_leaves_no_part(copy: Path, monkey
 
 def test_fingerprint_depends_on_everything() -> None:
     settings = Settings(image_size=16, encoding="raw", seed=0, split_rule="r", conflicts="keep")
-    sources = [("a", "A", "00"), ("b", "B", "11"), ("c", "B", None)]
+    sources = [("a", "A", "00", None), ("b", "B", "11", "22"), ("c", "B", None, None)]
     same = compute_fingerprint(settings, ["A", "B"], sources)
     assert compute_fingerprint(settings, ("A", "B"), sources[::-1]) == same
     others = [
@@ -168,8 +168,9 @@ def test_fingerprint_depends_on_everything() -> None:
     others += [
         compute_fingerprint(settings, ["B", "A"], sources),
         compute_fingerprint(settings, ["A", "B"], sources[1:]),
-        compute_fingerprint(settings, ["A", "B"], [("a", "A", "01"), *sources[1:]]),
-        compute_fingerprint(settings, ["A", "B"], [("a", "B", "00"), *sources[1:]]),
-        compute_fingerprint(settings, ["A", "B"], [("d", "A", "00"), *sources[1:]]),
+        compute_fingerprint(settings, ["A", "B"], [("a", "A", "00", "22"), *sources[1:]]),
+        compute_fingerprint(settings, ["A", "B"], [("a", "A", "01", None), *sources[1:]]),
+        compute_fingerprint(settings, ["A", "B"], [("a", "B", "00", None), *sources[1:]]),
+        compute_fingerprint(settings, ["A", "B"], [("d", "A", "00", None), *sources[1:]]),
     ]
     assert len({same, *others}) == 1 + len(others)

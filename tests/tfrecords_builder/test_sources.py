@@ -30,7 +30,7 @@ def test_both_layouts(tmp_path: Path) -> None:
     )
     found = find_images(tmp_path)
     assert found == [
-        SourceImage("COVID/images/a.PNG", "COVID"),
+        SourceImage("COVID/images/a.PNG", "COVID", "COVID/masks/a.png"),
         SourceImage("COVID/images/b.png", "COVID"),
         SourceImage("Viral Pneumonia/x.jpeg", "Viral_Pneumonia"),
         SourceImage("Viral Pneumonia/y.jpg", "Viral_Pneumonia"),

@@ -1,0 +1,418 @@
+"""Datasets on object storage (S3, GCS): put there whole or not at all, and fetched into a bounded stage here.
+
+A place is a local folder or an address that `pyarrow.fs.FileSystem.from_uri` knows (`s3://bucket/name`,
+`gs://bucket/name`). Records are read from local shards by their offset, millions of times in an order that no storage
+could foresee, so a dataset is fetched once, before it is read. The stage keeps what was fetched, by address and
+content, up to a limit; the datasets that were used longest ago leave first, and none that a process is using.
+
+Every byte is checked: shards against the SHA-256 in the manifest when they come down, and when they went up by reading
+them back. The manifest goes up last, and comes into its place last.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.fs
+
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import intended_name, move_durably, write_atomically
+from tfrecords_builder.manifest import MANIFEST_NAME, ShardInfo, read_manifest
+from tfrecords_builder.sharding import is_shard_name
+from tfrecords_builder.tfds_files import FILES, tfds_files
+
+Place = str | Path
+Progress = Callable[[int, int], None]
+
+STAGE_VARIABLE = "CXR_DIST_STAGE"
+STAGE_LIMIT_VARIABLE = "CXR_DIST_STAGE_GB"
+DEFAULT_STAGE_LIMIT_GB = 100.0
+SECONDS_TO_WAIT = 3600.0
+"""For another process that fetches the same dataset."""
+
+_CHUNK_BYTES = 4 * 1024 * 1024
+_TRANSFERS = 4
+"""Shards on their way at once: enough to fill a link, and a bound for memory."""
+
+
+def parse_place(text: str) -> Place:
+    """An address as it stands, anything else as a path."""
+    return text if "://" in text else Path(text)
+
+
+def absolute(place: Place) -> str:
+    """What names the place from any working folder."""
+    return place if isinstance(place, str) else str(place.resolve())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The folder of this machine into which datasets are fetched."""
+
+    folder: Path
+    limit: int
+    """Bytes."""
+
+    @classmethod
+    def from_environment(cls) -> "Stage":
+        """$CXR_DIST_STAGE and $CXR_DIST_STAGE_GB, or the user's cache folder and 100 GB.
+
+        Raises:
+            UserError: The limit is no positive number.
+        """
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = Path(os.environ.get(STAGE_VARIABLE) or f"{cache}/cxr-dist/datasets").expanduser()
+        text = os.environ.get(STAGE_LIMIT_VARIABLE) or str(DEFAULT_STAGE_LIMIT_GB)
+        try:
+            limit = float(text)
+        except ValueError:
+            limit = 0.0
+        if not 0 < limit < float("inf"):
+            raise UserError(f"{STAGE_LIMIT_VARIABLE}={text}: must be a number of gigabytes above 0")
+        return cls(folder, int(limit * 1e9))
+
+    def make_room(self, needed: int, what: str) -> None:
+        """Remove the datasets that were used longest ago until `needed` more bytes fit.
+
+        Raises:
+            UserError: They do not fit, even so.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held = {folder: _bytes_below(folder) for folder in self.folder.iterdir() if folder.is_dir()}
+        used = sum(held.values())
+        for folder in sorted(held, key=_last_used):
+            if used + needed <= self.limit and needed <= shutil.disk_usage(self.folder).free:
+                return
+            with _lock(folder, fcntl.LOCK_EX) as mine:
+                if mine:
+                    shutil.rmtree(folder)
+                    used -= held[folder]
+        if used + needed > self.limit:
+            raise UserError(
+                f"{what}: needs {needed / 1e9:.2f} GB in {self.folder}, whose limit is {self.limit / 1e9:.2f} GB "
+                f"({used / 1e9:.2f} GB are in use); set {STAGE_LIMIT_VARIABLE}"
+            )
+        if needed > shutil.disk_usage(self.folder).free:
+            raise UserError(
+                f"{what}: needs {needed / 1e9:.2f} GB, and the disk of {self.folder} has less; set {STAGE_VARIABLE} "
+                "to a folder with more room"
+            )
+
+
+@contextmanager
+def local_copy(place: Place, stage: Stage | None = None, progress: Progress | None = None) -> Iterator[Path]:
+    """The dataset's folder on this machine: the place itself, or what was fetched from it, held while it is used.
+
+    Args:
+        place: A folder, or an address.
+        stage: Where to fetch to; by default as the environment says.
+        progress: Called with (records fetched, records in all).
+
+    Raises:
+        UserError: There is no dataset, it is damaged, it does not fit, or the storage cannot be reached.
+    """
+    if isinstance(place, Path):
+        yield place
+        return
+    remote = _Remote.open(place)
+    stage = stage or Stage.from_environment()
+    content = remote.read(MANIFEST_NAME)
+    if content is None:
+        raise UserError(
+            f"{remote.name}: holds no {MANIFEST_NAME}, so it is no complete dataset; make one with `cxr-dist build`"
+        )
+    folder = stage.folder / f"{_key(place)}-{hashlib.sha256(content).hexdigest()[:16]}"
+    deadline = time.monotonic() + SECONDS_TO_WAIT
+    while True:
+        with _lock(folder, fcntl.LOCK_SH) as mine:
+            if mine and (folder / MANIFEST_NAME).is_file():
+                yield folder
+                return
+        with _lock(folder, fcntl.LOCK_EX) as mine:
+            if mine and not (folder / MANIFEST_NAME).is_file():
+                _fetch(remote, content, folder, stage, progress)
+        if not mine:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder}: another process has been fetching {remote.name} for an hour; stop it, and try again"
+                )
+            time.sleep(0.2)
+
+
+@contextmanager
+def staged_output(
+    url: str, needed: int, stage: Stage | None = None, progress: Progress | None = None
+) -> Iterator[Path]:
+    """A local folder to build in, which goes up when the block ends without an error.
+
+    It begins as what is there: the dataset at the address, so that a build which changes nothing does nothing, or a
+    build that was stopped.
+
+    Args:
+        url: Where the dataset goes.
+        needed: Bytes that the build may take.
+        stage: See `local_copy`.
+        progress: Called with (records sent, records in all).
+
+    Raises:
+        UserError: The address holds something else, or cannot be written.
+    """
+    remote = _Remote.open(url)
+    remote.check_ours()
+    stage = stage or Stage.from_environment()
+    folder = stage.folder / f"{_key(url)}-build"
+    with _lock(folder, fcntl.LOCK_EX) as mine:
+        if not mine:
+            raise UserError(f"{remote.name}: another process of this machine is building it; wait for it")
+        if not folder.is_dir() or not any(folder.iterdir()):
+            stage.make_room(needed, remote.name)
+            if remote.read(MANIFEST_NAME) is None:
+                folder.mkdir(exist_ok=True)
+            else:
+                with local_copy(url, stage) as present:
+                    _copy(present, folder)
+        yield folder
+        _put(folder, remote, progress)
+        content = (folder / MANIFEST_NAME).read_bytes()
+        final = stage.folder / f"{_key(url)}-{hashlib.sha256(content).hexdigest()[:16]}"
+        with _lock(final, fcntl.LOCK_EX) as free:
+            # Readers on this machine need not fetch what was built here.
+            if free and not final.exists():
+                folder.rename(final)
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+class _Remote:
+    """A folder on a storage, and one-line errors for what goes wrong there."""
+
+    def __init__(self, scheme: str, filesystem: pyarrow.fs.FileSystem, path: str) -> None:
+        self._filesystem, self._path = filesystem, path.rstrip("/")
+        self.name = f"{scheme}://{self._path}"
+        """For messages: without options and credentials."""
+
+    @classmethod
+    def open(cls, url: str) -> "_Remote":
+        try:
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(url)
+            if not path.strip("/"):
+                raise ValueError("no folder is named")
+            return cls(url.partition("://")[0], filesystem, path)
+        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{url.rpartition('@')[2]}: is no address of a storage ({_one_line(error)}); give s3://... or gs://..."
+            ) from error
+
+    @contextmanager
+    def explained(self, name: str) -> Iterator[None]:
+        """Turn what the storage or the network does into an error that says where."""
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{self.name}/{name}: the storage cannot be used ({_one_line(error)}); check the address, the "
+                "credentials and the network, and start the same command again"
+            ) from error
+
+    def read(self, name: str) -> bytes | None:
+        """A small file; None when there is none."""
+        with self.explained(name):
+            if self.size(name) is None:
+                return None
+            with self._filesystem.open_input_stream(f"{self._path}/{name}") as file:
+                return bytes(file.read())
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None when there is none."""
+        info = self._filesystem.get_file_info(f"{self._path}/{name}")
+        return info.size if info.type == pyarrow.fs.FileType.File else None
+
+    def names(self) -> list[str]:
+        """Of what the folder holds."""
+        with self.explained(""):
+            selector = pyarrow.fs.FileSelector(self._path, allow_not_found=True)
+            return sorted(info.base_name for info in self._filesystem.get_file_info(selector))
+
+    def remove(self, name: str) -> None:
+        with self.explained(name):
+            self._filesystem.delete_file(f"{self._path}/{name}")
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """A file's content, piece by piece."""
+        with self.explained(name), self._filesystem.open_input_stream(f"{self._path}/{name}") as source:
+            while chunk := source.read(_CHUNK_BYTES):
+                yield chunk
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of what the storage holds."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks(name):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def upload(self, path: Path) -> None:
+        """Copy a local file, and read it back.
+
+        Raises:
+            UserError: It cannot be written, or what is read back is something else.
+        """
+        digest = hashlib.sha256()
+        with self.explained(path.name):
+            if self._filesystem.type_name == "local":
+                self._filesystem.create_dir(self._path)
+            with (
+                path.open("rb") as source,
+                self._filesystem.open_output_stream(f"{self._path}/{path.name}") as target,
+            ):
+                while chunk := source.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                    target.write(chunk)
+        if self.digest(path.name) != digest.hexdigest():
+            raise UserError(f"{self.name}/{path.name}: the storage holds something else than was sent; try again")
+
+    def check_ours(self) -> None:
+        """`UserError` when the folder holds what is no dataset, whole or on its way up."""
+        names = self.names()
+        foreign = [name for name in names if not (is_shard_name(name) or name in (*FILES, MANIFEST_NAME))]
+        if foreign and MANIFEST_NAME not in names:
+            raise UserError(f"{self.name}: is not empty and no dataset (it holds '{foreign[0]}'); give another address")
+
+
+def _fetch(remote: _Remote, content: bytes, folder: Path, stage: Stage, progress: Progress | None) -> None:
+    """Bring a dataset down; shards of a fetch that was stopped are used again when they are whole."""
+    incoming = folder / ".incoming"
+    incoming.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if intended_name(path.name) is not None:
+            path.unlink()  # of a process that was killed
+    (incoming / MANIFEST_NAME).write_bytes(content)
+    try:
+        manifest = read_manifest(incoming)
+    except UserError as error:
+        raise UserError(str(error).replace(str(incoming), remote.name)) from error
+    present = {shard.name for shard in manifest.shards if _is_whole(folder / shard.name, shard.sha256)}
+    missing = [shard for shard in manifest.shards if shard.name not in present]
+    stage.make_room(sum(shard.bytes for shard in missing), remote.name)
+
+    def bring(shard: ShardInfo) -> None:
+        def write(file: IO[bytes]) -> None:
+            digest = hashlib.sha256()
+            for chunk in remote.chunks(shard.name):
+                digest.update(chunk)
+                file.write(chunk)
+            if digest.hexdigest() != shard.sha256:
+                raise UserError(
+                    f"{remote.name}/{shard.name}: is not the file that was built (SHA-256 differs); restore it or "
+                    "build the dataset anew"
+                )
+
+        write_atomically(folder / shard.name, write)
+
+    _for_each(bring, missing, sum(shard.records for shard in manifest.shards), progress)
+    for name, file_content in tfds_files(manifest).items():
+        (folder / name).write_bytes(file_content)
+    move_durably(incoming / MANIFEST_NAME, folder / MANIFEST_NAME)
+    incoming.rmdir()
+
+
+def _put(folder: Path, remote: _Remote, progress: Progress | None) -> None:
+    """Send a dataset up; shards that are there already, whole, stay."""
+    manifest = read_manifest(folder)
+    if remote.read(MANIFEST_NAME) == (folder / MANIFEST_NAME).read_bytes() and all(
+        remote.size(shard.name) == shard.bytes for shard in manifest.shards
+    ):
+        return
+    there = remote.names()
+    # As on a disk: without its manifest the place is no dataset, whatever happens before the new one.
+    if MANIFEST_NAME in there:
+        remote.remove(MANIFEST_NAME)
+
+    def send(shard: ShardInfo) -> None:
+        whole = shard.name in there and remote.size(shard.name) == shard.bytes
+        if not (whole and remote.digest(shard.name) == shard.sha256):
+            remote.upload(folder / shard.name)
+
+    _for_each(send, manifest.shards, sum(shard.records for shard in manifest.shards), progress)
+    for name in FILES:
+        remote.upload(folder / name)
+    known = {shard.name for shard in manifest.shards}
+    for name in there:
+        if is_shard_name(name) and name not in known:
+            remote.remove(name)
+    remote.upload(folder / MANIFEST_NAME)
+
+
+def _for_each(
+    move: Callable[[ShardInfo], None], shards: Sequence[ShardInfo], total: int, progress: Progress | None
+) -> None:
+    """Move shards, some at once; of `total` records those of other shards need not be moved."""
+    done = total - sum(shard.records for shard in shards)
+    with ThreadPoolExecutor(_TRANSFERS) as threads:
+        try:
+            for shard, _ in zip(shards, threads.map(move, shards), strict=True):
+                done += shard.records
+                if progress is not None:
+                    progress(done, total)
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _copy(dataset: Path, folder: Path) -> None:
+    """Copy a dataset to where there is none, whole or not at all."""
+    unfinished = folder.with_name(f"{folder.name}.copy")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(dataset, unfinished)
+    unfinished.rename(folder)
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+
+
+def _key(url: str) -> str:
+    """A name for an address: something to recognise it by, and a digest."""
+    readable = "".join(letter if letter.isalnum() else "-" for letter in url.partition("?")[0].rstrip("/"))[-40:]
+    return f"{readable}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:12]}"
+
+
+@contextmanager
+def _lock(folder: Path, kind: int) -> Iterator[bool]:
+    """Whether the folder's lock could be had; beside the folder, as that comes and goes. Used now, if so."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        if kind == fcntl.LOCK_SH:
+            os.utime(file.fileno())
+        yield True
+
+
+def _last_used(folder: Path) -> float:
+    try:
+        return folder.with_name(f"{folder.name}.lock").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
