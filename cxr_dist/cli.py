@@ -73,6 +73,9 @@ def _add_phantoms(command: Command) -> None:
 
 
 def _add_datasets(command: Command) -> None:
+    download = command("download", commands.download, "the COVID-19 Radiography Database from Kaggle, 0.8 GB")
+    download.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+
     build = command("build", commands.build, "labelled image files -> a verified dataset of TFRecord shards")
     build.add_argument("source", type=Path, metavar="SOURCE", help="<Class>/images/*.png or <Class>/*.png (or .jpg)")
     build.add_argument(

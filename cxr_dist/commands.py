@@ -35,6 +35,13 @@ def synth(options: argparse.Namespace) -> None:
     print(f"{options.folder}: {sum(counts.values())} phantoms of {options.size} pixels in {len(counts)} classes")
 
 
+def download(options: argparse.Namespace) -> None:
+    from tfrecords_builder.download import IMAGES, download_database
+
+    fetched = download_database(options.folder)
+    print(f"{options.folder}: {sum(IMAGES.values()):,} images" + ("" if fetched else "; they were there already"))
+
+
 def build(options: argparse.Namespace) -> None:
     from tfrecords_builder.build import build_dataset
 
@@ -299,4 +306,4 @@ def demo(options: argparse.Namespace) -> None:
 DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation")
 DEMO_PER_CLASS = 400
 DEMO_SIZE = 128
-DEMO_IMAGE_SIZE = 64
+DEMO_IMAGE_SIZE = 56

@@ -153,21 +153,26 @@ class EventFollower:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar in a terminal; otherwise a line now and then, for a log."""
+    """A bar in a terminal, from the first image on; otherwise a line now and then, for a log."""
     live = sys.stderr.isatty()
-    with tqdm(desc=title, unit="img", file=sys.stderr, disable=not live, leave=False) as bar:
-        spoken = time.monotonic()
+    bar: tqdm[Any] | None = None
+    spoken = time.monotonic()
 
-        def update(done: int, total: int) -> None:
-            nonlocal spoken
-            if live:
-                bar.total = total
-                bar.update(done - bar.n)
-            elif time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
-                spoken = time.monotonic()
-                print(f"{title}: {done:,} of {total:,} images", file=sys.stderr, flush=True)
+    def update(done: int, total: int) -> None:
+        nonlocal bar, spoken
+        if live:
+            if bar is None:
+                bar = tqdm(desc=title, unit="img", total=total, file=sys.stderr, leave=False)
+            bar.update(done - bar.n)
+        elif time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
+            spoken = time.monotonic()
+            print(f"{title}: {done:,} of {total:,} images", file=sys.stderr, flush=True)
 
+    try:
         yield update
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 SECONDS_BETWEEN_LINES = 15.0

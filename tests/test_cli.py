@@ -15,7 +15,7 @@ from cxr_dist import cli, run_folder
 from cxr_dist.config import load_config
 from tfrecords_builder.manifest import read_manifest
 
-COMMANDS = ("demo", "synth", "build", "verify", "eda", "train", "evaluate", "bench", "config")
+COMMANDS = ("demo", "synth", "download", "build", "verify", "eda", "train", "evaluate", "bench", "config")
 TRAIN = ["--launcher", "local", "--config", "smoke"]
 
 

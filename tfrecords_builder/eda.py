@@ -145,6 +145,20 @@ class Distribution:
         }
 
 
+class SourceLevels:
+    """Brightness and contrast of the images of each source that the collection names."""
+
+    def __init__(self) -> None:
+        self.brightness: dict[str, Distribution] = defaultdict(lambda: Distribution(256))
+        self.contrast: dict[str, Distribution] = defaultdict(lambda: Distribution(128))
+
+    def add(self, row: Row, mean: float, deviation: float) -> None:
+        """Count an image, if its source is known."""
+        if row.source is not None:
+            self.brightness[row.source].add(mean)
+            self.contrast[row.source].add(deviation)
+
+
 HISTOGRAM_STEP = 4
 """Gray levels a bin, of the histograms that are drawn."""
 
@@ -165,11 +179,13 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
     shown = [row.path for rows in _largest_groups(manifest) for row in rows[:IMAGES_SHOWN_PER_GROUP]]
     wanted = {path for paths in samples.values() for path in paths} | set(shown)
     statistics = PixelStatistics(len(manifest.class_names), manifest.image_size)
+    levels = SourceLevels()
     trivial = {split: _TrivialFeatures(_bounded_sample(manifest, split)) for split in ("train", "validation")}
     pictures: dict[str, Gray] = {}
     total = sum(shard.records for shard in manifest.shards)
     for done, (row, gray) in enumerate(_images(dataset, manifest), start=1):
         mean, deviation = statistics.add(row.label, gray)
+        levels.add(row, mean, deviation)
         if row.split in trivial:
             trivial[row.split].add(row, gray, mean, deviation)
         if row.path in wanted:
@@ -190,6 +206,7 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
         "source_sizes": size_numbers(manifest),
         "categories": {name: category_numbers(manifest, of) for name, of in CATEGORIES.items()},
         "pixels": _pixel_numbers(manifest, statistics),
+        "sources": source_numbers(manifest, levels),
         "samples": samples,
         "duplicates": duplicates,
         "left_out": {
@@ -267,6 +284,24 @@ def category_numbers(manifest: Manifest, of: Callable[[Row], str]) -> dict[str, 
     for row in _accepted(manifest):
         counts[of(row)][row.class_name] += 1
     return dict(sorted(counts.items(), key=lambda item: (-sum(item[1].values()), item[0])))
+
+
+def source_numbers(manifest: Manifest, levels: SourceLevels) -> dict[str, dict[str, Any]]:
+    """Size, brightness and contrast of the images of each source, the commonest first; empty when none is known."""
+    rows_of: dict[str, list[Row]] = defaultdict(list)
+    for row in _accepted(manifest):
+        if row.source is not None:
+            rows_of[row.source].append(row)
+    return {
+        source: {
+            "images": len(rows),
+            "width": _quantiles([row.width for row in rows if row.width is not None]),
+            "height": _quantiles([row.height for row in rows if row.height is not None]),
+            "brightness": levels.brightness[source].numbers(),
+            "contrast": levels.contrast[source].numbers(),
+        }
+        for source, rows in sorted(rows_of.items(), key=lambda item: (-len(item[1]), item[0]))
+    }
 
 
 def duplicate_numbers(manifest: Manifest) -> dict[str, Any]:

@@ -22,10 +22,12 @@ from tfrecords_builder.page import template_environment
 
 NUMBERS, PAGE = "eda.json", "eda.html"
 LEFT_OUT_SHOWN = 50
+SOURCES_SHOWN = 20
+SOURCES_DRAWN = 6
 GENERATOR = "cxr-dist eda"
 """What a page names as its generator, by which it is known as ours."""
 
-_FIGURE = re.compile(r"(counts|sizes|distributions|means|group_sizes|groups|shortcuts|samples-\d+)\.svg")
+_FIGURE = re.compile(r"(counts|sizes|distributions|means|group_sizes|groups|shortcuts|sources|samples-\d+)\.svg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,13 @@ def draw(analysis: Analysis) -> list[Shown]:
         ("shortcuts.svg", "What trivial features tell of the class", shortcuts_caption(numbers["shortcuts"]),
          eda_figures.shortcuts_figure(numbers["shortcuts"], eda.FEATURES)),
     ]  # fmt: skip
+    if numbers["sources"]:
+        drawn = dict(list(numbers["sources"].items())[:SOURCES_DRAWN])
+        levels = {"histogram_step": numbers["pixels"]["histogram_step"], "classes": drawn}
+        figures.append(
+            ("sources.svg", "Brightness and contrast by source", sources_caption(numbers["sources"]),
+             eda_figures.distributions_figure(levels))
+        )  # fmt: skip
     if duplicates["groups"]:
         pictures = [
             [analysis.pictures.get(image["path"]) for image in group[: eda.IMAGES_SHOWN_PER_GROUP]]
@@ -161,6 +170,7 @@ def render(numbers: Mapping[str, Any], figures: list[Shown]) -> str:
         sample_figures=[item for item in figures if item.file.startswith("samples-")],
         features=eda.FEATURES,
         left_out_shown=LEFT_OUT_SHOWN,
+        sources_shown=SOURCES_SHOWN,
         generator=GENERATOR,
     )
 
@@ -206,6 +216,20 @@ def sizes_caption(sizes: Mapping[str, Any]) -> str:
         f"{text}; the median width goes from {medians[low]:,} pixels ({display_name(low)}) to {medians[high]:,} "
         f"({display_name(high)})."
     )
+
+
+def sources_caption(sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many are drawn, and how far apart they are."""
+    drawn = dict(list(sources.items())[:SOURCES_DRAWN])
+    images = sum(item["images"] for item in drawn.values())
+    everything = sum(item["images"] for item in sources.values())
+    what = f"All {_count(len(drawn), 'source')}" if len(drawn) == len(sources) else f"The {len(drawn)} largest sources"
+    text = f"{what}, {images:,} of {_count(everything)} whose source is known"
+    if len(drawn) < 2:
+        return f"{text}."
+    means = {name: item["brightness"]["mean"] for name, item in drawn.items()}
+    low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+    return f"{text}; the darkest on average is {low} ({means[low]:.1f}), the brightest {high} ({means[high]:.1f})."
 
 
 def distributions_caption(pixels: Mapping[str, Any]) -> str:

@@ -94,6 +94,8 @@ class Stage:
                 return
             with _lock(folder, fcntl.LOCK_EX) as mine:
                 if mine:
+                    # First what says that the rest is whole, should this be stopped half-way.
+                    (folder / MANIFEST_NAME).unlink(missing_ok=True)
                     shutil.rmtree(folder)
                     used -= held[folder]
         if used + needed > self.limit:

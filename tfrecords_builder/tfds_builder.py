@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow_datasets as tfds
 
+from tfrecords_builder.download import FOLDER
 from tfrecords_builder.images import decode_mask, load_gray, read_bytes
 from tfrecords_builder.schema import IMAGE, INDEX, LABEL, MASK, PATH
 from tfrecords_builder.sources import SourceImage, class_counts, find_images
@@ -24,7 +25,6 @@ from tfrecords_builder.splits import SPLITS, assign_splits
 from tfrecords_builder.tfds_files import CITATION, VERSION
 
 CLASS_NAMES = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
-FOLDER = "COVID-19_Radiography_Dataset"
 
 
 class SizeConfig(tfds.core.BuilderConfig):

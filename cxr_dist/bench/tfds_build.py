@@ -6,7 +6,8 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from tfrecords_builder.tfds_builder import FOLDER, Covid19Radiography, SizeConfig
+from tfrecords_builder.download import FOLDER
+from tfrecords_builder.tfds_builder import Covid19Radiography, SizeConfig
 
 
 def build(source: Path, work: Path, image_size: int, class_names: tuple[str, ...]) -> float:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.tfrecords_builder import eda_images
-from tests.tfrecords_builder.eda_images import CONFLICT, PAIR, REJECTED, TRIPLE, build, draw, draw_varied
+from tests.tfrecords_builder.eda_images import CONFLICT, PAIR, REJECTED, TRIPLE, build, draw, draw_varied, read_all
 from tfrecords_builder import eda
 from tfrecords_builder.eda import Analysis, PixelStatistics, analyse
 from tfrecords_builder.errors import UserError
@@ -46,7 +46,7 @@ def test_numbers_are_json_and_the_same_each_time(analysis: Analysis, dataset: Pa
 
 
 def test_counts(analysis: Analysis, dataset: Path) -> None:
-    manifest, images = eda_images.read_all(dataset)
+    manifest, images = read_all(dataset)
     counts = analysis.numbers["counts"]
     # Of COVID one is the conflict, two are further copies; the damaged file counts nowhere.
     assert counts["classes"] == {"COVID": 40 + 2 - 1, "Normal": 30 + 1, "Viral_Pneumonia": 20}
@@ -63,7 +63,7 @@ def test_counts(analysis: Analysis, dataset: Path) -> None:
 
 
 def test_pixels_are_those_of_all_images_at_once(analysis: Analysis, dataset: Path) -> None:
-    _, images = eda_images.read_all(dataset)
+    _, images = read_all(dataset)
     assert set(analysis.numbers["pixels"]["classes"]) == set(NAMES)
     for label, name in enumerate(NAMES):
         stack = np.stack([image for row, image in images if row.class_name == name]).astype(np.float64)
@@ -144,7 +144,7 @@ def test_sizes_and_kinds_are_those_of_the_source_files(analysis: Analysis, sourc
 def test_samples_are_of_the_training_split_and_depend_on_paths_alone(
     analysis: Analysis, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest, images = eda_images.read_all(dataset)
+    manifest, images = read_all(dataset)
     split_of = {row.path: (row.class_name, row.split) for row, _ in images}
     for name, paths in analysis.numbers["samples"].items():
         assert len(set(paths)) == len(paths) == min(12, manifest.counts["train"][name])
@@ -169,6 +169,26 @@ def test_duplicates(analysis: Analysis, dataset: Path) -> None:
     assert (numbers["straddling_splits"], numbers["straddling_classes"]) == (0, 1)
     assert [image["split"] for image in numbers["largest"][2]] == [None, None]
     assert set(TRIPLE) | set(PAIR) <= set(analysis.pictures)
+
+
+def test_size_and_brightness_of_each_source(source: Path, tmp_path: Path, analysis: Analysis) -> None:
+    assert analysis.numbers["sources"] == {}
+    copy = Path(shutil.copytree(source, tmp_path / "s"))
+    dataset = build(source, tmp_path / "plain")
+    accepted = [row for row in read_all(dataset)[0].rows if row.status == "ok"]
+    said = {row.path: ("north", "south")[number % 2] for number, row in enumerate(accepted) if number % 5}
+    lines = [f"{path},{name}" for path, name in said.items()]
+    (copy / "metadata.csv").write_text("\n".join(["path,source", *lines]))
+    found = analyse(build(copy, tmp_path / "d")).numbers["sources"]
+    images = {row.path: (row, gray) for row, gray in read_all(tmp_path / "d")[1]}
+    assert list(found) == sorted(found, key=lambda name: -found[name]["images"])
+    for name, item in found.items():
+        of = [images[path] for path in said if said[path] == name]
+        assert item["images"] == len(of)
+        np.testing.assert_allclose(item["brightness"]["mean"], np.mean([gray.mean() for _, gray in of]))
+        np.testing.assert_allclose(item["contrast"]["deviation"], np.std([gray.std() for _, gray in of]))
+        assert item["width"]["median"] == np.quantile([row.width for row, _ in of], 0.5, method="inverted_cdf")
+        assert item["height"]["greatest"] == max(row.height for row, _ in of)
 
 
 def test_copies_across_splits_are_counted_and_warned_of(source: Path, tmp_path: Path) -> None:
@@ -258,7 +278,7 @@ def test_the_size_and_the_kind_of_the_file_are_warned_of(tmp_path: Path) -> None
 
 def test_categories_are_coded_by_the_training_images(dataset: Path) -> None:
     """Also where another one is commonest among the validation images: columns must mean the same in both."""
-    manifest, images = eda_images.read_all(dataset)
+    manifest, images = read_all(dataset)
     of_kind = {kind: [item for item in images if item[0].path.endswith(kind)] for kind in (".png", ".JPG")}
     tables = []
     for png, jpg in ((4, 2), (1, 3)):

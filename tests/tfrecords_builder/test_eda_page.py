@@ -2,6 +2,7 @@
 that is whole or not there."""
 
 import base64
+import csv
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from tfrecords_builder.eda import analyse
 from tfrecords_builder.eda_page import NUMBERS, PAGE, write_analysis
 from tfrecords_builder.errors import UserError
 
+SOURCES = ("<i>https://example.org/$y_2$?a&b", "an archive with a long name, of which little can be said in a legend")
 HOSTILE = {"<b>A&B": 40, "$x_1$ 'and' \"y\"": 40}
 
 
@@ -36,7 +38,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Without duplicates, of two brightnesses, and with names that are markup and formulas elsewhere."""
     folder = tmp_path_factory.mktemp("plain")
-    return build(draw(folder / "source", HOSTILE, lambda label, _: 90.0 + 60 * label), folder / "dataset")
+    source = draw(folder / "source", HOSTILE, lambda label, _: 90.0 + 60 * label)
+    with (source / "metadata.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "source"])
+        for number, path in enumerate(sorted(source.glob("*/images/*.png"))):
+            writer.writerow([path.relative_to(source).as_posix(), SOURCES[number % 3 > 0]])
+    return build(source, folder / "dataset")
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +151,15 @@ def test_names_are_text_and_nothing_else(plain_out: Path) -> None:
     assert len(names) == 2
     for name in names:
         assert name.replace("_", " ") in page.text
+
+
+def test_sources_are_on_the_page_where_they_are_known(out: Path, plain_out: Path) -> None:
+    page = Page((plain_out / PAGE).read_text())
+    assert all(name in page.text for name in SOURCES)
+    assert not page.all("i")
+    assert "All 2 sources, 80 of 80 images" in page.text
+    assert (plain_out / "sources.svg").is_file()
+    assert not (out / "sources.svg").exists()
 
 
 def test_the_numbers_are_those_of_the_analysis(out: Path, dataset: Path) -> None:

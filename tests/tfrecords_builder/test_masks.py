@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import BuildSummary, build_dataset
+from tfrecords_builder.download import FOLDER
 from tfrecords_builder.images import ImageError
 from tfrecords_builder.manifest import read_manifest
 from tfrecords_builder.recordio import scan
@@ -77,7 +78,7 @@ def test_every_record_has_the_mask_that_its_row_names(masked: Path, tmp_path: Pa
 def test_tensorflow_datasets_reads_masks_and_our_builder_for_it_writes_them(masked: Path, tmp_path: Path) -> None:
     import tensorflow_datasets as tfds
 
-    from tfrecords_builder.tfds_builder import FOLDER, Covid19Radiography, SizeConfig
+    from tfrecords_builder.tfds_builder import Covid19Radiography, SizeConfig
 
     mask_of = {row.path: row.mask for row in build(masked, tmp_path / "d").manifest.rows}
     (tmp_path / "manual").mkdir()

@@ -7,6 +7,7 @@ import pytest
 
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import build_dataset
+from tfrecords_builder.download import FOLDER
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.images import load_gray
 from tfrecords_builder.manifest import read_manifest
@@ -68,7 +69,7 @@ def test_verify_names_a_file_that_is_not_what_was_written(built: Path, tmp_path:
 def test_our_builder_for_tfds_makes_the_same_records(source: Path, tmp_path: Path) -> None:
     import tensorflow_datasets as tfds
 
-    from tfrecords_builder.tfds_builder import FOLDER, Covid19Radiography, SizeConfig
+    from tfrecords_builder.tfds_builder import Covid19Radiography, SizeConfig
 
     (tmp_path / "manual").mkdir()
     (tmp_path / "manual" / FOLDER).symlink_to(source)
