@@ -68,6 +68,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     with pytest.raises(OSError, match="No space left") as caught:
         files.write_atomically(path, write)
     assert caught.value.errno == errno.ENOSPC
+    assert str(files.disk_error(caught.value)).startswith(f"{path}: No space left"), "which file, although none said so"
     assert names(tmp_path) == (["file.bin"] if existing else [])
     if existing:
         assert path.read_bytes() == OLD
