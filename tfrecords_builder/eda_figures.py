@@ -30,6 +30,8 @@ _COLUMNS = 4
 _SAMPLE_COLUMNS = 6
 _MEAN_SIDE = 256
 _GAP = 4
+LABEL_WIDTH = 22
+"""Letters in a line of a label."""
 _STYLE = {
     "font.family": "sans-serif",
     "font.size": 11.0,
@@ -95,11 +97,13 @@ def sizes_figure(classes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Figu
     return figure
 
 
-def distributions_figure(pixels: Mapping[str, Any]) -> Figure:
+def distributions_figure(pixels: Mapping[str, Any], kind: str = "class") -> Figure:
     """Brightness and contrast of the images of each class; `pixels` as in the numbers of `eda.analyse`."""
     step = pixels["histogram_step"]
+    longest = max(map(len, pixels["classes"]))
+    columns = 4 if longest <= LABEL_WIDTH else 2
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(7.6, 4.0), layout="constrained")
+        figure = Figure(figsize=(7.6, 4.0 if columns == 4 else 4.8), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, key, title in zip(
             panels,
@@ -118,7 +122,7 @@ def distributions_figure(pixels: Mapping[str, Any]) -> Figure:
                     color=colour,
                     linestyle=dashes,
                     linewidth=1.8,
-                    label=_label(name) if axes is panels[0] else None,
+                    label=_label(name, 90 // columns) if axes is panels[0] else None,
                 )
                 used += [*edges[:-1][bins > 0], *edges[1:][bins > 0]]
             axes.set_xlim(min(used, default=0) - step, max(used, default=step) + step)
@@ -127,8 +131,8 @@ def distributions_figure(pixels: Mapping[str, Any]) -> Figure:
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.set_xlabel(title)
             _grid(axes, "y")
-        panels[0].set_ylabel(f"Images of the class, in bins of {step} levels")
-        figure.legend(loc="outside upper center", ncols=min(len(pixels["classes"]), 4))
+        panels[0].set_ylabel(f"Images of the {kind}, in bins of {step} levels")
+        figure.legend(loc="outside upper center", ncols=min(len(pixels["classes"]), columns))
     return figure
 
 
@@ -255,7 +259,7 @@ def _montage(pictures: Sequence[Gray], columns: int) -> Gray:
     return sheet
 
 
-def _label(text: str, width: int = 22) -> str:
+def _label(text: str, width: int = LABEL_WIDTH) -> str:
     """A name broken into lines, its dollars literal (matplotlib would read them as formulas)."""
     return "\n".join(textwrap.wrap(display_name(text), width) or [text]).replace("$", r"\$")
 

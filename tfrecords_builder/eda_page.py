@@ -136,7 +136,7 @@ def draw(analysis: Analysis) -> list[Shown]:
         levels = {"histogram_step": numbers["pixels"]["histogram_step"], "classes": drawn}
         figures.append(
             ("sources.svg", "Brightness and contrast by source", sources_caption(numbers["sources"]),
-             eda_figures.distributions_figure(levels))
+             eda_figures.distributions_figure(levels, "source"))
         )  # fmt: skip
     if duplicates["groups"]:
         pictures = [
