@@ -1,7 +1,9 @@
 """The baseline of `bench build`: TensorFlow Datasets' own builder, writing the records that ours writes."""
 
 import logging
+import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -20,5 +22,6 @@ def build(source: Path, work: Path, image_size: int, class_names: tuple[str, ...
     config = SizeConfig(name="bench", image_size=image_size, class_names=class_names)
     builder = Covid19Radiography(data_dir=str(work / "data"), config=config)
     begun = time.perf_counter()
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual)))
+    with redirect_stdout(sys.stderr):  # it tells people what it does, and stdout may be read by a script
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual)))
     return time.perf_counter() - begun
