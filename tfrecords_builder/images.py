@@ -31,7 +31,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # is not whole (299 to 224). It is also what `tf.image.resize(antialias=True)` computes.
 RESAMPLING = Image.Resampling.BILINEAR
 
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 # What Pillow raises on damaged input. SyntaxError is its own for a broken PNG chunk.
 _DECODE_ERRORS = (
@@ -129,20 +129,36 @@ def decode_gray(data: bytes, image_size: int, path: Path) -> Decoded:
         raise ImageError(path, "is animated, and which of its frames is meant is not known")
     try:
         if image.format == "PNG":
-            # Pillow's decoder checks no CRC of the pixel data, and does without the end of the file. `verify`
-            # checks them for a quarter of a millisecond, and leaves the object unusable: hence the second open.
-            image.verify()
-            if _PNG_END not in data:
-                raise EOFError("the end is missing")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_png(data)
         image.load()
-        gray = _to_gray(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        gray = _to_gray(image)
     except _DECODE_ERRORS as error:
         raise ImageError(path, f"is a damaged or truncated image ({_one_line(error)})") from error
-    thumbnail = gray.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), RESAMPLING, reducing_gap=3.0)
+    # Whole factors by means of squares, the rest by interpolation: a tenth of the time of interpolation alone.
+    thumbnail = gray.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), RESAMPLING, reducing_gap=1.0)
     if gray.size != (image_size, image_size):
         gray = gray.resize((image_size, image_size), RESAMPLING)
     return Decoded(np.asarray(gray, np.uint8), np.asarray(thumbnail, np.uint8), width, height)
+
+
+def _check_png(data: bytes) -> None:
+    """Every chunk's CRC, up to the end that must be there (PNG specification, section 5.3).
+
+    Pillow's decoder checks no CRC of the pixel data, and does without the end of the file. Its `verify` checks the
+    former, for ten times the time, and leaves an object that must be opened again.
+    """
+    position = len(_PNG_SIGNATURE)
+    view = memoryview(data)
+    while True:
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        (crc,) = struct.unpack_from(">I", data, end)
+        if zlib.crc32(view[position + 4 : end]) != crc:
+            raise ValueError(f"broken checksum in {kind!a}")
+        if kind == b"IEND":
+            return
+        position = end + 4
 
 
 def _to_gray(image: Image.Image) -> Image.Image:

@@ -8,8 +8,10 @@ finished; one whose source files or settings are others, or whose data is damage
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -50,6 +52,9 @@ class PartImage:
     """The mask's bytes follow the image's; 0 when it has none."""
 
 
+_FIELDS = attrgetter(*(field.name for field in fields(PartImage)))
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A whole part."""
@@ -82,8 +87,8 @@ def write_part(
     path = folder / part_name(number)
     index = {
         "key": key,
-        "sources": [asdict(source) for source in sources],
-        "images": [asdict(image) for image in images],
+        "sources": _plain(sources),
+        "images": [_FIELDS(image) for image in images],
         "bytes": len(data),
         "crc32c": google_crc32c.value(data),
     }
@@ -105,13 +110,13 @@ def read_part(folder: Path, number: int, key: str, sources: Sequence[SourceFile]
         return None
     expected = {
         "key": key,
-        "sources": [asdict(source) for source in sources],
+        "sources": _plain(sources),
         "bytes": len(data),
         "crc32c": google_crc32c.value(data),
     }
     if not isinstance(index, dict) or any(index.get(name) != value for name, value in expected.items()):
         return None
-    return Part(path, tuple(PartImage(**image) for image in index["images"]))
+    return Part(path, tuple(PartImage(*image) for image in index["images"]))
 
 
 def remove_other_parts(folder: Path, count: int) -> None:
@@ -120,6 +125,11 @@ def remove_other_parts(folder: Path, count: int) -> None:
     for entry in os.scandir(folder):
         if entry.name.startswith("part-") and entry.name not in known:
             Path(entry.path).unlink()
+
+
+def _plain(sources: Sequence[SourceFile]) -> list[list[Any]]:
+    """As JSON reads it back; `asdict` would take as long as the checksums of the images."""
+    return [[item.path, item.size, item.mtime_ns, *(_plain([item.mask]) if item.mask else [])] for item in sources]
 
 
 def _index_of(path: Path) -> Path:
