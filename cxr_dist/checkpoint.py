@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.files import write_atomically
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -58,7 +58,7 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{path}: damaged checkpoint ({reason}); remove it to go on from the one before") from None
     return arrays, state
 

@@ -18,7 +18,7 @@ from cxr_dist.metrics import Predictions
 from cxr_dist.model import build_model
 from cxr_dist.report import check_output_folder, write_evaluation
 from cxr_dist.strategy import dtype_policy, make_strategy, prepare_devices, resolve_precision, resolve_xla
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.images import load_gray
 from tfrecords_builder.manifest import check_shards, read_manifest
 from tfrecords_builder.sources import find_images
@@ -174,5 +174,5 @@ def _load_weights(model: Any, path: Path) -> None:
     try:
         model.load_weights(path)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{path}: cannot be loaded ({reason}); train the run again") from None

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, roc_auc_score, roc_curve
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.files import write_bytes
 
 PROBABILITY_PREFIX = "prob_"
@@ -213,7 +213,7 @@ def read_predictions(path: Path) -> Predictions:
         raise UserError(f"{path}: no such file; give the predictions.parquet of an evaluation") from error
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise UserError(
-            f"{path}: not a predictions file of an evaluation ({_one_line(error)}); evaluate again"
+            f"{path}: not a predictions file of an evaluation ({one_line(error)}); evaluate again"
         ) from error
 
 
@@ -267,7 +267,3 @@ def _ratio(part: npt.NDArray[np.float64], whole: npt.NDArray[np.float64]) -> npt
 def _first_repeated(paths: list[str]) -> str:
     seen: set[str] = set()
     return next(path for path in paths if path in seen or seen.add(path))  # type: ignore[func-returns-value]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config import Config
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.errors import UserError, one_line
 
 PARAMETERS_FOUR_CLASSES = 24_122_500
 FEATURES = 2048
@@ -181,7 +181,7 @@ def load_base_weights(model: Any, weights: str) -> None:
     except UserError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(
             f"model.weights {path}: not the weights of ResNet50 without top ({reason}); "
             "give Keras's resnet50 notop file, imagenet, or none"
@@ -216,7 +216,7 @@ def _imagenet_file() -> Path:
     try:
         return Path(keras.utils.get_file(origin=IMAGENET_URL, cache_subdir="models", file_hash=IMAGENET_MD5))
     except Exception as error:  # noqa: BLE001 - Keras raises bare Exception for a failed download
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise UserError(
             f"model.weights imagenet: the download failed ({reason}); without a network give a path to the weights "
             "(--set model.weights=PATH), or none to train from scratch"

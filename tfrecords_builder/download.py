@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.files import bytes_below
 from tfrecords_builder.sources import find_images
 
 HANDLE = "tawsifurrahman/covid19-radiography-database"
@@ -56,7 +57,7 @@ def download_database(folder: Path, images: Mapping[str, int] = IMAGES) -> bool:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); give a folder that you may write") from error
-    missing = NEEDED_BYTES - _bytes_below(work) - shutil.disk_usage(work).free
+    missing = NEEDED_BYTES - bytes_below(work) - shutil.disk_usage(work).free
     if missing > 0:
         raise UserError(
             f"{folder}: its disk needs {missing / 1e9:.1f} GB more ({NEEDED_BYTES / 1e9:.0f} GB while it is unpacked); "
@@ -84,7 +85,7 @@ def _run_kagglehub(work: Path) -> Path:
     seen, since = -1, time.monotonic()
     try:
         while not receiver.poll(_POLL_SECONDS):
-            now = _bytes_below(work)
+            now = bytes_below(work)
             if now != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > SILENCE_SECONDS:
@@ -138,16 +139,16 @@ def _download(work: Path, live: bool, answer: Connection) -> None:
             problem = f"{PAGE}: Kaggle answered with status {status}; try again later"
     except requests.RequestException as error:
         problem = (
-            f"{PAGE}: cannot be reached or broke off ({_one_line(error)}); check the network and {again}, or fetch it "
+            f"{PAGE}: cannot be reached or broke off ({one_line(error)}); check the network and {again}, or fetch it "
             f"with a browser and unpack it: {FOLDER} in it is what build takes"
         )
     except (DataCorruptionError, zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
         # Kept, it would be taken for an archive that has arrived whole.
         for archive in work.rglob("*.archive"):
             archive.unlink()
-        problem = f"{PAGE}: arrived damaged ({_one_line(error)}); {again}"
+        problem = f"{PAGE}: arrived damaged ({one_line(error)}); {again}"
     except OSError as error:
-        problem = f"{work}: cannot be written ({error.strerror or _one_line(error)}); mend that and {again}"
+        problem = f"{work}: cannot be written ({error.strerror or one_line(error)}); mend that and {again}"
     answer.send((path, problem))
 
 
@@ -161,17 +162,3 @@ def _counts(folder: Path) -> dict[str, int]:
 
 def _words(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())) or "no"
-
-
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except OSError:
-            continue  # moved meanwhile
-    return total
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

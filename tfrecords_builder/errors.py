@@ -1,4 +1,4 @@
-"""The one error type that means: the user can mend this."""
+"""The one error type that means: the user can mend this, and what of another error goes into its line."""
 
 
 class UserError(Exception):
@@ -7,3 +7,8 @@ class UserError(Exception):
     The command line prints it as ``error: <message>`` and exits with status 2, without a traceback.
     Everything else that is raised is a defect or a broken machine, and fails loudly.
     """
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """An error's text on one line of `limit` letters at most; its type's name when it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

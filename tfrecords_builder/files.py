@@ -59,6 +59,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def bytes_below(folder: Path) -> int:
+    """Size of all files in a folder, also while it changes."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue  # moved meanwhile
+    return total
+
+
 def intended_name(name: str) -> str | None:
     """The name that a temporary file would have taken, had its process not been stopped; None for other names."""
     found = _TEMPORARY.fullmatch(name)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from tfrecords_builder.audit import THUMBNAIL_SIZE
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.errors import UserError, one_line
 
 FORMATS = ("PNG", "JPEG")
 MAX_PIXELS = 89_478_485
@@ -134,7 +134,7 @@ def decode_gray(data: bytes, image_size: int, path: Path) -> Decoded:
         ImageOps.exif_transpose(image, in_place=True)
         gray = _to_gray(image)
     except _DECODE_ERRORS as error:
-        raise ImageError(path, f"is a damaged or truncated image ({_one_line(error)})") from error
+        raise ImageError(path, f"is a damaged or truncated image ({one_line(error)})") from error
     # Whole factors by means of squares, the rest by interpolation: a tenth of the time of interpolation alone.
     thumbnail = gray.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), RESAMPLING, reducing_gap=1.0)
     if gray.size != (image_size, image_size):
@@ -177,7 +177,3 @@ def _to_gray(image: Image.Image) -> Image.Image:
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, rgba).convert("L")
     return image.convert("L")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

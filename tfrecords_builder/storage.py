@@ -20,12 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.fs
 
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import intended_name, move_durably, write_atomically
+from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.files import bytes_below, intended_name, move_durably, write_atomically
 from tfrecords_builder.manifest import MANIFEST_NAME, ShardInfo, read_manifest
 from tfrecords_builder.sharding import is_shard_name
 from tfrecords_builder.tfds_files import FILES, tfds_files
@@ -87,7 +88,7 @@ class Stage:
             UserError: They do not fit, even so.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        held = {folder: _bytes_below(folder) for folder in self.folder.iterdir() if folder.is_dir()}
+        held = {folder: bytes_below(folder) for folder in self.folder.iterdir() if folder.is_dir()}
         used = sum(held.values())
         for folder in sorted(held, key=_last_used):
             if used + needed <= self.limit and needed <= shutil.disk_usage(self.folder).free:
@@ -200,18 +201,23 @@ class _Remote:
     def __init__(self, scheme: str, filesystem: pyarrow.fs.FileSystem, path: str) -> None:
         self._filesystem, self._path = filesystem, path.rstrip("/")
         self.name = f"{scheme}://{self._path}"
-        """For messages: without options and credentials."""
+        """For messages: without options."""
 
     @classmethod
     def open(cls, url: str) -> "_Remote":
         try:
+            if urlsplit(url).password is not None:
+                raise UserError(
+                    f"{urlsplit(url).scheme}://: addresses are recorded in runs and reports, so leave credentials out; "
+                    "give them in the cloud's own variables or files"
+                )
             filesystem, path = pyarrow.fs.FileSystem.from_uri(url)
             if not path.strip("/"):
                 raise ValueError("no folder is named")
             return cls(url.partition("://")[0], filesystem, path)
         except (pa.ArrowException, OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"{url.rpartition('@')[2]}: is no address of a storage ({_one_line(error)}); give s3://... or gs://..."
+                f"{url}: is no address of a storage ({one_line(error)}); give s3://... or gs://..."
             ) from error
 
     @contextmanager
@@ -221,7 +227,7 @@ class _Remote:
             yield
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{self.name}/{name}: the storage cannot be used ({_one_line(error)}); check the address, the "
+                f"{self.name}/{name}: the storage cannot be used ({one_line(error)}); check the address, the "
                 "credentials and the network, and start the same command again"
             ) from error
 
@@ -410,11 +416,3 @@ def _last_used(folder: Path) -> float:
         return folder.with_name(f"{folder.name}.lock").stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -12,7 +12,7 @@ from cxr_dist.config import Config
 from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_workers
 from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, TensorBoardReporter
 from cxr_dist.strategy import muted_stderr, prepare_devices
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.files import disk_error
 from tfrecords_builder.storage import Place, absolute, local_copy, parse_place
 
@@ -44,7 +44,7 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
             runtime_env={"env_vars": WORKER_ENVIRONMENT | ({} if verbose else QUIET)},
         )
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"--address {address}: the Ray cluster there cannot be used ({reason})") from None
     if not verbose:
         for name in ("ray", "ray.train", "ray.data", "ray.tune"):
