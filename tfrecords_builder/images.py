@@ -150,14 +150,17 @@ def _check_png(data: bytes) -> None:
     """
     position = len(_PNG_SIGNATURE)
     view = memoryview(data)
-    while True:
+    kind = b""
+    while kind != b"IEND":
+        if len(data) < position + 8:
+            raise EOFError("the end is missing")
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 8 + length
+        if len(data) < end + 4:
+            raise EOFError("the end is missing")
         (crc,) = struct.unpack_from(">I", data, end)
         if zlib.crc32(view[position + 4 : end]) != crc:
             raise ValueError(f"broken checksum in {kind!a}")
-        if kind == b"IEND":
-            return
         position = end + 4
 
 
