@@ -22,12 +22,11 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import PIL
 
 from tfrecords_builder import output, parts, plan, splits
 from tfrecords_builder.audit import THUMBNAIL_SIZE
 from tfrecords_builder.errors import UserError
-from tfrecords_builder.images import ImageError
+from tfrecords_builder.images import DECODERS, ImageError
 from tfrecords_builder.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -197,7 +196,7 @@ def _check_classes(source: Path, classes: dict[str, int], rejected: Counter[str]
 def _ingest_tasks(
     source: Path, work: Path, settings: Settings, found: Sequence[SourceImage], on_error: str
 ) -> list[IngestTask]:
-    key = json.dumps([FORMAT_VERSION, settings.image_size, settings.encoding, THUMBNAIL_SIZE, PIL.__version__])
+    key = json.dumps([FORMAT_VERSION, settings.image_size, settings.encoding, THUMBNAIL_SIZE, DECODERS])
     files = [
         _source_file(source, image.path, _source_file(source, image.mask) if image.mask else None) for image in found
     ]
@@ -283,7 +282,7 @@ def _write(
         ),
         rows=rows,
         duplicates=decision.duplicates,
-        created_with={"pillow": PIL.__version__},
+        created_with=DECODERS,
     )
 
 

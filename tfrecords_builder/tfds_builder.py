@@ -86,11 +86,15 @@ class Covid19Radiography(tfds.core.GeneratorBasedBuilder):
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         size = self.builder_config.image_size
         for number, image in images:
-            pixels = load_gray(source / image.path, size)
+            pixels = self._image(source / image.path, size)
             record = {IMAGE: pixels[..., None], LABEL: image.class_name, PATH: image.path, INDEX: number}
             if self.builder_config.masks:
                 record[MASK] = self._mask(source, image, size)[..., None]
             yield image.path, record
+
+    @staticmethod
+    def _image(path: Path, size: int) -> npt.NDArray[np.uint8]:
+        return load_gray(path, size)
 
     @staticmethod
     def _mask(source: Path, image: SourceImage, size: int) -> npt.NDArray[np.uint8]:

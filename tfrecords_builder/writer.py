@@ -81,11 +81,12 @@ class _SourceBytes:
 
     @classmethod
     def read(cls, source: Path, path: str) -> "_SourceBytes":
+        file = source / path
         try:
-            data = images.read_bytes(source / path)
+            data = images.read_bytes(file)
         except images.ImageError as error:
-            return cls(source / path, None, error)
-        return cls(source / path, hashlib.sha256(data).hexdigest(), data)
+            return cls(file, None, error)
+        return cls(file, hashlib.sha256(data).hexdigest(), data)
 
     def content(self) -> bytes:
         """The bytes; an `ImageError` when the file could not be read."""
@@ -147,16 +148,17 @@ def write_shard(task: ShardTask) -> WrittenShard:
     """Write one shard from the parts; on return its bytes are on the disk."""
     offsets: list[int] = []
     lengths: list[int] = []
+    folder = str(task.folder)
     with recordio.RecordWriter(task.folder / task.name) as writer:
         for item in task.items:
             # Opened anew for each image: there are more parts than a process may have open files.
-            descriptor = os.open(task.folder / item.part, os.O_RDONLY)
+            descriptor = os.open(f"{folder}/{item.part}", os.O_RDONLY)
             try:
                 content = os.pread(descriptor, item.length + item.mask_length, item.offset)
             finally:
                 os.close(descriptor)
             if len(content) != item.length + item.mask_length:
-                raise OSError(f"{task.folder / item.part}: ends early")
+                raise OSError(f"{folder}/{item.part}: ends early")
             payload = schema.encode_example(
                 image=content[: item.length],
                 label=item.label,
