@@ -63,6 +63,6 @@ def decode_plain_gray(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | N
         if not check_chunks(data) <= _PLAIN:
             return None
         pixels: npt.NDArray[np.uint8] = kornia_rs.io.decode_image_png_u8(data, (height, width), "mono")
-    except Exception:  # the decoder raises nothing more specific
+    except Exception:  # noqa: BLE001 - the decoder raises nothing more specific
         return None
     return pixels[..., 0]
