@@ -127,9 +127,16 @@ def decode_gray(data: bytes, image_size: int, path: Path) -> Decoded:
         width, height = gray.size
     # Whole factors by means of squares, the rest by interpolation: a tenth of the time of interpolation alone.
     thumbnail = gray.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), RESAMPLING, reducing_gap=1.0)
-    if gray.size != (image_size, image_size):
-        gray = gray.resize((image_size, image_size), RESAMPLING)
-    return Decoded(np.asarray(gray, np.uint8), np.asarray(thumbnail, np.uint8), width, height)
+    if gray.size == (image_size, image_size):
+        pixels = _pixels(gray) if plain is None else plain
+    else:
+        pixels = _pixels(gray.resize((image_size, image_size), RESAMPLING))
+    return Decoded(pixels, _pixels(thumbnail), width, height)
+
+
+def _pixels(gray: Image.Image) -> npt.NDArray[np.uint8]:
+    """uint8 [height, width], read-only; half the time of `np.asarray`."""
+    return np.frombuffer(gray.tobytes(), np.uint8).reshape(gray.height, gray.width)
 
 
 def _decode_any(data: bytes, path: Path) -> tuple[Image.Image, tuple[int, int]]:

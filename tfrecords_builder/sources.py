@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import os
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -50,9 +51,7 @@ def find_images(root: Path) -> list[SourceImage]:
         raise UserError(f"{root}: no such folder; give the folder that holds one folder per class")
     images: list[SourceImage] = []
     folders: dict[str, str] = {}
-    for folder in sorted(_visible(root), key=lambda item: item.name):
-        if not folder.is_dir():
-            continue
+    for folder in sorted(root / entry.name for entry in _visible(root) if entry.is_dir()):
         found = _images_of_class(folder)
         if not found:
             if not _visible(folder) or (folder / IMAGES_FOLDER).is_dir():
@@ -68,13 +67,7 @@ def find_images(root: Path) -> list[SourceImage]:
             )
         folders[name] = folder.name
         masks = _masks_of_class(folder)
-        for path in found:
-            mask = masks.get(path.stem)
-            images.append(
-                SourceImage(
-                    path.relative_to(root).as_posix(), name, mask.relative_to(root).as_posix() if mask else None
-                )
-            )
+        images += [SourceImage(path, name, masks.get(_stem(path))) for path in found]
     if not images:
         raise UserError(
             f"{root}: holds no class folder with images; expected <Class>/images/*.png or <Class>/*.png (or .jpg)"
@@ -123,28 +116,40 @@ def class_counts(images: list[SourceImage]) -> dict[str, int]:
     return {name: counts[name] for name in sorted(counts)}
 
 
-def _images_of_class(folder: Path) -> list[Path]:
+def _images_of_class(folder: Path) -> list[str]:
+    """Relative to the source folder."""
     inner = folder / IMAGES_FOLDER
     holders = [folder, inner] if inner.is_dir() else [folder]
-    return [
-        path
-        for holder in holders
-        for path in _visible(holder)
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    ]
+    return [path for holder in holders for path, entry in _image_entries(holder, folder.parent) if entry.is_file()]
 
 
-def _masks_of_class(folder: Path) -> dict[str, Path]:
-    """By name without suffix."""
+def _masks_of_class(folder: Path) -> dict[str, str]:
+    """By name without suffix; relative to the source folder."""
     masks = folder / MASKS_FOLDER
     if not masks.is_dir():
         return {}
-    return {path.stem: path for path in sorted(_visible(masks)) if path.suffix.lower() in IMAGE_SUFFIXES}
+    return {_stem(path): path for path in sorted(path for path, _ in _image_entries(masks, folder.parent))}
 
 
-def _visible(folder: Path) -> list[Path]:
+def _image_entries(folder: Path, root: Path) -> "list[tuple[str, os.DirEntry[str]]]":
+    """What is named as an image is, with its path relative to `root`."""
+    prefix = folder.relative_to(root).as_posix()
+    return [
+        (f"{prefix}/{entry.name}", entry)
+        for entry in _visible(folder)
+        if f".{entry.name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
+    ]
+
+
+def _stem(path: str) -> str:
+    """The file's name without suffix. Not by `Path`, which takes most of the time of a listing."""
+    return path.rpartition("/")[2].rpartition(".")[0]
+
+
+def _visible(folder: Path) -> "list[os.DirEntry[str]]":
+    """Entries, which know what they are without another question to the file system."""
     try:
-        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+        return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     except PermissionError as error:
         raise UserError(f"{folder}: no permission to read this folder; grant it or remove the folder") from error
 

@@ -105,6 +105,19 @@ def test_the_measure_against_a_plain_computation(originals: list[Image.Image]) -
     np.testing.assert_allclose(coarse @ coarse.T, np.corrcoef(means), atol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_bound_is_one_and_a_close_one(seed: int, originals: list[Image.Image]) -> None:
+    """No pair is passed over for want of the numbers that are left out."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 256, (40, THUMBNAIL_SIZE, THUMBNAIL_SIZE), dtype=np.uint8)
+    rows = audit._coarse(np.concatenate([np.stack([thumbnail(image) for image in originals]), noise, noise[:3] // 2]))
+    bounds = audit._upper_bounds(rows)
+    assert bounds.shape[1] < rows.shape[1] // 4
+    excess = bounds @ bounds.T - rows @ rows.T
+    assert excess.min() > -audit._ROUNDING
+    assert np.median(excess[: len(originals), : len(originals)]) < 0.15
+
+
 def test_flat_images_are_like_nothing() -> None:
     flat = np.full((3, THUMBNAIL_SIZE, THUMBNAIL_SIZE), 7, np.uint8)
     assert audit.near_duplicates(flat) == []
