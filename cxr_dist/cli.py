@@ -170,15 +170,20 @@ def _add_bench(command: Command) -> None:
     bench = command("bench", commands.bench, "measure this machine, each figure beside its baseline")
     bench.add_argument(
         "what",
-        choices=["build", "step"],
+        choices=["build", "input", "step"],
         help="build: images/s of build, of bare decoding and of TensorFlow Datasets; "
+        "input: images/s that reach the step, beside Keras's image_dataset_from_directory; "
         "step: images/s of train against a bare compiled step",
     )
     bench.add_argument(
-        "dataset", type=Path, nargs="?", metavar="INPUT", help="images (build) or a dataset (step); default: phantoms"
+        "dataset",
+        type=Path,
+        nargs="?",
+        metavar="INPUT",
+        help="images (build, input) or a dataset (step); default: phantoms",
     )
     bench.add_argument(
-        "--images", type=_positive, default=21_165, metavar="N", help="phantoms to build (default: %(default)s)"
+        "--images", type=_positive, default=21_165, metavar="N", help="phantoms to build or read (default: %(default)s)"
     )
     bench.add_argument("--config", type=Path, default=Path("cpu"), metavar="YAML", help="(default: %(default)s)")
     bench.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")

@@ -276,7 +276,8 @@ def bench(options: argparse.Namespace) -> None:
     """The benchmark that was named."""
     from cxr_dist.bench import commands as benchmarks
 
-    {"build": benchmarks.bench_build, "step": benchmarks.bench_step}[options.what](options)
+    measure = {"build": benchmarks.bench_build, "input": benchmarks.bench_input, "step": benchmarks.bench_step}
+    measure[options.what](options)
 
 
 def demo(options: argparse.Namespace) -> None:

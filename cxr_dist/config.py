@@ -104,12 +104,38 @@ class StageConfig(_Node):
 
 
 class FeaturesConfig(_Node):
-    """Reuse of what a frozen base computes."""
+    """Reuse of what frozen layers compute, kept on disk; see the feature cache in ARCHITECTURE.md."""
 
     cache: Switch = Field(
         "auto",
-        description="compute the pooled features of each image once in a stage that trains the head alone; "
-        "auto does so when the stage has no augmentation",
+        description="compute the pooled features of each image once for a stage that trains the head alone; off turns "
+        "off all reuse; auto reads images where it would save nothing (augmentation, and no more epochs than views)",
+    )
+    views: int = Field(
+        4, ge=1, description="with augmentation, augmented views of each image, which the epochs take in turn"
+    )
+    cut: Switch = Field(
+        "auto",
+        description="keep the tensors below the first unfrozen layer too, for a stage that trains upper layers; auto "
+        "measures whether reading them costs less than computing them (never with augmentation)",
+    )
+    folder: str | None = Field(
+        None,
+        description="where; all workers must see it, and all runs may share it. Default: feature-cache beside the run",
+    )
+    limit_gb: float = Field(
+        50.0, gt=0, description="most gigabytes (10^9 bytes) in the folder; what was not used for longest goes first"
+    )
+
+
+class InputConfig(_Node):
+    """How images come from the dataset to the device."""
+
+    memory_gb: float = Field(
+        2.0,
+        ge=0,
+        description="a split that takes no more gigabytes (10^9 bytes, one a pixel) than this is read once and kept in "
+        "each worker's memory for the stages that train on images",
     )
 
 
@@ -132,6 +158,7 @@ class Config(_Node):
     xla: Switch = Field("auto", description="compile forward and gradient with XLA; auto: on a GPU")
     model: ModelConfig = Field(default_factory=ModelConfig)
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
+    input: InputConfig = Field(default_factory=InputConfig)
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
     stages: dict[int, StageConfig] = Field(default_factory=_stages, min_length=1)
 
@@ -142,12 +169,6 @@ class Config(_Node):
             raise ValueError(f"stages are numbered 1, 2, ... without a gap, not {numbers}")
         if not any(stage.epochs for stage in self.stages.values()):
             raise ValueError("stages: every stage has 0 epochs, so nothing would be trained")
-        for number, stage in self.stages.items():
-            if self.features.cache == "on" and stage.augment and not stage.unfreeze_layers:
-                raise ValueError(
-                    f"features.cache on and stages.{number}.augment true exclude each other: every epoch has other "
-                    "images; take features.cache auto, or no augmentation in that stage"
-                )
         if self.xla == "on" and self.model.synchronize_batch_norm:
             raise ValueError(
                 "xla on and model.synchronize_batch_norm true exclude each other: collectives do not compile"

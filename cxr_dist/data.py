@@ -9,6 +9,8 @@ a worker touches only the records of its own replicas.
 import os
 import threading
 import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +40,8 @@ class TrainingPlan:
     global_batch_size: int
     replicas: int
     seed: int
+    views: int = 1
+    """Of each image, one behind another in the source; an epoch takes one of them, the next epoch the next."""
 
     def __post_init__(self) -> None:
         if self.global_batch_size % self.replicas:
@@ -65,7 +69,7 @@ class TrainingPlan:
         epoch, step = divmod(step, self.steps_per_epoch)
         order = _cached_order(self.count, self.seed, epoch)
         start = step * self.global_batch_size + replica * self.batch_size
-        return order[start : start + self.batch_size]
+        return order[start : start + self.batch_size] + epoch % self.views * self.count
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,9 @@ class EvaluationPlan:
         positions = np.arange(start, start + self.batch_size, dtype=np.int64)
         return np.where(positions < self.count, positions, PADDING)
 
+
+_READERS = 4
+_IMAGES_PER_READ = 64
 
 _orders = threading.local()
 
@@ -148,16 +155,58 @@ class ShardSource:
     def batches(self, positions: Any) -> Any:
         import tensorflow as tf
 
+        size, encoding = self._manifest.image_size, self._manifest.encoding
+        if encoding == "raw":
+            # The pixels lie in the record as they are: one copy, where TensorFlow's parser makes three.
+            images = tf.numpy_function(self._read_raw, [positions], tf.uint8)
+            images.set_shape([positions.shape[0], size, size, 1])
+            return images
         serialized = tf.numpy_function(self._read, [positions], tf.string)
         serialized.set_shape(positions.shape)
-        return schema.parse_batch(serialized, self._manifest.image_size, self._manifest.encoding)["image"]
+        return schema.parse_batch(serialized, size, encoding)["image"]
+
+    def in_memory(self, limit_bytes: int) -> "Source":
+        """All images, read now and in the order in which they lie on the disk; this source if they take too much."""
+        size = self._manifest.image_size
+        if self.count * size * size > limit_bytes:
+            return self
+        images = np.empty((self.count, size, size, 1), np.uint8)
+        order = np.lexsort((self._index.offset, self._index.shard))
+
+        def read(positions: Positions) -> None:
+            for position, payload in zip(positions, self._payloads(positions), strict=True):
+                images[position] = self._pixels(payload)
+
+        # Threads, so that the disk is read while checksums are computed.
+        with ThreadPoolExecutor(_READERS) as threads:
+            for _ in threads.map(read, np.array_split(order, max(1, self.count // _IMAGES_PER_READ))):
+                pass
+        return ArraySource(images, self.labels)
+
+    def _pixels(self, payload: bytes) -> npt.NDArray[np.uint8]:
+        size, encoding = self._manifest.image_size, self._manifest.encoding
+        if encoding == "raw":
+            return schema.raw_pixels(payload, size)
+        return schema.decode_image(schema.decode_example(payload).image, size, encoding)[..., None]
+
+    def _read_raw(self, positions: Positions) -> npt.NDArray[np.uint8]:
+        size = self._manifest.image_size
+        images = np.empty((len(positions), size, size, 1), np.uint8)
+        for slot, payload in enumerate(self._payloads(positions)):
+            images[slot] = schema.raw_pixels(payload, size)
+        return images
 
     def _read(self, positions: Positions) -> npt.NDArray[np.object_]:
         records = np.empty(len(positions), dtype=object)
+        for slot, payload in enumerate(self._payloads(positions)):
+            records[slot] = payload
+        return records
+
+    def _payloads(self, positions: Positions) -> Iterator[bytes]:
         try:
-            for slot, position in enumerate(positions):
+            for position in positions:
                 shard = int(self._index.shard[position])
-                records[slot] = recordio.read_at(
+                yield recordio.read_at(
                     self._file(shard),
                     int(self._index.offset[position]),
                     int(self._index.length[position]),
@@ -166,12 +215,14 @@ class ShardSource:
         except Exception as error:
             self.failure = error
             raise
-        return records
 
     def _file(self, shard: int) -> int:
         with self._lock:
             if shard not in self._files:
-                self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
+                descriptor = self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
+                if hasattr(os, "posix_fadvise"):
+                    # The first epoch reads all of it, here and there: let the disk begin at the front.
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
             return self._files[shard]
 
 
@@ -180,12 +231,26 @@ def _close(files: dict[int, int]) -> None:
         os.close(file)
 
 
+class Indexed(Protocol):
+    """What NumPy arrays do, and rows on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, positions: Positions) -> npt.NDArray[Any]: ...
+
+
 class ArraySource:
-    """Inputs that are in memory or memory-mapped: `inputs` [N, ...] and `labels` int32 [N]."""
+    """Inputs in memory or on disk: `inputs` [N, ...], taken by an array of positions, and `labels` int32 [N]."""
 
     failure: Exception | None = None
 
-    def __init__(self, inputs: npt.NDArray[Any], labels: npt.NDArray[np.int32]) -> None:
+    def __init__(self, inputs: Indexed, labels: npt.NDArray[np.int32]) -> None:
         if len(inputs) != len(labels):
             raise ValueError(f"{len(inputs)} inputs and {len(labels)} labels")
         self._inputs, self._labels = inputs, labels
@@ -206,6 +271,25 @@ class ArraySource:
         return rows
 
 
+class Slice:
+    """Some of a source's inputs, from `first` up to `last`."""
+
+    def __init__(self, source: Source, first: int, last: int) -> None:
+        self._source, self._first, self._last = source, first, last
+
+    @property
+    def count(self) -> int:
+        return self._last - self._first
+
+    @property
+    def labels(self) -> npt.NDArray[np.int32]:
+        return self._source.labels[self._first : self._last]
+
+    def batches(self, positions: Any) -> Any:
+        """As the source, from positions in the slice."""
+        return self._source.batches(positions + self._first)
+
+
 def worker_batches(
     source: Source,
     plan: TrainingPlan | EvaluationPlan,
@@ -213,12 +297,14 @@ def worker_batches(
     first_replica: int,
     local_replicas: int,
     start_step: int = 0,
+    extra: npt.NDArray[np.float32] | None = None,
 ) -> Any:
     """The batches of one worker: a `tf.data.Dataset` without end, one element per replica and step.
 
     Elements: `inputs` as the source gives them, `label` int32 [B], `mask` float32 [B] (0 for padding),
-    `slot` int32 [B] (the place in the global batch). Infinite and of static shape, so a distributed
-    iterator needs no agreement between workers about who has data left.
+    `slot` int32 [B] (the place in the global batch), and with `extra` float32 [N, ...] its rows of these
+    images, `extra` float32 [B, ...]. Infinite and of static shape, so a distributed iterator needs no
+    agreement between workers about who has data left.
     """
     import tensorflow as tf
 
@@ -238,6 +324,10 @@ def worker_batches(
         positions, label, mask, slot = tf.numpy_function(element, [counter], [tf.int64, tf.int32, tf.float32, tf.int32])
         for tensor in (positions, label, mask, slot):
             tensor.set_shape([batch_size])
-        return {"inputs": source.batches(positions), "label": label, "mask": mask, "slot": slot}
+        batch = {"inputs": source.batches(positions), "label": label, "mask": mask, "slot": slot}
+        return batch if extra is None else batch | {"extra": tf.gather(extra, positions)}
 
-    return tf.data.Dataset.counter().map(load, num_parallel_calls=2, deterministic=True).prefetch(2 * local_replicas)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # there is nothing to tune, and its thread holds up the end of an iterator
+    batches = tf.data.Dataset.counter().map(load, num_parallel_calls=2, deterministic=True)
+    return batches.prefetch(2 * local_replicas).with_options(options)

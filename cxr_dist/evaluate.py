@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import run_folder
+from cxr_dist import cut, run_folder, steps
 from cxr_dist.config import Config
-from cxr_dist.data import Positions, ShardSource
-from cxr_dist.features import run_forward
+from cxr_dist.data import EvaluationPlan, Positions, ShardSource, Source
 from cxr_dist.metrics import Predictions
-from cxr_dist.model import build_model
+from cxr_dist.model import build_model, set_trainable
 from cxr_dist.report import check_output_folder, write_evaluation
-from cxr_dist.strategy import dtype_policy, make_strategy, prepare_devices, resolve_precision, resolve_xla
+from cxr_dist.strategy import Topology, dtype_policy, make_strategy, prepare_devices, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.images import load_gray
 from tfrecords_builder.manifest import check_shards, read_manifest
@@ -128,6 +127,7 @@ def _predict(
     with strategy.scope():
         model = build_model(len(info.class_names), info.image_size, config, dtype_policy(precision))
         _load_weights(model, model_file)
+        set_trainable(model, 0, train_batch_norm=False)
     xla = resolve_xla(config, topology.kind)
 
     def count_images(steps: int, _total: int) -> None:
@@ -135,8 +135,8 @@ def _predict(
             progress(min(steps * BATCH_SIZE * topology.replicas, source.count), source.count)
 
     try:
-        probabilities = run_forward(
-            strategy, topology, model, source, BATCH_SIZE, softmax=True, xla=xla, progress=count_images
+        probabilities = class_probabilities(
+            strategy, topology, cut.whole_network(model), source, BATCH_SIZE, xla=xla, progress=count_images
         )
     except Exception as error:
         if source.failure is not None:
@@ -144,6 +144,36 @@ def _predict(
         raise
     predictions = Predictions(source.paths, source.labels, probabilities.astype(np.float64), info.class_names)
     return predictions, {"precision": precision, "replicas": topology.replicas}
+
+
+def class_probabilities(
+    strategy: Any,
+    topology: Topology,
+    network: Any,
+    source: Source,
+    batch_size: int,
+    *,
+    xla: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> npt.NDArray[np.float32]:
+    """The softmax of `network`'s logits for every input of `source` once, in order, in inference mode.
+
+    Args:
+        batch_size: Images per replica and step.
+        progress: Called with the steps done and their number.
+
+    Returns:
+        float32 [N, C], complete on every worker.
+    """
+    plan = EvaluationPlan(source.count, batch_size, topology.replicas)
+    step = steps.make_forward_step(strategy, network, xla=xla)
+    iterator = steps.distributed_batches(strategy, topology, source, plan)
+    outputs: list[npt.NDArray[np.float32]] = []
+    for number in range(plan.steps):
+        outputs.append(step(iterator))
+        if progress:
+            progress(number + 1, plan.steps)
+    return np.concatenate(outputs)[: source.count]
 
 
 @contextmanager

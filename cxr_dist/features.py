@@ -1,65 +1,286 @@
-"""What a frozen base computes, computed once.
+"""What the frozen part of the network computes, computed once, kept on disk, and used in place of images.
 
-With the base frozen and no augmentation, the pooled features of an image are 2,048 numbers that never
-change. A stage that trains the head alone then needs one forward pass, and each further epoch is almost
-free. The numbers are those of the full network, so the loss curve is too (within float tolerance).
+What is frozen gives the same output for the same pixels. A stage that trains the head alone then needs one forward pass
+in all, and its epochs are almost free; one that trains upper layers too saves the forward pass through the lower ones,
+where reading their output costs less (`cut_pays`). With augmentation a fixed number of views of each image is computed,
+each by fresh draws, and epoch after epoch takes the next view.
+
+Entries are found by all that decides their numbers (`_describe`), so epochs, restarts, runs and trials share them. Each
+worker computes its share of the images and reads what it needs. Not in the key: the device and the compiler, which
+change numbers within float tolerance.
 """
 
-from collections.abc import Callable
-from typing import Any
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.config import Config, StageConfig
-from cxr_dist.data import EvaluationPlan, Source, worker_batches
-from cxr_dist.steps import make_forward_step
+from cxr_dist import augment, cut, steps
+from cxr_dist.config import AugmentationConfig, Config, FeaturesConfig, StageConfig
+from cxr_dist.data import ArraySource, EvaluationPlan, Slice, Source
+from cxr_dist.model import IMAGENET_MEAN_BGR, POOL_NAME
+from cxr_dist.store import Description, FeatureStore, PartWriter, Rows
 from cxr_dist.strategy import Topology
+from tfrecords_builder.errors import UserError
+
+BATCH_SIZE = 32
+"""Images per replica and step."""
+_PROBE_BYTES = 1 << 26
+
+VERSION = 1
+"""Of what is computed: raised with every change of the network below a cut or of the augmentation."""
+
+Progress = Callable[[int, int, float], None]
+"""Told the images done and their number, of this worker, and the images per second of all workers."""
 
 
-def caches_features(config: Config, stage: StageConfig) -> bool:
-    """Whether the stage trains on pooled features instead of images."""
-    return config.features.cache != "off" and stage.unfreeze_layers == 0 and not stage.augment
+@dataclass(frozen=True)
+class SplitImages:
+    """The images of one split, by position, and what names their content."""
+
+    dataset: str
+    """The dataset's fingerprint."""
+    split: str
+    source: Source
 
 
-def run_forward(
-    strategy: Any,
-    topology: Topology,
-    model: Any,
-    source: Source,
-    batch_size: int,
-    *,
-    softmax: bool,
-    xla: bool,
-    progress: Callable[[int, int], None] | None = None,
-) -> npt.NDArray[np.float32]:
-    """The outputs of `model` for every input of `source` once, in order, in inference mode.
+def use_of_cut(features: FeaturesConfig, stage: StageConfig, name: str) -> Literal["on", "off", "auto"]:
+    """Whether the stage reads the tensors at the cut `name` instead of images; auto: if it pays."""
+    if features.cache == "off":
+        return "off"
+    if name == POOL_NAME:
+        # As many forward passes as epochs would save nothing, and lose fresh draws.
+        useless = stage.augment and features.views >= stage.epochs
+        return "off" if useless and features.cache == "auto" else "on"
+    if features.cut == "auto" and stage.augment:
+        return "off"
+    return features.cut
+
+
+def cut_pays(
+    *, images: int, epochs: int, bytes_per_image: int, seconds_below: float, read_rate: float, write_rate: float
+) -> bool:
+    """Whether keeping the tensors at a cut saves time, of one worker.
 
     Args:
-        batch_size: images per replica and step.
-        progress: called with the steps done and their number.
-
-    Returns:
-        float32 [N, ...], complete on every worker.
+        images: Of training and validation together, read once an epoch.
+        epochs: Of the stages that read them.
+        bytes_per_image: In the cache.
+        seconds_below: An image's forward pass up to the cut.
+        read_rate, write_rate: Of the disk, bytes per second.
     """
-    plan = EvaluationPlan(source.count, batch_size, topology.replicas)
-    step = make_forward_step(strategy, model, softmax=softmax, xla=xla)
-    iterator = distributed_batches(strategy, topology, source, plan)
-    outputs: list[npt.NDArray[np.float32]] = []
-    for number in range(plan.steps):
-        outputs.append(step(iterator))
-        if progress:
-            progress(number + 1, plan.steps)
-    return np.concatenate(outputs)[: source.count]
+    without = epochs * seconds_below
+    with_cut = seconds_below + bytes_per_image / write_rate + epochs * bytes_per_image / read_rate
+    return images * with_cut < images * without
 
 
-def distributed_batches(strategy: Any, topology: Topology, source: Source, plan: Any, start_step: int = 0) -> Any:
-    """An iterator over the batches of this worker's replicas."""
-    local = len(topology.devices)
+class FrozenFeatures:
+    """Computes and finds the tensors at cuts of one run's model."""
 
-    def pipeline(_context: Any) -> Any:
-        return worker_batches(
-            source, plan, first_replica=topology.worker * local, local_replicas=local, start_step=start_step
+    def __init__(
+        self,
+        config: Config,
+        strategy: Any,
+        topology: Topology,
+        store: FeatureStore,
+        *,
+        precision: str,
+        xla: bool,
+        progress: Progress,
+    ) -> None:
+        self._config, self._strategy, self._topology, self._store = config, strategy, topology, store
+        self._precision, self._xla, self._progress = precision, xla, progress
+        self._iterators: list[Any] = []
+        """Kept until the run ends: destroying one costs seconds."""
+
+    def sources(
+        self, model: Any, name: str, also: Sequence[str], images: SplitImages, augmentation: AugmentationConfig | None
+    ) -> ArraySource:
+        """The tensors at the cut `name` in place of images, of every view.
+
+        Args:
+            model: Frozen below all cuts that are named.
+            name: Of the cut.
+            also: Cuts of later stages, computed in the same pass where they are missing.
+            images: What to compute them of.
+            augmentation: Of the views; None for the images as they are.
+        """
+        views = range(self._config.features.views) if augmentation else (None,)
+        found = [self._find_or_compute(model, [name, *also], images, augmentation, view) for view in views]
+        rows = Rows([part for each in found for part in each[name].parts])
+        return ArraySource(rows, np.tile(images.source.labels, len(found)))
+
+    def pays(self, model: Any, where: cut.Cut, images: SplitImages, total: int, epochs: int) -> bool:
+        """Whether the tensors at a cut are worth their bytes, from a measurement of one batch and of the disk."""
+        needed = total * where.bytes_per_image
+        present = self._store.has(self._describe(model, where.name, images, None, None))
+        if steps.all_agree(self._strategy, present):
+            return True
+        if not steps.all_agree(self._strategy, self._store.fits(needed)):
+            return False
+        dtypes = [cut.stored_dtype(where.name)]
+        run, iterator, batch = self._passes(model, [where.name], dtypes, images.source, None, None)
+        run(iterator)
+        started = time.perf_counter()
+        run(iterator)
+        seconds = (time.perf_counter() - started) / batch
+        read_rate, write_rate = disk_rates(self._store.folder)
+        answer = cut_pays(
+            images=total,
+            epochs=epochs,
+            bytes_per_image=where.bytes_per_image,
+            seconds_below=seconds,
+            read_rate=read_rate,
+            write_rate=write_rate,
         )
+        return steps.all_agree(self._strategy, answer)
 
-    return iter(strategy.distribute_datasets_from_function(pipeline))
+    def _find_or_compute(
+        self,
+        model: Any,
+        names: Sequence[str],
+        images: SplitImages,
+        augmentation: AugmentationConfig | None,
+        view: int | None,
+    ) -> dict[str, Rows]:
+        entries = {name: self._describe(model, name, images, augmentation, view) for name in names}
+        with ExitStack() as held:
+            if self._topology.is_chief:
+                held.enter_context(self._store.computing(list(entries.values())))
+            found = {name: self._store.find(entry) for name, entry in entries.items()}
+            missing = [name for name in names if not steps.all_agree(self._strategy, found[name] is not None)]
+            if missing:
+                self._compute(model, {name: entries[name] for name in missing}, images, augmentation, view)
+                found |= {name: self._store.find(entries[name]) for name in missing}
+        whole = {name: rows for name, rows in found.items() if rows is not None}
+        if not steps.all_agree(self._strategy, len(whole) == len(found)):
+            raise UserError(
+                f"features.folder {self._store.folder}: what one worker writes there, others do not see; name a folder "
+                "that all workers share, or set features.cache=off"
+            )
+        return whole
+
+    def _compute(
+        self,
+        model: Any,
+        entries: dict[str, Description],
+        images: SplitImages,
+        augmentation: AugmentationConfig | None,
+        view: int | None,
+    ) -> None:
+        topology, names = self._topology, list(entries)
+        tensors = cut.frozen_outputs(model, names).outputs
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in zip(names, tensors, strict=True)}
+        dtypes = {name: cut.stored_dtype(name) for name in names}
+        if topology.is_chief:
+            for name, entry in entries.items():
+                row = int(np.prod(shapes[name])) * np.dtype(dtypes[name]).itemsize
+                self._store.begin(entry, images.source.count * row)
+        steps.all_agree(self._strategy, True)
+        count, workers = images.source.count, topology.workers
+        count, workers = images.source.count, topology.workers
+        first, last = count * topology.worker // workers, count * (topology.worker + 1) // workers
+        mine = Slice(images.source, first, last)
+        draws = None if view is None else view_draws(count, self._config.seed, view)[first:last]
+        with ExitStack() as files:
+            writers = [
+                files.enter_context(self._store.part(entries[name], topology.worker, shapes[name], dtypes[name]))
+                for name in names
+            ]
+            run, iterator, _ = self._passes(model, names, list(dtypes.values()), mine, augmentation, draws)
+            done, begun = 0, time.perf_counter()
+            while done < mine.count:
+                for outputs in run(iterator):  # of each replica, in the order of the images; the last are padded
+                    kept = min(mine.count - done, len(outputs[0]))
+                    for name, writer, output in zip(names, writers, outputs, strict=True):
+                        _append(writer, output[:kept], name)
+                    done += kept
+                self._progress(done, mine.count, done * topology.workers / (time.perf_counter() - begun))
+        steps.all_agree(self._strategy, True)
+        if topology.is_chief:
+            for name, entry in entries.items():
+                self._store.commit(entry, topology.workers, shapes[name], dtypes[name])
+        steps.all_agree(self._strategy, True)
+
+    def _passes(
+        self,
+        model: Any,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        source: Source,
+        augmentation: AugmentationConfig | None,
+        draws: npt.NDArray[np.float32] | None,
+    ) -> tuple[Callable[[Any], Any], Any, int]:
+        """A compiled step of this worker alone, what it reads, and the images that it takes."""
+        local = len(self._topology.devices)
+        alone = Topology(1, 0, self._topology.kind, self._topology.devices)
+        plan = EvaluationPlan(source.count, BATCH_SIZE, local)
+        run = steps.make_feature_step(self._strategy, cut.frozen_outputs(model, names), dtypes, augmentation, self._xla)
+        iterator = steps.distributed_batches(self._strategy, alone, source, plan, extra=draws)
+        self._iterators.append(iterator)
+        return run, iterator, BATCH_SIZE * local
+
+    def _describe(
+        self, model: Any, name: str, images: SplitImages, augmentation: AugmentationConfig | None, view: int | None
+    ) -> Description:
+        below = cut.frozen_outputs(model, [name])
+        return {
+            "version": VERSION,
+            "dataset": images.dataset,
+            "split": images.split,
+            "layer": name,
+            "weights": _digest(below),
+            "preprocessing": {"subtracted_bgr": list(IMAGENET_MEAN_BGR), "image_size": self._config.model.image_size},
+            "computed_in": self._precision,
+            "dtype": cut.stored_dtype(name),
+            "view": None
+            if augmentation is None
+            else {**augmentation.model_dump(mode="json"), "seed": self._config.seed, "number": view},
+        }
+
+
+def _append(writer: PartWriter, rows: npt.NDArray[Any], name: str) -> None:
+    try:
+        writer.append(rows)
+    except OverflowError as error:
+        key = "cache" if name == POOL_NAME else "cut"
+        raise UserError(f"the tensors at {name} cannot be kept ({error}); set features.{key}=off") from None
+
+
+def view_draws(count: int, seed: int, view: int) -> npt.NDArray[np.float32]:
+    """The augmentation's draws of each image in a view: float32 [count, augment.DRAWS], -1 to 1."""
+    generator = np.random.Generator(np.random.PCG64([seed, view, VERSION]))
+    return generator.uniform(-1.0, 1.0, (count, augment.DRAWS)).astype(np.float32)
+
+
+def disk_rates(folder: Path) -> tuple[float, float]:
+    """Bytes per second that a file in `folder` is read with, not from memory, and written with."""
+    data = os.urandom(_PROBE_BYTES)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        begun = time.perf_counter()
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        written = time.perf_counter()
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        file.read()
+        read = time.perf_counter()
+    return _PROBE_BYTES / (read - written), _PROBE_BYTES / (written - begun)
+
+
+def _digest(model: Any) -> str:
+    digest = hashlib.sha256()
+    for variable in sorted(model.variables, key=lambda variable: str(variable.path)):
+        digest.update(str(variable.path).encode())
+        digest.update(variable.numpy().tobytes())
+    return digest.hexdigest()

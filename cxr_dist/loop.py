@@ -4,27 +4,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import checkpoint, features, run_folder, stages, steps
+from cxr_dist import checkpoint, cut, features, run_folder, stages, steps
 from cxr_dist.config import Config, StageConfig
-from cxr_dist.data import ArraySource, EvaluationPlan, ShardSource, Source, TrainingPlan
+from cxr_dist.data import EvaluationPlan, ShardSource, Source, TrainingPlan
 from cxr_dist.metrics import counts_metrics
-from cxr_dist.model import (
-    build_model,
-    extractor_of,
-    head_of,
-    load_base_weights,
-    set_trainable,
-    trains_base_batch_norm,
-)
+from cxr_dist.model import build_model, load_base_weights, set_trainable, trains_base_batch_norm
 from cxr_dist.pace import Pace
 from cxr_dist.reporting import Reporter
+from cxr_dist.store import FeatureStore
 from cxr_dist.strategy import Topology, dtype_policy, make_strategy, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import move_durably, write_json
@@ -54,6 +48,18 @@ class Progress:
     epochs_without_gain: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a stage trains, and on what."""
+
+    network: Any
+    """From the sources' inputs to logits; shares the model's variables."""
+    train: Source
+    validation: Source
+    from_cut: bool
+    """Whether the inputs are tensors inside the network, and augmented already."""
 
 
 @contextmanager
@@ -113,8 +119,22 @@ class _Run:
         self.strategy = make_strategy(topology)
         with self.strategy.scope():
             self.model = build_model(self.classes, manifest.image_size, config, dtype_policy(self.precision))
-        self.feature_sources: tuple[Source, Source] | None = None
         self.iterators: list[Any] = []
+        folder = Path(config.features.folder) if config.features.folder else run.parent / run_folder.FEATURE_CACHE
+        self.frozen = features.FrozenFeatures(
+            config,
+            self.strategy,
+            topology,
+            FeatureStore(folder, int(config.features.limit_gb * 1e9)),
+            precision=self.precision,
+            xla=self.xla,
+            progress=self._report_features,
+        )
+        self.train_images = features.SplitImages(manifest.fingerprint, "train", self.train_source)
+        self.validation_images = features.SplitImages(manifest.fingerprint, "validation", self.validation_source)
+        self.in_memory: tuple[Source, Source] | None = None
+        self.kept_cuts: dict[int, bool] = {}
+        """By stage, whether it reads the tensors at its cut: decided once."""
 
     def execute(self) -> dict[str, Any]:
         arrays = self._restore()
@@ -139,37 +159,33 @@ class _Run:
         if self.progress.stage != number:
             self.progress.stage, self.progress.epoch, self.progress.epochs_without_gain = number, 0, 0
         set_trainable(self.model, stage.unfreeze_layers, trains_base_batch_norm(config))
-        if stage.unfreeze_layers:
-            self.feature_sources = None  # those of a base that is about to change
-        cached = features.caches_features(config, stage)
-        self._announce(number, stage, cached)
-        model, sources = (head_of(self.model), self._features()) if cached else (self.model, self._images())
+        inputs = self._inputs(number, stage)
         with self.strategy.scope():
             optimizer = steps.make_optimizer(stage)
-            optimizer.build(model.trainable_variables)
+            optimizer.build(self.model.trainable_variables)
         loss_scale = steps.LossScale.create(self.precision)
         if restored is not None:
             checkpoint.restore_optimizer(optimizer, restored)
             loss_scale.restore(restored)
         train_step = steps.make_train_step(
             self.strategy,
-            model,
+            inputs.network,
             optimizer,
             stage,
             global_batch_size=config.global_batch_size,
             classes=self.classes,
             seed=config.seed,
-            augmentation=config.augmentation if stage.augment else None,
-            class_weights=stages.class_weights(sources[0].labels, self.classes) if stage.class_weights else None,
+            augmentation=config.augmentation if stage.augment and not inputs.from_cut else None,
+            class_weights=stages.class_weights(self.train_source.labels, self.classes) if stage.class_weights else None,
             loss_scale=loss_scale,
             xla=self.xla,
         )
-        evaluate = self._evaluation(model, sources[1])
+        evaluate = self._evaluation(inputs.network, inputs.validation)
         rates = stages.learning_rates(stage, plan.steps_per_epoch)
         # Counted from the planned ends of earlier stages, so that an early stop changes no later order.
         first_epoch = sum(self.config.stages[earlier].epochs for earlier in range(1, number))
         start = (first_epoch + self.progress.epoch) * plan.steps_per_epoch
-        iterator = self._batches(sources[0], plan, start)
+        iterator = self._batches(inputs.train, replace(plan, views=inputs.train.count // plan.count), start)
         pace = Pace(by_time=self.topology.workers == 1)
         while not self._is_finished(number):
             epoch = self.progress.epoch
@@ -190,14 +206,16 @@ class _Run:
         rates: npt.NDArray[np.float32],
         pace: Pace,
     ) -> dict[str, Any]:
-        total, done = np.zeros(4), 0
+        total, done, in_steps = np.zeros(5), 0, 0.0
         started = time.perf_counter()
         pace.start_epoch()
         while done < len(rates):
             count = min(pace.steps_per_call, len(rates) - done)
             begun = time.perf_counter()
             total += train_step.run(iterator, first_step + done, rates[done : done + count])
-            pace.record(count, time.perf_counter() - begun)
+            spent = time.perf_counter() - begun
+            in_steps += spent
+            pace.record(count, spent)
             done += count
             self.steps_computed += count
             self.reporter.emit(
@@ -225,6 +243,7 @@ class _Run:
             "accuracy": float(total[steps.CORRECT] / count),
             "learning_rate": float(rates[-1]),
             "skipped_steps": int(total[steps.SKIPPED]),
+            "input_wait": float(total[steps.WAITED] / in_steps),
             "images_per_second": pace.steps_per_second * self.config.global_batch_size,
             "seconds": time.perf_counter() - started,
         }
@@ -256,45 +275,64 @@ class _Run:
 
     def _batches(self, source: Source, plan: TrainingPlan | EvaluationPlan, start_step: int = 0) -> Any:
         """An endless iterator, kept until the run ends: making and destroying one costs seconds."""
-        iterator = features.distributed_batches(self.strategy, self.topology, source, plan, start_step)
+        iterator = steps.distributed_batches(self.strategy, self.topology, source, plan, start_step)
         self.iterators.append(iterator)
         return iterator
 
-    def _images(self) -> tuple[Source, Source]:
-        return self.train_source, self.validation_source
-
-    def _features(self) -> tuple[Source, Source]:
-        """Pooled features of both splits, computed at the first stage that asks for them."""
-        if self.feature_sources is None:
-            with _timed(self.progress.seconds, "features"):
-                self.feature_sources = (
-                    self._compute_features(self.train_source),
-                    self._compute_features(self.validation_source),
+    def _inputs(self, number: int, stage: StageConfig) -> "_Inputs":
+        """What the stage reads: images, or what the frozen part makes of them, computed now where it is missing."""
+        where = cut.frozen_cut(self.model)
+        if where is None or not self._keeps(number, where):
+            self._announce(number, stage, "images")
+            limit = int(self.config.input.memory_gb * 1e9)
+            with _timed(self.progress.seconds, "read"):
+                self.in_memory = self.in_memory or (
+                    self.train_source.in_memory(limit),
+                    self.validation_source.in_memory(limit),
                 )
-        return self.feature_sources
-
-    def _compute_features(self, source: Source) -> Source:
-        started = time.perf_counter()
-        batch_size = self.plan.batch_size
-
-        def progress(done: int, total: int) -> None:
-            rate = done * batch_size * self.topology.replicas / (time.perf_counter() - started)
-            self.reporter.emit(
-                {"kind": "progress", "stage": self.progress.stage, "epoch": "features", "step": done, "steps": total}
-                | {"images_per_second": rate}
+            return _Inputs(cut.whole_network(self.model), *self.in_memory, from_cut=False)
+        self._announce(number, stage, f"what the layers up to {where.name} make of them, computed once")
+        later = self._later_cuts(number)
+        augmentation = self.config.augmentation if stage.augment else None
+        with _timed(self.progress.seconds, "features"):
+            train, validation = (
+                self.frozen.sources(self.model, where.name, also, images, changed)
+                for images, changed, also in (
+                    (self.train_images, augmentation, () if augmentation else later),
+                    (self.validation_images, None, later),
+                )
             )
+        return _Inputs(where.above, train, validation, from_cut=True)
 
-        values = features.run_forward(
-            self.strategy,
-            self.topology,
-            extractor_of(self.model),
-            source,
-            batch_size,
-            softmax=False,
-            xla=self.xla,
-            progress=progress,
+    def _keeps(self, number: int, where: cut.Cut) -> bool:
+        """Whether stage `number` reads the tensors at its cut."""
+        if number not in self.kept_cuts:
+            stage = self.config.stages[number]
+            use = features.use_of_cut(self.config.features, stage, where.name)
+            images = self.train_source.count + self.validation_source.count
+            self.kept_cuts[number] = use == "on" or (
+                use == "auto" and self.frozen.pays(self.model, where, self.train_images, images, stage.epochs)
+            )
+        return self.kept_cuts[number]
+
+    def _later_cuts(self, number: int) -> tuple[str, ...]:
+        """Those of later stages that read the images as they are: one pass computes them all."""
+        config = self.config
+        names = []
+        for later, stage in sorted(config.stages.items()):
+            if later > number and stage.epochs and not stage.augment:
+                set_trainable(self.model, stage.unfreeze_layers, trains_base_batch_norm(config))
+                where = cut.frozen_cut(self.model)
+                set_trainable(self.model, config.stages[number].unfreeze_layers, trains_base_batch_norm(config))
+                if where is not None and self._keeps(later, where):
+                    names.append(where.name)
+        return tuple(names)
+
+    def _report_features(self, done: int, total: int, images_per_second: float) -> None:
+        self.reporter.emit(
+            {"kind": "progress", "stage": self.progress.stage, "epoch": "features", "step": done, "steps": total}
+            | {"images_per_second": images_per_second}
         )
-        return ArraySource(values, source.labels)
 
     # -- what is kept ---------------------------------------------------------------------------
 
@@ -405,9 +443,8 @@ class _Run:
             portable.save(saved)
             move_durably(saved, self.run / run_folder.MODEL)
 
-    def _announce(self, number: int, stage: StageConfig, cached: bool) -> None:
+    def _announce(self, number: int, stage: StageConfig, source: str) -> None:
         what = f"head and upper {stage.unfreeze_layers} layers" if stage.unfreeze_layers else "head"
-        source = "features computed once" if cached else "images"
         text = (
             f"stage {number}: {what}, {stage.epochs} epochs of {self.plan.steps_per_epoch} steps, batch "
             f"{self.config.global_batch_size}, from {source} "

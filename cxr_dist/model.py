@@ -28,6 +28,9 @@ IMAGENET_MD5 = "4d473c1dd8becc155b73f8504c6f6626"
 SOME_LAYERS = ("conv1_conv", "conv5_block3_3_conv")
 """First and last of the layers of ResNet50 with weights: what a glance at a file looks for."""
 
+IMAGE_NAME = "image"
+TO_BGR_NAME = "gray_to_bgr"
+MEAN_NAME = "subtract_mean"
 BASE_NAME = "resnet50"
 POOL_NAME = "pool"
 HEAD_NAME = "head"
@@ -60,12 +63,10 @@ def build_model(
     keras.config.set_dtype_policy(policy)
     base = make_base(image_size)
     head = _head(keras, classes, config.model.dropout)
-    image = keras.Input((image_size, image_size, 1), name="image", dtype="float32")
+    image = keras.Input((image_size, image_size, 1), name=IMAGE_NAME, dtype="float32")
     # In float32 under every policy: bfloat16 has too few bits for a pixel minus a mean.
-    x = keras.layers.Concatenate(name="gray_to_bgr", dtype="float32")([image, image, image])
-    x = keras.layers.Rescaling(
-        1.0, offset=[-mean for mean in IMAGENET_MEAN_BGR], name="subtract_mean", dtype="float32"
-    )(x)
+    x = keras.layers.Concatenate(name=TO_BGR_NAME, dtype="float32")([image, image, image])
+    x = keras.layers.Rescaling(1.0, offset=[-mean for mean in IMAGENET_MEAN_BGR], name=MEAN_NAME, dtype="float32")(x)
     pooled = keras.layers.GlobalAveragePooling2D(name=POOL_NAME, dtype="float32")(base(x))
     model = keras.Model(image, head(pooled), name="cxr_classifier")
     if config.model.weights == "none":
@@ -105,13 +106,6 @@ def base_of(model: Any) -> Any:
 
 def head_of(model: Any) -> Any:
     return model.get_layer(HEAD_NAME)
-
-
-def extractor_of(model: Any) -> Any:
-    """The network below the head: image [B, S, S, 1] -> pooled features float32 [B, 2048]; shares its layers."""
-    import keras
-
-    return keras.Model(model.input, model.get_layer(POOL_NAME).output, name="extractor")
 
 
 def batch_norm_layers(model: Any) -> list[Any]:

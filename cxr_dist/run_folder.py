@@ -23,6 +23,8 @@ MODEL = "model.keras"
 CHECKPOINTS = "checkpoints"
 EVENTS = "events.jsonl"
 TENSORBOARD = "tensorboard"
+FEATURE_CACHE = "feature-cache"
+"""Beside the runs, which share it."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,11 @@ def resolve_config(config: Config, manifest: Manifest) -> Config:
     weights = config.model.weights
     if weights not in ("imagenet", "none"):
         weights = str(Path(weights).expanduser().resolve())  # a worker's working folder is another one
-    resolved = {"image_size": manifest.image_size, "weights": weights}
-    return config.model_copy(update={"model": config.model.model_copy(update=resolved)})
+    model = config.model.model_copy(update={"image_size": manifest.image_size, "weights": weights})
+    features = config.features
+    if features.folder is not None:
+        features = features.model_copy(update={"folder": str(Path(features.folder).expanduser().resolve())})
+    return config.model_copy(update={"model": model, "features": features})
 
 
 @contextmanager

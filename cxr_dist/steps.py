@@ -13,7 +13,7 @@ gradient, `global_clipnorm` clips before the reduction), which gives NaN weights
 Many steps run in one call (`tf.function` with a loop over steps), so the host is asked once per call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +22,14 @@ import numpy.typing as npt
 
 from cxr_dist import augment
 from cxr_dist.config import AugmentationConfig, StageConfig
+from cxr_dist.data import EvaluationPlan, Source, TrainingPlan, worker_batches
+from cxr_dist.strategy import Topology
 
 MOST_STEPS_PER_CALL = 100
 
 # Rows of the summed counts that a call returns.
-LOSS, CORRECT, COUNT, SKIPPED = range(4)
+LOSS, CORRECT, COUNT, SKIPPED, WAITED = range(5)
+"""WAITED: seconds in which a step was ready and its batch was not."""
 
 # Domains of the counter-based random numbers, so that no two uses share a stream.
 _AUGMENTATION, _DROPOUT = 1, 2
@@ -77,7 +80,7 @@ class TrainStep:
     """The compiled steps of one stage. `traces` counts how often the loop was traced: once per stage."""
 
     run: Callable[..., npt.NDArray[np.float64]]
-    """run(iterator, first_step, learning_rates float32 [n]) -> float64 [4]: LOSS, CORRECT, COUNT, SKIPPED.
+    """run(iterator, first_step, learning_rates float32 [n]) -> float64 [5]: LOSS, CORRECT, COUNT, SKIPPED, WAITED.
 
     n is at most MOST_STEPS_PER_CALL.
     """
@@ -225,11 +228,17 @@ def make_train_step(
     @tf.function
     def loop(iterator: Any, first_step: Any, count: Any, learning_rates: Any) -> Any:
         traces.append(f"{len(variables.trainable)} trainable variables")
-        totals = tf.zeros([4], tf.float64)
+        totals = tf.zeros([5], tf.float64)
         for index in tf.range(count):
             step_seed = tf.stack([tf.constant(seed, tf.int32), first_step + index])
+            with tf.control_dependencies([totals]):  # the step before is done
+                begun = tf.timestamp()
+            with tf.control_dependencies([begun]):
+                batch = next(iterator)
+            with tf.control_dependencies([part["label"] for part in strategy.experimental_local_results(batch)]):
+                waited = tf.timestamp() - begun
             gradients, sums, statistics, finite = strategy.run(
-                replica_step, args=(next(iterator), step_seed, loss_scale.scale.read_value())
+                replica_step, args=(batch, step_seed, loss_scale.scale.read_value())
             )
             finite = first_of(finite)
             loss_scale.update(finite)
@@ -238,9 +247,9 @@ def make_train_step(
                 strategy.run(apply, args=(gradients,))
                 for position, statistic in zip(variables.statistics, statistics, strict=True):
                     strategy.extended.update(variables.other[position].value, _assign, args=(statistic,), group=False)
-                totals += tf.concat([tf.cast(first_of(sums), tf.float64), [0.0]], 0)
+                totals += tf.concat([tf.cast(first_of(sums), tf.float64), [0.0, waited]], 0)
             else:
-                totals += tf.constant([0.0, 0.0, 0.0, 1.0], tf.float64)
+                totals += tf.concat([tf.constant([0.0, 0.0, 0.0, 1.0], tf.float64), [waited]], 0)
         return totals
 
     def run(iterator: Any, first_step: int, learning_rates: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -298,17 +307,16 @@ def make_evaluation_step(strategy: Any, model: Any, classes: int, xla: bool) -> 
     return run
 
 
-def make_forward_step(strategy: Any, model: Any, *, softmax: bool, xla: bool) -> Callable[[Any], Any]:
-    """run(iterator) -> outputs of the global batch in slot order, float32 [replicas * B, ...], on every worker."""
+def make_forward_step(strategy: Any, model: Any, *, xla: bool) -> Callable[[Any], Any]:
+    """run(iterator) -> probabilities of the global batch in slot order, float32 [replicas * B, C], on every worker."""
     import tensorflow as tf
 
     variables = Variables.of(model)
 
     def forward(batch: dict[str, Any], trainable: list[Any], other: list[Any]) -> Any:
         inputs = tf.cast(batch["inputs"], tf.float32)
-        outputs, _ = model.stateless_call(trainable, other, inputs, training=False)
-        outputs = tf.cast(outputs, tf.float32)
-        return tf.nn.softmax(outputs) if softmax else outputs
+        logits, _ = model.stateless_call(trainable, other, inputs, training=False)
+        return tf.nn.softmax(tf.cast(logits, tf.float32))
 
     inner = tf.function(forward, jit_compile=True) if xla else forward
 
@@ -322,3 +330,82 @@ def make_forward_step(strategy: Any, model: Any, *, softmax: bool, xla: bool) ->
         return strategy.experimental_local_results(strategy.run(replica_step, args=(next(iterator),)))[0]
 
     return lambda iterator: step(iterator).numpy()
+
+
+def distributed_batches(
+    strategy: Any,
+    topology: Topology,
+    source: Source,
+    plan: TrainingPlan | EvaluationPlan,
+    start_step: int = 0,
+    extra: npt.NDArray[np.float32] | None = None,
+) -> Any:
+    """An iterator over the batches of this worker's replicas; see `data.worker_batches`."""
+    local = len(topology.devices)
+
+    def pipeline(_context: Any) -> Any:
+        return worker_batches(
+            source,
+            plan,
+            first_replica=topology.worker * local,
+            local_replicas=local,
+            start_step=start_step,
+            extra=extra,
+        )
+
+    if topology.kind == "CPU" and local == 1:
+        # A distributed iterator would fetch to the device, which is where the batch is, with an autotuning thread
+        # that cannot be turned off, wakes up ever less often, and holds up the iterator's end: by up to a minute.
+        return iter(pipeline(None))
+    return iter(strategy.distribute_datasets_from_function(pipeline))
+
+
+def make_feature_step(
+    strategy: Any, model: Any, dtypes: Sequence[str], augmentation: AugmentationConfig | None, xla: bool
+) -> Callable[[Any], list[list[npt.NDArray[Any]]]]:
+    """run(iterator) -> for each replica of this worker, the outputs of `model` for its batch, in inference mode.
+
+    `model` has one output or several, [B, ...], which come in `dtypes`. Involves no other worker. With an augmentation,
+    batches have a row of its draws for each image as `extra`.
+    """
+    import tensorflow as tf
+
+    variables = Variables.of(model)
+
+    def forward(batch: dict[str, Any], trainable: list[Any], other: list[Any]) -> list[Any]:
+        inputs = tf.cast(batch["inputs"], tf.float32)
+        if augmentation is not None:
+            inputs = augment.augment(inputs, batch["extra"], augmentation)
+        outputs, _ = model.stateless_call(trainable, other, inputs, training=False)
+        flat = tf.nest.flatten(outputs)  # Keras makes one tensor of a list of one
+        return [tf.cast(output, dtype) for output, dtype in zip(flat, dtypes, strict=True)]
+
+    inner = tf.function(forward, jit_compile=True) if xla else forward
+
+    def replica_step(batch: dict[str, Any]) -> list[Any]:
+        return inner(batch, *variables.values())
+
+    @tf.function
+    def step(iterator: Any) -> list[Any]:
+        outputs = strategy.run(replica_step, args=(next(iterator),))
+        return [list(strategy.experimental_local_results(output)) for output in outputs]
+
+    def run(iterator: Any) -> list[list[npt.NDArray[Any]]]:
+        by_output = step(iterator)
+        return [[output[replica].numpy() for output in by_output] for replica in range(len(by_output[0]))]
+
+    return run
+
+
+def all_agree(strategy: Any, answer: bool) -> bool:
+    """Whether every worker answers yes; workers wait here for each other."""
+    import tensorflow as tf
+
+    def count() -> Any:
+        context = tf.distribute.get_replica_context()
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(1.0 if answer else 0.0))
+
+    if strategy.num_replicas_in_sync == 1:
+        return answer
+    counted = strategy.experimental_local_results(tf.function(lambda: strategy.run(count))())[0]
+    return int(counted) == strategy.num_replicas_in_sync

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import features, model, steps
+from cxr_dist import model, steps
 from cxr_dist.config import load_config
 from cxr_dist.data import EvaluationPlan
-from cxr_dist.evaluate import FolderSource, Request, evaluate_run
+from cxr_dist.evaluate import FolderSource, Request, class_probabilities, evaluate_run
 from cxr_dist.metrics import read_predictions
 from cxr_dist.strategy import make_strategy
 from tests.training import CLASSES, SIZE, config, images, local_topology, small_base
@@ -29,12 +29,10 @@ def test_101_images_on_1_2_and_3_replicas() -> None:
         with strategy.scope():
             network = model.build_model(CLASSES, SIZE, config(), "float32", small_base)
         plan = EvaluationPlan(source.count, 16, replicas)
-        iterator = features.distributed_batches(strategy, local_topology(replicas), source, plan)
+        iterator = steps.distributed_batches(strategy, local_topology(replicas), source, plan)
         confusion, _ = steps.make_evaluation_step(strategy, network, CLASSES, xla=False)(iterator, plan.steps)
         confusions.append(confusion)
-        outputs.append(
-            features.run_forward(strategy, local_topology(replicas), network, source, 16, softmax=True, xla=False)
-        )
+        outputs.append(class_probabilities(strategy, local_topology(replicas), network, source, 16, xla=False))
     assert confusions[0].sum() == 101
     assert confusions[0].sum(axis=1).tolist() == np.bincount(source.labels).tolist()
     for confusion, probabilities in zip(confusions[1:], outputs[1:], strict=True):

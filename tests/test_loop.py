@@ -169,6 +169,19 @@ def test_cached_features_change_no_number(finished_run: Path, dataset: Path, tmp
         np.testing.assert_allclose([row[key] for row in left], [row[key] for row in right], atol=1e-4)
 
 
+def test_a_kept_cut_changes_no_number(dataset: Path, tmp_path: Path) -> None:
+    """Stage 2 from tensors inside the base, kept in half precision, follows stage 2 from images."""
+    common = ["model.dropout=0", "stages.1.epochs=1", "stages.2.epochs=3", "stages.2.unfreeze_layers=3"]
+    for name, settings in (("images", ["features.cache=off"]), ("cut", ["features.cut=on"])):
+        run_training(small(*common, *settings), dataset, tmp_path / name / "run", launcher="local")
+    left, right = history(tmp_path / "images" / "run"), history(tmp_path / "cut" / "run")
+    assert [row["stage"] for row in left] == [1, 2, 2, 2]
+    for key in ("loss", "val_loss"):
+        np.testing.assert_allclose([row[key] for row in left], [row[key] for row in right], atol=2e-3)
+    assert len(list((tmp_path / "cut" / run_folder.FEATURE_CACHE).glob("*/entry.json"))) == 4
+    assert not (tmp_path / "images" / run_folder.FEATURE_CACHE).exists()
+
+
 def test_a_flipped_bit_ends_the_run_in_words(dataset: Path, tmp_path: Path) -> None:
     broken = tmp_path / "dataset"
     shutil.copytree(dataset, broken)

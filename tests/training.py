@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cxr_dist import features, model, steps
+from cxr_dist import model, steps
 from cxr_dist.config import Config, ModelConfig, StageConfig
 from cxr_dist.data import ArraySource, EvaluationPlan, TrainingPlan
 from cxr_dist.strategy import Topology, dtype_policy, make_strategy
@@ -123,13 +123,13 @@ class Training:
         )
         evaluate = steps.make_evaluation_step(self.strategy, self.model, CLASSES, self.xla)
         evaluation = EvaluationPlan(self.source.count, 5, self.topology.replicas)
-        iterator = features.distributed_batches(self.strategy, self.topology, self.source, self.plan)
+        iterator = steps.distributed_batches(self.strategy, self.topology, self.source, self.plan)
         rates = np.full(self.plan.steps_per_epoch, row.learning_rate, np.float32)
         for epoch in range(row.epochs):
             # Two calls of different lengths: neither may cause another trace.
             first = epoch * len(rates)
             totals = train_step.run(iterator, first, rates[:1]) + train_step.run(iterator, first + 1, rates[1:])
-            counted = features.distributed_batches(self.strategy, self.topology, self.source, evaluation)
+            counted = steps.distributed_batches(self.strategy, self.topology, self.source, evaluation)
             confusion, loss = evaluate(counted, evaluation.steps)
             assert confusion.sum() == self.source.count
             trace.losses.append(totals[steps.LOSS] / max(totals[steps.COUNT], 1))

@@ -8,6 +8,7 @@ A record is a serialised `tensorflow.Example` with the keys below. TensorFlow Da
 Nothing here imports TensorFlow but `parse_batch`, inside: the builder's processes start without it.
 """
 
+import functools
 import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -140,6 +141,47 @@ def decode_example(serialized: bytes) -> Record:
         index=one(INDEX, "int64_list"),
         mask=one(MASK, "bytes_list") if MASK in keys else None,
     )
+
+
+def raw_pixels(serialized: bytes, image_size: int) -> npt.NDArray[np.uint8]:
+    """The image of a record of a raw dataset, without parsing the rest: uint8 [S, S, 1], a view of the record.
+
+    The image is the record's first value, as the keys of a map are written in their order (`encode_example`). Before it
+    lie the tags and lengths of the messages around it, which are the same for all images of one size but for the
+    outermost, which counts the rest of the record.
+
+    Raises:
+        ValueError: The record does not begin so.
+    """
+    count, head = image_size * image_size, _before_raw_pixels(image_size)
+    at = serialized[: len(head) + _MOST_VARINT_BYTES + 1].find(head)
+    if at < 0 or at + len(head) + count > len(serialized):
+        raise ValueError(f"does not begin with an image of {image_size} x {image_size} raw pixels")
+    pixels = np.frombuffer(serialized, np.uint8, count, offset=at + len(head))
+    return pixels.reshape(image_size, image_size, 1)
+
+
+@functools.cache
+def _before_raw_pixels(image_size: int) -> bytes:
+    count = image_size * image_size
+    value = _LENGTH_DELIMITED + _varint(count)
+    feature = _LENGTH_DELIMITED + _varint(len(value) + count)
+    key = _LENGTH_DELIMITED + _varint(len(IMAGE)) + IMAGE.encode()
+    before = b"\x12" + _varint(len(feature) + len(value) + count) + feature + value
+    return _LENGTH_DELIMITED + _varint(len(key) + len(before) + count) + key + before
+
+
+_LENGTH_DELIMITED = b"\x0a"
+"""The tag of field 1, of bytes or of a message (https://protobuf.dev/programming-guides/encoding)."""
+_MOST_VARINT_BYTES = 10
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 127:
+        encoded.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*encoded, number])
 
 
 def parse_batch(serialized: "tf.Tensor", image_size: int, encoding: str) -> "dict[str, tf.Tensor]":

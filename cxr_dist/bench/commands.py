@@ -6,11 +6,12 @@ import math
 import tempfile
 from pathlib import Path
 
-from cxr_dist.bench import build, step
+from cxr_dist.bench import build, reading, step
 from cxr_dist.config import load_config, resolve_preset
 from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
 from cxr_dist.reporting import ConsoleReporter, progress_bar
 from tfrecords_builder.build import build_dataset
+from tfrecords_builder.errors import UserError
 from tfrecords_builder.splits import TRAIN_PERCENT
 
 BENCH_IMAGE_SIZE = 224
@@ -33,6 +34,29 @@ def bench_build(options: argparse.Namespace) -> None:
         return
     print(f"{timings[0].images:,} images to {BENCH_IMAGE_SIZE} pixels, median of {options.rounds}")
     print("\n".join(build.table(timings)))
+
+
+def bench_input(options: argparse.Namespace) -> None:
+    """On labelled images at the size that they have, or on phantoms of the network's size."""
+    batch_size = load_config(resolve_preset(options.config), options.overrides).global_batch_size
+    with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
+        work, source = Path(folder), options.dataset
+        if source is None:
+            source = work / "phantoms"
+            with progress_bar("phantoms") as progress:
+                per_class = math.ceil(options.images / len(CLASS_FOLDERS))
+                write_phantoms(source, per_class=per_class, size=BENCH_IMAGE_SIZE, progress=progress)
+        first = build_dataset(source, work / "dataset", image_size=BENCH_IMAGE_SIZE, masks="ignore").manifest.rows[0]
+        if (first.width, first.height) != (BENCH_IMAGE_SIZE, BENCH_IMAGE_SIZE):
+            raise UserError(
+                f"{source}: {first.path} has {first.width} x {first.height} pixels; give images of "
+                f"{BENCH_IMAGE_SIZE}, which neither way of reading has to resize"
+            )
+        rates = reading.measure(source, work / "dataset", batch_size, options.rounds)
+    if options.json:
+        print(json.dumps([vars(rate) for rate in rates]))
+        return
+    print("\n".join(reading.table(rates)))
 
 
 def bench_step(options: argparse.Namespace) -> None:

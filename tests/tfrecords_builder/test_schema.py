@@ -15,6 +15,7 @@ from tfrecords_builder.schema import (
     encode_example,
     encode_image,
     parse_batch,
+    raw_pixels,
 )
 
 SIZE = 16
@@ -89,6 +90,26 @@ def test_parse_batch_gives_what_was_stored(encoding: str) -> None:
             np.testing.assert_array_equal(read, decode_image(data, SIZE, encoding))
             if encoding != "jpeg":
                 np.testing.assert_array_equal(read, image)
+
+
+@pytest.mark.parametrize("size", [1, 2, 10, 11, 12, 32, 90, 91, 127, 128, 129, 224, 299])
+@pytest.mark.parametrize("mask", [None, b"", bytes(200)])
+def test_raw_pixels_are_found_without_parsing(size: int, mask: bytes | None) -> None:
+    """At every size around which a length takes another byte."""
+    pixels = np.random.default_rng(size).integers(0, 256, (size, size), dtype=np.uint8)
+    for path in ("", "x", "a long path " * 30):
+        record = encode_example(image=encode_image(pixels, "raw"), label=3, path=path, index=2**40, mask=mask)
+        found = raw_pixels(record, size)
+        assert found.shape == (size, size, 1)
+        np.testing.assert_array_equal(found[..., 0], pixels)
+        with pytest.raises(ValueError, match="raw pixels"):
+            raw_pixels(record, size + 1)
+
+
+@pytest.mark.parametrize("record", [b"", b"\x0a", bytes(100), encode_example(image=b"", label=1, path="", index=0)])
+def test_raw_pixels_of_something_else(record: bytes) -> None:
+    with pytest.raises(ValueError, match="raw pixels"):
+        raw_pixels(record, 10)
 
 
 def test_static_batch_is_kept() -> None:

@@ -1,0 +1,135 @@
+"""Images per second that reach the training step, beside `keras.utils.image_dataset_from_directory`.
+
+Both deliver the same images of the training split once, gray, in whole batches, shuffled; the sum of all pixels shows
+that the content is the same. Cold: the files are dropped from the page cache, and the time is from the start to the
+last batch. Warm: the next pass, for which Keras reads the files again, now from the page cache, and ours has them in
+memory.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from cxr_dist import steps
+from cxr_dist.data import ShardSource, Slice, TrainingPlan
+from cxr_dist.strategy import make_strategy, prepare_devices
+from tfrecords_builder.manifest import read_manifest
+
+MEMORY_BYTES = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Images per second of one way of reading, one figure a round."""
+
+    name: str
+    cold: tuple[float, ...]
+    warm: tuple[float, ...]
+    pixel_sum: int
+    """Of every image once."""
+
+
+def measure(source: Path, dataset: Path, batch_size: int, rounds: int) -> list[Rate]:
+    """Read the training split `rounds` times each way, in turns.
+
+    Args:
+        source: The images that `dataset` was built of, without resizing.
+        dataset: Built of them.
+        batch_size: Images; what is left of the split by whole batches is read, and counted, by neither.
+        rounds: The medians are over these.
+
+    Raises:
+        RuntimeError: The two delivered different pixels.
+    """
+    manifest = read_manifest(dataset)
+    split = ShardSource(dataset, manifest, "train")
+    count = split.count // batch_size * batch_size
+    shards = [dataset / shard.name for shard in manifest.shards if shard.split == "train"]
+    with tempfile.TemporaryDirectory(prefix="cxr-dist-input-") as folder:
+        images = [source / path for path in split.paths[:count]]
+        for label, image in zip(split.labels, images, strict=False):
+            link = Path(folder, manifest.class_names[label], image.name)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(image.resolve())
+        ways: dict[str, tuple[Callable[[], Callable[[], Iterator[Any]]], list[Path]]] = {
+            "image_dataset_from_directory": (lambda: _keras(Path(folder), batch_size, manifest.image_size), images),
+            "cxr-dist": (lambda: _ours(dataset, count, batch_size), shards),
+        }
+        found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, (start, files) in ways.items():
+                for file in files:
+                    _drop_from_memory(file)
+                begun = time.perf_counter()
+                passes = start()
+                first = _take(passes(), count // batch_size)
+                ended = time.perf_counter()
+                total = _pixel_sum(first)
+                again = time.perf_counter()
+                _take(passes(), count // batch_size)
+                found[name].append((count / (ended - begun), count / (time.perf_counter() - again), total))
+    rates = [
+        Rate(name, tuple(row[0] for row in rows), tuple(row[1] for row in rows), rows[0][2])
+        for name, rows in found.items()
+    ]
+    if len({rate.pixel_sum for rate in rates}) > 1:
+        raise RuntimeError(f"different pixels: {rates}")
+    return rates
+
+
+def table(rates: list[Rate]) -> list[str]:
+    """Lines for people."""
+    base = rates[0]
+    lines = [f"{'':30} cold img/s  warm img/s  ratio cold  warm"]
+    for rate in rates:
+        cold, warm = median(rate.cold), median(rate.warm)
+        ratios = cold / median(base.cold), warm / median(base.warm)
+        lines.append(f"{rate.name:30} {cold:10,.0f} {warm:11,.0f} {ratios[0]:11.1f} {ratios[1]:5.1f}")
+    return lines
+
+
+def _keras(folder: Path, batch_size: int, image_size: int) -> Callable[[], Iterator[Any]]:
+    import keras
+
+    batches = keras.utils.image_dataset_from_directory(
+        folder,
+        color_mode="grayscale",
+        batch_size=batch_size,
+        image_size=(image_size, image_size),
+        seed=0,
+        verbose=False,
+    ).prefetch(2)
+    return lambda: (images for images, _ in batches)
+
+
+def _ours(dataset: Path, count: int, batch_size: int) -> Callable[[], Iterator[Any]]:
+    """As the loop: all images into memory, then batches from there without end."""
+    topology = prepare_devices(1)
+    source = ShardSource(dataset, read_manifest(dataset), "train").in_memory(MEMORY_BYTES)
+    plan = TrainingPlan(count, batch_size, 1, seed=0)
+    batches = steps.distributed_batches(make_strategy(topology), topology, Slice(source, 0, count), plan)
+    return lambda: (batch["inputs"] for batch in batches)
+
+
+def _take(batches: Iterator[Any], number: int) -> list[Any]:
+    return [next(batches) for _ in range(number)]
+
+
+def _pixel_sum(batches: list[Any]) -> int:
+    return sum(int(np.asarray(batch).astype(np.uint8).sum(dtype=np.int64)) for batch in batches)
+
+
+def _drop_from_memory(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
