@@ -304,7 +304,7 @@ def demo(options: argparse.Namespace) -> None:
     print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
 
 
-DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation")
+DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation|feature-cache")
 DEMO_PER_CLASS = 400
 DEMO_SIZE = 128
 DEMO_IMAGE_SIZE = 56

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cxr_dist.data import PADDING, ArraySource, EvaluationPlan, ShardSource, TrainingPlan, epoch_order, worker_batches
+from tfrecords_builder.build import build_dataset
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.images import load_gray
 from tfrecords_builder.manifest import read_manifest
@@ -197,6 +198,26 @@ def test_shards_give_the_images_of_their_paths(split: str, dataset: Path, phanto
     assert number == source.count
 
 
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
+def test_a_split_in_memory_is_the_split(encoding: str, phantom_source: Path, tmp_path: Path) -> None:
+    build_dataset(phantom_source, tmp_path / "dataset", image_size=32, encoding=encoding, workers=1)
+    source = ShardSource(tmp_path / "dataset", read_manifest(tmp_path / "dataset"), "train")
+    plan = EvaluationPlan(source.count, 7, 1)
+    needed = source.count * 32 * 32
+    assert source.in_memory(needed - 1) is source
+    kept = source.in_memory(needed)
+    assert kept is not source
+    for left, right in zip(
+        *(
+            worker_batches(each, plan, first_replica=0, local_replicas=1).take(plan.steps).as_numpy_iterator()
+            for each in (source, kept)
+        ),
+        strict=True,
+    ):
+        for name, value in left.items():
+            np.testing.assert_array_equal(value, right[name], err_msg=name)
+
+
 @pytest.mark.parametrize("place", ["header", "payload"])
 def test_a_flipped_byte_names_shard_and_offset(dataset: Path, tmp_path: Path, place: str) -> None:
     damaged = Path(shutil.copytree(dataset, tmp_path / "dataset"))
@@ -220,6 +241,8 @@ def test_a_flipped_byte_names_shard_and_offset(dataset: Path, tmp_path: Path, pl
     assert (source.failure.shard, source.failure.offset) == (str(shard), offset)
     assert str(shard) in str(source.failure)
     assert str(offset) in str(source.failure)
+    with pytest.raises(CorruptRecordError, match=shard.name):
+        ShardSource(damaged, manifest, "validation").in_memory(1 << 30)
 
 
 def test_a_reader_reads_its_own_records_alone(dataset: Path, tmp_path: Path) -> None:
