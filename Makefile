@@ -34,7 +34,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile -c constraints.txt
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
 
 # An earlier demo is replaced. A folder that holds anything else stays, and the command says what is in the way.
-DEMO_HOLDS := phantoms|\.phantoms\.unfinished-[0-9a-f]+|dataset|run|evaluation
+DEMO_HOLDS := phantoms|\.phantoms\.unfinished-[0-9a-f]+|dataset|run|evaluation|feature-cache
 REMOVE_DEMO := if [ -d $(DEMO) ] && ! ls -A $(DEMO) | grep -qvxE '$(DEMO_HOLDS)'; then rm -rf $(DEMO); fi
 
 help: ## show this

@@ -99,7 +99,7 @@ class FrozenFeatures:
         self._config, self._strategy, self._topology, self._store = config, strategy, topology, store
         self._precision, self._xla, self._progress = precision, xla, progress
         self._iterators: list[Any] = []
-        """Kept until the run ends: destroying one costs seconds."""
+        """Kept until the run ends: destroying one may take a minute (see `steps.distributed_batches`)."""
 
     def sources(
         self, model: Any, name: str, also: Sequence[str], images: SplitImages, augmentation: AugmentationConfig | None
@@ -186,7 +186,6 @@ class FrozenFeatures:
                 self._store.begin(entry, images.source.count * row)
         steps.all_agree(self._strategy, True)
         count, workers = images.source.count, topology.workers
-        count, workers = images.source.count, topology.workers
         first, last = count * topology.worker // workers, count * (topology.worker + 1) // workers
         mine = Slice(images.source, first, last)
         draws = None if view is None else view_draws(count, self._config.seed, view)[first:last]
@@ -195,20 +194,34 @@ class FrozenFeatures:
                 files.enter_context(self._store.part(entries[name], topology.worker, shapes[name], dtypes[name]))
                 for name in names
             ]
-            run, iterator, _ = self._passes(model, names, list(dtypes.values()), mine, augmentation, draws)
-            done, begun = 0, time.perf_counter()
-            while done < mine.count:
-                for outputs in run(iterator):  # of each replica, in the order of the images; the last are padded
-                    kept = min(mine.count - done, len(outputs[0]))
-                    for name, writer, output in zip(names, writers, outputs, strict=True):
-                        _append(writer, output[:kept], name)
-                    done += kept
-                self._progress(done, mine.count, done * topology.workers / (time.perf_counter() - begun))
+            if mine.count:  # or there are more workers than images
+                self._write(writers, model, names, mine, augmentation, draws)
         steps.all_agree(self._strategy, True)
         if topology.is_chief:
             for name, entry in entries.items():
                 self._store.commit(entry, topology.workers, shapes[name], dtypes[name])
         steps.all_agree(self._strategy, True)
+
+    def _write(
+        self,
+        writers: Sequence[PartWriter],
+        model: Any,
+        names: Sequence[str],
+        source: Source,
+        augmentation: AugmentationConfig | None,
+        draws: npt.NDArray[np.float32] | None,
+    ) -> None:
+        """The tensors at each cut of every input of `source`, in order."""
+        dtypes = [cut.stored_dtype(name) for name in names]
+        run, iterator, _ = self._passes(model, names, dtypes, source, augmentation, draws)
+        done, begun = 0, time.perf_counter()
+        while done < source.count:
+            for outputs in run(iterator):  # of each replica, in the order of the images; the last are padded
+                kept = min(source.count - done, len(outputs[0]))
+                for name, writer, output in zip(names, writers, outputs, strict=True):
+                    _append(writer, output[:kept], name)
+                done += kept
+            self._progress(done, source.count, done * self._topology.workers / (time.perf_counter() - begun))
 
     def _passes(
         self,
