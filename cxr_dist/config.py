@@ -297,7 +297,8 @@ def _merge(tree: dict[str, Any], update: dict[str, Any], where: str, prefix: str
         if prefix == "stages." and key not in tree and key.isdigit():
             tree[key] = _plain(StageConfig().model_dump(mode="json"))
         if key not in tree:
-            raise UserError(f"{where}{name}: unknown config key{_nearest(name)}")
+            meant = _first_leaf(name, value)
+            raise UserError(f"{where}{meant}: unknown config key{_nearest(meant)}")
         if isinstance(tree[key], dict):
             if not isinstance(value, dict):
                 inner = ", ".join(f"{name}.{child}" for child in tree[key])
@@ -307,6 +308,14 @@ def _merge(tree: dict[str, Any], update: dict[str, Any], where: str, prefix: str
             raise UserError(f"{where}{name}: is a value, not a mapping")
         else:
             tree[key] = value
+
+
+def _first_leaf(name: str, value: Any) -> str:
+    """The dotted name of the first value below `name`: it tells better than a section's what was meant."""
+    while isinstance(value, dict) and value:
+        key, value = next(iter(value.items()))
+        name = f"{name}.{key}"
+    return name
 
 
 def known_keys() -> dict[str, Any]:

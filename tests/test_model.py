@@ -69,8 +69,9 @@ def test_each_stage_changes_exactly_what_it_trains(imagenet_weights: Path, batch
     base = model.base_of(run.model)
     before = {variable.path: np.asarray(variable) for variable in base.weights}
 
-    run.stage(StageConfig(epochs=1, learning_rate=1e-3))
-    assert changed(run, before) == set()
+    if batch_norm == "train":  # stage 1 is the same for both
+        run.stage(StageConfig(epochs=1, learning_rate=1e-3))
+        assert changed(run, before) == set()
 
     run.stage(StageConfig(epochs=1, learning_rate=1e-3, unfreeze_layers=100))
     trainable = {variable.path for variable in base.trainable_variables}
