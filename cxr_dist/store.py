@@ -151,7 +151,7 @@ class FeatureStore:
         """Whether `needed` bytes would, once everything that may be removed was."""
         with _explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            removable = sum(_bytes_of(entry) for entry in self._entries() if not _is_used(entry))
+            removable = sum(_bytes_of(entry) for entry in self._entries() if not _is_locked(entry / _ENTRY))
             return needed <= min(self._limit, shutil.disk_usage(self.folder).free + removable)
 
     def begin(self, description: Description, needed: int) -> None:
@@ -160,6 +160,7 @@ class FeatureStore:
         with _explained(self.folder):
             if work.exists():
                 shutil.rmtree(work)
+            self._remove_abandoned()
             self._make_room(needed)
             work.mkdir()
 
@@ -186,13 +187,20 @@ class FeatureStore:
         found = [path.parent for path in self.folder.glob(f"*/{_ENTRY}") if path.parent.suffix != _WORK]
         return sorted(found, key=lambda entry: (entry / _ENTRY).stat().st_mtime)
 
+    def _remove_abandoned(self) -> None:
+        """What processes left that were stopped while they computed other entries: nobody holds their locks."""
+        for work in self.folder.glob(f"*{_WORK}"):
+            lock = work.with_suffix(_LOCK)
+            if lock.exists() and not _is_locked(lock):
+                shutil.rmtree(work)
+
     def _make_room(self, needed: int) -> None:
         entries = self._entries()
         total = sum(_bytes_of(entry) for entry in entries)
         for entry in entries:
             if total + needed <= self._limit and shutil.disk_usage(self.folder).free >= needed:
                 return
-            if not _is_used(entry):
+            if not _is_locked(entry / _ENTRY):
                 total -= _bytes_of(entry)
                 (entry / _ENTRY).unlink()  # first: without it, it is no entry
                 shutil.rmtree(entry)
@@ -225,9 +233,9 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _is_used(entry: Path) -> bool:
-    """By any process that found it and has not ended."""
-    with (entry / _ENTRY).open("rb") as file:
+def _is_locked(path: Path) -> bool:
+    """By any process that has not ended: one that reads an entry, or computes one."""
+    with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

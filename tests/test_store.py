@@ -98,7 +98,13 @@ def test_a_stopped_write_leaves_nothing_to_find(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert store.find(about()) is None
-    write(store, about())
+    assert len(list(store.folder.glob("*.work"))) == 1
+    write(store, about(1))  # another entry: what was abandoned takes no room for ever
+    assert not list(store.folder.glob("*.work"))
+    with store.computing([about(2)]):
+        store.begin(about(2), ROWS.nbytes)
+        write(store, about())
+        assert len(list(store.folder.glob("*.work"))) == 1, "what is being computed stays"
     assert store.find(about()) is not None
 
 

@@ -21,12 +21,8 @@ DATABASE_IMAGE_SIZE = 299
 def bench_build(options: argparse.Namespace) -> None:
     """On labelled images, or on phantoms of the database's size."""
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
-        work, source = Path(folder), options.dataset
-        if source is None:
-            source = work / "phantoms"
-            with progress_bar("phantoms") as progress:
-                per_class = math.ceil(options.images / len(CLASS_FOLDERS))
-                write_phantoms(source, per_class=per_class, size=DATABASE_IMAGE_SIZE, progress=progress)
+        work = Path(folder)
+        source = options.dataset or _phantoms(work / "phantoms", options.images, DATABASE_IMAGE_SIZE)
         (work / "built").mkdir()
         timings = build.measure(source, work / "built", BENCH_IMAGE_SIZE, (1, 2), options.rounds, tfds=True)
     if options.json:
@@ -40,12 +36,8 @@ def bench_input(options: argparse.Namespace) -> None:
     """On labelled images at the size that they have, or on phantoms of the network's size."""
     batch_size = load_config(resolve_preset(options.config), options.overrides).global_batch_size
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
-        work, source = Path(folder), options.dataset
-        if source is None:
-            source = work / "phantoms"
-            with progress_bar("phantoms") as progress:
-                per_class = math.ceil(options.images / len(CLASS_FOLDERS))
-                write_phantoms(source, per_class=per_class, size=BENCH_IMAGE_SIZE, progress=progress)
+        work = Path(folder)
+        source = options.dataset or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
         first = build_dataset(source, work / "dataset", image_size=BENCH_IMAGE_SIZE, masks="ignore").manifest.rows[0]
         if (first.width, first.height) != (BENCH_IMAGE_SIZE, BENCH_IMAGE_SIZE):
             raise UserError(
@@ -57,6 +49,14 @@ def bench_input(options: argparse.Namespace) -> None:
         print(json.dumps([vars(rate) for rate in rates]))
         return
     print("\n".join(reading.table(rates)))
+
+
+def _phantoms(folder: Path, images: int, size: int) -> Path:
+    """At least so many phantoms, in `folder`."""
+    with progress_bar("phantoms") as progress:
+        per_class = math.ceil(images / len(CLASS_FOLDERS))
+        write_phantoms(folder, per_class=per_class, size=size, progress=progress)
+    return folder
 
 
 def bench_step(options: argparse.Namespace) -> None:
