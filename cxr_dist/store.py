@@ -162,6 +162,12 @@ class FeatureStore:
                 shutil.rmtree(work)
             self._remove_abandoned()
             self._make_room(needed)
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:  # said now, not after minutes of computing
+                raise UserError(
+                    f"features.folder {self.folder}: has {free / 1e9:.3f} GB free where {needed / 1e9:.3f} GB are "
+                    "needed; make room, name another folder, or set features.cache=off"
+                )
             work.mkdir()
 
     def part(self, description: Description, number: int, shape: tuple[int, ...], dtype: str) -> PartWriter:

@@ -146,6 +146,14 @@ def test_room_is_made_by_what_was_not_used_for_longest(tmp_path: Path) -> None:
         other.join(30)
 
 
+def test_a_disk_that_is_too_full_is_named_before_anything_is_computed(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"features\.folder .* GB free where 1000000000\.000 GB are needed"),
+        store_in(tmp_path).computing([about()]),
+    ):
+        store_in(tmp_path).begin(about(), 10**18)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file")
     with pytest.raises(UserError, match=r"features\.folder .*store.*features\.cache=off"):
