@@ -67,7 +67,8 @@ def find_duplicates(digests: Sequence[str], thumbnails: Thumbnails) -> list[Pair
             pairs.append(Pair(first, position, 1.0))
     # Of equal files one stands for all: a set of k would give k * k pairs.
     distinct = np.array(sorted(first_of.values()), np.int64)
-    for left, right, score in near_duplicates(thumbnails[distinct]):
+    different = thumbnails if len(distinct) == len(thumbnails) else thumbnails[distinct]  # indexing copies
+    for left, right, score in near_duplicates(different):
         pairs.append(Pair(int(distinct[left]), int(distinct[right]), score))
     return sorted(pairs, key=lambda pair: (pair.first, pair.second))
 

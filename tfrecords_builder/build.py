@@ -11,6 +11,7 @@ often the build was stopped and started again.
 
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -218,7 +219,7 @@ def _ingest_tasks(
 
 def _source_file(source: Path, path: str, mask: parts.SourceFile | None = None) -> parts.SourceFile:
     try:
-        status = (source / path).stat()
+        status = os.stat(f"{source}/{path}")  # noqa: PTH116 - by a Path, ten thousand take a tenth of a second more
     except OSError:
         return parts.SourceFile(path, -1, -1, mask)  # reading it says what is wrong
     return parts.SourceFile(path, status.st_size, status.st_mtime_ns, mask)

@@ -8,10 +8,9 @@ finished; one whose source files or settings are others, or whose data is damage
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from operator import attrgetter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -24,8 +23,8 @@ MOST_PARTS = 4096
 _THUMBNAIL_BYTES = THUMBNAIL_SIZE * THUMBNAIL_SIZE
 
 
-@dataclass(frozen=True, slots=True)
-class SourceFile:
+# These two are sent between processes by the ten thousand: a named tuple takes a third of a dataclass's time.
+class SourceFile(NamedTuple):
     """A source image as it was found: whether it has changed since is told by this, without reading it."""
 
     path: str
@@ -36,8 +35,7 @@ class SourceFile:
     """The image's lung mask, if it is read too."""
 
 
-@dataclass(frozen=True, slots=True)
-class PartImage:
+class PartImage(NamedTuple):
     """A source image after decoding: its place in the part's data, or the reason for rejecting it."""
 
     path: str
@@ -50,9 +48,6 @@ class PartImage:
     mask_sha256: str | None = None
     mask_length: int = 0
     """The mask's bytes follow the image's; 0 when it has none."""
-
-
-_FIELDS = attrgetter(*(field.name for field in fields(PartImage)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +83,7 @@ def write_part(
     index = {
         "key": key,
         "sources": _plain(sources),
-        "images": [_FIELDS(image) for image in images],
+        "images": images,
         "bytes": len(data),
         "crc32c": google_crc32c.value(data),
     }

@@ -19,6 +19,8 @@ from tfrecords_builder.audit import (
     group_of,
 )
 from tfrecords_builder.images import decode_gray
+from tfrecords_builder.resizing import squares
+from tfrecords_builder.writer import THUMBNAIL
 
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]
 
@@ -50,7 +52,8 @@ CHANGES: dict[str, Change] = {
 def thumbnail(image: Image.Image) -> np.ndarray:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return decode_gray(buffer.getvalue(), 32, Path("x")).thumbnail
+    gray = decode_gray(buffer.getvalue(), Path("x")).gray
+    return squares([gray], [THUMBNAIL])[0][0]
 
 
 def phantoms(per_class: int) -> list[Image.Image]:

@@ -333,9 +333,9 @@ def test_an_interrupted_build_goes_on(
     monkeypatch.setattr(parts, "IMAGES_PER_PART", 8)
     decoded: list[Path] = []
 
-    def decode(data: bytes, size: int, path: Path) -> images.Decoded:
+    def decode(data: bytes, path: Path) -> images.Decoded:
         decoded.append(path)
-        return real_decode(data, size, path)
+        return real_decode(data, path)
 
     real_decode = images.decode_gray
     monkeypatch.setattr(images, "decode_gray", decode)
