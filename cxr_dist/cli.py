@@ -170,20 +170,26 @@ def _add_bench(command: Command) -> None:
     bench = command("bench", commands.bench, "measure this machine, each figure beside its baseline")
     bench.add_argument(
         "what",
-        choices=["build", "input", "step"],
+        choices=["build", "input", "step", "features", "scaling"],
         help="build: images/s of build, of bare decoding and of TensorFlow Datasets; "
         "input: images/s that reach the step, beside Keras's image_dataset_from_directory; "
-        "step: images/s of train against a bare compiled step",
+        "step: images/s of train against a bare compiled step; "
+        "features: both stages beside plain Keras; "
+        "scaling: images/s of several workers, and what a cluster would do",
     )
     bench.add_argument(
         "dataset",
         type=Path,
         nargs="?",
         metavar="INPUT",
-        help="images (build, input) or a dataset (step); default: phantoms",
+        help="images (build, input, features) or a dataset (step, scaling); default: phantoms",
     )
     bench.add_argument(
-        "--images", type=_positive, default=21_165, metavar="N", help="phantoms to build or read (default: %(default)s)"
+        "--images",
+        type=_positive,
+        default=21_165,
+        metavar="N",
+        help="phantoms to build or read, or in an epoch of scaling (default: %(default)s)",
     )
     bench.add_argument("--config", type=Path, default=Path("cpu"), metavar="YAML", help="(default: %(default)s)")
     bench.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
@@ -192,6 +198,15 @@ def _add_bench(command: Command) -> None:
     )
     bench.add_argument(
         "--steps", type=_positive, default=6, metavar="N", help="a round, on phantoms (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--workers", type=_positive, nargs="+", default=[1, 2], metavar="N", help="of scaling (default: 1 2)"
+    )
+    bench.add_argument(
+        "--batch-sizes", type=_positive, nargs="+", default=[32, 64], metavar="B", help="of scaling (default: 32 64)"
+    )
+    bench.add_argument(
+        "--cluster", type=Path, metavar="YAML", help="of scaling: the machines to foretell for (cluster/example.yaml)"
     )
     bench.add_argument("--json", action="store_true", help="for scripts: every round, and the medians")
 

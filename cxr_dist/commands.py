@@ -276,7 +276,13 @@ def bench(options: argparse.Namespace) -> None:
     """The benchmark that was named."""
     from cxr_dist.bench import commands as benchmarks
 
-    measure = {"build": benchmarks.bench_build, "input": benchmarks.bench_input, "step": benchmarks.bench_step}
+    measure = {
+        "build": benchmarks.bench_build,
+        "input": benchmarks.bench_input,
+        "step": benchmarks.bench_step,
+        "features": benchmarks.bench_features,
+        "scaling": benchmarks.bench_scaling,
+    }
     measure[options.what](options)
 
 

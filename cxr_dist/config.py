@@ -152,6 +152,12 @@ class Config(_Node):
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, dropout and augmentation")
     deterministic: bool = Field(False, description="bit-identical repeats on the same hardware, somewhat slower")
     global_batch_size: int = Field(32, ge=1, description="images in a step, over all replicas")
+    accumulation_steps: int = Field(
+        1,
+        ge=1,
+        description="parts in which each replica takes its share of the batch, where the whole does not fit in its "
+        "memory; their gradients are summed",
+    )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: by device (float16 or bfloat16 on a GPU, bfloat16 on a CPU that computes in it)"
     )

@@ -42,12 +42,16 @@ class TrainingPlan:
     seed: int
     views: int = 1
     """Of each image, one behind another in the source; an epoch takes one of them, the next epoch the next."""
+    parts: int = 1
+    """In which each replica takes its batch."""
 
     def __post_init__(self) -> None:
-        if self.global_batch_size % self.replicas:
+        divisor = self.replicas * self.parts
+        if self.global_batch_size % divisor:
+            times = f" times {self.parts} accumulation_steps" if self.parts > 1 else ""
             raise UserError(
-                f"global_batch_size {self.global_batch_size}: must be a multiple of the {self.replicas} replicas; "
-                f"try {-(-self.global_batch_size // self.replicas) * self.replicas}"
+                f"global_batch_size {self.global_batch_size}: must be a multiple of the {self.replicas} replicas{times}"
+                f"; try {-(-self.global_batch_size // divisor) * divisor}"
             )
         if self.count < self.global_batch_size:
             raise UserError(

@@ -111,7 +111,13 @@ class _Run:
         self.classes = len(manifest.class_names)
         self.train_source = ShardSource(dataset, manifest, "train")
         self.validation_source = ShardSource(dataset, manifest, "validation")
-        self.plan = TrainingPlan(self.train_source.count, config.global_batch_size, topology.replicas, config.seed)
+        self.plan = TrainingPlan(
+            self.train_source.count,
+            config.global_batch_size,
+            topology.replicas,
+            config.seed,
+            parts=config.accumulation_steps,
+        )
 
         keras.utils.set_random_seed(config.seed)
         if config.deterministic:
@@ -179,6 +185,7 @@ class _Run:
             class_weights=stages.class_weights(self.train_source.labels, self.classes) if stage.class_weights else None,
             loss_scale=loss_scale,
             xla=self.xla,
+            accumulation_steps=config.accumulation_steps,
         )
         evaluate = self._evaluation(inputs.network, inputs.validation)
         rates = stages.learning_rates(stage, plan.steps_per_epoch)
@@ -243,6 +250,7 @@ class _Run:
             "accuracy": float(total[steps.CORRECT] / count),
             "learning_rate": float(rates[-1]),
             "skipped_steps": int(total[steps.SKIPPED]),
+            "trainable_parameters": sum(int(np.prod(v.shape)) for v in self.model.trainable_variables),
             "input_wait": float(total[steps.WAITED] / in_steps),
             "images_per_second": pace.steps_per_second * self.config.global_batch_size,
             "seconds": time.perf_counter() - started,

@@ -2,7 +2,7 @@
 
 A training step, on every replica:
 
-1. forward and gradient of the replica's share of the loss: one pure function of tensors, the XLA boundary;
+1. forward and gradient of the replica's share of the loss (`gradients`);
 2. one all-reduce of gradients, summed counts and BatchNorm statistics together;
 3. unscaling, and a finite check of the reduced gradient, which is therefore the same on every replica;
 4. clipping and the optimizer's update, or nothing at all when the check failed.
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from cxr_dist import augment
 from cxr_dist.config import AugmentationConfig, StageConfig
 from cxr_dist.data import EvaluationPlan, Source, TrainingPlan, worker_batches
+from cxr_dist.gradients import Place, Variables, in_parts, make_gradient
 from cxr_dist.strategy import Topology
 
 MOST_STEPS_PER_CALL = 100
@@ -30,9 +31,6 @@ MOST_STEPS_PER_CALL = 100
 # Rows of the summed counts that a call returns.
 LOSS, CORRECT, COUNT, SKIPPED, WAITED = range(5)
 """WAITED: seconds in which a step was ready and its batch was not."""
-
-# Domains of the counter-based random numbers, so that no two uses share a stream.
-_AUGMENTATION, _DROPOUT = 1, 2
 
 
 @dataclass
@@ -108,41 +106,6 @@ def make_optimizer(stage: StageConfig) -> Any:
     return optimizer
 
 
-@dataclass(frozen=True)
-class Variables:
-    """A model's variables by what a step does with them, as indices into Keras's own lists."""
-
-    trainable: list[Any]
-    other: list[Any]
-    statistics: list[int]
-    """Of `other`: moving statistics of BatchNorm layers that train."""
-    seeds: list[int]
-    """Of `other`: states of dropout's seed generators, which are set by the step and never saved."""
-
-    @classmethod
-    def of(cls, model: Any) -> "Variables":
-        import keras
-
-        trainable, other = list(model.trainable_variables), list(model.non_trainable_variables)
-        place = {id(variable): index for index, variable in enumerate(other)}
-        statistics, seeds = [], []
-        for layer in model._flatten_layers():
-            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
-                statistics += [place[id(layer.moving_mean)], place[id(layer.moving_variance)]]
-            if isinstance(layer, keras.layers.Dropout) and layer.rate > 0:
-                seeds.append(place[id(layer.seed_generator.state)])
-        return cls(trainable, other, statistics, seeds)
-
-    def values(self) -> tuple[list[Any], list[Any]]:
-        """This replica's values, as tensors: what `stateless_call` takes."""
-        import tensorflow as tf
-
-        return (
-            [tf.convert_to_tensor(variable.value) for variable in self.trainable],
-            [tf.convert_to_tensor(variable.value) for variable in self.other],
-        )
-
-
 def make_train_step(
     strategy: Any,
     model: Any,
@@ -156,52 +119,34 @@ def make_train_step(
     class_weights: npt.NDArray[np.float32] | None,
     loss_scale: LossScale,
     xla: bool,
+    accumulation_steps: int = 1,
 ) -> TrainStep:
     """Compile the training of `model`'s trainable variables (set them, and build the optimizer, first).
 
     `model` takes what the batches hold as `inputs`: images uint8 [B, S, S, 1], or pooled features
-    float32 [B, 2048] for the head alone. `augmentation` is for images; None leaves them as they are.
+    float32 [B, 2048] for the head alone. `augmentation` is for images; None leaves them as they are. A replica's batch
+    is taken in `accumulation_steps` parts.
     """
     import tensorflow as tf
 
     variables = Variables.of(model)
-    weights = np.ones(classes, np.float32) if class_weights is None else class_weights
     traces: list[str] = []
+    compute = make_gradient(
+        model,
+        variables,
+        global_batch_size=global_batch_size,
+        classes=classes,
+        label_smoothing=stage.label_smoothing,
+        augmentation=augmentation,
+        class_weights=class_weights,
+    )
+    # The part is what is compiled, not the loop over parts: the memory of one is then all that is planned for.
+    compute = in_parts(tf.function(compute, jit_compile=True) if xla else compute, accumulation_steps, variables)
 
-    def forward_and_gradient(
-        batch: dict[str, Any], step_seed: Any, replica: Any, scale: Any, trainable: list[Any], other: list[Any]
-    ) -> tuple[list[Any], Any, list[Any]]:
-        """Gradients of the scaled loss, [LOSS, CORRECT, COUNT, finite] and new BatchNorm statistics."""
-        inputs = tf.cast(batch["inputs"], tf.float32)
-        if augmentation is not None:
-            stream = tf.stack([step_seed[0], step_seed[1] * 4 + _AUGMENTATION])
-            draws = augment.draw(stream, batch["slot"], global_batch_size)
-            inputs = augment.augment(inputs, draws, augmentation)
-        other = list(other)
-        for number, index in enumerate(variables.seeds):
-            # Every layer, replica and step has a stream of its own, which no checkpoint has to hold.
-            stream = tf.stack([step_seed[0] + 7919 * (number + 1) + 104729 * replica, step_seed[1] * 4 + _DROPOUT])
-            other[index] = tf.cast(stream, other[index].dtype)
-        target = tf.one_hot(batch["label"], classes)
-        smoothed = target * (1.0 - stage.label_smoothing) + stage.label_smoothing / classes
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(trainable)
-            logits, other = model.stateless_call(trainable, other, inputs, training=True)
-            losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)
-            losses *= batch["mask"] * tf.gather(tf.constant(weights), batch["label"])
-            loss = tf.reduce_sum(losses)
-            scaled = loss / global_batch_size * scale
-        gradients = tape.gradient(scaled, trainable)
-        hit = tf.cast(tf.argmax(logits, -1, tf.int32) == batch["label"], tf.float32)
-        sums = tf.stack([loss, tf.reduce_sum(hit * batch["mask"]), tf.reduce_sum(batch["mask"])])
-        return gradients, sums, [tf.cast(other[index], tf.float32) for index in variables.statistics]
-
-    inner = tf.function(forward_and_gradient, jit_compile=True) if xla else forward_and_gradient
-
-    def replica_step(batch: dict[str, Any], step_seed: Any, scale: Any) -> tuple[list[Any], Any, list[Any], Any]:
+    def replica_step(batch: dict[str, Any], step: Any, scale: Any) -> tuple[list[Any], Any, list[Any], Any]:
         context = tf.distribute.get_replica_context()
-        replica = tf.cast(context.replica_id_in_sync_group, tf.int32)
-        gradients, sums, statistics = inner(batch, step_seed, replica, scale, *variables.values())
+        place = Place(tf.constant(seed, tf.int32), step, tf.cast(context.replica_id_in_sync_group, tf.int32))
+        gradients, sums, statistics = compute(batch, place, scale, *variables.values())
         if context.num_replicas_in_sync > 1:
             count = len(gradients)
             reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, [*gradients, sums, *statistics])
@@ -230,7 +175,6 @@ def make_train_step(
         traces.append(f"{len(variables.trainable)} trainable variables")
         totals = tf.zeros([5], tf.float64)
         for index in tf.range(count):
-            step_seed = tf.stack([tf.constant(seed, tf.int32), first_step + index])
             with tf.control_dependencies([totals]):  # the step before is done
                 begun = tf.timestamp()
             with tf.control_dependencies([begun]):
@@ -238,7 +182,7 @@ def make_train_step(
             with tf.control_dependencies([part["label"] for part in strategy.experimental_local_results(batch)]):
                 waited = tf.timestamp() - begun
             gradients, sums, statistics, finite = strategy.run(
-                replica_step, args=(batch, step_seed, loss_scale.scale.read_value())
+                replica_step, args=(batch, first_step + index, loss_scale.scale.read_value())
             )
             finite = first_of(finite)
             loss_scale.update(finite)

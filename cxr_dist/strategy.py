@@ -44,11 +44,16 @@ class Topology:
 
 
 def prepare_devices(
-    devices: int | None, workers: int = 1, worker: int = 0, option: str = "--devices-per-worker"
+    devices: int | None,
+    workers: int = 1,
+    worker: int = 0,
+    option: str = "--devices-per-worker",
+    cores: int | None = None,
 ) -> Topology:
     """Take `devices` local devices (all GPUs, or one CPU, when None) for this process.
 
-    Without a GPU the CPU is divided into logical CPUs, which share its cores.
+    Without a GPU the CPU is divided into logical CPUs, which share its cores: all of them, or `cores`, where several
+    workers share a machine. Each would else start a thread for every core, and they would take turns.
 
     Raises:
         UserError: more GPUs are asked for than there are; names `option`.
@@ -65,6 +70,8 @@ def prepare_devices(
             tf.config.experimental.set_memory_growth(gpu, True)
         return Topology(workers, worker, "GPU", tuple(f"GPU:{index}" for index in range(wanted)))
     keep_freed_memory()
+    if cores is not None:
+        tf.config.threading.set_intra_op_parallelism_threads(min(cores, len(os.sched_getaffinity(0))))
     wanted = devices or 1
     cpu = tf.config.list_physical_devices("CPU")[0]
     present = tf.config.get_logical_device_configuration(cpu)

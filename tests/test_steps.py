@@ -11,8 +11,10 @@ import pytest
 
 from cxr_dist import model
 from cxr_dist.config import StageConfig
+from cxr_dist.data import TrainingPlan
 from tests import training
 from tests.training import Trace, Training
+from tfrecords_builder.errors import UserError
 
 
 @functools.cache
@@ -99,3 +101,32 @@ def test_gradients_are_clipped_after_the_reduction() -> None:
 
 def assert_close(left: object, right: object, tolerance: float) -> None:
     np.testing.assert_allclose(np.asarray(left), np.asarray(right), atol=tolerance)
+
+
+# Gradient accumulation
+
+
+def test_a_batch_in_parts_trains_as_on_as_many_replicas() -> None:
+    """BatchNorm sees half the batch in both, and the gradients are summed in both. Parts are compiled by XLA."""
+    row = StageConfig(epochs=1, learning_rate=1e-3, unfreeze_layers=30)
+    parts, replicas = Training(1, xla=True, parts=2).stage(row), Training(2).stage(row)
+    assert_close(parts.losses, replicas.losses, 1e-4)
+    assert parts.traces == [1]
+
+
+def test_parts_of_a_batch_go_on_from_each_others_statistics() -> None:
+    """BatchNorm takes as many steps towards the mean as there are parts; each leaves nine tenths of the distance."""
+    row = StageConfig(epochs=1, learning_rate=1e-12, optimizer="sgd")
+    means = []
+    for parts in (1, 4):
+        run = Training(parts=parts)
+        run.stage(row)
+        norm = next(layer for layer in model.head_of(run.model).layers if hasattr(layer, "moving_mean"))
+        means.append(np.asarray(norm.moving_mean).sum())
+    once, four_times = (1 - norm.momentum ** (parts * run.plan.steps_per_epoch) for parts in (1, 4))
+    assert means[1] / means[0] == pytest.approx(four_times / once, rel=0.1)  # batches differ
+
+
+def test_a_batch_that_does_not_divide_into_parts() -> None:
+    with pytest.raises(UserError, match=r"^global_batch_size 20: .*2 replicas times 3 accumulation_steps; try 24"):
+        TrainingPlan(100, 20, 2, seed=0, parts=3)

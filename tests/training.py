@@ -80,13 +80,14 @@ class Training:
         xla: bool = False,
         topology: Topology | None = None,
         make_base: Callable[[int], Any] = small_base,
+        parts: int = 1,
         **changes: object,
     ) -> None:
         import keras
 
         self.config = config(**changes)
         self.topology = topology or local_topology(replicas)
-        self.precision, self.xla = precision, xla
+        self.precision, self.xla, self.parts = precision, xla, parts
         self.strategy = make_strategy(self.topology)
         keras.utils.set_random_seed(0)
         with self.strategy.scope():
@@ -120,6 +121,7 @@ class Training:
             class_weights=None,
             loss_scale=self.loss_scale,
             xla=self.xla,
+            accumulation_steps=self.parts,
         )
         evaluate = steps.make_evaluation_step(self.strategy, self.model, CLASSES, self.xla)
         evaluation = EvaluationPlan(self.source.count, 5, self.topology.replicas)

@@ -6,7 +6,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from cxr_dist.bench import build, reading, step
+from cxr_dist.bench import build, cost_model, features, reading, scaling, step
 from cxr_dist.config import load_config, resolve_preset
 from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
 from cxr_dist.reporting import ConsoleReporter, progress_bar
@@ -16,6 +16,8 @@ from tfrecords_builder.splits import TRAIN_PERCENT
 
 BENCH_IMAGE_SIZE = 224
 DATABASE_IMAGE_SIZE = 299
+RAW_BYTES = BENCH_IMAGE_SIZE**2
+"""Of an image in a dataset."""
 
 
 def bench_build(options: argparse.Namespace) -> None:
@@ -59,17 +61,66 @@ def _phantoms(folder: Path, images: int, size: int) -> Path:
     return folder
 
 
+def _batches(folder: Path, images: int) -> Path:
+    """A dataset of drawn X-rays of the network's size, with so many images for training, or a few more."""
+    per_class = math.ceil(images / len(CLASS_FOLDERS) * 100 / TRAIN_PERCENT)
+    write_phantoms(folder / "phantoms", per_class=per_class, size=BENCH_IMAGE_SIZE)
+    build_dataset(folder / "phantoms", folder / "dataset", image_size=BENCH_IMAGE_SIZE)
+    return folder / "dataset"
+
+
+def bench_features(options: argparse.Namespace) -> None:
+    """On labelled images, or on phantoms of the network's size."""
+    preset = resolve_preset(options.config)
+    arguments = [*(["--config", str(preset)] if preset else [])]
+    overrides = [*options.overrides, "features.views=1"]
+    arguments += [text for override in overrides for text in ("--set", override)]
+    config = load_config(preset, overrides)
+    with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
+        work = Path(folder)
+        source = options.dataset or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
+        built = build_dataset(source, work / "dataset", image_size=BENCH_IMAGE_SIZE, masks="ignore")
+        drawn = _batches(work / "drawn", options.steps * config.global_batch_size)
+        (work / "runs").mkdir()
+        ways = features.measure(
+            features.Work(config, arguments, source, work / "dataset", built.seconds, drawn, options.steps),
+            work / "runs",
+        )
+    if options.json:
+        print(json.dumps([vars(way) for way in ways]))
+        return
+    print("\n".join(features.table(ways)))
+
+
+def bench_scaling(options: argparse.Namespace) -> None:
+    """On phantoms of the network's size."""
+    cluster = cost_model.read_cluster(options.cluster) if options.cluster else None
+    preset = resolve_preset(options.config)
+    load_config(preset, options.overrides)
+    arguments = [*(["--config", str(preset)] if preset else [])]
+    arguments += [text for override in options.overrides for text in ("--set", override)]
+    with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
+        work = Path(folder)
+        dataset = options.dataset or _batches(work / "drawn", options.steps * max(options.batch_sizes))
+        (work / "runs").mkdir()
+        measured = scaling.measure(dataset, arguments, options.workers, options.batch_sizes, work / "runs")
+    fitted = scaling.fit_stages(measured)
+    if options.json:
+        predicted = scaling.foretell(fitted, cluster, options.images, RAW_BYTES) if cluster else []
+        predictions = [{"stage": stage, **vars(row)} for stage, row in predicted]
+        models = [vars(found) | {"model": vars(found.model)} for found in fitted]
+        print(json.dumps({"measured": [vars(row) for row in measured], "fitted": models, "predicted": predictions}))
+        return
+    print("\n".join(scaling.table(measured, fitted, cluster, options.images, RAW_BYTES)))
+
+
 def bench_step(options: argparse.Namespace) -> None:
     """Phantoms of the network's own size, just enough of them for the steps of an epoch, unless a dataset is given."""
     config = load_config(resolve_preset(options.config), [*options.overrides, *step.overrides(options.rounds)])
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work, dataset = Path(folder), options.dataset
         if dataset is None:
-            dataset = work / "dataset"
-            images = options.steps * config.global_batch_size
-            per_class = math.ceil(images / len(CLASS_FOLDERS) * 100 / TRAIN_PERCENT)
-            write_phantoms(work / "phantoms", per_class=per_class, size=BENCH_IMAGE_SIZE)
-            build_dataset(work / "phantoms", dataset, image_size=BENCH_IMAGE_SIZE)
+            dataset = _batches(work / "drawn", options.steps * config.global_batch_size)
         rounds = step.measure(config, dataset, work / "run", ConsoleReporter())
     summaries = step.summarize(rounds)
     if options.json:

@@ -88,6 +88,7 @@ def train_with_ray(
             "dataset": absolute(dataset),
             "run": str(run.resolve()),
             "devices": plan.devices_per_worker,
+            "cores": int(plan.cpus_per_worker),
         }
         with _following(run / run_folder.EVENTS, reporter):
             launch(_train_worker, arguments, plan, run)
@@ -145,7 +146,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    topology = prepare_devices(arguments["devices"], workers, rank)
+    topology = prepare_devices(arguments["devices"], workers, rank, cores=arguments["cores"])
     run = Path(arguments["run"])
     # What is told goes through files. `ray.train.report` at every epoch would make the workers wait for the
     # controller: from one to twelve seconds each time on two busy cores.

@@ -1,0 +1,159 @@
+"""What not computing twice is worth: both stages against `fit` in plain Keras, each in a process of its own.
+
+Stage 1 is timed as a user sees it: from the start of the command to its end, with an empty cache, and building the
+dataset. Plain Keras's time is reckoned from the speed of its `fit` over some steps and from its start-up, as each of
+its epochs does the same work. Stage 2 is compared by images per second, on as many drawn X-rays as the steps take, with
+the tensors below the first unfrozen layer computed in each step, and kept.
+
+Plain Keras runs twice: as TensorFlow comes, and with oneDNN switched on, which TensorFlow does by itself only on CPUs
+with AVX-512.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cxr_dist import run_folder
+from cxr_dist.config import Config
+from tfrecords_builder.manifest import read_manifest
+
+ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
+OURS = "cxr-dist"
+_EPOCHS = 3
+"""Of plain Keras in each stage, and of ours in stage 2. The first compiles, and is not counted."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of doing the work; None where it was not measured."""
+
+    name: str
+    stage_1_seconds: float | None
+    """Of all epochs, with validation and start-up."""
+    stage_1_accuracy: float | None
+    """The best on validation."""
+    stage_2_images_per_second: float | None
+    """In training."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every way does."""
+
+    config: Config
+    arguments: Sequence[str]
+    """Of `cxr-dist train`, that give this config."""
+    source: Path
+    dataset: Path
+    """Built of `source`."""
+    build_seconds: float
+    drawn: Path
+    """A dataset of `steps` batches."""
+    steps: int
+    """Of an epoch in plain Keras, and in stage 2."""
+
+
+def measure(work: Work, folder: Path) -> list[Way]:
+    """Take every way once; `folder` is empty."""
+    return [
+        _plain("plain Keras", None, work, folder / "plain.json"),
+        _plain("plain Keras, oneDNN", "1", work, folder / "plain-onednn.json"),
+        _stage_1(work, folder / "stage-1"),
+        *(
+            Way(name, None, None, _stage_2(work, folder / f"stage-2-{cut}", cut))
+            for name, cut in ((f"{OURS}, computing all", "off"), (f"{OURS}, cut kept", "on"))
+        ),
+    ]
+
+
+def table(ways: Sequence[Way]) -> list[str]:
+    """Lines for people."""
+    lines = [f"{'':24} stage 1 s  times ours  validation  stage 2 images/s"]
+    ours = next((way.stage_1_seconds for way in ways if way.name == OURS), None)
+    for way in ways:
+        ratio = way.stage_1_seconds / ours if way.stage_1_seconds and ours else None
+        rate = way.stage_2_images_per_second
+        cells = ((way.stage_1_seconds, 9, 0), (ratio, 10, 1), (way.stage_1_accuracy, 10, 4), (rate, 16, 2))
+        shown = "  ".join(
+            " " * width if value is None else f"{value:{width},.{digits}f}" for value, width, digits in cells
+        )
+        lines.append(f"{way.name:24} {shown}".rstrip())
+    return lines
+
+
+def reckoned_seconds(plain: Mapping[str, Any], images: int, train: int, validation: int, epochs: int) -> float:
+    """What `epochs` of stage 1 take plain Keras over `train` and `validation` images, start-up included.
+
+    Args:
+        plain: What `plain_keras` wrote of epochs of `images` images each.
+        images: For training, and at most for validation.
+    """
+    rows = [row for row in plain["history"] if row["stage"] == 1]
+    trained, validated = (
+        median(row[f"{what}_seconds"] for row in rows[1:]) / images for what in ("train", "validation")
+    )
+    compiling = rows[0]["train_seconds"] - trained * images
+    return float(plain["seconds"]["start"] + compiling + epochs * (train * trained + validation * validated))
+
+
+def _plain(name: str, onednn: str | None, work: Work, out: Path) -> Way:
+    config, manifest = work.config, read_manifest(work.dataset)
+    validation = len(manifest.split("validation"))
+    steps = min(work.steps, validation // config.global_batch_size)
+    options = {
+        "weights": config.model.weights,
+        "out": out,
+        "batch-size": config.global_batch_size,
+        "steps": steps,
+        "learning-rate": config.stages[1].learning_rate,
+        "dropout": config.model.dropout,
+        "unfreeze-layers": config.stages[2].unfreeze_layers,
+    }
+    # As a file, and not as a module of this package, which switches oneDNN on.
+    script = Path(__file__).with_name("plain_keras.py")
+    command = [str(script), str(work.source), str(work.dataset / "manifest.parquet")]
+    command += ["--epochs", str(_EPOCHS), str(_EPOCHS)]
+    _run([*command, *(text for key, value in options.items() for text in (f"--{key}", str(value)))], onednn)
+    plain = json.loads(out.read_text())
+    images = steps * config.global_batch_size
+    fine_tuning = [row["train_seconds"] for row in plain["history"] if row["stage"] == 2][1:]
+    train = len(manifest.split("train"))
+    seconds = reckoned_seconds(plain, images, train, validation, config.stages[1].epochs)
+    return Way(name, seconds, None, images / median(fine_tuning))
+
+
+def _stage_1(work: Work, run: Path) -> Way:
+    begun = time.perf_counter()
+    _train(work.dataset, run, [*work.arguments, "--set", "stages.2.epochs=0"])
+    seconds = time.perf_counter() - begun + work.build_seconds
+    result = run_folder.read_result(run)
+    if result is None:
+        raise RuntimeError(f"{run}: ended without a result")
+    return Way(OURS, seconds, result["best"]["val_accuracy"], None)
+
+
+def _stage_2(work: Work, run: Path, cut: str) -> float:
+    settings = ("stages.1.epochs=0", f"stages.2.epochs={_EPOCHS}", f"features.cut={cut}")
+    _train(work.drawn, run, [*work.arguments, *(text for setting in settings for text in ("--set", setting))])
+    history = run_folder.read_history(run)
+    return median(work.steps * work.config.global_batch_size / row["seconds"] for row in history[1:])
+
+
+def _train(dataset: Path, run: Path, arguments: Sequence[str]) -> None:
+    _run(["-m", "cxr_dist", "train", str(dataset), "--out", str(run), "--launcher", "local", *arguments], None)
+
+
+def _run(arguments: Sequence[str], onednn: str | None) -> None:
+    """In a process of its own, which decides on oneDNN by itself when `onednn` is None."""
+    environment = {name: value for name, value in os.environ.items() if name != ONEDNN}
+    if onednn is not None:
+        environment[ONEDNN] = onednn
+    # Our own commands, and paths that the user gave; what they print is no result.
+    subprocess.run([sys.executable, *arguments], env=environment, check=True, stdout=sys.stderr)  # noqa: S603

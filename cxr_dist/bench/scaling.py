@@ -1,0 +1,142 @@
+"""How training grows with workers: measured on this machine, fitted, and foretold for a cluster that a file describes.
+
+Each point is a run of `cxr-dist train` through Ray Train on drawn X-rays, with every forward pass computed. Workers of
+one machine without GPUs share its cores, so more of them are not faster: what is measured is what they lose to one
+another and to the all-reduce between processes.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from cxr_dist import run_folder
+from cxr_dist.bench.cost_model import Cluster, CostModel, Point, Prediction, fit, held_out_errors, predict
+
+_EPOCHS = 3
+"""Of each stage; the first compiles, and is not counted."""
+_BYTES = 4
+"""Of a gradient's value: gradients are summed in float32."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A stage on some workers."""
+
+    stage: int
+    workers: int
+    global_batch_size: int
+    images_per_second: float
+    trainable_parameters: int
+    device: str
+    """CPU, which the workers share, or GPU, of which each has its own."""
+
+    def point(self) -> Point:
+        """As the cost model takes it."""
+        share = 1 / self.workers if self.device == "CPU" else 1.0
+        return Point(self.workers, self.global_batch_size, share, self.global_batch_size / self.images_per_second)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The cost model of a stage."""
+
+    stage: int
+    model: CostModel
+    held_out_errors: Sequence[float]
+    """At each measured point, by how much the model is off that the other points give, as a share."""
+
+
+def measure(
+    dataset: Path, arguments: Sequence[str], workers: Sequence[int], batch_sizes: Sequence[int], folder: Path
+) -> list[Measured]:
+    """Train both stages for every number of workers and size of global batch.
+
+    Args:
+        dataset: Holds a few batches of the largest size.
+        arguments: Of `cxr-dist train`: the configuration.
+        workers: Numbers of Ray workers.
+        batch_sizes: Images, over all workers.
+        folder: Empty; takes the runs.
+    """
+    found = []
+    for count in workers:
+        for batch_size in batch_sizes:
+            run = folder / f"{count}-workers-{batch_size}"
+            settings = [f"global_batch_size={batch_size}", "features.cache=off"]
+            settings += [f"stages.{stage}.epochs={_EPOCHS}" for stage in (1, 2)]
+            command = [sys.executable, "-m", "cxr_dist", "train", str(dataset), "--out", str(run)]
+            command += [*arguments, *(text for setting in settings for text in ("--set", setting))]
+            # Our own command; what it prints is no result.
+            subprocess.run([*command, "--workers", str(count)], check=True, stdout=sys.stderr)  # noqa: S603
+            found += _read(run, batch_size)
+    return found
+
+
+def fit_stages(measured: Sequence[Measured]) -> list[Fitted]:
+    """A cost model for each stage."""
+    fitted = []
+    for stage in sorted({row.stage for row in measured}):
+        rows = [row for row in measured if row.stage == stage]
+        points, gradient_bytes = [row.point() for row in rows], rows[0].trainable_parameters * _BYTES
+        # Of two points, one says nothing of the other.
+        off = held_out_errors(points, gradient_bytes) if len(points) > 2 else []
+        fitted.append(Fitted(stage, fit(points, gradient_bytes), off))
+    return fitted
+
+
+def foretell(
+    fitted: Sequence[Fitted], cluster: Cluster, images: int, bytes_per_image: int
+) -> list[tuple[int, Prediction]]:
+    """An epoch of each stage on one machine, two, four, and so on up to all of the cluster's."""
+    powers = [1 << power for power in range(cluster.machines.bit_length())]
+    return [
+        (found.stage, predict(found.model, cluster, machines, images, bytes_per_image))
+        for found in fitted
+        for machines in sorted({*powers, cluster.machines})
+    ]
+
+
+def table(
+    measured: Sequence[Measured], fitted: Sequence[Fitted], cluster: Cluster | None, images: int, bytes_per_image: int
+) -> list[str]:
+    """Lines for people: the points, the model, and an epoch of `images` images on the cluster."""
+    lines = ["stage  workers  global batch  images/s"]
+    lines += [
+        f"{row.stage:5} {row.workers:8} {row.global_batch_size:13} {row.images_per_second:9.2f}" for row in measured
+    ]
+    for found in fitted:
+        model = found.model
+        bandwidth = f"{1e-6 / model.seconds_per_byte:,.0f} MB/s" if model.seconds_per_byte else "no cost seen"
+        lines.append(
+            f"stage {found.stage}: {model.fixed_seconds * 1e3:.0f} ms a step, {model.seconds_per_image * 1e3:.1f} ms "
+            f"an image, all-reduce of {model.gradient_bytes / 1e6:.1f} MB at {bandwidth}"
+        )
+        if found.held_out_errors:
+            lines.append(f"  off by {max(map(abs, found.held_out_errors)):.0%} at most where a point was left out")
+    if cluster is None:
+        return lines
+    lines.append(f"{cluster.name}, an epoch of {images:,} images, foretold:")
+    lines.append("stage  machines  replicas   images/s  hours    cost  limited by")
+    lines += [
+        f"{stage:5} {row.machines:9} {row.replicas:9} {row.images_per_second:10,.0f} {row.hours:6.2f} "
+        f"{row.cost:7.2f}  {row.limit}"
+        for stage, row in foretell(fitted, cluster, images, bytes_per_image)
+    ]
+    return lines
+
+
+def _read(run: Path, batch_size: int) -> list[Measured]:
+    result, history = run_folder.read_result(run), run_folder.read_history(run)
+    if result is None:
+        raise RuntimeError(f"{run}: ended without a result")
+    found = []
+    for stage in sorted({row["stage"] for row in history}):
+        rows = [row for row in history if row["stage"] == stage]
+        rate = median(row["images_per_second"] for row in rows[1:])
+        found.append(
+            Measured(stage, result["workers"], batch_size, rate, rows[0]["trainable_parameters"], result["device"])
+        )
+    return found
