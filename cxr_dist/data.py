@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -175,15 +176,17 @@ class ShardSource:
         if self.count * size * size > limit_bytes:
             return self
         images = np.empty((self.count, size, size, 1), np.uint8)
-        order = np.lexsort((self._index.offset, self._index.shard))
 
         def read(positions: Positions) -> None:
-            for position, payload in zip(positions, self._payloads(positions), strict=True):
+            for position, payload in zip(positions, self._run(positions), strict=True):
                 images[position] = self._pixels(payload)
 
-        # Threads, so that the disk is read while checksums are computed.
+        order = np.lexsort((self._index.offset, self._index.shard))
+        by_shard = np.split(order, np.flatnonzero(np.diff(self._index.shard[order])) + 1)
+        runs = [run for shard in by_shard for run in np.array_split(shard, -(-len(shard) // _IMAGES_PER_READ))]
+        # Threads, so that the disk has several reads to do while checksums are computed.
         with ThreadPoolExecutor(_READERS) as threads:
-            for _ in threads.map(read, np.array_split(order, max(1, self.count // _IMAGES_PER_READ))):
+            for _ in threads.map(read, runs):
                 pass
         return ArraySource(images, self.labels)
 
@@ -207,15 +210,25 @@ class ShardSource:
         return records
 
     def _payloads(self, positions: Positions) -> Iterator[bytes]:
-        try:
+        with self._failures_kept():
             for position in positions:
                 shard = int(self._index.shard[position])
-                yield recordio.read_at(
-                    self._file(shard),
-                    int(self._index.offset[position]),
-                    int(self._index.length[position]),
-                    self._paths[shard],
-                )
+                yield recordio.read_at(self._file(shard), *self._place(position), self._paths[shard])
+
+    def _run(self, positions: Positions) -> Iterator[bytes]:
+        """Of records that lie behind one another in one shard."""
+        with self._failures_kept():
+            shard = int(self._index.shard[positions[0]])
+            places = [self._place(position) for position in positions]
+            yield from recordio.read_run(self._file(shard), places, self._paths[shard])
+
+    def _place(self, position: int) -> tuple[int, int]:
+        return int(self._index.offset[position]), int(self._index.length[position])
+
+    @contextmanager
+    def _failures_kept(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             self.failure = error
             raise

@@ -8,7 +8,7 @@ https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 import hashlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -133,7 +133,26 @@ def read_at(fd: int, offset: int, length: int, shard: Path | str = "shard") -> b
     Raises:
         CorruptRecordError: What lies there is not a whole record of that length with good CRCs.
     """
-    frame = os.pread(fd, length + FRAME_BYTES, offset)
+    return _payload(os.pread(fd, length + FRAME_BYTES, offset), offset, length, shard)
+
+
+def read_run(fd: int, places: Sequence[tuple[int, int]], shard: Path | str = "shard") -> Iterator[bytes]:
+    """The payloads of records that lie one behind another, or nearly so, in one system call: as `read_at` otherwise.
+
+    Args:
+        fd: A descriptor of the shard, open for reading.
+        places: Offset and payload length of each, by rising offset.
+        shard: Named in errors only.
+    """
+    first, (last, length) = places[0][0], places[-1]
+    # Views, not slices: a run is megabytes, and each record is copied once, out of it.
+    run = memoryview(os.pread(fd, last + length + FRAME_BYTES - first, first))
+    for offset, length in places:
+        start = offset - first
+        yield _payload(bytes(run[start : start + length + FRAME_BYTES]), offset, length, shard)
+
+
+def _payload(frame: bytes, offset: int, length: int, shard: Path | str) -> bytes:
     if len(frame) != length + FRAME_BYTES:
         raise CorruptRecordError(shard, None, offset, "the shard ends inside the record")
     found = _payload_length(frame[:HEADER_BYTES], shard, None, offset)

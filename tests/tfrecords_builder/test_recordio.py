@@ -6,7 +6,15 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrecords_builder.recordio import FRAME_BYTES, CorruptRecordError, RecordWriter, masked_crc, read_at, scan
+from tfrecords_builder.recordio import (
+    FRAME_BYTES,
+    CorruptRecordError,
+    RecordWriter,
+    masked_crc,
+    read_at,
+    read_run,
+    scan,
+)
 
 PAYLOADS = [b"", b"a", b"\x00" * 1000, bytes(range(256)) * 7]
 
@@ -84,6 +92,10 @@ def test_every_flipped_byte_is_found_by_both_readers(tmp_path: Path) -> None:
                         read_at(descriptor, offsets[i], len(payload), "some-shard")
                 else:
                     assert read_at(descriptor, offsets[i], len(payload)) == payload
+            run = read_run(descriptor, [(o, len(p)) for o, p in zip(offsets, payloads, strict=True)], "some-shard")
+            assert [next(run) for _ in range(victim)] == payloads[:victim]
+            with pytest.raises(CorruptRecordError, match=f"some-shard: the record at byte {offsets[victim]}"):
+                next(run)
         finally:
             os.close(descriptor)
 
@@ -108,6 +120,21 @@ def test_a_huge_length_asks_for_no_memory(tmp_path: Path) -> None:
     path.write_bytes(length + masked_crc(length).to_bytes(4, "little") + b"x" * 100)
     with pytest.raises(CorruptRecordError, match="record 0 at byte 0: the shard ends inside"):
         list(scan(path))
+
+
+def test_a_run_may_leave_records_out_and_end_early(tmp_path: Path) -> None:
+    path = tmp_path / "shard"
+    offsets = write(path, PAYLOADS)
+    places = [(offset, len(payload)) for offset, payload in zip(offsets, PAYLOADS, strict=True)]
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        assert list(read_run(descriptor, places)) == PAYLOADS
+        assert list(read_run(descriptor, places[1::2])) == PAYLOADS[1::2]
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(CorruptRecordError, match=f"at byte {offsets[-1]}: the shard ends inside"):
+            list(read_run(descriptor, places))
+    finally:
+        os.close(descriptor)
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 4), (0, 6), (1, 5), (5 + FRAME_BYTES, 5), (10_000, 5)])
