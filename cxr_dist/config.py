@@ -139,6 +139,15 @@ class InputConfig(_Node):
     )
 
 
+class AllReduceConfig(_Node):
+    """How workers sum their gradients; nothing where there is one worker."""
+
+    algorithm: Literal["auto", "nccl", "ring"] = Field("auto", description="auto: nccl on GPUs, ring on CPUs")
+    pack_mb: float = Field(
+        0.0, ge=0, description="megabytes (10^6 bytes) of gradients that are sent together; 0: all of them"
+    )
+
+
 def _stages() -> dict[int, StageConfig]:
     return {
         1: StageConfig(epochs=3, learning_rate=1e-3),
@@ -166,6 +175,7 @@ class Config(_Node):
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
     input: InputConfig = Field(default_factory=InputConfig)
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
+    all_reduce: AllReduceConfig = Field(default_factory=AllReduceConfig)
     stages: dict[int, StageConfig] = Field(default_factory=_stages, min_length=1)
 
     @model_validator(mode="after")

@@ -122,7 +122,7 @@ class _Run:
         keras.utils.set_random_seed(config.seed)
         if config.deterministic:
             tf.config.experimental.enable_op_determinism()
-        self.strategy = make_strategy(topology)
+        self.strategy = make_strategy(topology, config.all_reduce)
         with self.strategy.scope():
             self.model = build_model(self.classes, manifest.image_size, config, dtype_policy(self.precision))
         self.iterators: list[Any] = []

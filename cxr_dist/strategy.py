@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cxr_dist.config import Config
+from cxr_dist.config import AllReduceConfig, Config
 from tfrecords_builder.errors import UserError
 
 # Options of mallopt(3), from glibc's malloc.h.
@@ -121,27 +121,31 @@ def muted_stderr() -> Iterator[None]:
 
 
 _COLLECTIVE_KEYS_PER_STRATEGY = 1000
+_ALL_REDUCE = AllReduceConfig()
+
+
+def make_strategy(topology: Topology, all_reduce: AllReduceConfig | None = None) -> Any:
+    """One device, mirrored over local devices, or multi-worker (which reads TF_CONFIG).
+
+    The same one for the same arguments. Each strategy numbers its collectives from the same start, and the
+    runtime knows them by number: two strategies in one process would take each other's for their own.
+
+    Args:
+        topology: What there is.
+        all_reduce: Between workers; of one worker, nothing is asked.
+    """
+    return _strategy(topology, all_reduce if all_reduce and topology.workers > 1 else _ALL_REDUCE)
 
 
 @functools.cache
-def make_strategy(topology: Topology) -> Any:
-    """One device, mirrored over local devices, or multi-worker (which reads TF_CONFIG).
-
-    The same one for the same topology. Each strategy numbers its collectives from the same start, and the
-    runtime knows them by number: two strategies in one process would take each other's for their own.
-    """
+def _strategy(topology: Topology, all_reduce: AllReduceConfig) -> Any:
     import tensorflow as tf
 
     for kind in (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy):
         kind._collective_key_base += _COLLECTIVE_KEYS_PER_STRATEGY
 
     if topology.workers > 1:
-        implementation = (
-            tf.distribute.experimental.CommunicationImplementation.NCCL
-            if topology.kind == "GPU"
-            else tf.distribute.experimental.CommunicationImplementation.RING
-        )
-        options = tf.distribute.experimental.CommunicationOptions(implementation=implementation)
+        options = communication_options(all_reduce, topology.kind)
         strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
     elif len(topology.devices) > 1:
         strategy = tf.distribute.MirroredStrategy(list(topology.devices))
@@ -153,6 +157,17 @@ def make_strategy(topology: Topology) -> Any:
             f"{len(topology.devices)} devices were planned"
         )
     return strategy
+
+
+def communication_options(all_reduce: AllReduceConfig, kind: DeviceKind) -> Any:
+    """In TensorFlow's terms."""
+    import tensorflow as tf
+
+    algorithm = {"auto": "nccl" if kind == "GPU" else "ring"}.get(all_reduce.algorithm, all_reduce.algorithm)
+    return tf.distribute.experimental.CommunicationOptions(
+        implementation=tf.distribute.experimental.CommunicationImplementation(algorithm.upper()),
+        bytes_per_pack=int(all_reduce.pack_mb * 1e6),
+    )
 
 
 def resolve_precision(requested: str, kind: DeviceKind) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cxr_dist import strategy
-from cxr_dist.config import Config, load_config
-from cxr_dist.strategy import Topology, dtype_policy, muted_stderr, resolve_precision, resolve_xla
+from cxr_dist.config import AllReduceConfig, Config, load_config
+from cxr_dist.strategy import DeviceKind, Topology, dtype_policy, muted_stderr, resolve_precision, resolve_xla
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,17 @@ def test_the_strategy_is_chosen_from_the_devices(devices: int, name: str) -> Non
     made = strategy.make_strategy(topology)
     assert type(made).__name__ == name
     assert made.num_replicas_in_sync == devices
+    assert strategy.make_strategy(topology, AllReduceConfig(pack_mb=1)) is made
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kind", "expected"),
+    [("auto", "GPU", "NCCL"), ("auto", "CPU", "RING"), ("ring", "GPU", "RING"), ("nccl", "GPU", "NCCL")],
+)
+def test_how_gradients_are_summed(algorithm: str, kind: DeviceKind, expected: str) -> None:
+    all_reduce = AllReduceConfig.model_validate({"algorithm": algorithm, "pack_mb": 50})
+    options = strategy.communication_options(all_reduce, kind)
+    assert (options.implementation.value, options.bytes_per_pack) == (expected, 50_000_000)
 
 
 def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
