@@ -24,7 +24,7 @@ def curve(replicas: int = 1, precision: str = "float32", xla: bool = False, sync
 
 def test_resnet50_itself_on_two_replicas() -> None:
     """The real network through the real step, once: the same losses as on one device, synchronised."""
-    row = StageConfig(epochs=1, learning_rate=1e-4, optimizer="sgd", unfreeze_layers=30)
+    row = StageConfig(epochs=1, learning_rate=1e-4, optimizer="sgd", unfreeze_layers=5)
     one, two = (
         Training(replicas, make_base=model.resnet50, synchronize_batch_norm=True).stage(row) for replicas in (1, 2)
     )
@@ -108,9 +108,9 @@ def assert_close(left: object, right: object, tolerance: float) -> None:
 
 def test_a_batch_in_parts_trains_as_on_as_many_replicas() -> None:
     """BatchNorm sees half the batch in both, and the gradients are summed in both. Parts are compiled by XLA."""
-    row = StageConfig(epochs=1, learning_rate=1e-3, unfreeze_layers=30)
-    parts, replicas = Training(1, xla=True, parts=2).stage(row), Training(2).stage(row)
-    assert_close(parts.losses, replicas.losses, 1e-4)
+    parts = Training(1, xla=True, parts=2).stage(training.HEAD, loss_scale=2.0**8)
+    replicas = curve(replicas=2)
+    assert_close(parts.losses, replicas.losses[: len(parts.losses)], 1e-4)
     assert parts.traces == [1]
 
 
