@@ -7,7 +7,7 @@ metadata. Shards are found by it, records by their byte offset: nothing is disco
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tfrecords_builder.errors import UserError
@@ -143,6 +144,34 @@ class SplitIndex:
         return len(self.paths)
 
 
+class _TableRows(Sequence[Row]):
+    """The rows of a table, made when the first is asked for: training asks for none, and each is two kilobytes."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    @cached_property
+    def _rows(self) -> tuple[Row, ...]:
+        columns = [self.table.column(name).to_pylist() for name in _ARROW_SCHEMA.names]
+        return tuple(Row(*values) for values in zip(*columns, strict=True))
+
+    def __len__(self) -> int:
+        rows: int = self.table.num_rows
+        return rows
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._rows[place]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return self._rows == (other._rows if isinstance(other, _TableRows) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._rows)
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A dataset's manifest; see `read_manifest`."""
@@ -152,7 +181,7 @@ class Manifest:
     fingerprint: str
     """SHA-256 over everything that determines the content; see `compute_fingerprint`."""
     shards: tuple[ShardInfo, ...]
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     """In the order of their paths; a record's `index` key is a position here."""
     duplicates: tuple[tuple[int, int, float], ...] = ()
     """Pairs of rows that show the same, and how alike they are; see `audit.find_duplicates`."""
@@ -211,15 +240,20 @@ class Manifest:
             raise UserError(f"split: unknown split '{name}'; known: {', '.join(SPLITS)}")
         shard_names = tuple(sorted(shard.name for shard in self.shards if shard.split == name))
         number = {shard: position for position, shard in enumerate(shard_names)}
-        rows = sorted(
-            (row for row in self.rows if row.split == name), key=lambda row: (number[row.shard or ""], row.index)
-        )
+        table = self.rows.table if isinstance(self.rows, _TableRows) else _table(self.rows)
+        table = table.filter(pc.equal(table["split"], name)).combine_chunks()
+        # By names and not by codes, of which there may be others in each part of a table.
+        shards = table["shard"].unique().to_pylist()
+        codes = pc.index_in(table["shard"], table["shard"].unique()).to_numpy()
+        shard = np.array([number[of] for of in shards], np.int32)[codes] if shards else np.empty(0, np.int32)
+        order = np.lexsort((table["index"].to_numpy(), shard))
+        columns = {key: table[key].to_numpy()[order] for key in ("label", "offset", "length")}
         return SplitIndex(
-            paths=[row.path for row in rows],
-            labels=np.array([row.label for row in rows], np.int32),
-            shard=np.array([number[row.shard or ""] for row in rows], np.int32),
-            offset=np.array([row.offset for row in rows], np.int64),
-            length=np.array([row.length for row in rows], np.int64),
+            paths=table["path"].take(order).to_pylist(),
+            labels=columns["label"].astype(np.int32),
+            shard=shard[order],
+            offset=columns["offset"].astype(np.int64),
+            length=columns["length"].astype(np.int64),
             shard_names=shard_names,
         )
 
@@ -255,9 +289,7 @@ def write_manifest(dataset: Path, manifest: Manifest) -> None:
         "duplicates": manifest.duplicates,
         "created_with": manifest.created_with,
     }
-    columns = [[getattr(row, name) for row in manifest.rows] for name in _ARROW_SCHEMA.names]
-    schema = _ARROW_SCHEMA.with_metadata({_METADATA_KEY: json.dumps(metadata)})
-    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+    table = _table(manifest.rows).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
     write_atomically(
         dataset / MANIFEST_NAME,
         lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True),
@@ -319,16 +351,20 @@ def check_shards(dataset: Path, manifest: Manifest) -> None:
             )
 
 
+def _table(rows: Sequence[Row]) -> pa.Table:
+    columns = [[getattr(row, name) for row in rows] for name in _ARROW_SCHEMA.names]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, _ARROW_SCHEMA, strict=True)], schema=_ARROW_SCHEMA)
+
+
 def _from_table(table: pa.Table, metadata: dict[str, Any]) -> Manifest:
     if not table.schema.equals(_ARROW_SCHEMA):
         raise ValueError("unexpected columns")
-    columns = [table.column(name).to_pylist() for name in _ARROW_SCHEMA.names]
     return Manifest(
         class_names=tuple(metadata["class_names"]),
         settings=Settings(**{f.name: metadata[f.name] for f in fields(Settings)}),
         fingerprint=metadata["fingerprint"],
         shards=tuple(ShardInfo(**shard) for shard in metadata["shards"]),
-        rows=tuple(Row(*values) for values in zip(*columns, strict=True)),
+        rows=_TableRows(table),
         duplicates=tuple((int(i), int(j), float(score)) for i, j, score in metadata["duplicates"]),
         created_with=metadata["created_with"],
     )

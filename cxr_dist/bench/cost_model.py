@@ -156,11 +156,12 @@ def read_cluster(path: Path) -> Cluster:
 def predict(model: CostModel, cluster: Cluster, machines: int, images: int, bytes_per_image: int) -> Prediction:
     """An epoch of `images` images on `machines` of the cluster's, each replica with its `batch_per_device`.
 
-    Inside a machine the all-reduce is taken to cost nothing beside the network between machines.
+    What a step costs whatever its batch, mostly the update of the weights, is taken to be as much faster as the rest, and
+    the all-reduce inside a machine to cost nothing beside the network between machines.
     """
     replicas = machines * cluster.devices_per_machine
     batch = cluster.batch_per_device
-    compute = model.fixed_seconds + model.seconds_per_image * batch / cluster.relative_speed
+    compute = (model.fixed_seconds + model.seconds_per_image * batch) / cluster.relative_speed
     all_reduce = traffic(machines, model.gradient_bytes) * 8 / (cluster.network_gigabits * 1e9)
     reading = batch * cluster.devices_per_machine * bytes_per_image / (cluster.storage_gigabytes * 1e9)
     step = max(compute + all_reduce, reading)

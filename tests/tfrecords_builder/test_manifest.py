@@ -174,3 +174,25 @@ def test_fingerprint_depends_on_everything() -> None:
         compute_fingerprint(settings, ["A", "B"], [("d", "A", "00", None), *sources[1:]]),
     ]
     assert len({same, *others}) == 1 + len(others)
+
+
+def test_a_split_is_read_from_columns_alone(dataset: Path) -> None:
+    """What training reads of a large dataset: no object for each image, and the same as from such objects."""
+    manifest = read_manifest(dataset)
+    found = {name: manifest.split(name) for name in SPLITS}
+    assert "_rows" not in vars(manifest.rows)
+    of_rows = replace(manifest, rows=tuple(manifest.rows))
+    assert of_rows == manifest
+    for name in SPLITS:
+        rows = [row for row in manifest.rows if row.split == name]
+        index, again = found[name], of_rows.split(name)
+        assert index.paths == again.paths
+        assert sorted(index.paths) == sorted(row.path for row in rows)
+        by_path = {row.path: row for row in rows}
+        for position, path in enumerate(index.paths):
+            row = by_path[path]
+            assert index.shard_names[index.shard[position]] == row.shard
+            assert (index.offset[position], index.length[position]) == (row.offset, row.length)
+            assert index.labels[position] == again.labels[position] == row.label
+        places = list(zip(index.shard, index.offset, strict=True))
+        assert places == sorted(places)
