@@ -156,8 +156,8 @@ def read_cluster(path: Path) -> Cluster:
 def predict(model: CostModel, cluster: Cluster, machines: int, images: int, bytes_per_image: int) -> Prediction:
     """An epoch of `images` images on `machines` of the cluster's, each replica with its `batch_per_device`.
 
-    What a step costs whatever its batch, mostly the update of the weights, is taken to be as much faster as the rest, and
-    the all-reduce inside a machine to cost nothing beside the network between machines.
+    What a step costs whatever its batch, mostly the update of the weights, is taken to be as much faster as the rest,
+    and the all-reduce inside a machine to cost nothing beside the network between machines.
     """
     replicas = machines * cluster.devices_per_machine
     batch = cluster.batch_per_device
