@@ -217,7 +217,8 @@ def run_training(
         reporter = ConsoleReporter()
 
         def prepare(replicas: int) -> bool:
-            TrainingPlan(len(manifest.split("train")), config.global_batch_size, replicas, config.seed)
+            count, parts = len(manifest.split("train")), config.accumulation_steps
+            TrainingPlan(count, config.global_batch_size, replicas, config.seed, parts=parts)
             held.enter_context(run_folder.locked(run))
             run_folder.prepare(run, config, dataset, manifest)
             return _finished(run) is None

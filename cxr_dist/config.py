@@ -207,7 +207,7 @@ def load_config(path: Path | None = None, overrides: list[str] | None = None) ->
     """
     tree = _plain(Config().tree())
     if path is not None:
-        _merge(tree, _read_yaml(path), f"{path}: ")
+        _merge(tree, read_yaml(path), f"{path}: ")
     for override in overrides or []:
         key, found, value = override.partition("=")
         if not found or not key:
@@ -259,7 +259,8 @@ def _validated(tree: dict[str, Any]) -> Config:
     return config
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in the file, keys as strings; `UserError` when there is none."""
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except OSError as error:

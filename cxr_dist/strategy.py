@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from cxr_dist.config import AllReduceConfig, Config
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.pool import default_workers
 
 # Options of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -71,7 +72,7 @@ def prepare_devices(
         return Topology(workers, worker, "GPU", tuple(f"GPU:{index}" for index in range(wanted)))
     keep_freed_memory()
     if cores is not None:
-        tf.config.threading.set_intra_op_parallelism_threads(min(cores, len(os.sched_getaffinity(0))))
+        tf.config.threading.set_intra_op_parallelism_threads(min(cores, default_workers()))
     wanted = devices or 1
     cpu = tf.config.list_physical_devices("CPU")[0]
     present = tf.config.get_logical_device_configuration(cpu)

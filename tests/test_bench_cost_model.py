@@ -102,7 +102,7 @@ def test_what_storage_gives_is_the_limit() -> None:
     [
         (None, "cannot be read"),
         ("[", "is not YAML"),
-        ("- 1", "the file"),
+        ("- 1", "not a mapping"),
         ("name: x\nmachines: 0\nrelative_speed: 1\nnetwork_gigabits: 1\nstorage_gigabytes: 1", "machines"),
         ("name: x\nmachines: 1\nrelative_speed: 1\nstorage_gigabytes: 1", "network_gigabits"),
         ("name: x\nmachines: 1\nspeed: 1\nrelative_speed: 1\nnetwork_gigabits: 1\nstorage_gigabytes: 1", "speed"),
@@ -112,7 +112,7 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str | None, message: str) -> 
     path = tmp_path / "cluster.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(UserError, match=rf"^--cluster {path}: .*{message}"):
+    with pytest.raises(UserError, match=rf"^{path}: .*{message}"):
         read_cluster(path)
 
 

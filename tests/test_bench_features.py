@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist.bench import features, plain_keras, scaling
+from cxr_dist.bench import child, features, plain_keras, scaling
 from cxr_dist.bench.cost_model import Cluster
 from cxr_dist.bench.features import Way
 from cxr_dist.phantoms import write_phantoms
 from tfrecords_builder.build import build_dataset
+from tfrecords_builder.errors import UserError
 
 
 def test_seconds_are_reckoned_from_epochs_that_were_not_first() -> None:
@@ -78,3 +79,10 @@ def test_the_table_of_scaling(tmp_path: Path) -> None:
     cluster = Cluster(name="six", machines=6, relative_speed=1, network_gigabits=10, storage_gigabytes=1)
     lines = scaling.table(measured, fitted, cluster, 3600, 50_000)
     assert [line.split()[1] for line in lines[-4:]] == ["1", "2", "4", "6"]
+
+
+def test_what_a_child_command_says_is_the_users_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="says above why"):
+        child.train(tmp_path / "missing", tmp_path / "run", ["--launcher", "local"], ["stages.1.epochs=1"])
+    with pytest.raises(subprocess.CalledProcessError):
+        child.python(["-c", "raise SystemExit(3)"], {})

@@ -242,10 +242,10 @@ class Manifest:
         number = {shard: position for position, shard in enumerate(shard_names)}
         table = self.rows.table if isinstance(self.rows, _TableRows) else _table(self.rows)
         table = table.filter(pc.equal(table["split"], name)).combine_chunks()
-        # By names and not by codes, of which there may be others in each part of a table.
-        shards = table["shard"].unique().to_pylist()
-        codes = pc.index_in(table["shard"], table["shard"].unique()).to_numpy()
-        shard = np.array([number[of] for of in shards], np.int32)[codes] if shards else np.empty(0, np.int32)
+        # A look-up for each shard, and not for each of its images.
+        present = table["shard"].unique()
+        numbers = np.array([number[shard] for shard in present.to_pylist()], np.int32)
+        shard = numbers[pc.index_in(table["shard"], present).to_numpy()]
         order = np.lexsort((table["index"].to_numpy(), shard))
         columns = {key: table[key].to_numpy()[order] for key in ("label", "offset", "length")}
         return SplitIndex(

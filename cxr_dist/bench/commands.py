@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from cxr_dist.bench import build, cost_model, features, reading, scaling, step
-from cxr_dist.config import load_config, resolve_preset
+from cxr_dist.config import Config, load_config, resolve_preset
 from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
 from cxr_dist.reporting import ConsoleReporter, progress_bar
 from tfrecords_builder.build import build_dataset
@@ -69,13 +69,16 @@ def _batches(folder: Path, images: int) -> Path:
     return folder / "dataset"
 
 
+def _configured(options: argparse.Namespace, overrides: list[str]) -> tuple[Config, list[str]]:
+    """The configuration, and the options of `cxr-dist train` that give it."""
+    preset = resolve_preset(options.config)
+    arguments = ["--config", str(preset), *(text for override in overrides for text in ("--set", override))]
+    return load_config(preset, overrides), arguments
+
+
 def bench_features(options: argparse.Namespace) -> None:
     """On labelled images, or on phantoms of the network's size."""
-    preset = resolve_preset(options.config)
-    arguments = [*(["--config", str(preset)] if preset else [])]
-    overrides = [*options.overrides, "features.views=1"]
-    arguments += [text for override in overrides for text in ("--set", override)]
-    config = load_config(preset, overrides)
+    config, arguments = _configured(options, [*options.overrides, "features.views=1"])
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = Path(folder)
         source = options.dataset or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
@@ -94,11 +97,10 @@ def bench_features(options: argparse.Namespace) -> None:
 
 def bench_scaling(options: argparse.Namespace) -> None:
     """On phantoms of the network's size."""
+    if len(options.workers) * len(options.batch_sizes) < 2:
+        raise UserError("--workers, --batch-sizes: one point makes no model; give several of either")
     cluster = cost_model.read_cluster(options.cluster) if options.cluster else None
-    preset = resolve_preset(options.config)
-    load_config(preset, options.overrides)
-    arguments = [*(["--config", str(preset)] if preset else [])]
-    arguments += [text for override in options.overrides for text in ("--set", override)]
+    _, arguments = _configured(options, options.overrides)
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = Path(folder)
         dataset = options.dataset or _batches(work / "drawn", options.steps * max(options.batch_sizes))

@@ -1,4 +1,4 @@
-"""How long a training step takes on a number of workers, from a few measured steps. Pure.
+"""How long a training step takes on a number of workers, from a few measured steps.
 
     step = fixed + seconds per image * images of a replica / its share of a device
          + 2 (n - 1) / n * bytes of the trained gradients / bandwidth
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cxr_dist.config import read_yaml
 from tfrecords_builder.errors import UserError
 
 
@@ -138,19 +138,11 @@ def read_cluster(path: Path) -> Cluster:
         UserError: the file cannot be read, or a key is missing, unknown or out of range.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--cluster {path}: cannot be read ({error.strerror}); give a YAML file") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--cluster {path}: is not YAML ({' '.join(str(error).split())})") from None
-    try:
-        return Cluster.model_validate(content)
+        return Cluster.model_validate(read_yaml(path))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in problem["loc"])
-        raise UserError(
-            f"--cluster {path}: {field or 'the file'}: {problem['msg']}; see cluster/example.yaml"
-        ) from None
+        raise UserError(f"{path}: {field}: {problem['msg']}; see cluster/example.yaml") from None
 
 
 def predict(model: CostModel, cluster: Cluster, machines: int, images: int, bytes_per_image: int) -> Prediction:

@@ -11,8 +11,6 @@ with AVX-512.
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from statistics import median
 from typing import Any
 
 from cxr_dist import run_folder
+from cxr_dist.bench import child
 from cxr_dist.config import Config
 from tfrecords_builder.manifest import read_manifest
 
@@ -120,7 +119,9 @@ def _plain(name: str, onednn: str | None, work: Work, out: Path) -> Way:
     script = Path(__file__).with_name("plain_keras.py")
     command = [str(script), str(work.source), str(work.dataset / "manifest.parquet")]
     command += ["--epochs", str(_EPOCHS), str(_EPOCHS)]
-    _run([*command, *(text for key, value in options.items() for text in (f"--{key}", str(value)))], onednn)
+    command += [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    environment = {name: value for name, value in os.environ.items() if name != ONEDNN}
+    child.python(command, environment | ({} if onednn is None else {ONEDNN: onednn}))
     plain = json.loads(out.read_text())
     images = steps * config.global_batch_size
     fine_tuning = [row["train_seconds"] for row in plain["history"] if row["stage"] == 2][1:]
@@ -131,7 +132,7 @@ def _plain(name: str, onednn: str | None, work: Work, out: Path) -> Way:
 
 def _stage_1(work: Work, run: Path) -> Way:
     begun = time.perf_counter()
-    _train(work.dataset, run, [*work.arguments, "--set", "stages.2.epochs=0"])
+    child.train(work.dataset, run, [*work.arguments, "--launcher", "local"], ["stages.2.epochs=0"])
     seconds = time.perf_counter() - begun + work.build_seconds
     result = run_folder.read_result(run)
     if result is None:
@@ -141,19 +142,6 @@ def _stage_1(work: Work, run: Path) -> Way:
 
 def _stage_2(work: Work, run: Path, cut: str) -> float:
     settings = ("stages.1.epochs=0", f"stages.2.epochs={_EPOCHS}", f"features.cut={cut}")
-    _train(work.drawn, run, [*work.arguments, *(text for setting in settings for text in ("--set", setting))])
+    child.train(work.drawn, run, [*work.arguments, "--launcher", "local"], settings)
     history = run_folder.read_history(run)
     return median(work.steps * work.config.global_batch_size / row["seconds"] for row in history[1:])
-
-
-def _train(dataset: Path, run: Path, arguments: Sequence[str]) -> None:
-    _run(["-m", "cxr_dist", "train", str(dataset), "--out", str(run), "--launcher", "local", *arguments], None)
-
-
-def _run(arguments: Sequence[str], onednn: str | None) -> None:
-    """In a process of its own, which decides on oneDNN by itself when `onednn` is None."""
-    environment = {name: value for name, value in os.environ.items() if name != ONEDNN}
-    if onednn is not None:
-        environment[ONEDNN] = onednn
-    # Our own commands, and paths that the user gave; what they print is no result.
-    subprocess.run([sys.executable, *arguments], env=environment, check=True, stdout=sys.stderr)  # noqa: S603

@@ -5,14 +5,13 @@ one machine without GPUs share its cores, so more of them are not faster: what i
 another and to the all-reduce between processes.
 """
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from cxr_dist import run_folder
+from cxr_dist.bench import child
 from cxr_dist.bench.cost_model import Cluster, CostModel, Point, Prediction, fit, held_out_errors, predict
 
 _EPOCHS = 3
@@ -67,10 +66,7 @@ def measure(
             run = folder / f"{count}-workers-{batch_size}"
             settings = [f"global_batch_size={batch_size}", "features.cache=off"]
             settings += [f"stages.{stage}.epochs={_EPOCHS}" for stage in (1, 2)]
-            command = [sys.executable, "-m", "cxr_dist", "train", str(dataset), "--out", str(run)]
-            command += [*arguments, *(text for setting in settings for text in ("--set", setting))]
-            # Our own command; what it prints is no result.
-            subprocess.run([*command, "--workers", str(count)], check=True, stdout=sys.stderr)  # noqa: S603
+            child.train(dataset, run, [*arguments, "--workers", str(count)], settings)
             found += _read(run, batch_size)
     return found
 
