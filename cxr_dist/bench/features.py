@@ -21,6 +21,7 @@ from typing import Any
 from cxr_dist import run_folder
 from cxr_dist.bench import child
 from cxr_dist.config import Config
+from tfrecords_builder.errors import UserError
 from tfrecords_builder.manifest import read_manifest
 
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
@@ -106,6 +107,8 @@ def _plain(name: str, onednn: str | None, work: Work, out: Path) -> Way:
     config, manifest = work.config, read_manifest(work.dataset)
     validation = len(manifest.split("validation"))
     steps = min(work.steps, validation // config.global_batch_size)
+    if not steps:
+        raise UserError(f"{work.source}: gives {validation} validation images, less than a batch; give more images")
     options = {
         "weights": config.model.weights,
         "out": out,
