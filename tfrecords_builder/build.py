@@ -31,6 +31,7 @@ from tfrecords_builder.images import DECODERS, ImageError
 from tfrecords_builder.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    MAX_IMAGE_SIZE,
     Manifest,
     Settings,
     ShardInfo,
@@ -44,7 +45,6 @@ from tfrecords_builder.schema import ENCODINGS
 from tfrecords_builder.sources import SourceImage, class_counts, find_images, read_split_file
 from tfrecords_builder.writer import IngestTask, ingest, write_shard
 
-MAX_IMAGE_SIZE = 4096
 ON_ERROR = ("stop", "skip")
 
 CONFLICTS = ("exclude", "keep")

@@ -24,12 +24,12 @@ def disk_error(error: BaseException) -> UserError | None:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """`write` fills a temporary file beside `path`, which then takes its name. Folders are made as needed."""
+    """`write` fills a temporary file (and may read it) that then takes the name `path`. Folders are made as needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

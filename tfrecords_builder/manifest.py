@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +21,20 @@ import pyarrow.parquet as pq
 
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import write_atomically
+from tfrecords_builder.seal import UNSEALED, check_seal, seal
+from tfrecords_builder.sharding import is_shard_name
 from tfrecords_builder.splits import SPLITS
 
 MANIFEST_NAME = "manifest.parquet"
 FORMAT_VERSION = 3
+MAX_IMAGE_SIZE = 4096
+"""Largest side of stored images in pixels."""
 ACCEPTED = "ok"
 REJECTED = "rejected"
 EXCLUDED = "excluded"
 
 _METADATA_KEY = b"cxr_dataset"
+_SEAL_KEY = b"cxr_seal"
 _ARROW_SCHEMA = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),
@@ -289,11 +294,13 @@ def write_manifest(dataset: Path, manifest: Manifest) -> None:
         "duplicates": manifest.duplicates,
         "created_with": manifest.created_with,
     }
-    table = _table(manifest.rows).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
-    write_atomically(
-        dataset / MANIFEST_NAME,
-        lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True),
-    )
+    table = _table(manifest.rows).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata), _SEAL_KEY: UNSEALED})
+
+    def write(file: IO[bytes]) -> None:
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        seal(file)
+
+    write_atomically(dataset / MANIFEST_NAME, write)
 
 
 def read_manifest(dataset: Path) -> Manifest:
@@ -321,13 +328,14 @@ def read_manifest(dataset: Path) -> Manifest:
     try:
         metadata = json.loads(raw)
         version = metadata["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path) from error
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path}: has format version {version}, this program reads {FORMAT_VERSION}; build the dataset anew"
         )
     try:
+        check_seal(path)  # now, as an older version wrote none: page checksums leave Parquet's own footer out
         return _from_table(table, metadata)
     except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise _damaged(path) from error
@@ -359,15 +367,33 @@ def _table(rows: Sequence[Row]) -> pa.Table:
 def _from_table(table: pa.Table, metadata: dict[str, Any]) -> Manifest:
     if not table.schema.equals(_ARROW_SCHEMA):
         raise ValueError("unexpected columns")
+    settings = Settings(**{f.name: metadata[f.name] for f in fields(Settings)})
+    shards = tuple(ShardInfo(**shard) for shard in metadata["shards"])
+    _check_places(table, settings, shards)
     return Manifest(
         class_names=tuple(metadata["class_names"]),
-        settings=Settings(**{f.name: metadata[f.name] for f in fields(Settings)}),
+        settings=settings,
         fingerprint=metadata["fingerprint"],
-        shards=tuple(ShardInfo(**shard) for shard in metadata["shards"]),
+        shards=shards,
         rows=_TableRows(table),
         duplicates=tuple((int(i), int(j), float(score)) for i, j, score in metadata["duplicates"]),
         created_with=metadata["created_with"],
     )
+
+
+def _check_places(table: pa.Table, settings: Settings, shards: Sequence[ShardInfo]) -> None:
+    """Nothing that is read by the manifest lies outside of the dataset, or is larger than what is there."""
+    if not 1 <= settings.image_size <= MAX_IMAGE_SIZE:
+        raise ValueError(f"images of {settings.image_size} pixels")
+    if not all(is_shard_name(shard.name) for shard in shards):
+        raise ValueError("a shard is named otherwise than shards are")
+    size_of = {shard.name: shard.bytes for shard in shards}
+    placed = table.select(["shard", "offset", "length"]).drop_null()
+    names = pc.dictionary_encode(placed["shard"].combine_chunks())
+    sizes = np.array([size_of[name] for name in names.dictionary.to_pylist()], np.int64)[names.indices.to_numpy()]
+    offset, length = placed["offset"].to_numpy(), placed["length"].to_numpy()
+    if not ((offset >= 0) & (length >= 0) & (offset <= sizes) & (length <= sizes - offset)).all():
+        raise ValueError("a record lies outside of its shard")
 
 
 def _damaged(path: Path) -> UserError:

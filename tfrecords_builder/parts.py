@@ -5,7 +5,6 @@ is in it, with a checksum of the data, which is written last. A build that was k
 finished; one whose source files or settings are others, or whose data is damaged, is made again.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder.audit import THUMBNAIL_SIZE
+from tfrecords_builder.seal import read_sealed_json, sealed_json
 
 IMAGES_PER_PART = 32
 MOST_PARTS = 4096
@@ -87,7 +87,7 @@ def write_part(
         "bytes": len(data),
         "crc32c": google_crc32c.value(data),
     }
-    for target, content in ((path, data), (_index_of(path), json.dumps(index).encode())):
+    for target, content in ((path, data), (_index_of(path), sealed_json(index))):
         # No fsync: after a power cut the checksum tells whether the data arrived.
         temporary = target.with_name(f"{target.name}.tmp")
         temporary.write_bytes(content)
@@ -99,7 +99,7 @@ def read_part(folder: Path, number: int, key: str, sources: Sequence[SourceFile]
     """The part that an earlier build made of these very sources with these settings; None when there is none."""
     path = folder / part_name(number)
     try:
-        index = json.loads(_index_of(path).read_bytes())
+        index = read_sealed_json(_index_of(path))
         data = path.read_bytes()
     except (OSError, ValueError):
         return None
@@ -109,7 +109,7 @@ def read_part(folder: Path, number: int, key: str, sources: Sequence[SourceFile]
         "bytes": len(data),
         "crc32c": google_crc32c.value(data),
     }
-    if not isinstance(index, dict) or any(index.get(name) != value for name, value in expected.items()):
+    if any(index.get(name) != value for name, value in expected.items()):
         return None
     return Part(path, tuple(PartImage(*image) for image in index["images"]))
 

@@ -34,7 +34,7 @@ class Pool:
         self._executor: ProcessPoolExecutor | None = None
         if workers > 1:
             context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
+            self._executor = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_child)
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """`function(task)` for each task, in order; `function` must be importable by name.
@@ -68,7 +68,8 @@ class Pool:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _prepare_worker() -> None:
+def prepare_child() -> None:
+    """Called first in a process that serves its parent: it ends with it, and leaves Ctrl-C to it."""
     # Ctrl-C reaches the whole process group. The parent alone answers it: it stops handing out tasks.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

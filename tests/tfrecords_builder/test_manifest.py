@@ -19,7 +19,6 @@ from tfrecords_builder.manifest import (
     write_manifest,
 )
 from tfrecords_builder.splits import SPLITS, split_sizes
-from tfrecords_builder.verify import verify_dataset
 
 PROMISED = {
     *("path", "class_name", "label", "split", "group", "sha256"),
@@ -105,23 +104,16 @@ def test_another_format_version(copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
         read_manifest(copy)
 
 
-def test_damage_is_found_or_harmless(copy: Path) -> None:
+def test_damage_is_found(copy: Path) -> None:
     path = copy / MANIFEST_NAME
     data = path.read_bytes()
-    whole = read_manifest(copy)
     rng = np.random.default_rng(0)
-    found = 0
     for position in rng.choice(len(data), 250, replace=False):
         damaged = bytearray(data)
-        damaged[position] ^= rng.integers(1, 256)
+        damaged[position] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
-        try:
-            verify_dataset(copy)
-            # Some bytes mean nothing to us (padding, statistics, who wrote it).
-            assert replace(read_manifest(copy), created_with=whole.created_with) == whole
-        except UserError:
-            found += 1
-    assert found > 125
+        with pytest.raises(UserError):
+            read_manifest(copy)
     for length in rng.choice(len(data), 30, replace=False):
         path.write_bytes(data[:length])
         with pytest.raises(UserError):
