@@ -10,6 +10,7 @@ them back. The manifest goes up last, and comes into its place last.
 """
 
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -39,6 +40,12 @@ STAGE_LIMIT_VARIABLE = "CXR_DIST_STAGE_GB"
 DEFAULT_STAGE_LIMIT_GB = 100.0
 SECONDS_TO_WAIT = 3600.0
 """For another process that fetches the same dataset."""
+
+PAUSES_S = (0.3, 1.0, 3.0)
+"""Between attempts at what a storage failed to do."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _CHUNK_BYTES = 4 * 1024 * 1024
 _TRANSFERS = 4
@@ -195,6 +202,28 @@ def staged_output(
             shutil.rmtree(folder)
 
 
+class StorageError(UserError):
+    """A storage or the network did not do what was asked; it may the next time."""
+
+
+def _patiently(move: Callable[P, R]) -> Callable[P, R]:
+    """`move`, done again after a pause when the storage fails: one of many machines does now and then.
+
+    Arrow tries a request of S3 again by itself, but not one that breaks off in the middle.
+    """
+
+    @functools.wraps(move)
+    def again(*args: P.args, **kwargs: P.kwargs) -> R:
+        for pause in PAUSES_S:
+            try:
+                return move(*args, **kwargs)
+            except StorageError:
+                time.sleep(pause)
+        return move(*args, **kwargs)
+
+    return again
+
+
 class _Remote:
     """A folder on a storage, and one-line errors for what goes wrong there."""
 
@@ -226,30 +255,38 @@ class _Remote:
         try:
             yield
         except (pa.ArrowException, OSError) as error:
-            raise UserError(
+            raise StorageError(
                 f"{self.name}/{name}: the storage cannot be used ({one_line(error)}); check the address, the "
                 "credentials and the network, and start the same command again"
             ) from error
 
+    @_patiently
     def read(self, name: str) -> bytes | None:
         """A small file; None when there is none."""
         with self.explained(name):
-            if self.size(name) is None:
+            if self._size(name) is None:
                 return None
             with self._filesystem.open_input_stream(f"{self._path}/{name}") as file:
                 return bytes(file.read())
 
+    @_patiently
     def size(self, name: str) -> int | None:
         """Bytes of a file; None when there is none."""
-        info = self._filesystem.get_file_info(f"{self._path}/{name}")
+        return self._size(name)
+
+    def _size(self, name: str) -> int | None:
+        with self.explained(name):
+            info = self._filesystem.get_file_info(f"{self._path}/{name}")
         return info.size if info.type == pyarrow.fs.FileType.File else None
 
+    @_patiently
     def names(self) -> list[str]:
         """Of what the folder holds."""
         with self.explained(""):
             selector = pyarrow.fs.FileSelector(self._path, allow_not_found=True)
             return sorted(info.base_name for info in self._filesystem.get_file_info(selector))
 
+    @_patiently
     def remove(self, name: str) -> None:
         with self.explained(name):
             self._filesystem.delete_file(f"{self._path}/{name}")
@@ -260,13 +297,18 @@ class _Remote:
             while chunk := source.read(_CHUNK_BYTES):
                 yield chunk
 
+    @_patiently
     def digest(self, name: str) -> str:
         """SHA-256 of what the storage holds."""
+        return self._digest(name)
+
+    def _digest(self, name: str) -> str:
         digest = hashlib.sha256()
         for chunk in self.chunks(name):
             digest.update(chunk)
         return digest.hexdigest()
 
+    @_patiently
     def upload(self, path: Path) -> None:
         """Copy a local file, and read it back.
 
@@ -284,7 +326,7 @@ class _Remote:
                 while chunk := source.read(_CHUNK_BYTES):
                     digest.update(chunk)
                     target.write(chunk)
-        if self.digest(path.name) != digest.hexdigest():
+        if self._digest(path.name) != digest.hexdigest():
             raise UserError(f"{self.name}/{path.name}: the storage holds something else than was sent; try again")
 
     def check_ours(self) -> None:
@@ -311,6 +353,7 @@ def _fetch(remote: _Remote, content: bytes, folder: Path, stage: Stage, progress
     missing = [shard for shard in manifest.shards if shard.name not in present]
     stage.make_room(sum(shard.bytes for shard in missing), remote.name)
 
+    @_patiently
     def bring(shard: ShardInfo) -> None:
         def write(file: IO[bytes]) -> None:
             digest = hashlib.sha256()

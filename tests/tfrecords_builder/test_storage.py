@@ -2,10 +2,13 @@
 
 import fcntl
 import os
+import random
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import boto3
@@ -23,6 +26,7 @@ from tfrecords_builder.verify import verify_dataset
 SIZE = 16
 BUCKET = "xrays"
 ROOM = 10**6
+FAILURES = 3
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +154,86 @@ def test_a_build_that_stops_on_its_way_up_is_no_dataset_and_goes_on(
     assert bucket.content() == content(built)
 
 
+class Flaky:
+    """A file system, and its streams, of which the first few calls for each path fail, as an object storage's do."""
+
+    def __init__(self, whole: Any, left: Counter[str], path: str = "") -> None:
+        self._whole, self._left, self._path = whole, left, path
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._whole, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any) -> Any:
+            path = self._path or str(arguments[0])
+            # Not at once: what breaks off in the middle is the harder case.
+            if random.Random(f"{path} {name} {self._left[path]}").random() < 0.5 and self._left[path] < FAILURES:
+                self._left[path] += 1
+                raise OSError("AWS Error INTERNAL_FAILURE during PutObject operation")
+            made = found(*arguments)
+            return Flaky(made, self._left, path) if name.startswith("open_") else made
+
+        return call
+
+    def __enter__(self) -> "Flaky":
+        self._whole.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._whole.__exit__(*error)
+
+
+@pytest.fixture
+def flaky(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each path has failed; they do from now on."""
+    failed: Counter[str] = Counter()
+    whole = storage._Remote.__init__
+
+    def init(self: Any, scheme: str, filesystem: Any, path: str) -> None:
+        whole(self, scheme, Flaky(filesystem, failed), path)
+
+    monkeypatch.setattr(storage._Remote, "__init__", init)
+    monkeypatch.setattr(storage, "PAUSES_S", (0.0,) * FAILURES)
+    return failed
+
+
+def test_a_storage_that_fails_now_and_then(
+    source: Path, bucket: Bucket, stage: Stage, tmp_path: Path, flaky: Counter[str]
+) -> None:
+    with staged_output(bucket.url, ROOM, stage) as folder:
+        build_dataset(source, folder, image_size=SIZE)
+    assert sum(flaky.values()) > 10
+    flaky.clear()
+    with local_copy(bucket.url, Stage(tmp_path / "other", ROOM)) as there:
+        verify_dataset(there)
+    assert sum(flaky.values()) > 3
+
+
+def test_a_storage_that_fails_always_is_named(
+    source: Path, bucket: Bucket, stage: Stage, tmp_path: Path, flaky: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with staged_output(bucket.url, ROOM, stage) as folder:
+        build_dataset(source, folder, image_size=SIZE)
+    flaky.clear()
+    monkeypatch.setattr(storage, "PAUSES_S", ())
+    other = Stage(tmp_path / "other", ROOM)
+    with (
+        pytest.raises(UserError, match=r"the storage cannot be used .*INTERNAL_FAILURE"),
+        local_copy(bucket.url, other),
+    ):
+        pass
+    flaky.update(dict.fromkeys(flaky, FAILURES))
+    for _ in range(20 * FAILURES):  # the same command again goes on with what it has
+        try:
+            with local_copy(bucket.url, other) as there:
+                verify_dataset(there)
+                return
+        except UserError:
+            assert not list(other.folder.glob("*/manifest.parquet")), "not taken for whole"
+    pytest.fail("it never got there")
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_shard_that_was_damaged_there_is_named(
     source: Path, bucket: Bucket, stage: Stage, tmp_path: Path, damage: str
@@ -230,7 +314,10 @@ def test_what_is_no_dataset_is_left_alone(source: Path, bucket: Bucket, stage: S
         ("s3://bucket/a?scheme=http&endpoint_override=127.0.0.1:9", "cannot be used"),
     ],
 )
-def test_addresses_that_lead_nowhere(bucket: Bucket, server: str, tmp_path: Path, url: str, says: str) -> None:
+def test_addresses_that_lead_nowhere(
+    bucket: Bucket, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, says: str
+) -> None:
+    monkeypatch.setattr(storage, "PAUSES_S", ())  # Arrow itself tries for seconds to reach a server
     with pytest.raises(UserError, match=says), local_copy(url.replace("SERVER", server), Stage(tmp_path, ROOM)):
         pass
 
