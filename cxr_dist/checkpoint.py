@@ -1,26 +1,33 @@
 """What a run leaves to go on from: weights, optimizer, position - written complete or not at all.
 
-A checkpoint is one `.npz` file (NumPy's zip, whose members carry a CRC): arrays only, so loading one
-executes nothing. It is written under a temporary name, flushed to disk and renamed. One member is JSON:
-the state, and the names of all arrays, as no CRC guards the zip's own directory.
+A checkpoint is one `.npz` file (NumPy's zip): arrays only, so loading one executes nothing. It is written under a
+temporary name, sealed with a checksum of all its bytes, flushed to disk and renamed. One member is JSON: the state,
+and the names of all arrays.
 """
 
 import io
 import json
+import math
+import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder.errors import UserError, one_line
-from tfrecords_builder.files import write_atomically
+from tfrecords_builder.files import intended_name, write_atomically
+from tfrecords_builder.seal import UNSEALED, check_seal, seal
 
 Arrays = dict[str, npt.NDArray[Any]]
 _STATE = "state.json"
-_PREFIX = "epoch-"
+_EPOCH, _BEST = "epoch-", "best-"
+_NAME = re.compile(rf"{_EPOCH}(?P<epochs>\d+)(?:-step-(?P<step>\d+))?\.npz")
+_BEST_OF = "best_epochs_done"
 KEPT = 2
 """How many checkpoints are kept: the newest, and the one before in case the newest is damaged."""
 
@@ -37,16 +44,29 @@ def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], state: Mappi
     described = {"arrays": sorted(arrays), "state": state}
     encoded = np.frombuffer(json.dumps(described).encode(), dtype=np.uint8)
     members: dict[str, Any] = {_STATE: encoded, **arrays}
-    write_atomically(path, lambda file: np.savez(file, **members))
+
+    def write(file: IO[bytes]) -> None:
+        np.savez(file, **members)
+        seal_archive(file)
+
+    write_atomically(path, write)
+
+
+def seal_archive(file: IO[bytes]) -> None:
+    """Put a checksum of the whole into the comment of a zip that is open for reading and writing."""
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = UNSEALED.encode()
+    seal(file)
 
 
 def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
-    """Read what `save_arrays` wrote; every member's CRC is checked.
+    """Read what `save_arrays` wrote, after its checksum.
 
     Raises:
         UserError: the file is missing, damaged, or something else.
     """
-    try:
+    with _explained(path):
+        check_seal(path)
         with zipfile.ZipFile(path) as archive:
             arrays = {
                 member.filename.removesuffix(".npy"): _read_member(archive, member) for member in archive.infolist()
@@ -55,20 +75,46 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
         state = described["state"]
         if described["arrays"] != sorted(arrays):
             raise ValueError("arrays are missing")
+    return arrays, state
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The JSON state alone, of a file as `save_arrays` writes it.
+
+    Raises:
+        UserError: the file is missing, damaged, or something else.
+    """
+    with _explained(path), zipfile.ZipFile(path) as archive:
+        state: dict[str, Any] = json.loads(_read_member(archive, archive.getinfo(f"{_STATE}.npy")).tobytes())["state"]
+    return state
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """All that reading a file can raise, as words for people."""
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
         reason = one_line(error)
         raise UserError(f"{path}: damaged checkpoint ({reason}); remove it to go on from the one before") from None
-    return arrays, state
 
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> npt.NDArray[Any]:
     """One array; never an object, as that would be a pickle."""
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{member.filename} is compressed")
-    # Read to its end before it is parsed: NumPy alone stops where the header says, short of the CRC.
-    array: npt.NDArray[Any] = np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)
+    # Read to its end before it is parsed: NumPy alone stops where the header says, short of the CRC. And it makes room
+    # for what the header says, so that must be what is there.
+    content = io.BytesIO(archive.read(member))
+    version = np.lib.format.read_magic(content)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, _, dtype = read_header(content)
+    if dtype.hasobject or content.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
+        raise ValueError(f"{member.filename} is not of the size that it says")
+    content.seek(0)
+    array: npt.NDArray[Any] = np.lib.format.read_array(content, allow_pickle=False)
     return array
 
 
@@ -103,50 +149,133 @@ def restore_optimizer(optimizer: Any, arrays: Arrays) -> None:
         variable.assign(value)
 
 
-class CheckpointFolder:
-    """The checkpoints of one run: one for each finished epoch, the newest few kept, and the best weights."""
+@dataclass(frozen=True, order=True)
+class Position:
+    """How far a run is: epochs done over all stages, and steps done in the one after."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    epochs_done: int
+    step: int = 0
 
     @property
-    def best(self) -> Path:
-        return self._folder / "best.npz"
+    def file_name(self) -> str:
+        """Of the checkpoint of this position."""
+        return f"{_EPOCH}{self.epochs_done:05d}{f'-step-{self.step:07d}' if self.step else ''}.npz"
 
-    def save(self, epochs_done: int, arrays: Arrays, state: Mapping[str, Any]) -> None:
-        """`epochs_done` counts over all stages and names the file."""
-        save_arrays(self._folder / f"{_PREFIX}{epochs_done:05d}.npz", arrays, state)
-        for path in self._all()[:-KEPT]:
-            path.unlink(missing_ok=True)
+    @classmethod
+    def of_file(cls, name: str) -> "Position | None":
+        """The position that a file's name tells; None for files of another kind."""
+        found = _NAME.fullmatch(name)
+        return cls(int(found["epochs"]), int(found["step"] or 0)) if found else None
 
-    def load_best(self) -> tuple[Arrays, dict[str, Any]]:
-        """The best weights and where they came from.
+
+class CheckpointFolder:
+    """The checkpoints of one run: the newest few, and of each the weights that were best until then.
+
+    The best weights have a file for each time that they were beaten, named by the epochs done, so that an older
+    checkpoint finds those of its own time: what follows from it is then what followed at first.
+    """
+
+    def __init__(self, folder: Path, keep: int = KEPT) -> None:
+        self._folder, self._keep = folder, keep
+
+    def save(
+        self,
+        position: Position,
+        arrays: Arrays,
+        state: Mapping[str, Any],
+        best_epochs_done: int = 0,
+        best_arrays: Arrays | None = None,
+    ) -> None:
+        """Write a checkpoint, and the best weights until then where they have no file yet; remove what is older.
+
+        Args:
+            position: Of the checkpoint; one of the same position is replaced.
+            arrays: Weights, optimizer and the like.
+            state: What else there is, as JSON.
+            best_epochs_done: Which epoch left the best weights, over all stages; 0 while there are none.
+            best_arrays: Those weights.
+        """
+        if best_epochs_done and best_arrays is not None and not self.best(best_epochs_done).exists():
+            save_arrays(self.best(best_epochs_done), best_arrays, {"epochs_done": best_epochs_done})
+        save_arrays(self._folder / position.file_name, arrays, {_BEST_OF: best_epochs_done, **state})
+        kept = self._positions()[-self._keep :]
+        for path in self._folder.glob("*.npz"):
+            found = Position.of_file(path.name)
+            if found is not None and found not in kept:
+                path.unlink(missing_ok=True)
+        self._remove_unused_best(best_epochs_done)
+
+    def best(self, epochs_done: int) -> Path:
+        """The file of the weights that the epoch left."""
+        return self._folder / f"{_BEST}{epochs_done:05d}.npz"
+
+    def newest_best(self) -> Path | None:
+        """The file of the best weights of all: of a finished run, those of its model."""
+        return max(self._folder.glob(f"{_BEST}*.npz"), default=None, key=lambda path: path.name)
+
+    def load_best(self, epochs_done: int) -> Arrays:
+        """The weights that the epoch left.
 
         Raises:
             UserError: they are missing or damaged, and cannot be had again without training.
         """
         try:
-            return load_arrays(self.best)
+            return load_arrays(self.best(epochs_done))[0]
         except UserError as error:
             raise UserError(
                 f"{error}".split(";")[0] + "; the run lost its best weights: train into a new --out"
             ) from None
 
-    def newest(self, warn: Callable[[str], None]) -> tuple[Path, Arrays, dict[str, Any]] | None:
+    def load(self, position: Position) -> tuple[Arrays, dict[str, Any]]:
+        """The checkpoint of a position.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        return load_arrays(self._folder / position.file_name)
+
+    def newest(self, warn: Callable[[str], None]) -> tuple[Position, Arrays, dict[str, Any]] | None:
         """The newest whole checkpoint, if there is any; a damaged one is passed over with a warning.
 
         Raises:
             UserError: there are some, and none of them can be read. To start anew would overwrite what is left.
         """
-        paths = self._all()
-        for path in reversed(paths):
+        positions = self._positions()
+        for position in reversed(positions):
             try:
-                return path, *load_arrays(path)
+                return position, *self.load(position)
             except UserError as error:
                 warn(str(error))
-        if paths:
-            raise UserError(f"{paths[-1]}: no checkpoint of this run can be read; train into a new --out")
+        if positions:
+            path = self._folder / positions[-1].file_name
+            raise UserError(f"{path}: no checkpoint of this run can be read; train into a new --out")
         return None
 
-    def _all(self) -> list[Path]:
-        return sorted(self._folder.glob(f"{_PREFIX}*.npz"))
+    def newest_position(self) -> Position | None:
+        """Of the newest checkpoint, as its name says; whether it is whole was not looked at."""
+        return max(self._positions(), default=None)
+
+    def clean(self) -> None:
+        """Remove what a process left that was killed while it wrote: a file of hundreds of megabytes each time."""
+        for path in self._folder.glob(".*"):
+            if (intended_name(path.name) or "").endswith(".npz"):
+                path.unlink(missing_ok=True)
+
+    def _remove_unused_best(self, newest: int) -> None:
+        """Those that no checkpoint of the folder refers to; the older ones' references are read from the files."""
+        paths = sorted(self._folder.glob(f"{_BEST}*.npz"))
+        if len(paths) <= 1:
+            return
+        used = {newest}
+        for position in self._positions()[:-1]:
+            try:
+                used.add(load_state(self._folder / position.file_name)[_BEST_OF])
+            except UserError:
+                return  # damaged: whichever it refers to may be what a person needs
+        for path in paths:
+            if path not in {self.best(number) for number in used}:
+                path.unlink(missing_ok=True)
+
+    def _positions(self) -> list[Position]:
+        found = (Position.of_file(path.name) for path in self._folder.glob("*.npz"))
+        return sorted(position for position in found if position is not None)

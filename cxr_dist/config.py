@@ -6,6 +6,7 @@ the nearest known one. What is resolved is saved with the run and loads again un
 
 import difflib
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -139,6 +140,19 @@ class InputConfig(_Node):
     )
 
 
+class CheckpointConfig(_Node):
+    """What a run leaves to go on from when it is interrupted, in the middle of an epoch too."""
+
+    share: float = Field(
+        0.01, gt=0, le=1, description="of the training time that writing may take: the interval follows from the cost"
+    )
+    every_steps: int | None = Field(
+        None, ge=1, description="write after so many steps of an epoch, and at its end, whatever it costs"
+    )
+    keep: int = Field(2, ge=2, description="how many; the one before serves when the newest is damaged")
+    background: bool = Field(True, description="write while training goes on")
+
+
 class AllReduceConfig(_Node):
     """How workers sum their gradients; nothing where there is one worker."""
 
@@ -176,6 +190,18 @@ class Config(_Node):
     input: InputConfig = Field(default_factory=InputConfig)
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
     all_reduce: AllReduceConfig = Field(default_factory=AllReduceConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    max_skipped_steps: int = Field(
+        20,
+        ge=0,
+        description="steps of an epoch whose loss or gradient may be non-finite (they change nothing) before the run "
+        "ends; overflows that a float16 loss scale can still mend are not counted here",
+    )
+    worker_timeout_s: float = Field(
+        900.0,
+        gt=0,
+        description="seconds without progress after which one of several workers is ended, as another one must hang",
+    )
     stages: dict[int, StageConfig] = Field(default_factory=_stages, min_length=1)
 
     @model_validator(mode="after")
@@ -199,24 +225,43 @@ class Config(_Node):
         return yaml.safe_dump(self.tree(), sort_keys=False)
 
 
-def load_config(path: Path | None = None, overrides: list[str] | None = None) -> Config:
-    """Defaults, then the YAML file at `path`, then `key=value` overrides with dotted keys.
+def load_config(
+    path: Path | None = None, overrides: list[str] | None = None, layers: Sequence[tuple[str, Mapping[str, Any]]] = ()
+) -> Config:
+    """Defaults, then the YAML file at `path`, then `layers`, then `key=value` overrides with dotted keys.
+
+    Args:
+        layers: Trees of keys, each with the words that an error about one of them begins with.
 
     Raises:
         UserError: the file is missing or no YAML mapping, or a key or value is not valid.
     """
     tree = _plain(Config().tree())
     if path is not None:
-        _merge(tree, read_yaml(path), f"{path}: ")
+        written = read_yaml(path)
+        if "search" in written:
+            raise UserError(f"{path}: is a search space; give it to tune, or a recipe")
+        _merge(tree, written, f"{path}: ")
+    for where, layer in layers:
+        _merge(tree, _plain(layer), where)
     for override in overrides or []:
-        key, found, value = override.partition("=")
-        if not found or not key:
-            raise UserError(f"--set {override}: expected key=value, such as stages.1.epochs=5")
-        node: Any = _plain(_parse_value(override, value))
-        for part in reversed(key.strip().split(".")):
-            node = {part: node}
-        _merge(tree, node, "--set ")
+        _merge(tree, parse_override(override), "--set ")
     return _validated(tree)
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    """`a.b=value` as the tree {a: {b: value}}; the value is YAML."""
+    key, found, value = override.partition("=")
+    if not found or not key:
+        raise UserError(f"--set {override}: expected key=value, such as stages.1.epochs=5")
+    return nested(key.strip(), _plain(_parse_value(override, value)))
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """The tree in which `value` stands at the dotted `key`."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def resolve_preset(path: Path | None) -> Path | None:
@@ -259,6 +304,10 @@ def _validated(tree: dict[str, Any]) -> Config:
     return config
 
 
+MOST_VALUES = 10_000
+"""In a YAML file: far more than there are keys."""
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in the file, keys as strings; `UserError` when there is none."""
     try:
@@ -267,11 +316,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no date though it looks like one
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply; give a mapping of config keys") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: holds a {type(loaded).__name__}, not a mapping of config keys")
+    if _is_larger(loaded, MOST_VALUES):
+        raise UserError(f"{path}: holds more than {MOST_VALUES} values, aliases written out; give fewer")
     return _plain(loaded)
+
+
+def _is_larger(node: Any, most: int) -> bool:
+    """Whether a tree has more nodes; aliases make a few bytes many, or endless."""
+    pending, count = [node], 0
+    while pending and count <= most:
+        current = pending.pop()
+        count += 1
+        children = current.values() if isinstance(current, dict) else current if isinstance(current, list) else ()
+        pending.extend(children)
+    return count > most
 
 
 class _Loader(yaml.SafeLoader):

@@ -229,9 +229,18 @@ class ShardSource:
     def _failures_kept(self) -> Iterator[None]:
         try:
             yield
+        except recordio.CorruptRecordError as error:
+            self.failure = self._numbered(error)
+            raise self.failure from error
         except Exception as error:
             self.failure = error
             raise
+
+    def _numbered(self, error: recordio.CorruptRecordError) -> recordio.CorruptRecordError:
+        """The error with the record's number in its shard, which only the index knows."""
+        in_shard = self._index.shard == self._paths.index(Path(error.shard))
+        number = int(np.sum(in_shard & (self._index.offset < error.offset)))
+        return recordio.CorruptRecordError(error.shard, number, error.offset, error.reason)
 
     def _file(self, shard: int) -> int:
         with self._lock:

@@ -20,6 +20,7 @@ from cxr_dist.strategy import Topology, dtype_policy, make_strategy, prepare_dev
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.images import load_gray
 from tfrecords_builder.manifest import check_shards, read_manifest
+from tfrecords_builder.seal import check_seal
 from tfrecords_builder.sources import find_images
 from tfrecords_builder.storage import Place, local_copy, parse_place
 
@@ -202,6 +203,7 @@ def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path) -> 
 
 def _load_weights(model: Any, path: Path) -> None:
     try:
+        check_seal(path)  # Keras does not read the zip's members to their ends, where their CRCs are
         model.load_weights(path)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = one_line(error)

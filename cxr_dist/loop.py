@@ -3,37 +3,47 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import checkpoint, cut, features, run_folder, stages, steps
+from cxr_dist import checkpoint, cut, features, run_folder, stages, steps, watchdog
 from cxr_dist.config import Config, StageConfig
 from cxr_dist.data import EvaluationPlan, ShardSource, Source, TrainingPlan
+from cxr_dist.keeping import Keeper
 from cxr_dist.metrics import counts_metrics
 from cxr_dist.model import build_model, load_base_weights, set_trainable, trains_base_batch_norm
 from cxr_dist.pace import Pace
 from cxr_dist.reporting import Reporter
+from cxr_dist.stopping import StoppedError, StopRequest
 from cxr_dist.store import FeatureStore
 from cxr_dist.strategy import Topology, dtype_policy, make_strategy, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import move_durably, write_json
 from tfrecords_builder.manifest import read_manifest
 
+VALIDATION_STEPS_PER_CALL = 64
+"""Then the host hears of progress; fixed, as workers must agree."""
+
 
 @dataclass
 class Best:
-    """The best validation so far: accuracy, then loss."""
+    """The best validation so far."""
 
-    key: tuple[float, float] = (-1.0, -float("inf"))
+    val_accuracy: float = -1.0
+    val_loss: float = float("inf")
     epochs_done: int = 0
+    """After which epoch over all stages; 0 before the first."""
     stage: int = 0
     epoch: int = 0
-    arrays: checkpoint.Arrays = field(default_factory=dict)
+
+    def is_beaten_by(self, row: dict[str, Any]) -> bool:
+        """Whether an epoch is better: by accuracy, then by loss."""
+        return (row["val_accuracy"], -row["val_loss"]) > (self.val_accuracy, -self.val_loss)
 
 
 @dataclass
@@ -45,9 +55,24 @@ class Progress:
     """Epochs of the stage that are done."""
     epochs_done: int = 0
     """Over all stages."""
+    step: int = 0
+    """Steps of the epoch after those that are done."""
+    totals: list[float] = field(default_factory=lambda: [0.0] * steps.TOTALS)
+    """Of these steps."""
+    seconds_in_steps: float = 0.0
     epochs_without_gain: int = 0
+    best: Best = field(default_factory=Best)
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> "Progress":
+        """What `dataclasses.asdict` and JSON made of one."""
+        return cls(**state | {"best": Best(**state["best"])})
+
+    @property
+    def position(self) -> checkpoint.Position:
+        return checkpoint.Position(self.epochs_done, self.step)
 
 
 @dataclass(frozen=True)
@@ -85,23 +110,54 @@ def train(
     Raises:
         UserError: something in the configuration or the data that the user can mend.
     """
-    return _Run(config, dataset, run, topology, reporter, launcher).execute()
+    with ExitStack() as held:
+        beat: Callable[[str], None] = _ignore
+        if topology.workers > 1:
+            folder = run / watchdog.BEATS
+            beat = held.enter_context(watchdog.Watchdog(folder, topology.worker, config.worker_timeout_s)).beat
+        return _Run(config, dataset, run, topology, reporter, launcher, beat).execute()
+
+
+def _ignore(_where: str) -> None:
+    pass
+
+
+def compute_features(config: Config, dataset: Path, run: Path, topology: Topology, reporter: Reporter) -> bool:
+    """Put what the first stage reads of the frozen part into the feature cache, as `train` would; nothing else.
+
+    Args:
+        run: Beside which the cache lies when the configuration names no folder; not made.
+
+    Returns:
+        Whether the stage reads from the cache; if not, nothing was computed.
+    """
+    return _Run(config, dataset, run, topology, reporter, "").fill_cache()
 
 
 class _Run:
     """The state of one call of `train`, so that its parts need no long argument lists."""
 
     def __init__(
-        self, config: Config, dataset: Path, run: Path, topology: Topology, reporter: Reporter, launcher: str
+        self,
+        config: Config,
+        dataset: Path,
+        run: Path,
+        topology: Topology,
+        reporter: Reporter,
+        launcher: str,
+        beat: Callable[[str], None] = _ignore,
     ) -> None:
         import keras
         import tensorflow as tf
 
         self.started = self.counted = time.perf_counter()
         self.config, self.run, self.topology = config, run, topology
-        self.reporter, self.launcher = reporter, launcher
-        self.folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS)
-        self.progress, self.best = Progress(), Best()
+        self.reporter, self.launcher, self.beat = reporter, launcher, beat
+        self.stop = StopRequest(run)
+        self.folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS, config.checkpoint.keep)
+        self.keeper = Keeper(config.checkpoint)
+        self.progress = Progress()
+        self.best_arrays: checkpoint.Arrays = {}
         self.resumed_from: str | None = None
         self.steps_computed = 0
 
@@ -153,10 +209,30 @@ class _Run:
                     self._run_stage(number, self.config.stages[number], arrays)
                 self._restore_best()
                 arrays = None  # of the stage that was interrupted, and of no other
+            self.keeper.wait()
         except Exception as error:
             self._raise_reading_failure(error)
             raise
+        finally:
+            self.keeper.close()
         return self._finish()
+
+    def fill_cache(self) -> bool:
+        """Compute the inputs of the first stage that has epochs."""
+        number = next(number for number, stage in sorted(self.config.stages.items()) if stage.epochs)
+        stage = self.config.stages[number]
+        load_base_weights(self.model, self.config.model.weights)
+        set_trainable(self.model, stage.unfreeze_layers, trains_base_batch_norm(self.config))
+        where = cut.frozen_cut(self.model)
+        if where is None or not self._keeps(number, where):
+            return False
+        self.progress.stage = number
+        try:
+            self._inputs(number, stage)
+        except Exception as error:
+            self._raise_reading_failure(error)
+            raise
+        return True
 
     # -- stages ---------------------------------------------------------------------------------
 
@@ -169,7 +245,7 @@ class _Run:
         with self.strategy.scope():
             optimizer = steps.make_optimizer(stage)
             optimizer.build(self.model.trainable_variables)
-        loss_scale = steps.LossScale.create(self.precision)
+        self.loss_scale = loss_scale = steps.LossScale.create(self.precision)
         if restored is not None:
             checkpoint.restore_optimizer(optimizer, restored)
             loss_scale.restore(restored)
@@ -186,23 +262,31 @@ class _Run:
             loss_scale=loss_scale,
             xla=self.xla,
             accumulation_steps=config.accumulation_steps,
+            measure_wait=not config.deterministic,
         )
         evaluate = self._evaluation(inputs.network, inputs.validation)
         rates = stages.learning_rates(stage, plan.steps_per_epoch)
         # Counted from the planned ends of earlier stages, so that an early stop changes no later order.
         first_epoch = sum(self.config.stages[earlier].epochs for earlier in range(1, number))
-        start = (first_epoch + self.progress.epoch) * plan.steps_per_epoch
+        start = (first_epoch + self.progress.epoch) * plan.steps_per_epoch + self.progress.step
         iterator = self._batches(inputs.train, replace(plan, views=inputs.train.count // plan.count), start)
         pace = Pace(by_time=self.topology.workers == 1)
+
+        def trained() -> checkpoint.Arrays:
+            return checkpoint.model_arrays(self.model) | checkpoint.optimizer_arrays(optimizer) | loss_scale.arrays()
+
         while not self._is_finished(number):
             epoch = self.progress.epoch
             rate = rates[epoch * plan.steps_per_epoch : (epoch + 1) * plan.steps_per_epoch]
             first_step = (first_epoch + epoch) * plan.steps_per_epoch
-            with _timed(self.progress.seconds, f"stage_{number}"):
-                row = self._train_epoch(number, train_step, iterator, first_step, rate, pace)
+            row = self._train_epoch(number, train_step, iterator, first_step, rate, pace, trained)
             with _timed(self.progress.seconds, "validation"):
                 row |= evaluate()
-            self._end_epoch(row, optimizer, loss_scale)
+            self._end_epoch(row)
+            if self._is_finished(number) or self.keeper.is_due(0):
+                self._keep(trained)
+            self.reporter.emit({"kind": "epoch", "row": row})
+        self.keeper.wait()
 
     def _train_epoch(
         self,
@@ -212,49 +296,67 @@ class _Run:
         first_step: int,
         rates: npt.NDArray[np.float32],
         pace: Pace,
+        trained: Callable[[], checkpoint.Arrays],
     ) -> dict[str, Any]:
-        total, done, in_steps = np.zeros(5), 0, 0.0
+        progress = self.progress
         started = time.perf_counter()
         pace.start_epoch()
-        while done < len(rates):
-            count = min(pace.steps_per_call, len(rates) - done)
+        while progress.step < len(rates):
+            done = progress.step
+            due = self.keeper.steps_until_due(done) or len(rates)
+            count = min(pace.steps_per_call, len(rates) - done, due)
             begun = time.perf_counter()
-            total += train_step.run(iterator, first_step + done, rates[done : done + count])
+            totals = train_step.run(iterator, first_step + done, rates[done : done + count], np.array(progress.totals))
             spent = time.perf_counter() - begun
-            in_steps += spent
             pace.record(count, spent)
-            done += count
+            progress.totals, progress.step = totals.tolist(), done + count
+            progress.seconds_in_steps += spent
+            progress.seconds[f"stage_{number}"] = progress.seconds.get(f"stage_{number}", 0.0) + spent
             self.steps_computed += count
+            self._check_finite(number)
+            self.beat(f"stage {number}, epoch {progress.epoch + 1}, step {progress.step}")
+            self._end_if_asked(trained)
+            if progress.step < len(rates) and self.keeper.is_due(progress.step):
+                self._keep(trained)
             self.reporter.emit(
                 {
                     "kind": "progress",
                     "stage": number,
                     "epoch": self.progress.epoch + 1,
-                    "step": done,
+                    "step": progress.step,
                     "steps": len(rates),
                     "images_per_second": pace.steps_per_second * self.config.global_batch_size,
                 }
             )
-        count = total[steps.COUNT]
-        loss = float(total[steps.LOSS] / count) if count else float("nan")
-        if not np.isfinite(loss):
-            raise UserError(
-                f"training diverged: no finite step in stage {number}, epoch {self.progress.epoch + 1}; "
-                f"lower stages.{number}.learning_rate"
-            )
+        total = progress.totals
+        images = total[steps.COUNT]
+        if not images:
+            raise self._diverged(number, "no step was finite")
         return {
             "stage": number,
-            "epoch": self.progress.epoch + 1,
-            "epochs_done": self.progress.epochs_done + 1,
-            "loss": loss,
-            "accuracy": float(total[steps.CORRECT] / count),
+            "epoch": progress.epoch + 1,
+            "epochs_done": progress.epochs_done + 1,
+            "loss": total[steps.LOSS] / images,
+            "accuracy": total[steps.CORRECT] / images,
             "learning_rate": float(rates[-1]),
             "skipped_steps": int(total[steps.SKIPPED]),
             "trainable_parameters": sum(int(np.prod(v.shape)) for v in self.model.trainable_variables),
-            "input_wait": float(total[steps.WAITED] / in_steps),
+            "input_wait": None if self.config.deterministic else total[steps.WAITED] / progress.seconds_in_steps,
             "images_per_second": pace.steps_per_second * self.config.global_batch_size,
             "seconds": time.perf_counter() - started,
         }
+
+    def _check_finite(self, number: int) -> None:
+        """End a run whose steps are lost to non-finite numbers, and say where."""
+        skipped = int(self.progress.totals[steps.SKIPPED])
+        if skipped > self.config.max_skipped_steps and not self.loss_scale.can_mend():
+            raise self._diverged(number, f"{skipped} steps had a loss or gradient that is not finite")
+
+    def _diverged(self, number: int, what: str) -> UserError:
+        return UserError(
+            f"training diverged: {what} in stage {number}, epoch {self.progress.epoch + 1}, until step "
+            f"{self.progress.step}; lower stages.{number}.learning_rate"
+        )
 
     def _evaluation(self, model: Any, source: Source) -> Callable[[], dict[str, float]]:
         batch_size = self.plan.batch_size
@@ -263,7 +365,11 @@ class _Run:
         iterator = self._batches(source, evaluation_plan)
 
         def evaluate() -> dict[str, float]:
-            confusion, loss = run_steps(iterator, evaluation_plan.steps)
+            confusion, loss = np.zeros([self.classes] * 2, np.int64), 0.0
+            for first in range(0, evaluation_plan.steps, VALIDATION_STEPS_PER_CALL):
+                part = run_steps(iterator, min(VALIDATION_STEPS_PER_CALL, evaluation_plan.steps - first))
+                confusion, loss = confusion + part[0], loss + part[1]
+                self.beat(f"the validation after epoch {self.progress.epoch + 1} of the stage, step {first}")
             if confusion.sum() != source.count:
                 raise RuntimeError(f"{confusion.sum()} images were counted, of {source.count}")
             measured = {f"val_{key}": value for key, value in counts_metrics(confusion).items()}
@@ -337,6 +443,7 @@ class _Run:
         return tuple(names)
 
     def _report_features(self, done: int, total: int, images_per_second: float) -> None:
+        self.beat(f"the features, image {done}")
         self.reporter.emit(
             {"kind": "progress", "stage": self.progress.stage, "epoch": "features", "step": done, "steps": total}
             | {"images_per_second": images_per_second}
@@ -344,53 +451,71 @@ class _Run:
 
     # -- what is kept ---------------------------------------------------------------------------
 
-    def _end_epoch(self, row: dict[str, Any], optimizer: Any, loss_scale: steps.LossScale) -> None:
+    def _end_epoch(self, row: dict[str, Any]) -> None:
         progress = self.progress
         if not np.isfinite(row["val_loss"]):
-            raise UserError(
-                f"training diverged: the validation loss after stage {row['stage']}, epoch {row['epoch']} is not "
-                f"finite; lower stages.{row['stage']}.learning_rate"
-            )
-        key = (row["val_accuracy"], -row["val_loss"])
-        # An epoch that is run again after a crash between two writes is still the best one.
-        row["best"] = key > self.best.key or row["epochs_done"] == self.best.epochs_done
+            raise self._diverged(row["stage"], "the validation loss is not finite")
+        row["best"] = progress.best.is_beaten_by(row)
         progress.epoch, progress.epochs_done = row["epoch"], row["epochs_done"]
+        progress.step, progress.totals, progress.seconds_in_steps = 0, [0.0] * steps.TOTALS, 0.0
         progress.epochs_without_gain = 0 if row["best"] else progress.epochs_without_gain + 1
         progress.history.append(row)
-        with _timed(progress.seconds, "checkpoint"):
-            weights = checkpoint.model_arrays(self.model)
-            if row["best"]:
-                self.best = Best(key, row["epochs_done"], row["stage"], row["epoch"], weights)
-            if self.topology.is_chief:
-                self._write(row["best"], weights, optimizer, loss_scale)
-        self.reporter.emit({"kind": "epoch", "row": row})
+        if row["best"]:
+            progress.best = Best(**{known.name: row[known.name] for known in fields(Best)})
+            self.best_arrays = checkpoint.model_arrays(self.model)
+        if self.topology.is_chief:
+            run_folder.write_history(self.run, progress.history)
 
-    def _write(self, improved: bool, weights: checkpoint.Arrays, optimizer: Any, loss_scale: steps.LossScale) -> None:
-        progress, best = self.progress, self.best
-        self._count_time()
-        if improved:
-            state = {"key": best.key, "epochs_done": best.epochs_done, "stage": best.stage, "epoch": best.epoch}
-            checkpoint.save_arrays(self.folder.best, weights, state)
-        self.folder.save(
-            progress.epochs_done,
-            weights | checkpoint.optimizer_arrays(optimizer) | loss_scale.arrays(),
-            vars(progress),
-        )
-        run_folder.write_history(self.run, progress.history)
+    def _keep(self, trained: Callable[[], checkpoint.Arrays]) -> None:
+        """Begin to write a checkpoint of this moment; the chief alone does."""
+        if not self.topology.is_chief:
+            return
+        with _timed(self.progress.seconds, "checkpoint"):
+            self._count_time()
+            state = asdict(self.progress)
+            position, arrays, best, best_arrays = (
+                self.progress.position,
+                trained(),
+                self.progress.best.epochs_done,
+                self.best_arrays,
+            )
+            self.keeper.write(lambda: self.folder.save(position, arrays, state, best, best_arrays))
+
+    def _end_if_asked(self, trained: Callable[[], checkpoint.Arrays]) -> None:
+        """The chief ends the run at once when it was asked to; the other workers end with it."""
+        if not (self.topology.is_chief and self.stop.is_made()):
+            return
+        self._keep(trained)
+        self.keeper.wait()
+        self.stop.clear()
+        raise StoppedError(f"{self.run}: stopped, with a checkpoint; start the same command again to go on")
 
     def _restore(self) -> checkpoint.Arrays | None:
-        """Load the newest checkpoint, or the pretrained weights of a new run."""
-        found = self.folder.newest(lambda text: self.reporter.emit({"kind": "warning", "text": text}))
-        if found is None:
+        """Load the newest checkpoint, or the pretrained weights of a new run.
+
+        All workers take the chief's: what they read meanwhile may have changed.
+        """
+        found = None
+        if self.topology.is_chief:
+            self.folder.clean()
+            self.stop.clear()
+            found = self.folder.newest(lambda text: self.reporter.emit({"kind": "warning", "text": text}))
+        position = found[0] if found else checkpoint.Position(-1)
+        epochs_done, step = steps.chiefs(self.strategy, self.topology, (position.epochs_done, position.step))
+        if epochs_done < 0:
             load_base_weights(self.model, self.config.model.weights)
             return None
-        path, arrays, state = found
+        position = checkpoint.Position(epochs_done, step)
+        arrays, state = found[1:] if found else self.folder.load(position)
+        state.pop("best_epochs_done")
         checkpoint.restore_model(self.model, arrays)
-        self.progress = Progress(**state)
-        best_arrays, best = self.folder.load_best()
-        self.best = Best(tuple(best["key"]), best["epochs_done"], best["stage"], best["epoch"], best_arrays)
-        self.resumed_from = path.name
-        self.reporter.emit({"kind": "message", "text": f"going on from {path}"})
+        self.progress = Progress.of_state(state)
+        if self.progress.best.epochs_done:
+            self.best_arrays = self.folder.load_best(self.progress.best.epochs_done)
+        self.resumed_from = position.file_name
+        self.reporter.emit(
+            {"kind": "message", "text": f"going on from {self.run / run_folder.CHECKPOINTS / position.file_name}"}
+        )
         return arrays
 
     def _count_time(self) -> None:
@@ -400,11 +525,11 @@ class _Run:
         self.counted = now
 
     def _restore_best(self) -> None:
-        checkpoint.restore_model(self.model, self.best.arrays)
+        checkpoint.restore_model(self.model, self.best_arrays)
 
     def _finish(self) -> dict[str, Any]:
         self._restore_best()
-        seconds = self.progress.seconds
+        seconds, best = self.progress.seconds, self.progress.best
         result = {
             "launcher": self.launcher,
             "strategy": type(self.strategy).__name__,
@@ -417,10 +542,10 @@ class _Run:
             "resumed_from": self.resumed_from,
             "steps_computed": self.steps_computed,
             "best": {
-                "stage": self.best.stage,
-                "epoch": self.best.epoch,
-                "val_accuracy": self.best.key[0],
-                "val_loss": -self.best.key[1],
+                "stage": best.stage,
+                "epoch": best.epoch,
+                "val_accuracy": best.val_accuracy,
+                "val_loss": best.val_loss,
             },
             "images_per_second": {
                 str(number): float(np.median(rates))
@@ -445,10 +570,12 @@ class _Run:
         if size is None:
             raise ValueError("the configuration was not resolved")
         portable = build_model(self.classes, size, self.config, "float32")
-        checkpoint.restore_model(portable, self.best.arrays)
+        checkpoint.restore_model(portable, self.best_arrays)
         with tempfile.TemporaryDirectory(prefix=f".{run_folder.MODEL}.", dir=self.run) as folder:
             saved = Path(folder, run_folder.MODEL)
             portable.save(saved)
+            with saved.open("r+b") as file:
+                checkpoint.seal_archive(file)
             move_durably(saved, self.run / run_folder.MODEL)
 
     def _announce(self, number: int, stage: StageConfig, source: str) -> None:

@@ -5,6 +5,7 @@ them to a file and the process at the terminal can show them.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from tqdm import tqdm
+
+from tfrecords_builder.errors import UserError
 
 Event = Mapping[str, Any]
 
@@ -93,10 +96,10 @@ def epoch_line(row: Mapping[str, Any]) -> str:
 
 
 class TensorBoardReporter:
-    """Scalars of every epoch for TensorBoard."""
+    """Scalars of every epoch for TensorBoard, and for its HParams page what a trial set."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, hparams: Mapping[str, bool | int | float | str] | None = None) -> None:
+        self._folder, self._hparams = folder, hparams
         self._writer: Any = None
 
     def emit(self, event: Event) -> None:
@@ -107,12 +110,63 @@ class TensorBoardReporter:
         if self._writer is None:
             # Not before: it starts TensorFlow, and a multi-worker strategy has to be made ahead of that.
             self._writer = tf.summary.create_file_writer(str(self._folder))
+            if self._hparams:
+                from tensorboard.plugins.hparams import api
+
+                with self._writer.as_default():
+                    api.hparams(dict(self._hparams), trial_id=self._folder.parent.name)
         row = event["row"]
         with self._writer.as_default(step=row["epochs_done"]):
             for key, value in row.items():
                 if isinstance(value, float):
                     tf.summary.scalar(key, value)
         self._writer.flush()
+
+
+class MLflowReporter:
+    """The run in MLflow, at $MLFLOW_TRACKING_URI: its figures by epoch, and what a trial set."""
+
+    def __init__(self, name: str, params: Mapping[str, bool | int | float | str]) -> None:
+        try:
+            import mlflow
+        except ImportError:
+            raise UserError(
+                f"{MLFLOW_VARIABLE}: is set, and MLflow is not installed; install the extra mlflow, or unset it"
+            ) from None
+        self._client = mlflow.MlflowClient()
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "cxr-dist")
+        found = self._client.get_experiment_by_name(experiment)
+        number = found.experiment_id if found else self._client.create_experiment(experiment)
+        # By client and number: MLflow's own notion of an active run belongs to a process, which may run many trials.
+        self._run = self._client.create_run(number, run_name=name).info.run_id
+        for key, value in params.items():
+            self._client.log_param(self._run, key, value)
+
+    def emit(self, event: Event) -> None:
+        if event["kind"] == "epoch":
+            row = event["row"]
+            for key, value in row.items():
+                if isinstance(value, float):
+                    self._client.log_metric(self._run, key, value, step=row["epochs_done"])
+        elif event["kind"] == "done":
+            self._client.set_terminated(self._run)
+
+
+MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
+
+
+def run_reporters(
+    tensorboard: Path, name: str, hparams: Mapping[str, bool | int | float | str] | None = None
+) -> list[Reporter]:
+    """Those who keep a run's figures for other programs: TensorBoard, and MLflow where it is set up.
+
+    Raises:
+        UserError: MLflow is set up and not installed.
+    """
+    found: list[Reporter] = [TensorBoardReporter(tensorboard, hparams)]
+    if os.environ.get(MLFLOW_VARIABLE):
+        found.append(MLflowReporter(name, hparams or {}))
+    return found
 
 
 class EventFile:

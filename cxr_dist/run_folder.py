@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config import Config, load_config
+from cxr_dist.stopping import STOP
+from cxr_dist.watchdog import BEATS
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import is_temporary, write_json, write_text
 from tfrecords_builder.manifest import Manifest
@@ -121,7 +123,10 @@ def _is_begun(run: Path) -> bool:
     """Whether the folder holds nothing but what a run may have left that was stopped at its start."""
     if (run / CONFIG).is_file() and not _is_resolved(run / CONFIG):
         return False  # a configuration that somebody wrote
-    return all(entry.name in (CONFIG, EVENTS) or is_temporary(entry.name, (CONFIG, RUN)) for entry in run.iterdir())
+    return all(
+        entry.name in (CONFIG, EVENTS, STOP, BEATS) or is_temporary(entry.name, (CONFIG, RUN))
+        for entry in run.iterdir()
+    )
 
 
 def _is_resolved(path: Path) -> bool:

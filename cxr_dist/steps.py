@@ -29,6 +29,7 @@ from cxr_dist.strategy import Topology
 MOST_STEPS_PER_CALL = 100
 
 # Rows of the summed counts that a call returns.
+TOTALS = 5
 LOSS, CORRECT, COUNT, SKIPPED, WAITED = range(5)
 """WAITED: seconds in which a step was ready and its batch was not."""
 
@@ -63,6 +64,10 @@ class LossScale:
         self.scale.assign(tf.clip_by_value(changed, 1.0, 2.0**24))
         self.good_steps.assign(tf.where(grow, 0, good))
 
+    def can_mend(self) -> bool:
+        """Whether an overflow may yet be the scale's fault: it can still go down."""
+        return self.dynamic and float(self.scale.numpy()) > 1.0
+
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What a checkpoint holds of it."""
         return {"loss_scale": np.asarray(self.scale), "loss_scale_good_steps": np.asarray(self.good_steps)}
@@ -78,9 +83,10 @@ class TrainStep:
     """The compiled steps of one stage. `traces` counts how often the loop was traced: once per stage."""
 
     run: Callable[..., npt.NDArray[np.float64]]
-    """run(iterator, first_step, learning_rates float32 [n]) -> float64 [5]: LOSS, CORRECT, COUNT, SKIPPED, WAITED.
+    """run(iterator, first_step, learning_rates float32 [n], totals float64 [5]) -> totals, with these steps added.
 
-    n is at most MOST_STEPS_PER_CALL.
+    n is at most MOST_STEPS_PER_CALL. Of the rows LOSS, CORRECT, COUNT, SKIPPED and WAITED. As the sum goes on where it
+    was, step by step, it does not depend on how many steps there were in a call.
     """
     traces: list[str] = field(default_factory=list)
 
@@ -120,12 +126,13 @@ def make_train_step(
     loss_scale: LossScale,
     xla: bool,
     accumulation_steps: int = 1,
+    measure_wait: bool = True,
 ) -> TrainStep:
     """Compile the training of `model`'s trainable variables (set them, and build the optimizer, first).
 
     `model` takes what the batches hold as `inputs`: images uint8 [B, S, S, 1], or pooled features
     float32 [B, 2048] for the head alone. `augmentation` is for images; None leaves them as they are. A replica's batch
-    is taken in `accumulation_steps` parts.
+    is taken in `accumulation_steps` parts. Without `measure_wait` the row WAITED stays 0.
     """
     import tensorflow as tf
 
@@ -166,21 +173,24 @@ def make_train_step(
     def apply(gradients: list[Any]) -> None:
         optimizer.apply(gradients, variables.trainable)
 
+    def now() -> Any:
+        # A clock is no deterministic operation: TensorFlow refuses it where those alone are allowed.
+        return tf.timestamp() if measure_wait else tf.constant(0.0, tf.float64)
+
     def first_of(value: Any) -> Any:
         """The value of the first local replica: all replicas have the same."""
         return strategy.experimental_local_results(value)[0]
 
     @tf.function
-    def loop(iterator: Any, first_step: Any, count: Any, learning_rates: Any) -> Any:
+    def loop(iterator: Any, first_step: Any, count: Any, learning_rates: Any, totals: Any) -> Any:
         traces.append(f"{len(variables.trainable)} trainable variables")
-        totals = tf.zeros([5], tf.float64)
         for index in tf.range(count):
             with tf.control_dependencies([totals]):  # the step before is done
-                begun = tf.timestamp()
+                begun = now()
             with tf.control_dependencies([begun]):
                 batch = next(iterator)
             with tf.control_dependencies([part["label"] for part in strategy.experimental_local_results(batch)]):
-                waited = tf.timestamp() - begun
+                waited = now() - begun
             gradients, sums, statistics, finite = strategy.run(
                 replica_step, args=(batch, first_step + index, loss_scale.scale.read_value())
             )
@@ -196,13 +206,17 @@ def make_train_step(
                 totals += tf.concat([tf.constant([0.0, 0.0, 0.0, 1.0], tf.float64), [waited]], 0)
         return totals
 
-    def run(iterator: Any, first_step: int, learning_rates: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    def run(
+        iterator: Any, first_step: int, learning_rates: npt.NDArray[np.float32], totals: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
         # Of one length whatever the number of steps: another shape would trace the loop again.
         padded = np.zeros(MOST_STEPS_PER_CALL, np.float32)
         padded[: len(learning_rates)] = learning_rates
         count = tf.constant(len(learning_rates), tf.int32)
-        totals = loop(iterator, tf.constant(first_step, tf.int32), count, tf.constant(padded))
-        result: npt.NDArray[np.float64] = totals.numpy()
+        begun = tf.constant(totals, tf.float64)
+        result: npt.NDArray[np.float64] = loop(
+            iterator, tf.constant(first_step, tf.int32), count, tf.constant(padded), begun
+        ).numpy()
         return result
 
     return TrainStep(run, traces)
@@ -353,3 +367,18 @@ def all_agree(strategy: Any, answer: bool) -> bool:
         return answer
     counted = strategy.experimental_local_results(tf.function(lambda: strategy.run(count))())[0]
     return int(counted) == strategy.num_replicas_in_sync
+
+
+def chiefs(strategy: Any, topology: Topology, values: Sequence[int]) -> list[int]:
+    """The chief's values, on every worker; workers wait here for each other. Below 2^53."""
+    import tensorflow as tf
+
+    def share() -> Any:
+        context = tf.distribute.get_replica_context()
+        is_first = tf.cast(context.replica_id_in_sync_group == 0, tf.float64)
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(list(values), tf.float64) * is_first)
+
+    if topology.workers == 1:
+        return list(values)
+    shared = strategy.experimental_local_results(tf.function(lambda: strategy.run(share))())[0]
+    return [int(value) for value in shared]

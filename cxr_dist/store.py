@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import ENVIRONMENT_ERRORS, sync, write_json
+from tfrecords_builder.files import ENVIRONMENT_ERRORS, sync, write_bytes, write_json
+from tfrecords_builder.seal import read_sealed_json, sealed_json
 
 Array = npt.NDArray[Any]
 Description = Mapping[str, Any]
@@ -179,7 +180,8 @@ class FeatureStore:
         work, entry = self._work(description), self.folder / key_of(description)
         with _explained(self.folder):
             made = [json.loads((work / f"part-{number:05d}.json").read_bytes()) for number in range(parts)]
-            write_json(work / _ENTRY, {"description": description, "shape": list(shape), "dtype": dtype, "parts": made})
+            about = {"description": description, "shape": list(shape), "dtype": dtype, "parts": made}
+            write_bytes(work / _ENTRY, sealed_json(about))
             if entry.exists():  # and was not whole, or it would have been found
                 shutil.rmtree(entry)
             work.rename(entry)
@@ -214,7 +216,7 @@ class FeatureStore:
 
 def _read(entry: Path, description: Description) -> Rows | None:
     try:
-        about = json.loads((entry / _ENTRY).read_bytes())
+        about = read_sealed_json(entry / _ENTRY)
         if about["description"] != json.loads(json.dumps(description)):
             return None
         shape, dtype = tuple(about["shape"]), np.dtype(about["dtype"])

@@ -14,7 +14,9 @@ from cxr_dist.config import BASE_LAYERS, Config, known_keys, load_config, resolv
 from tfrecords_builder.errors import UserError
 
 Write = Callable[[str], Path]
-PRESETS = sorted(Path(tune_configs.__file__).parent.glob("*.yaml"))
+PRESETS = sorted(
+    path for path in Path(tune_configs.__file__).parent.glob("*.yaml") if not path.stem.startswith("search")
+)
 
 
 def error_of(*overrides: str, path: Path | None = None) -> str:

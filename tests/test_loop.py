@@ -5,11 +5,13 @@ On a small residual base; `integration/test_ray.py` runs the commands on ResNet5
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tensorflow.python.framework import config as tf_config
 
 from cxr_dist import checkpoint, loop, run_folder, steps
 from cxr_dist.commands import run_training
@@ -55,13 +57,14 @@ def test_other_settings_need_another_folder(finished_run: Path, dataset: Path) -
 
 
 class CopyAfter:
-    """Copies a run's folder as it stands after an epoch, as if the process had been killed then."""
+    """Copies a run's folder as it stands after a step or an epoch, as if the process had been killed then."""
 
-    def __init__(self, run: Path, copy: Path, stage: int, epoch: int) -> None:
-        self._run, self._copy, self._at = run, copy, (stage, epoch)
+    def __init__(self, run: Path, copy: Path, stage: int, epoch: int, step: int | None) -> None:
+        self._run, self._copy, self._at = run, copy, (stage, epoch, step)
 
     def emit(self, event: Event) -> None:
-        if event["kind"] == "epoch" and (event["row"]["stage"], event["row"]["epoch"]) == self._at:
+        row = event["row"] | {"step": None} if event["kind"] == "epoch" else event
+        if event["kind"] in ("epoch", "progress") and (row["stage"], row["epoch"], row["step"]) == self._at:
             shutil.copytree(self._run, self._copy)
 
 
@@ -72,30 +75,58 @@ def train_here(config: Config, dataset: Path, run: Path, reporter: Reporter) -> 
     return loop.train(config, dataset, run, prepare_devices(1), reporter, "local")
 
 
-@pytest.mark.parametrize(("stage", "epoch", "steps_left"), [(1, 1, 4), (1, 2, 3), (2, 1, 2), (2, 3, 0)])
+@pytest.fixture
+def determinism_ends() -> Iterator[None]:
+    """TensorFlow's switch is one of the process, and it has no public way back."""
+    yield
+    tf_config.disable_op_determinism()
+
+
+@pytest.mark.usefixtures("determinism_ends")
+@pytest.mark.parametrize(
+    ("stage", "epoch", "step", "name", "steps_left"),
+    [
+        (1, 1, 2, "epoch-00000-step-0000002", 33),
+        (1, 1, None, "epoch-00001", 28),
+        (1, 2, 6, "epoch-00001-step-0000006", 22),
+        (1, 2, None, "epoch-00002", 21),
+        (2, 2, 4, "epoch-00003-step-0000004", 10),
+        (2, 3, None, "epoch-00005", 0),
+    ],
+)
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
-    dataset: Path, tmp_path: Path, stage: int, epoch: int, steps_left: int
+    dataset: Path, tmp_path: Path, stage: int, epoch: int, step: int | None, name: str, steps_left: int
 ) -> None:
-    """After any epoch, in a stage or between two: the same curve, and the same weights and optimizer at the end."""
-    config = small("stages.2.epochs=3", "stages.2.optimizer=adam", "stages.2.augment=true")
+    """After any step, in an epoch or between two: the same history, and to the bit the same weights and optimizer."""
+    config = small(
+        "stages.2.epochs=3",
+        "stages.2.optimizer=adam",
+        "stages.2.augment=true",
+        "deterministic=true",
+        "checkpoint.every_steps=2",
+        "checkpoint.background=false",
+    )
     whole, copy = tmp_path / "whole", tmp_path / "copy"
-    undisturbed = train_here(config, dataset, whole, CopyAfter(whole, copy, stage, epoch))
+    undisturbed = train_here(config, dataset, whole, CopyAfter(whole, copy, stage, epoch, step))
     resumed = train_here(config, dataset, copy, Reporters([]))
-    assert resumed["resumed_from"] == f"epoch-{5 - steps_left:05d}.npz"
-    assert resumed["steps_computed"] == steps_left * (56 // 8)
+    assert resumed["resumed_from"] == f"{name}.npz"
+    assert resumed["steps_computed"] == steps_left
     assert resumed["best"] == undisturbed["best"]
     seconds = resumed["seconds"]
     assert seconds["total"] >= sum(value for phase, value in seconds.items() if phase != "total")
-    left, right = history(copy), history(whole)
-    assert [(row["stage"], row["epoch"], row["best"]) for row in left] == [
-        (row["stage"], row["epoch"], row["best"]) for row in right
-    ]
-    for key in ("loss", "val_loss", "learning_rate"):
-        np.testing.assert_allclose([row[key] for row in left], [row[key] for row in right], rtol=1e-5, err_msg=key)
+    assert comparable(history(copy)) == comparable(history(whole))
     (arrays, _), (expected, _) = (checkpoint.load_arrays(run / "checkpoints/epoch-00005.npz") for run in (copy, whole))
     assert arrays.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(arrays[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(arrays[key], value, err_msg=key)
+
+
+def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a repeated run has in common: all but what clocks say."""
+    return [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows]
+
+
+CLOCKS = {"images_per_second", "input_wait", "seconds"}
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(finished_run: Path, dataset: Path, tmp_path: Path) -> None:
@@ -104,11 +135,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over(finished_run: Path, dataset:
     for name in ("result.json", "model.keras", "history.jsonl"):
         (run / name).unlink()
     kept = sorted((run / "checkpoints").glob("epoch-*.npz"))
-    assert [path.name for path in kept] == ["epoch-00002.npz", "epoch-00003.npz"]
+    assert [path.name for path in kept][-1] == "epoch-00003.npz"
+    assert len(kept) == 2
     kept[-1].write_bytes(kept[-1].read_bytes()[:1000])
     result = run_training(small(), dataset, run, launcher="local")
-    assert result["resumed_from"] == "epoch-00002.npz"
-    assert result["steps_computed"] == 7
+    position = checkpoint.Position.of_file(kept[0].name)
+    assert position is not None
+    assert result["resumed_from"] == position.file_name
+    assert result["steps_computed"] == (3 - position.epochs_done) * 7 - position.step > 0
     whole, resumed = history(finished_run), history(run)
     assert [(row["stage"], row["epoch"]) for row in resumed] == [(row["stage"], row["epoch"]) for row in whole]
 
@@ -203,3 +237,25 @@ def test_features_are_those_of_the_base_as_it_stands(dataset: Path, tmp_path: Pa
     assert [row["stage"] for row in left] == [1, 2, 3]
     for key in ("loss", "val_loss"):
         np.testing.assert_allclose([row[key] for row in left], [row[key] for row in right], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("most", "said"), [(3, "4 steps had a loss or gradient"), (100, "no step was finite")])
+def test_a_run_that_diverges_ends_and_says_where(dataset: Path, tmp_path: Path, most: int, said: str) -> None:
+    """A weight that is not finite makes every step so, and none of them may count as a result."""
+    run = tmp_path / "run"
+    good = train_here(small("stages.2.epochs=0", "checkpoint.every_steps=7"), dataset, run, Reporters([]))
+    folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS)
+    found = folder.newest(pytest.fail)
+    assert found is not None
+    position, arrays, state = found
+    poisoned = {name: np.full_like(value, np.nan) if "dense" in name else value for name, value in arrays.items()}
+    broken = tmp_path / "broken"
+    config = small("stages.2.epochs=0", "stages.1.epochs=3", f"max_skipped_steps={most}", "checkpoint.every_steps=1")
+    manifest = read_manifest(dataset)
+    run_folder.prepare(broken, run_folder.resolve_config(config, manifest), dataset, manifest)
+    shutil.copytree(run / run_folder.CHECKPOINTS, broken / run_folder.CHECKPOINTS)
+    checkpoint.CheckpointFolder(broken / run_folder.CHECKPOINTS).save(position, poisoned, state)
+    with pytest.raises(UserError, match=rf"diverged: {said}.* in stage 1, epoch 3, until step {min(most + 1, 7)};"):
+        train_here(config, dataset, broken, Reporters([]))
+    assert run_folder.read_result(broken) is None
+    assert good["best"]["epoch"] in (1, 2)

@@ -6,10 +6,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_dist.orchestration.preflight import Node, WorkerPlan, plan_workers
+from cxr_dist.orchestration.preflight import Node, WorkerPlan, plan_most_workers, plan_workers
 from tfrecords_builder.errors import UserError
 
 EIGHT = [Node(64, 8)]
+
+
+def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
+    import socket
+
+    from cxr_dist.orchestration.train_job import connected
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "127.0.0.1:99999"):
+        with pytest.raises(UserError, match="nothing answers there"), connected(address, verbose=False):
+            pass
 
 
 def places(plan: WorkerPlan, nodes: list[Node]) -> bool:
@@ -157,3 +169,22 @@ def test_the_order_of_machines_does_not_matter() -> None:
     machines = [Node(4, 2), Node(8, 0), Node(2, 3)]
     plans = {plan_workers(list(order), workers, None) for order in itertools.permutations(machines) for workers in (2,)}
     assert len(plans) == 1
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("least", [1, 2, 3])
+@pytest.mark.parametrize("most", [3, 4, 8])
+@pytest.mark.parametrize("batch", [12, 32])
+def test_a_range_of_workers_takes_the_most_that_fit_and_share_the_batch(
+    cores: int, least: int, most: int, batch: int
+) -> None:
+    nodes = [Node(1.0)] * cores
+    possible = [number for number in range(least, most + 1) if number <= cores]
+    if not possible:
+        with pytest.raises(UserError, match=f"--workers {least} "):
+            plan_most_workers(nodes, (least, most), None)
+        return
+    sharing = [number for number in possible if batch % number == 0]
+    plan = plan_most_workers(nodes, (least, most), None, lambda replicas: batch % replicas == 0)
+    assert plan.workers == max(sharing or possible)
+    assert plan_most_workers(nodes, None, None) == plan_workers(nodes, None, None)

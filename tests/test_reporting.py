@@ -155,3 +155,40 @@ def test_progress_is_thinned_and_nothing_else(tmp_path: Path, monkeypatch: pytes
     assert 15 <= len(steps) <= 21, "10 s at two a second"
     assert steps == sorted(steps)
     assert [line["text"] for line in lines if line["kind"] == "message"] == [str(step) for step in range(0, 100, 10)]
+
+
+def test_mlflow_has_a_run_for_each_trial_with_what_it_set_and_its_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    from cxr_dist.reporting import MLflowReporter, run_reporters
+
+    address = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    for number in (1, 2):
+        _, reporter = run_reporters(tmp_path / "tensorboard", f"search/{number}", {"model.dropout": number / 10})
+        assert isinstance(reporter, MLflowReporter)
+        for epoch in (1, 2):
+            reporter.emit({"kind": "epoch", "row": {"epochs_done": epoch, "val_accuracy": number / 2 + epoch / 100}})
+        reporter.emit({"kind": "done", "result": {}})
+    client = mlflow.MlflowClient(address)
+    runs = client.search_runs([client.get_experiment_by_name("cxr-dist").experiment_id])
+    found = {run.info.run_name: run for run in runs}
+    assert set(found) == {"search/1", "search/2"}
+    assert found["search/2"].data.params == {"model.dropout": "0.2"}
+    assert found["search/2"].info.status == "FINISHED"
+    curve = client.get_metric_history(found["search/2"].info.run_id, "val_accuracy")
+    assert [(point.step, point.value) for point in curve] == [(1, 1.01), (2, 1.02)]
+
+
+def test_mlflow_that_is_set_up_and_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from cxr_dist.reporting import run_reporters
+    from tfrecords_builder.errors import UserError
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite://")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(UserError, match="install the extra mlflow"):
+        run_reporters(tmp_path, "run")

@@ -130,7 +130,8 @@ class Training:
         for epoch in range(row.epochs):
             # Two calls of different lengths: neither may cause another trace.
             first = epoch * len(rates)
-            totals = train_step.run(iterator, first, rates[:1]) + train_step.run(iterator, first + 1, rates[1:])
+            totals = train_step.run(iterator, first, rates[:1], np.zeros(steps.TOTALS))
+            totals = train_step.run(iterator, first + 1, rates[1:], totals)
             counted = steps.distributed_batches(self.strategy, self.topology, self.source, evaluation)
             confusion, loss = evaluate(counted, evaluation.steps)
             assert confusion.sum() == self.source.count

@@ -14,8 +14,13 @@ _MENDABLE = 2
 
 def train(dataset: Path, run: Path, arguments: Sequence[str], settings: Sequence[str]) -> None:
     """`cxr-dist train` with `arguments`, and with `settings` (key=value) on top."""
+    command(["train", str(dataset), "--out", str(run), *arguments], settings)
+
+
+def command(arguments: Sequence[str], settings: Sequence[str]) -> None:
+    """`cxr-dist` with `arguments`, and with `settings` (key=value) on top."""
     changes = [text for setting in settings for text in ("--set", setting)]
-    python(["-m", "cxr_dist", "train", str(dataset), "--out", str(run), *arguments, *changes], os.environ)
+    python(["-m", "cxr_dist", *arguments, *changes], os.environ)
 
 
 def python(arguments: Sequence[str], environment: Mapping[str, str]) -> None:

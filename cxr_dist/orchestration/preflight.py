@@ -1,9 +1,12 @@
 """What a job asks of a cluster, checked before anything waits: a placement that cannot fit waits for ever."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from cxr_dist.search.space import SearchConfig
 from cxr_dist.strategy import DeviceKind
 from tfrecords_builder.errors import UserError
 
@@ -72,6 +75,36 @@ def plan_workers(nodes: Sequence[Node], workers: int | None, devices_per_worker:
     return _fitted(plan, nodes)
 
 
+def plan_most_workers(
+    nodes: Sequence[Node],
+    workers: tuple[int, int] | None,
+    devices_per_worker: int | None,
+    accepts: Callable[[int], bool] = lambda _replicas: True,
+) -> WorkerPlan:
+    """As many workers of a range as the machines hold; see `plan_workers`.
+
+    Args:
+        nodes: What there is.
+        workers: Least and most, both included; None: one plan from what there is.
+        devices_per_worker: As for `plan_workers`.
+        accepts: Whether so many replicas can share a batch; where none can, the most workers that fit are taken.
+
+    Raises:
+        UserError: there is no room for the least.
+    """
+    if workers is None:
+        return plan_workers(nodes, None, devices_per_worker)
+    fitting = []
+    for number in range(workers[1], workers[0], -1):
+        try:
+            fitting.append(plan_workers(nodes, number, devices_per_worker))
+        except UserError:
+            continue
+    if not fitting or not any(accepts(plan.replicas) for plan in fitting):
+        fitting.append(plan_workers(nodes, workers[0], devices_per_worker))
+    return next((plan for plan in fitting if accepts(plan.replicas)), fitting[0])
+
+
 def _most_devices(nodes: Sequence[Node], workers: int) -> int:
     """The most GPUs that each of `workers` can have on one machine; 1 when not even that fits."""
     largest = max(int(node.gpus) for node in nodes)
@@ -101,6 +134,80 @@ def _places(plan: WorkerPlan, nodes: Sequence[Node]) -> int:
         min(int(node.cpus // plan.cpus_per_worker), int(node.gpus // gpus) if gpus else int(node.cpus))
         for node in nodes
     )
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What each trial of a search holds, and how many run at a time."""
+
+    cpus: float
+    gpus: float
+    concurrent: int
+    workers: WorkerPlan | None = None
+    """Of each trial, through Ray Train; None for one process without it."""
+
+    def resources(self) -> dict[str, float]:
+        """Of the trial's own process, in Ray's terms: with workers, these hold what the trial needs."""
+        if self.workers is not None:
+            return {"CPU": 0.0, "memory": DRIVER_MEMORY}  # Tune has no place for what asks for nothing at all
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+
+def plan_trials(nodes: Sequence[Node], search: SearchConfig) -> TrialPlan:
+    """Choose what each trial gets from what there is, or check what was asked.
+
+    By default a trial has one GPU where there are any, and its share of the cores; without, half of a machine's cores.
+
+    Raises:
+        UserError: a trial, or as many as were asked for at a time, cannot be placed; says what there is and was asked.
+    """
+    if not nodes:
+        raise UserError("the cluster has no machine; start one, or use --launcher local")
+    gpu_nodes = [node for node in nodes if node.gpus >= 1]
+    gpus = search.gpus_per_trial if search.gpus_per_trial is not None else (1.0 if gpu_nodes else 0.0)
+    hosts = gpu_nodes if gpus else list(nodes)
+    if search.cpus_per_trial is not None:
+        cpus = search.cpus_per_trial
+    elif gpus and hosts:
+        cpus = max(1.0, float(int(min(node.cpus * gpus / node.gpus for node in hosts))))
+    else:
+        cpus = max(1.0, float(int(min(node.cpus for node in nodes)) // TRIALS_PER_MACHINE))
+    workers = search.workers_per_trial
+    places = sum(_slots(node, cpus, gpus) for node in nodes)
+    room = places // workers
+    concurrent = search.concurrent or room
+    if room < max(concurrent, 1):
+        each = f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+        there = ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes)
+        asked = f"{workers} workers of {each}" if workers > 1 else each
+        raise UserError(
+            f"search: {search.concurrent or 1} trial(s) at a time of {asked} each, and the cluster ({there}) has room "
+            f"for {room}; lower search.concurrent, or its workers_, cpus_ or gpus_per_trial"
+        )
+    if workers == 1:
+        return TrialPlan(cpus, gpus, concurrent)
+    kind: DeviceKind = "GPU" if gpus else "CPU"
+    return TrialPlan(cpus, gpus, concurrent, WorkerPlan(workers, max(int(gpus), 1), kind, cpus))
+
+
+DRIVER_MEMORY = 256e6
+"""Bytes, of a trial's own process that waits for its workers."""
+TRIALS_PER_MACHINE = 2
+"""Without GPUs, by default: a second trial fills the gaps of the first."""
+
+
+def _slots(node: Node, cpus: float, gpus: float) -> int:
+    """How many workers of so many CPUs and GPUs one machine holds; a fraction of a GPU is of one GPU."""
+    fitting = int(node.cpus / cpus + 1e-9)
+    if not gpus:
+        return fitting
+    on_gpus = int(node.gpus) * int(1 / gpus + 1e-9) if gpus < 1 else int(node.gpus // gpus)
+    return min(fitting, on_gpus)
+
+
+def this_machine() -> Node:
+    """At most what a cluster of this machine alone will have: all that is plugged in, usable or not."""
+    return Node(float(os.cpu_count() or 1), float(len(list(Path("/dev").glob("nvidia[0-9]*")))))
 
 
 def cluster_nodes() -> list[Node]:

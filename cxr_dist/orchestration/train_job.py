@@ -1,17 +1,25 @@
 """Training through Ray Train: the same loop on every worker, in bundles that the cluster can place."""
 
 import os
+import shutil
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cxr_dist import run_folder
+from cxr_dist.checkpoint import CheckpointFolder
 from cxr_dist.config import Config
-from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_workers
-from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, TensorBoardReporter
+from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_most_workers
+from cxr_dist.orchestration.ray_metrics import RayMetrics
+from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, run_reporters
+from cxr_dist.search.space import Values
+from cxr_dist.stopping import StoppedError, stopped_by_sigterm
 from cxr_dist.strategy import muted_stderr, prepare_devices
+from cxr_dist.watchdog import BEATS, reasons
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.files import disk_error
 from tfrecords_builder.storage import Place, absolute, local_copy, parse_place
@@ -22,16 +30,30 @@ Prepare = Callable[[int], bool]
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE", "ABSL_MIN_LOG_LEVEL": "3"}
 
 
+OWN_CLUSTER = "local"
+
+
+def resolved_address(address: str | None) -> str:
+    """The address that was given, or $RAY_ADDRESS, or `OWN_CLUSTER`.
+
+    Said outright: without an address, Ray would join whatever cluster was last started on this machine.
+    """
+    return address or os.environ.get("RAY_ADDRESS") or OWN_CLUSTER
+
+
 @contextmanager
 def connected(address: str | None, verbose: bool) -> Iterator[None]:
     """Connected to the cluster at `address` or $RAY_ADDRESS, or to one of our own on this machine."""
     import logging
 
-    # Said outright: without an address, Ray would join whatever cluster was last started on this machine.
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = resolved_address(address)
+    _check_listens(address)
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_LOGGING", "1" if verbose else "0")
+    # Inside a job Ray merges the job's variables with ours, and by itself refuses those that both name. The job's are
+    # part of this process's environment, so that what `_worker_environment` gives of them is what the job says.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     import ray
 
     level = logging.INFO if verbose else logging.ERROR
@@ -40,8 +62,8 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
             address=address,
             log_to_driver=verbose,
             logging_level=level,
-            include_dashboard=False if address == "local" else None,
-            runtime_env={"env_vars": WORKER_ENVIRONMENT | ({} if verbose else QUIET)},
+            include_dashboard=False if address == OWN_CLUSTER else None,
+            runtime_env={"env_vars": _worker_environment(verbose)},
         )
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = one_line(error)
@@ -55,6 +77,57 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
         ray.shutdown()
 
 
+def _worker_environment(verbose: bool) -> dict[str, str]:
+    quiet = {} if verbose else {name: os.environ.get(name, value) for name, value in QUIET.items()}
+    return WORKER_ENVIRONMENT | quiet
+
+
+def _check_listens(address: str) -> None:
+    """Refuse at once an address at which nothing listens: Ray itself would try for many minutes.
+
+    Raises:
+        UserError: nothing accepts a connection at HOST:PORT or ray://HOST:PORT.
+    """
+    host, found, port = address.removeprefix("ray://").rpartition(":")
+    if not found or not port.isdecimal():
+        return  # `local` and `auto`, which Ray looks up itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--address {address}: nothing answers there ({one_line(error)}); give the address of a running Ray cluster"
+        ) from None
+
+
+CONNECT_TIMEOUT_S = 10.0
+MOST_LOSSES = 3
+"""In a row, without a checkpoint between them: more than that is no bad luck."""
+REPLACEMENT_LIMIT_S = 120.0
+"""For a cluster to have room again for the least number of workers."""
+
+
+SIGNS_OF_LOSS = frozenset(
+    {
+        # Ray Train's, of workers that do not answer.
+        "WorkerHealthCheckFailedError",
+        "WorkerHealthCheckTimeoutError",
+        "PreemptionError",
+        # TensorFlow's, of workers whose partner went away.
+        "UnavailableError",
+        "AbortedError",
+        "DeadlineExceededError",
+    }
+)
+
+
+class LostWorkersError(Exception):
+    """Worker processes or their machines are gone; what they computed since the newest checkpoint with them."""
+
+
+class UnplacedError(UserError):
+    """The cluster has the workers' places, but did not give them in time."""
+
+
 def train_with_ray(
     config: Config,
     dataset: Place,
@@ -62,16 +135,19 @@ def train_with_ray(
     reporter: Reporter,
     *,
     prepare: Prepare,
-    workers: int | None = None,
+    workers: tuple[int, int] | None = None,
     devices_per_worker: int | None = None,
     address: str | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Run `loop.train` on the workers of a Ray cluster; the folders are on storage that all of them share.
 
+    When workers are lost the run goes on from its newest checkpoint, on as many as there are then.
+
     Args:
         dataset: a folder on such storage, or an address, from which each machine fetches it.
         prepare: called once the cluster can place the workers.
+        workers: least and most.
 
     Returns:
         result.json.
@@ -80,19 +156,18 @@ def train_with_ray(
         UserError: more is asked than the cluster has, or a worker met something that the user can mend.
     """
     with connected(address, verbose):
-        plan = plan_workers(cluster_nodes(), workers, devices_per_worker)
-        if not prepare(plan.replicas):
+
+        def accepts(replicas: int) -> bool:
+            return config.global_batch_size % (replicas * config.accumulation_steps) == 0
+
+        def plan() -> WorkerPlan:
+            return plan_most_workers(cluster_nodes(), workers, devices_per_worker, accepts)
+
+        first = plan()
+        if not prepare(first.replicas):
             return _result(run)
-        arguments = {
-            "config": config.tree(),
-            "dataset": absolute(dataset),
-            "run": str(run.resolve()),
-            "devices": plan.devices_per_worker,
-            "cores": int(plan.cpus_per_worker),
-        }
-        with _following(run / run_folder.EVENTS, reporter):
-            launch(_train_worker, arguments, plan, run)
-    return _result(run)
+        with following(run / run_folder.EVENTS, reporter), stopped_by_sigterm(run):
+            return launch_training(config, absolute(dataset), run, first, plan, reporter, name=run.name)
 
 
 def _result(run: Path) -> dict[str, Any]:
@@ -102,9 +177,86 @@ def _result(run: Path) -> dict[str, Any]:
     return result
 
 
+def launch_training(
+    config: Config,
+    dataset: str,
+    run: Path,
+    plan: WorkerPlan,
+    plan_again: Callable[[], WorkerPlan],
+    reporter: Reporter,
+    *,
+    name: str,
+    hparams: Values | None = None,
+) -> dict[str, Any]:
+    """Run `loop.train` on the workers of `plan`, on the cluster that this process is connected to.
+
+    Args:
+        dataset: A folder that all workers see, or an address.
+        plan_again: Says where to go on when workers were lost.
+        reporter: Hears of that.
+        name: Of the run, in metrics.
+        hparams: What a trial set, for TensorBoard.
+
+    Returns:
+        result.json.
+    """
+    checkpoints = CheckpointFolder(run / run_folder.CHECKPOINTS)
+    lost, replaced_by = 0, 0.0
+    while True:
+        arguments = {
+            "config": config.tree(),
+            "dataset": dataset,
+            "run": str(run.resolve()),
+            "devices": plan.devices_per_worker,
+            "cores": int(plan.cpus_per_worker),
+            "name": name,
+            "hparams": hparams,
+        }
+        before = checkpoints.newest_position()
+        shutil.rmtree(run / BEATS, ignore_errors=True)
+        try:
+            launch(_train_worker, arguments, plan, run)
+            return _result(run)
+        except UnplacedError:
+            # For a while, a cluster counts a host that it has lost among those it has.
+            if time.monotonic() > replaced_by:
+                raise
+            plan = _planned_by(replaced_by, plan_again)
+        except LostWorkersError as error:
+            lost = 1 if checkpoints.newest_position() != before else lost + 1
+            said = "; ".join([str(error), *reasons(run / BEATS)])
+            if lost > MOST_LOSSES:
+                raise UserError(
+                    f"{run}: workers were lost {lost} times with no checkpoint between ({said}); look at the machines, "
+                    "and start the same command again to go on"
+                ) from None
+            reporter.emit({"kind": "warning", "text": f"workers were lost ({said}); going on with those there are"})
+            replaced_by = time.monotonic() + REPLACEMENT_LIMIT_S
+            plan = _planned_by(replaced_by, plan_again)
+
+
+def _planned_by(until: float, plan: Callable[[], WorkerPlan]) -> WorkerPlan:
+    """Lost machines are replaced, and resources of lost processes given back, some time later."""
+    while True:
+        try:
+            return plan()
+        except UserError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(2.0)
+
+
 def launch(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], plan: WorkerPlan, run: Path) -> None:
-    """Run `worker` in the bundles of `plan` through Ray Train's TensorflowTrainer, and wait for it."""
+    """Run `worker` in the bundles of `plan` through Ray Train's TensorflowTrainer, and wait for it.
+
+    Raises:
+        LostWorkersError: a process ended from outside.
+        StoppedError: the run was asked to end, and did.
+        UnplacedError: the workers did not get their places in time.
+        UserError: a worker met something that the user can mend.
+    """
     with muted_stderr():
+        import ray.exceptions
         import ray.train
         from ray.train.tensorflow import TensorflowTrainer
 
@@ -126,15 +278,21 @@ def launch(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], 
     try:
         trainer.fit()
     except Exception as error:
-        for found in _errors_in(error):
+        errors = list(_errors_in(error))
+        for found in errors:
+            if isinstance(found, StoppedError):
+                raise StoppedError(*found.args) from None
             mendable = found if isinstance(found, UserError) else disk_error(found)
             if mendable is not None:
                 raise UserError(str(mendable)) from None
             if type(found).__name__ == "WorkerGroupStartupTimeoutError":
-                raise UserError(
+                raise UnplacedError(
                     f"--workers {plan.workers}: the cluster has such workers, but they are busy with other work "
                     "(none were free for a minute); wait, or ask for fewer"
                 ) from None
+        for found in errors:
+            if isinstance(found, ray.exceptions.RayActorError) or type(found).__name__ in SIGNS_OF_LOSS:
+                raise LostWorkersError(_last_line(found)) from None
         raise
 
 
@@ -152,14 +310,18 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     # controller: from one to twelve seconds each time on two busy cores.
     reporters: list[Reporter] = []
     if topology.is_chief:
-        reporters = [EventFile(run / run_folder.EVENTS), TensorBoardReporter(run / run_folder.TENSORBOARD)]
+        reporters = [
+            EventFile(run / run_folder.EVENTS),
+            *run_reporters(run / run_folder.TENSORBOARD, arguments["name"], arguments["hparams"]),
+            RayMetrics(arguments["name"], int(arguments["config"]["global_batch_size"])),
+        ]
     config = Config.model_validate(arguments["config"])
     with local_copy(parse_place(arguments["dataset"])) as dataset:
         train(config, dataset, run, topology, Reporters(reporters), "ray")
 
 
 @contextmanager
-def _following(path: Path, reporter: Reporter) -> Iterator[None]:
+def following(path: Path, reporter: Reporter) -> Iterator[None]:
     """Show what the chief worker writes to its event file, while it does."""
     follower = EventFollower(path, reporter)
     stop = threading.Event()
@@ -178,6 +340,12 @@ def _following(path: Path, reporter: Reporter) -> Iterator[None]:
         follower.poll()
 
 
+def _last_line(error: BaseException) -> str:
+    """What a traceback in an error's text comes to, without Ray's list of common causes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].partition(". ")[0] if lines else type(error).__name__
+
+
 def _errors_in(error: BaseException) -> Iterator[BaseException]:
     """`error` and all that it was made of, on workers and controller."""
     pending: list[BaseException] = [error]
@@ -188,7 +356,7 @@ def _errors_in(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(current))
         yield current
-        inside = [getattr(current, name, None) for name in ("cause", "controller_failure")]
+        inside = [getattr(current, name, None) for name in ("cause", "controller_failure", "health_check_failure")]
         pending += [
             found for found in (current.__cause__, current.__context__, *inside) if isinstance(found, BaseException)
         ]
@@ -211,5 +379,6 @@ def train_locally(
     topology = prepare_devices(devices_per_worker)
     if not prepare(topology.replicas):
         return _result(run)
-    reporters = Reporters([reporter, TensorBoardReporter(run / run_folder.TENSORBOARD)])
-    return train(config, dataset, run, topology, reporters, "local")
+    reporters = Reporters([reporter, *run_reporters(run / run_folder.TENSORBOARD, run.name)])
+    with stopped_by_sigterm(run):
+        return train(config, dataset, run, topology, reporters, "local")

@@ -1,0 +1,108 @@
+"""No worker waits for ever: one that gets nowhere is ended, and says who kept it waiting.
+
+A collective of TensorFlow waits for the slowest worker without a limit of its own (its timeouts are for debugging), and
+a worker that was stopped, or is cut off from the network, is slow for ever.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tfrecords_builder.files import write_json
+
+BEATS = "workers"
+"""The folder in a run's folder with a file for each worker, which tells that it lives and where it is."""
+EXIT_STATUS = 75
+"""Of a worker that was ended: EX_TEMPFAIL, as another try may do better."""
+INTERVAL_S = 2.0
+
+
+class Watchdog:
+    """Ends this process when no `beat` has come for the time-out."""
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        timeout_s: float,
+        *,
+        interval_s: float = INTERVAL_S,
+        end: Callable[[], None] = lambda: os._exit(EXIT_STATUS),
+    ) -> None:
+        self._folder, self._rank, self._end = folder, rank, end
+        self._timeout_s, self._interval_s = timeout_s, interval_s
+        self._last = time.monotonic()
+        self._where = "its start"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._tell()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def beat(self, where: str) -> None:
+        """Say that there was progress, and where the worker goes from here, such as "stage 2, epoch 1, step 8"."""
+        self._last, self._where = time.monotonic(), where
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            waited = time.monotonic() - self._last
+            if waited < self._timeout_s:
+                self._tell()
+                continue
+            reason = (
+                f"worker {self._rank} got no further than {self._where} for {waited:.0f} s; "
+                f"{missing(self._folder, self._rank, self._interval_s)}"
+            )
+            print(reason, file=sys.stderr, flush=True)
+            self._tell(ended=reason)
+            self._end()
+            return
+
+    def _tell(self, **more: Any) -> None:
+        told = {"rank": self._rank, "host": socket.gethostname(), "process": os.getpid(), "where": self._where, **more}
+        write_json(self._folder / f"{self._rank:04d}.json", told)
+
+
+def missing(folder: Path, rank: int, interval_s: float) -> str:
+    """Which other workers have not been heard from lately, and else which one is furthest behind, in words.
+
+    Ages are differences between times that the storage gave, so the clocks of the machines do not matter.
+    """
+    silent = _silent(folder, interval_s)
+    if silent:
+        return "; ".join(silent)
+    others = [told for told, _ in _told(folder) if told["rank"] != rank]
+    return "; ".join(f"worker {each['rank']} is alive, at {each['where']}" for each in others) or "it is the only one"
+
+
+def reasons(folder: Path, interval_s: float = INTERVAL_S) -> list[str]:
+    """What the workers said that were ended; without such words, which ones fell silent before the others."""
+    return [told["ended"] for told, _ in _told(folder) if "ended" in told] or _silent(folder, interval_s)
+
+
+def _silent(folder: Path, interval_s: float) -> list[str]:
+    told = _told(folder)
+    newest = max((time_s for _, time_s in told), default=0.0)
+    return [
+        f"worker {each['rank']} (process {each['process']} on {each['host']}) is silent for {newest - time_s:.0f} s"
+        for each, time_s in told
+        if newest - time_s > 3 * interval_s
+    ]
+
+
+def _told(folder: Path) -> list[tuple[dict[str, Any], float]]:
+    """What each worker told last, by rank, and when, in seconds of the storage's clock."""
+    paths = sorted(folder.glob("*.json"))
+    return [(json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime) for path in paths]

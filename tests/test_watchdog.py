@@ -1,0 +1,40 @@
+"""A worker that gets nowhere is ended, and names whom it waited for."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+from cxr_dist.watchdog import Watchdog, missing, reasons
+
+
+def test_it_ends_what_makes_no_progress_and_nothing_else(tmp_path: Path) -> None:
+    ended = threading.Event()
+    with (
+        Watchdog(tmp_path, 0, 0.5, interval_s=0.02, end=ended.set) as hung,
+        Watchdog(tmp_path, 1, 0.5, interval_s=0.02, end=lambda: os.abort()) as busy,
+    ):
+        hung.beat("stage 2, epoch 1, step 8")
+        until = time.monotonic() + 20
+        while not ended.is_set():
+            assert time.monotonic() < until, "it never ended"
+            busy.beat("stage 2, epoch 1, step 16")
+            time.sleep(0.02)
+    (reason,) = reasons(tmp_path)
+    assert reason.startswith("worker 0 got no further than stage 2, epoch 1, step 8 for ")
+    assert reason.endswith("worker 1 is alive, at stage 2, epoch 1, step 16")
+
+
+def test_who_is_silent_is_told_by_the_clock_of_the_storage(tmp_path: Path) -> None:
+    for rank in range(3):
+        with Watchdog(tmp_path, rank, 60.0) as dog:
+            dog.beat(f"step {rank}")
+    now = (tmp_path / "0000.json").stat().st_mtime
+    os.utime(tmp_path / "0001.json", (now - 10, now - 10))
+    os.utime(tmp_path / "0002.json", (now - 100, now - 100))
+    said = missing(tmp_path, 0, 5.0)
+    assert missing(tmp_path, 2, 5.0) == said, "whoever asks"
+    assert "worker 2 (process" in said
+    assert "is silent for 100 s" in said
+    assert "worker 1" not in said
+    assert reasons(tmp_path, 5.0) == [said]
