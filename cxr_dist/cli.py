@@ -5,12 +5,14 @@ Exit status: 0 done; 2 something the user can mend, said in one line that begins
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cxr_dist import commands
+from cxr_dist import commands, job_options, search_commands
+from cxr_dist.stopping import StoppedError
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import disk_error
 from tfrecords_builder.storage import parse_place
@@ -18,6 +20,15 @@ from tfrecords_builder.storage import parse_place
 DATASET_HELP = "a folder that build made, or its address (s3://bucket/name, gs://...)"
 Command = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 """Adds a command: name, what it runs, and a sentence about it."""
+
+
+def _workers(text: str) -> tuple[int, int]:
+    """`N` or `MIN:MAX`."""
+    least, _, most = text.partition(":")
+    found = _positive(least), _positive(most or least)
+    if found[0] > found[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range; give the smaller number first")
+    return found
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_datasets(command)
     _add_training(command)
     _add_bench(command)
+    _add_jobs(command, subparsers.choices)
     return parser
 
 
@@ -140,7 +152,13 @@ def _add_training(command: Command) -> None:
     train.add_argument(
         "--launcher", choices=["ray", "local"], default="ray", help="Ray Train, or this process (default: %(default)s)"
     )
-    train.add_argument("--workers", type=_positive, metavar="N", help="worker processes (default: from the cluster)")
+    train.add_argument(
+        "--workers",
+        type=_workers,
+        metavar="N|MIN:MAX",
+        help="worker processes (default: from the cluster); with MIN:MAX as many as there is room for, again whenever "
+        "some are lost: the global batch, and so the learning rate, stay the same",
+    )
     train.add_argument(
         "--devices-per-worker", type=_positive, metavar="M", help="GPUs of a worker, or logical CPUs of the only one"
     )
@@ -148,8 +166,44 @@ def _add_training(command: Command) -> None:
         "--address", metavar="ADDRESS", help="of a Ray cluster (default: $RAY_ADDRESS, or one of its own)"
     )
 
-    evaluate = command("evaluate", commands.evaluate, "metrics, predictions, figures and report of a finished run")
-    evaluate.add_argument("run", type=Path, metavar="RUN")
+    tune = command("tune", search_commands.tune, "search settings; started again with the same --out it goes on")
+    tune.add_argument("dataset", type=parse_place, metavar="DATASET", help=DATASET_HELP)
+    tune.add_argument("--out", type=Path, required=True, metavar="EXPERIMENT", help="the search's folder")
+    tune.add_argument(
+        "--config",
+        type=Path,
+        default=Path("search_cpu"),
+        metavar="YAML",
+        help="a search space: a file, or the name of a preset (search, search_cpu; default: %(default)s)",
+    )
+    tune.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the search or of all trials, e.g. search.trials=8, stages.1.epochs=5",
+    )
+    tune.add_argument(
+        "--launcher",
+        choices=["ray", "local"],
+        default="ray",
+        help="Ray Tune, or processes of this machine (default: %(default)s)",
+    )
+    tune.add_argument(
+        "--address", metavar="ADDRESS", help="of a Ray cluster (default: $RAY_ADDRESS, or one of its own)"
+    )
+    tune.add_argument(
+        "--no-evaluation",
+        dest="evaluation",
+        action="store_false",
+        help="leave that of the best trial to another job",
+    )
+
+    evaluate = command(
+        "evaluate", commands.evaluate, "metrics, predictions, figures and report of a run, or of a search's best trial"
+    )
+    evaluate.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
     which = evaluate.add_mutually_exclusive_group()
     which.add_argument(
@@ -170,11 +224,12 @@ def _add_bench(command: Command) -> None:
     bench = command("bench", commands.bench, "measure this machine, each figure beside its baseline")
     bench.add_argument(
         "what",
-        choices=["build", "input", "step", "features", "scaling"],
+        choices=["build", "input", "step", "features", "tune", "scaling"],
         help="build: images/s of build, of bare decoding and of TensorFlow Datasets; "
         "input: images/s that reach the step, beside Keras's image_dataset_from_directory; "
         "step: images/s of train against a bare compiled step; "
         "features: both stages beside plain Keras; "
+        "tune: a search of the head beside one trial that shares nothing; "
         "scaling: images/s of several workers, and what a cluster would do",
     )
     bench.add_argument(
@@ -205,10 +260,19 @@ def _add_bench(command: Command) -> None:
     bench.add_argument(
         "--batch-sizes", type=_positive, nargs="+", default=[32, 64], metavar="B", help="of scaling (default: 32 64)"
     )
+    bench.add_argument("--trials", type=_positive, default=16, metavar="N", help="of tune (default: %(default)s)")
+    bench.add_argument(
+        "--launcher", choices=["local", "ray"], default="local", help="of tune's search (default: %(default)s)"
+    )
     bench.add_argument(
         "--cluster", type=Path, metavar="YAML", help="of scaling: the machines to foretell for (cluster/example.yaml)"
     )
     bench.add_argument("--json", action="store_true", help="for scripts: every round, and the medians")
+
+
+def _add_jobs(command: Command, commands: Mapping[str, argparse.ArgumentParser]) -> None:
+    job_options.add_submit(command, commands)
+    job_options.add_jobs(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -228,6 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {explained}", file=sys.stderr)
         raise SystemExit(2) from None
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
         print("stopped; start the same command again to go on", file=sys.stderr)
         raise SystemExit(1) from None

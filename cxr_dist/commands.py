@@ -98,7 +98,7 @@ def _output_folder(options: argparse.Namespace) -> Iterator[Path]:
 
 
 @contextmanager
-def _local_copy(place: "Place") -> Iterator[Path]:
+def local_dataset(place: "Place") -> Iterator[Path]:
     """A dataset's folder on this machine, wherever it is."""
     from tfrecords_builder.storage import local_copy
 
@@ -138,7 +138,7 @@ def _duplicates_words(manifest: "Manifest") -> str:
 def verify(options: argparse.Namespace) -> None:
     from tfrecords_builder.verify import verify_dataset
 
-    with _local_copy(options.dataset) as dataset, progress_bar("verify") as progress:
+    with local_dataset(options.dataset) as dataset, progress_bar("verify") as progress:
         summary = verify_dataset(dataset, progress)
     print(
         f"{options.dataset}: {summary.records:,} records in {summary.shards} shards, {summary.bytes:,} bytes: all whole"
@@ -148,7 +148,7 @@ def verify(options: argparse.Namespace) -> None:
 def eda(options: argparse.Namespace) -> None:
     from tfrecords_builder.eda_page import PAGE, write_analysis
 
-    with _local_copy(options.dataset) as dataset, progress_bar("eda") as progress:
+    with local_dataset(options.dataset) as dataset, progress_bar("eda") as progress:
         numbers = write_analysis(dataset, options.out, progress)
     counts, duplicates = numbers["counts"], numbers["duplicates"]
     width = max(len(name) for name in [*counts["classes"], "class"])
@@ -195,7 +195,7 @@ def run_training(
     run: Path,
     *,
     launcher: str,
-    workers: int | None = None,
+    workers: tuple[int, int] | None = None,
     devices_per_worker: int | None = None,
     address: str | None = None,
     verbose: bool = False,
@@ -206,10 +206,10 @@ def run_training(
     from cxr_dist.orchestration.train_job import train_locally, train_with_ray
     from tfrecords_builder.manifest import check_shards, read_manifest
 
-    if launcher == "local" and ((workers or 1) > 1 or address):
+    if launcher == "local" and ((workers or (1, 1))[1] > 1 or address):
         raise UserError("--launcher local: is one process; leave --workers and --address out, or use --launcher ray")
     with ExitStack() as held:
-        folder = held.enter_context(_local_copy(dataset))
+        folder = held.enter_context(local_dataset(dataset))
         manifest = read_manifest(folder)
         check_shards(folder, manifest)
         config = run_folder.resolve_config(config, manifest)
@@ -247,8 +247,9 @@ def _finished(run: Path) -> dict[str, Any] | None:
 
 def evaluate(options: argparse.Namespace) -> None:
     from cxr_dist.evaluate import Request, evaluate_run
+    from cxr_dist.search.record import best_run
 
-    request = Request(options.run, options.out, options.split, options.images, options.dataset)
+    request = Request(best_run(options.run), options.out, options.split, options.images, options.dataset)
     with progress_bar("evaluate") as progress:
         metrics = evaluate_run(request, options.devices, progress)
     print_metrics(metrics)
@@ -283,6 +284,7 @@ def bench(options: argparse.Namespace) -> None:
         "step": benchmarks.bench_step,
         "features": benchmarks.bench_features,
         "scaling": benchmarks.bench_scaling,
+        "tune": benchmarks.bench_tune,
     }
     measure[options.what](options)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -60,6 +61,23 @@ def xrays() -> Path:
 def imagenet_weights() -> Path:
     """ImageNet weights of ResNet50 without top: $CXR_WEIGHTS."""
     return _real("CXR_WEIGHTS", _SHARED / "weights" / "resnet50_imagenet_notop.h5")
+
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share a process; those with a Ray cluster share one, and begin first as they take longest.
+
+    Two clusters of one machine contend for the port of the agent that takes jobs.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

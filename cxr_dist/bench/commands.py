@@ -6,7 +6,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from cxr_dist.bench import build, cost_model, features, reading, scaling, step
+from cxr_dist.bench import build, cost_model, features, reading, scaling, step, tune
 from cxr_dist.config import Config, load_config, resolve_preset
 from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
 from cxr_dist.reporting import ConsoleReporter, progress_bar
@@ -93,6 +93,18 @@ def bench_features(options: argparse.Namespace) -> None:
         print(json.dumps([vars(way) for way in ways]))
         return
     print("\n".join(features.table(ways)))
+
+
+def bench_tune(options: argparse.Namespace) -> None:
+    """On a dataset, or on one of phantoms of the network's size."""
+    with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
+        work = Path(folder)
+        dataset = options.dataset or _batches(work / "drawn", options.images)
+        measured = tune.measure(dataset.resolve(), work, options.trials, options.launcher, options.overrides)
+    if options.json:
+        print(json.dumps(vars(measured) | {"times": measured.times}))
+        return
+    print("\n".join(tune.table(measured)))
 
 
 def bench_scaling(options: argparse.Namespace) -> None:

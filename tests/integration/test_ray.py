@@ -29,6 +29,7 @@ def start_cluster(**resources: float) -> None:
     import ray
 
     ray.init(
+        address="local",
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
@@ -41,6 +42,7 @@ def reports(folder: Path, pattern: str = "[0-9]*.json") -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
 
 
+@pytest.mark.slow
 def test_bundles_of_gpus_that_are_only_declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     start_cluster(num_cpus=8, num_gpus=8)

@@ -81,3 +81,107 @@ def curves_and_overflow(arguments: dict[str, Any]) -> None:
     """Both of the above in one start of two workers."""
     train_curves(arguments)
     train_on_poisoned_images(arguments)
+
+
+def serve_small_trials(connection: Any, cores: int, folder: str) -> None:
+    """A search's process that trains the small network, and does to a trial what its dropout says."""
+    import time
+    from dataclasses import replace
+
+    import pytest
+
+    from cxr_dist.search import local
+    from tests.conftest import use_small_base
+
+    patch = pytest.MonkeyPatch()
+    use_small_base(patch)
+    run_trial = local.run_trial
+
+    def run(job: Any, topology: Any, report: Any, launcher: str) -> Any:
+        from cxr_dist.search import trial
+
+        fault = FAULTS.get(job.values["model.dropout"])
+        if fault == "raises":
+            with patch.context() as broken:
+                broken.setattr(trial, "first_stage_key", _raise)
+                return run_trial(job, topology, report, launcher)
+        if fault == "diverges":
+            stages = {str(number): stage for number, stage in job.config["stages"].items()}
+            stages["1"] = {**stages["1"], "learning_rate": 1e38}
+            job = replace(job, config={**job.config, "stages": stages})
+        if fault == "is killed":
+            os.kill(os.getpid(), 9)
+        if fault == "hangs":
+            return run_trial(replace(job, time_limit_s=1.0), topology, _wait, launcher)
+        return run_trial(job, topology, lambda row, best: _slowly(report, row, best), launcher)
+
+    def _slowly(report: Any, row: Any, best: Any) -> Any:
+        time.sleep(SECONDS_AFTER_EPOCH if row["stage"] == 2 else 0)
+        return report(row, best)
+
+    def _wait(row: Any, best: Any) -> bool:
+        time.sleep(600)
+        return False
+
+    patch.setattr(local, "run_trial", run)
+    local.serve_trials(connection, cores, folder)
+
+
+FAULTS = {0.1: "raises", 0.2: "diverges", 0.3: "is killed", 0.4: "hangs"}
+SECONDS_AFTER_EPOCH = 0.7
+
+
+def _raise(*_: Any) -> None:
+    raise RuntimeError("a fault\nof two lines")
+
+
+def small_search(dataset: Path, out: Path, parameters: dict[str, Any], **changes: Any) -> Any:
+    """Run a search of the small network in processes of this machine; goes on when it is called again."""
+    from cxr_dist.search.local import search_locally
+    from cxr_dist.search.record import Experiment
+    from cxr_dist.search.space import SearchConfig, SearchPlan
+    from cxr_dist.search.watch import Jobs
+    from cxr_dist.search_commands import resumed
+    from tfrecords_builder.manifest import read_manifest
+
+    stages = {"1": {"epochs": 2}, "2": {"epochs": changes.pop("stage_2_epochs", 0), "unfreeze_layers": 12}}
+    settings = {"sampler": "grid", "scheduler": "off", "start_from_base": False, "concurrent": 2} | changes
+    search = SearchConfig.model_validate({"trials": 20, "parameters": parameters, **settings})
+    small = {"global_batch_size": 8, "precision": "float32", "model": {"weights": "none"}}
+    plan = SearchPlan(search, (("small ", small), ("small ", {"stages": stages})))
+    experiment, manifest = Experiment(out), read_manifest(dataset)
+    with experiment.begun(plan, dataset, manifest):
+        jobs = Jobs(experiment, plan, manifest, dataset, dataset)
+        sampler, watch = resumed(plan, experiment, jobs)
+        warm = plan.trains_head_alone()
+        search_locally(experiment, sampler, jobs, watch, concurrent=2, cores=1, warm=warm, serve=serve_small_trials)
+        experiment.write_tables()
+    return experiment
+
+
+def tune_small_trial(config: dict[str, Any], workers: dict[str, Any] | None) -> None:
+    """A trial of a search through Ray Tune, of the small network, on workers that write where they are."""
+    import pytest
+
+    from cxr_dist.orchestration import train_job, tune_job
+    from tests.conftest import use_small_base
+
+    patch = pytest.MonkeyPatch()
+    use_small_base(patch)
+    patch.setattr(train_job, "_train_worker", train_small_worker)
+    tune_job.run_tune_trial(config, workers)
+
+
+def train_small_worker(arguments: dict[str, Any]) -> None:
+    """A worker of such a trial."""
+    import pytest
+    import ray
+    import ray.train
+
+    from cxr_dist.orchestration import train_job
+    from tests.conftest import use_small_base
+
+    use_small_base(pytest.MonkeyPatch())
+    rank = ray.train.get_context().get_world_rank()
+    Path(f"{arguments['run']}.node-{rank}").write_text(ray.get_runtime_context().get_node_id())
+    train_job._train_worker(arguments)

@@ -1,0 +1,65 @@
+"""What trials share: a search over settings of the head, against one trial that shares nothing.
+
+Both are commands with an empty feature cache, timed from their start to their end: `train` of the base's stage 1, and
+`tune` of so many trials, its tables and page included, the evaluation not.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cxr_dist import run_folder
+from cxr_dist.bench import child
+from cxr_dist.search.record import Experiment, best_outcome
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds, whole commands."""
+
+    trials: int
+    alone_seconds: float
+    alone_accuracy: float
+    search_seconds: float
+    best_accuracy: float
+
+    @property
+    def times(self) -> float:
+        """Of one trial's time, that all trials take."""
+        return self.search_seconds / self.alone_seconds
+
+
+def measure(dataset: Path, work: Path, trials: int, launcher: str, overrides: Sequence[str]) -> Comparison:
+    """One trial, then all of them, on `dataset`; `overrides` hold for both."""
+    head = ["stages.2.epochs=0", *overrides]
+    begun = time.perf_counter()
+    run = work / "alone" / "run"
+    child.train(dataset, run, ["--config", "cpu", "--launcher", "local"], head)
+    alone = time.perf_counter() - begun
+    result = run_folder.read_result(run) or {}
+    experiment = work / "search" / "experiment"
+    begun = time.perf_counter()
+    child.command(
+        [
+            *("tune", str(dataset), "--out", str(experiment), "--config", "search_cpu", "--no-evaluation"),
+            *("--launcher", launcher),
+        ],
+        [f"search.trials={trials}", *overrides],
+    )
+    searched = time.perf_counter() - begun
+    outcomes = [Experiment(experiment).outcome(trial) for trial in Experiment(experiment).trials()]
+    best = best_outcome(outcomes)
+    if best is None or any(outcome.trial.state != "complete" for outcome in outcomes) or len(outcomes) != trials:
+        raise RuntimeError(f"the search did not complete its {trials} trials")
+    return Comparison(trials, alone, result["best"]["val_accuracy"], searched, best.objective or 0.0)
+
+
+def table(measured: Comparison) -> list[str]:
+    """Lines for people."""
+    return [
+        "                     seconds  best validation accuracy",
+        f"one trial alone    {measured.alone_seconds:9.1f}  {measured.alone_accuracy:.4f}",
+        f"{measured.trials:3} trials          {measured.search_seconds:9.1f}  {measured.best_accuracy:.4f}",
+        f"all trials take {measured.times:.2f} times as long as one that shares nothing",
+    ]

@@ -1,0 +1,119 @@
+"""The page of a search: one HTML file that loads nothing, from the files of the experiment alone."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from cxr_dist.search import figures
+from cxr_dist.search.figures import Point
+from cxr_dist.search.record import PAGE, Experiment, Outcome, best_outcome
+from cxr_dist.search.sampling import Sampler
+from cxr_dist.search.space import SearchPlan
+from tfrecords_builder.eda_figures import svg_bytes
+from tfrecords_builder.files import write_bytes
+from tfrecords_builder.page import template_environment
+
+TRIALS_FOR_IMPORTANCE = 8
+"""Complete trials below which an estimate of importance says nothing."""
+
+
+@dataclass(frozen=True)
+class _Shown:
+    title: str
+    caption: str
+    alt: str
+    svg: bytes
+
+    @property
+    def data(self) -> str:
+        return base64.b64encode(self.svg).decode()
+
+
+def write_page(experiment: Experiment) -> None:
+    """`search.html` of what the experiment holds now."""
+    outcomes = [experiment.outcome(trial) for trial in experiment.trials()]
+    plan = experiment.plan()
+    write_bytes(experiment.folder / PAGE, render(plan, outcomes, experiment.info()["dataset"]).encode())
+
+
+def render(plan: SearchPlan, outcomes: Sequence[Outcome], dataset: str) -> str:
+    """The page as HTML."""
+    points = [
+        Point(each.trial.number, each.trial.values, each.trial.state, each.objective)
+        for each in outcomes
+        if each.objective is not None and each.trial.state in ("complete", "stopped")
+    ]
+    best = best_outcome(list(outcomes))
+    template = template_environment("cxr_dist").get_template("search.html.j2")
+    return template.render(
+        search=plan.search,
+        dataset=dataset,
+        outcomes=sorted(outcomes, key=_order),
+        best=best,
+        keys=list(plan.search.parameters),
+        counts={state: sum(each.trial.state == state for each in outcomes) for state in _STATES},
+        figures=_figures(plan, points) if points else [],
+        importance=importance(plan, outcomes),
+        needed=TRIALS_FOR_IMPORTANCE,
+        config=plan.base.to_yaml(),
+        value=_value,
+    )
+
+
+_STATES = ("complete", "stopped", "failed", "running")
+
+
+def _order(outcome: Outcome) -> tuple[int, float, int]:
+    return _STATES.index(outcome.trial.state), -(outcome.objective or 0.0), outcome.trial.number
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def importance(plan: SearchPlan, outcomes: Sequence[Outcome]) -> dict[str, float] | None:
+    """How much of the variation of the objective goes with each key (fANOVA: Hutter, Hoos and Leyton-Brown 2014).
+
+    None with few complete trials, a single key, or trials that are all alike.
+    """
+    import optuna
+
+    complete = [each.finished() for each in outcomes if each.trial.state == "complete" and each.objective is not None]
+    if len(complete) < TRIALS_FOR_IMPORTANCE or len(plan.search.parameters) < 2:
+        return None
+    if len({each.objective for each in complete}) < 2:
+        return None
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    found: dict[str, float] = optuna.importance.get_param_importances(
+        Sampler(plan, complete).study, evaluator=evaluator
+    )
+    return {key: float(share) for key, share in found.items()}
+
+
+def _figures(plan: SearchPlan, points: Sequence[Point]) -> list[_Shown]:
+    best = max(points, key=lambda point: point.objective)
+    span = f"from {min(point.objective for point in points):.4f} to {best.objective:.4f}"
+    shown = [
+        _shown(
+            "Optimisation history",
+            f"Best validation accuracy of each trial, {span}; the highest is trial {best.number}.",
+            figures.history_figure(points),
+        ),
+        _shown(
+            "Parallel coordinates",
+            "A line is a trial: where it stands on each scale is its value. Dark is good, dotted was stopped early; "
+            f"the thick line is trial {best.number}.",
+            figures.parallel_figure(plan.search.parameters, points),
+        ),
+    ]
+    for key, parameter in plan.search.parameters.items():
+        caption = f"Best validation accuracy of each trial against {key}; the highest is at {_value(best.values[key])}."
+        shown.append(_shown(key, caption, figures.parameter_figure(key, parameter, points)))
+    return shown
+
+
+def _shown(title: str, caption: str, figure: Figure) -> _Shown:
+    return _Shown(title, caption, f"{title}. {caption}", svg_bytes(figure))

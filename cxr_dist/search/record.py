@@ -1,0 +1,328 @@
+"""What is kept of a search: a folder whose files alone say which trials there are, what they set and how they went.
+
+    EXPERIMENT/search.yaml          the search and the configuration its trials start from, resolved
+    EXPERIMENT/experiment.json      the dataset
+    EXPERIMENT/trials/00007.json    a trial: its values, its state; its run is the folder 00007 beside it
+    EXPERIMENT/trials.parquet       one row per trial      } written anew whenever the search ends or is interrupted;
+    EXPERIMENT/best.json            the best of them       } all they hold is in the files above
+
+A trial's own process writes its run's folder, and the search's process all else. So whatever is killed when, the next
+start finds what was finished, and goes on with what was not.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from cxr_dist import run_folder
+from cxr_dist.checkpoint import CheckpointFolder
+from cxr_dist.config import read_yaml
+from cxr_dist.search.sampling import Finished
+from cxr_dist.search.space import SearchPlan, Values, from_tree
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import is_temporary, write_json, write_text
+from tfrecords_builder.manifest import Manifest
+from tfrecords_builder.storage import Place, absolute
+
+SEARCH = "search.yaml"
+EXPERIMENT = "experiment.json"
+TRIALS = "trials"
+SHARED = "shared"
+TRIALS_TABLE = "trials.parquet"
+BEST = "best.json"
+PAGE = "search.html"
+TUNE = "tune"
+"""Ray Tune's own files."""
+EVALUATION = "evaluation"
+
+State = Literal["running", "complete", "stopped", "failed"]
+"""Of an interrupted search, `running` is a trial that was begun and not ended."""
+ENDED: tuple[State, ...] = ("complete", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial as its file has it."""
+
+    number: int
+    values: Values
+    state: State = "running"
+    reason: str = ""
+    """Why it failed."""
+    attempts: int = 1
+    """How often it was started: more than once where the search was interrupted in its middle."""
+    seconds: float = 0.0
+    """Of all attempts that ended."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trial, and what its run says of it."""
+
+    trial: Trial
+    history: list[dict[str, Any]]
+    result: dict[str, Any] | None
+
+    @property
+    def objective(self) -> float | None:
+        """The best validation accuracy; None before the first epoch."""
+        return max((row["val_accuracy"] for row in self.history), default=None)
+
+    @property
+    def best_row(self) -> dict[str, Any] | None:
+        """The epoch that the run's best weights are from."""
+        if not self.history:
+            return None
+        return max(self.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+
+    def finished(self) -> Finished:
+        best, curve = -1.0, []
+        for row in self.history:
+            best = max(best, row["val_accuracy"])
+            curve.append((int(row["epochs_done"]), best))
+        failed = self.trial.state == "failed"
+        return Finished(
+            self.trial.values, None if failed else self.objective, self.trial.state == "stopped", tuple(curve)
+        )
+
+
+class Experiment:
+    """A search's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+
+    # -- the search -------------------------------------------------------------------------------
+
+    @contextmanager
+    def begun(self, plan: SearchPlan, dataset: Place, manifest: Manifest) -> Iterator[None]:
+        """The folder, made or found, held against other searches.
+
+        Raises:
+            UserError: it cannot be made, another search is using it, or it holds something else.
+        """
+        with run_folder.locked(self.folder):
+            foreign = [each for each in self.folder.iterdir() if not is_temporary(each.name, (SEARCH, EXPERIMENT))]
+            if not (self.folder / SEARCH).exists() and foreign:
+                raise UserError(
+                    f"{self.folder}: holds something that is not a search of this program; give a new folder as --out"
+                )
+            written = {"dataset": absolute(dataset), "fingerprint": manifest.fingerprint}
+            if (self.folder / SEARCH).exists() and (self.folder / EXPERIMENT).exists():
+                self._check_same(plan, written)
+            else:
+                write_text(self.folder / SEARCH, yaml.safe_dump(plan.tree(), sort_keys=False))
+                write_json(self.folder / EXPERIMENT, written)
+                (self.folder / TRIALS).mkdir(exist_ok=True)
+            yield
+
+    def _check_same(self, plan: SearchPlan, written: dict[str, str]) -> None:
+        earlier = self.plan().tree()
+        now = plan.tree()
+        for name in ("search", "config"):
+            for key in sorted(earlier[name].keys() | now[name].keys()):
+                # More trials, or more at a time, are the same search; so is a longer patience.
+                if (name, key) in (("search", "trials"), ("search", "concurrent"), ("search", "time_limit_s")):
+                    continue
+                before, after = earlier[name].get(key), now[name].get(key)
+                if before != after:
+                    raise UserError(
+                        f"{self.folder}: holds a search with another {name}.{key}; give another --out, or the same "
+                        "settings to go on"
+                    )
+        if self.info()["fingerprint"] != written["fingerprint"]:
+            raise UserError(
+                f"{self.folder}: holds a search on another dataset ({self.info()['dataset']}); give another --out"
+            )
+
+    def plan(self) -> SearchPlan:
+        self._require(SEARCH)
+        try:
+            return from_tree(read_yaml(self.folder / SEARCH))
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{self.folder / SEARCH}: damaged ({str(error).splitlines()[0]})") from None
+
+    def info(self) -> dict[str, str]:
+        self._require(EXPERIMENT)
+        read: dict[str, str] = _read_json(self.folder / EXPERIMENT)
+        return read
+
+    def _require(self, name: str) -> None:
+        if not (self.folder / name).is_file():
+            raise UserError(f"{self.folder}: is not the folder of a search (no {name}); give what tune wrote")
+
+    # -- trials -----------------------------------------------------------------------------------
+
+    def run(self, number: int) -> Path:
+        return self.folder / TRIALS / f"{number:05d}"
+
+    def log(self, number: int) -> Path:
+        """What the trial's process prints."""
+        return self.folder / TRIALS / f"{number:05d}.log"
+
+    def failure(self, number: int) -> Path:
+        """Where a trial's process writes why it failed: a line, and after it what helps to find the cause."""
+        return self.folder / TRIALS / f"{number:05d}.failure.txt"
+
+    def write(self, trial: Trial) -> None:
+        write_json(self._file(trial.number), asdict(trial))
+
+    def _file(self, number: int) -> Path:
+        return self.folder / TRIALS / f"{number:05d}.json"
+
+    def trials(self) -> list[Trial]:
+        """All that were begun, in order."""
+        found = []
+        for path in sorted((self.folder / TRIALS).glob("?????.json")):
+            try:
+                found.append(Trial(**_read_json(path)))
+            except TypeError as error:
+                raise UserError(f"{path}: damaged ({error}); remove it to run the trial anew") from None
+        return found
+
+    def begin(self, number: int, values: Values) -> Trial:
+        """Write that a trial starts, for the first time or again."""
+        earlier = Trial(**_read_json(self._file(number))) if self._file(number).is_file() else None
+        trial = replace(earlier, attempts=earlier.attempts + 1) if earlier else Trial(number, values)
+        self.failure(number).unlink(missing_ok=True)
+        self.write(trial)
+        return trial
+
+    def end(self, trial: Trial, seconds: float, *, reason: str | None = None) -> Outcome:
+        """Write how a trial ended.
+
+        Args:
+            trial: As `begin` gave it.
+            seconds: Of this attempt.
+            reason: Why it failed; None when it did not: then it is complete if its run is, and was stopped if not.
+        """
+        if self.failure(trial.number).is_file():  # of its own process, which knows best
+            reason = self.failure(trial.number).read_text(encoding="utf-8").partition("\n")[0]
+        result = run_folder.read_result(self.run(trial.number))
+        state: State = "complete" if result is not None else "stopped" if reason is None else "failed"
+        ended = replace(
+            trial, state=state, reason=reason or "" if state == "failed" else "", seconds=trial.seconds + seconds
+        )
+        self.write(ended)
+        return self.outcome(ended)
+
+    def outcome(self, trial: Trial) -> Outcome:
+        run = self.run(trial.number)
+        return Outcome(trial, run_folder.read_history(run), run_folder.read_result(run))
+
+    def settle(self) -> tuple[list[Outcome], list[Trial]]:
+        """What an earlier process left: the trials that ended, and those to go on with."""
+        ended, open_ = [], []
+        for trial in self.trials():
+            if trial.state in ENDED:
+                ended.append(self.outcome(trial))
+            elif run_folder.read_result(self.run(trial.number)) is not None:
+                ended.append(self.end(trial, 0.0))  # it was done, and the search was killed before it heard of it
+            else:
+                open_.append(trial)
+        return ended, open_
+
+    # -- what it leaves ---------------------------------------------------------------------------
+
+    def write_tables(self) -> Outcome | None:
+        """`trials.parquet` and `best.json` of all trials so far; the best of them."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        from tfrecords_builder.files import write_atomically
+
+        outcomes = [self.outcome(trial) for trial in self.trials()]
+        keys = list(self.plan().search.parameters)
+        mixed = {key for key in keys if len({type(each.trial.values.get(key)) for each in outcomes}) > 1}
+        rows = [_row(each, keys, mixed) for each in outcomes]
+        if rows:
+            table = pa.Table.from_pylist(rows)
+            write_atomically(self.folder / TRIALS_TABLE, lambda file: pq.write_table(table, file))
+        best = best_outcome(outcomes)
+        if best is not None:
+            write_json(self.folder / BEST, self._best_tree(best))
+        return best
+
+    def _best_tree(self, best: Outcome) -> dict[str, Any]:
+        run = self.run(best.trial.number)
+        relative = run.relative_to(self.folder)
+        best_file = CheckpointFolder(run / run_folder.CHECKPOINTS).newest_best()
+        row = best.best_row or {}
+        return {
+            "trial": best.trial.number,
+            "values": best.trial.values,
+            "metrics": {key: value for key, value in row.items() if key.startswith("val_")}
+            | {"stage": row["stage"], "epoch": row["epoch"]},
+            "run": str(relative),
+            "checkpoint": str(best_file.relative_to(self.folder)) if best_file else None,
+            "model": str(relative / run_folder.MODEL),
+            "config": run_folder.read_config(run).tree(),
+        }
+
+
+def best_outcome(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The complete trial with the best validation: accuracy, then loss, then the earlier."""
+    complete = [each for each in outcomes if each.trial.state == "complete" and each.best_row]
+    return max(complete, key=_rank, default=None)
+
+
+def best_run(folder: Path) -> Path:
+    """The run of the best trial, when `folder` is that of a search; `folder` itself when it is not.
+
+    Raises:
+        UserError: it is a search in which no trial is complete.
+    """
+    if not (folder / SEARCH).is_file():
+        return folder
+    if not (folder / BEST).is_file():
+        raise UserError(f"{folder}: no trial of the search is complete yet; start it again with tune to go on")
+    best = _read_json(folder / BEST)
+    try:
+        return folder / str(best["run"])
+    except (KeyError, TypeError):
+        raise UserError(f"{folder / BEST}: damaged (no run); start tune again to write it anew") from None
+
+
+def _rank(outcome: Outcome) -> tuple[float, float, int]:
+    row = outcome.best_row or {}
+    return row["val_accuracy"], -row["val_loss"], -outcome.trial.number
+
+
+def _row(outcome: Outcome, keys: list[str], mixed: set[str]) -> dict[str, Any]:
+    """A row of trials.parquet. A key that varies keeps its dotted name."""
+    trial, row, result = outcome.trial, outcome.best_row or {}, outcome.result or {}
+    return {
+        "trial": trial.number,
+        "state": trial.state,
+        "reason": trial.reason,
+        "attempts": trial.attempts,
+        **{key: _cell(trial.values.get(key), mixed=key in mixed) for key in keys},
+        "val_accuracy": row.get("val_accuracy"),
+        "val_loss": row.get("val_loss"),
+        "best_stage": row.get("stage"),
+        "best_epoch": row.get("epoch"),
+        "epochs_done": max((int(each["epochs_done"]) for each in outcome.history), default=0),
+        "steps_computed": result.get("steps_computed"),
+        "resumed_from": result.get("resumed_from"),
+        "seconds": trial.seconds,
+        "run": f"{TRIALS}/{trial.number:05d}",
+    }
+
+
+def _cell(value: Any, *, mixed: bool) -> Any:
+    """A column has one type: where choices are of several, as text."""
+    if not mixed or value is None:
+        return value
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None

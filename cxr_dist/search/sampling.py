@@ -1,0 +1,150 @@
+"""What the next trial tries: Optuna's samplers behind `ask` and `tell`, which know of trials by our own numbers.
+
+All that the sampler has learned is in the records of earlier trials, so a search that goes on needs no other state.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cxr_dist.search.space import Parameter, SearchPlan, Values
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A trial that has ended, as a sampler learns from it."""
+
+    values: Values
+    objective: float | None
+    """The best validation accuracy; None when it failed before there was one."""
+    stopped: bool = False
+    """Whether it was stopped early."""
+    curve: tuple[tuple[int, float], ...] = ()
+    """(epochs done, best validation accuracy so far)."""
+
+
+class Sampler:
+    """Chooses the values of trial after trial."""
+
+    def __init__(self, plan: SearchPlan, earlier: Sequence[Finished] = (), started: int | None = None) -> None:
+        """
+        Args:
+            earlier: Trials that ended before this process began, in their order.
+            started: Trials that were chosen before, ended or not; the next is that number.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._plan, search = plan, plan.search
+        self._next = len(earlier) if started is None else started
+        # With the number of trials, so that a search that goes on does not draw its first values again.
+        seed = search.seed + self._next
+        self._distributions = {key: _distribution(parameter) for key, parameter in search.parameters.items()}
+        samplers: dict[str, Any] = {
+            "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(4, search.trials // 4))),
+            "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+            "grid": lambda: optuna.samplers.RandomSampler(seed=seed),  # never asked: the grid is listed
+        }
+        self._grid = search.grid() if search.sampler == "grid" else []
+        self.study = optuna.create_study(
+            direction="maximize", sampler=samplers[search.sampler](), pruner=self._pruner()
+        )
+        self._open: dict[int, Any] = {}
+        for trial in earlier:
+            self._learn(trial)
+
+    @property
+    def asked(self) -> int:
+        """How many trials have been chosen, those of earlier processes too."""
+        return self._next
+
+    def _pruner(self) -> Any:
+        import optuna
+
+        search = self._plan.search
+        if search.scheduler == "asha":
+            return optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=search.grace_epochs, reduction_factor=search.reduction_factor
+            )
+        if search.scheduler == "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=search.grace_epochs)
+        return optuna.pruners.NopPruner()
+
+    def ask(self) -> tuple[int, Values] | None:
+        """The number and the values of the next trial; None when all have been chosen."""
+        number = self._next
+        if number >= self._plan.search.planned_trials():
+            return None
+        self._next += 1
+        fixed = self._fixed(number)
+        trial = self._ask(fixed)
+        self._open[number] = trial
+        return number, {key: trial.params[key] for key in self._distributions}
+
+    def ask_again(self, number: int, values: Values) -> None:
+        """Trial `number` was chosen by an earlier process and runs now."""
+        self._open[number] = self._ask(values)
+
+    def _fixed(self, number: int) -> Values | None:
+        if self._grid:
+            return self._grid[number]
+        return self._plan.base_values() if number == 0 and self._plan.search.start_from_base else None
+
+    def _ask(self, fixed: Values | None) -> Any:
+        if fixed is not None:
+            self.study.enqueue_trial(fixed)
+        return self.study.ask(self._distributions)
+
+    def tell(self, number: int, ended: Finished) -> None:
+        """Trial `number` has ended."""
+        from optuna.trial import TrialState
+
+        trial = self._open.pop(number)
+        if ended.objective is None:
+            self.study.tell(trial, state=TrialState.FAIL)
+        elif ended.stopped and ended.curve:
+            # What a stopped trial is worth is the last that was reported of it.
+            reported = self.study.trials[trial.number].intermediate_values
+            for epochs_done, objective in ended.curve:
+                if epochs_done not in reported:
+                    trial.report(objective, epochs_done)
+            self.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self.study.tell(trial, ended.objective)
+
+    def report(self, number: int, epochs_done: int, objective: float) -> bool:
+        """The best validation accuracy after so many epochs; whether the trial should be stopped."""
+        trial = self._open[number]
+        trial.report(objective, epochs_done)
+        return epochs_done >= self._plan.search.grace_epochs and bool(trial.should_prune())
+
+    def _learn(self, trial: Finished) -> None:
+        import optuna
+
+        states = optuna.trial.TrialState
+        if trial.objective is None:
+            state = states.FAIL
+        else:
+            state = states.PRUNED if trial.stopped and trial.curve else states.COMPLETE
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                value=trial.objective if state == states.COMPLETE else None,
+                params=dict(trial.values),
+                distributions=self._distributions,
+                intermediate_values=dict(trial.curve),
+            )
+        )
+
+
+def _distribution(parameter: Parameter) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if parameter.choices is not None:
+        return CategoricalDistribution(parameter.choices)
+    low, high = parameter.low, parameter.high
+    if low is None or high is None:
+        raise ValueError("a range has both ends")
+    if parameter.is_whole:
+        return IntDistribution(int(low), int(high), log=parameter.log, step=int(parameter.step or 1))
+    return FloatDistribution(float(low), float(high), log=parameter.log, step=parameter.step)

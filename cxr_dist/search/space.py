@@ -1,0 +1,250 @@
+"""A search as a YAML file says it: what varies and how far, how trials are chosen and stopped, and what each gets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from cxr_dist.config import Config, known_keys, load_config, nested, parse_override, read_yaml, resolve_preset
+from tfrecords_builder.errors import UserError
+
+Value = bool | int | float | str
+Values = dict[str, Value]
+"""What a trial sets, by dotted config key."""
+
+
+class _Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Parameter(_Node):
+    """What one config key may be: `choices`, or a range from `low` to `high`, both included."""
+
+    choices: tuple[Value, ...] | None = Field(None, min_length=1, description="the values, of any kind")
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = Field(False, description="evenly by ratios, as learning rates are")
+    step: int | float | None = Field(None, gt=0, description="of an evenly spaced range; whole numbers step by 1")
+
+    @model_validator(mode="after")
+    def _is_one_of_two(self) -> "Parameter":
+        if (self.choices is None) == (self.low is None and self.high is None):
+            raise ValueError("needs either choices, or low and high")
+        if self.choices is not None:
+            if self.log or self.step is not None:
+                raise ValueError("log and step belong to a range, not to choices")
+            return self
+        if self.low is None or self.high is None or not self.low < self.high:
+            raise ValueError("low must be below high, and both be given")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log needs low above 0, and no step")
+        return self
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the range has whole numbers only."""
+        return all(isinstance(value, int) for value in (self.low, self.high, self.step or 1))
+
+    def extremes(self) -> tuple[Value, ...]:
+        """Values between which, or among which, all others are."""
+        if self.choices is not None:
+            return self.choices
+        return tuple(value for value in (self.low, self.high) if value is not None)
+
+    def holds(self, value: object) -> bool:
+        """Whether a trial could have `value`."""
+        if self.choices is not None:
+            return value in self.choices
+        if not isinstance(value, int | float) or self.low is None or self.high is None:
+            return False
+        return self.low <= value <= self.high
+
+    def points(self) -> tuple[Value, ...] | None:
+        """All values, where they are few enough to be listed; None for a range without steps."""
+        if self.choices is not None:
+            return self.choices
+        if self.low is None or self.high is None or not (self.step or self.is_whole) or self.log:
+            return None
+        step = self.step or 1
+        count = int((self.high - self.low) / step + 1e-9) + 1
+        return tuple(self.low + number * step for number in range(count))
+
+
+def _off(value: object) -> object:
+    """YAML 1.1 reads a bare `off` as false; here it is a word."""
+    return "off" if value is False else value
+
+
+class SearchConfig(_Node):
+    """The section `search` of the file."""
+
+    trials: int = Field(16, ge=1, description="in all; a grid that has fewer points ends with its last")
+    sampler: Literal["tpe", "random", "grid"] = Field("tpe", description="how the next trial is chosen (Optuna's)")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the choice; the seed of training is a config key")
+    start_from_base: bool = Field(True, description="the first trial has the values of the base, if the space has them")
+    scheduler: Annotated[Literal["asha", "median", "off"], BeforeValidator(_off)] = Field(
+        "asha", description="which trials are stopped early: successive halving, below the median, or none"
+    )
+    grace_epochs: int = Field(1, ge=1, description="epochs, over all stages, before which no trial is stopped")
+    reduction_factor: int = Field(3, ge=2, description="of asha: of so many trials one goes on")
+    concurrent: int | None = Field(None, ge=1, description="trials at a time; by default as many as fit")
+    workers_per_trial: int = Field(1, ge=1, description="more than one go through Ray Train")
+    cpus_per_trial: float | None = Field(None, gt=0, description="of each worker; by default the cores in equal parts")
+    gpus_per_trial: float | None = Field(
+        None, ge=0, description="of each worker, fractions for one worker alone; by default 1 where there are any"
+    )
+    time_limit_s: float | None = Field(None, gt=0, description="of one trial; one that exceeds it has failed")
+    parameters: dict[str, Parameter] = Field(min_length=1, description="by dotted config key")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SearchConfig":
+        if self.sampler == "grid":
+            for key, parameter in self.parameters.items():
+                if parameter.points() is None:
+                    raise ValueError(f"parameters.{key}: sampler grid needs choices, or a range with a step")
+        gpus = self.gpus_per_trial
+        if gpus is not None and gpus != int(gpus) and (self.workers_per_trial > 1 or gpus > 1):
+            raise ValueError("gpus_per_trial: a fraction is for one worker, and below 1; workers have whole GPUs")
+        return self
+
+    def grid(self) -> list[Values]:
+        """Every point of the space, in order of the keys; `points` of each parameter are known."""
+        lists = {key: parameter.points() or () for key, parameter in self.parameters.items()}
+        return [dict(zip(lists, point, strict=True)) for point in product(*lists.values())]
+
+    def planned_trials(self) -> int:
+        """How many there will be."""
+        return min(self.trials, len(self.grid())) if self.sampler == "grid" else self.trials
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A search, and the configuration that its trials start from."""
+
+    search: SearchConfig
+    layers: tuple[tuple[str, Mapping[str, Any]], ...]
+    """Trees of config keys, later ones over earlier ones."""
+
+    @property
+    def base(self) -> Config:
+        return load_config(layers=self.layers)
+
+    def trial_config(self, values: Mapping[str, Value]) -> Config:
+        """The configuration of the trial that sets `values`."""
+        trial = tuple((f"search.parameters.{key}: ", nested(key, value)) for key, value in values.items())
+        return load_config(layers=(*self.layers, *trial))
+
+    def base_values(self) -> Values | None:
+        """What the base has for the keys that vary; None where one lies outside its range."""
+        tree = _flat(self.base.tree())
+        found = {key: tree[key] for key in self.search.parameters}
+        return found if all(self.search.parameters[key].holds(value) for key, value in found.items()) else None
+
+    def trains_head_alone(self) -> bool:
+        """Whether no trial has a stage that trains layers of the base."""
+        keys = self.search.parameters
+        for number, stage in self.base.stages.items():
+            depth, epochs = f"stages.{number}.unfreeze_layers", f"stages.{number}.epochs"
+            deep = stage.unfreeze_layers > 0 or depth in keys
+            if deep and (stage.epochs > 0 or epochs in keys):
+                return False
+        return True
+
+    def largest_epochs(self) -> int:
+        """Epochs of the longest trial, over all stages."""
+        total = 0
+        for number, stage in self.base.stages.items():
+            parameter = self.search.parameters.get(f"stages.{number}.epochs")
+            total += max((int(value) for value in parameter.extremes()), default=0) if parameter else stage.epochs
+        return total
+
+    def tree(self) -> dict[str, Any]:
+        """As plain data, from which `from_tree` makes an equal one."""
+        return {"search": self.search.model_dump(mode="json"), "config": self.base.tree()}
+
+
+def from_tree(tree: Mapping[str, Any]) -> SearchPlan:
+    """What `SearchPlan.tree` gave; the configuration is then one resolved layer."""
+    return SearchPlan(SearchConfig.model_validate(tree["search"]), (("config ", tree["config"]),))
+
+
+def load_search(path: Path, overrides: list[str] | None = None) -> SearchPlan:
+    """A search space from the YAML file at `path`: `base` (a preset or file), `search`, and config keys over the base.
+
+    Args:
+        overrides: `key=value`, of `search.` or of the configuration.
+
+    Raises:
+        UserError: the file is missing or no search space, or a key or value is not valid.
+    """
+    tree = read_yaml(path)
+    section = tree.pop("search", None)
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: has no section search; give a search space, such as --config search_cpu")
+    base = tree.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"{path}: base is no name of a preset or file, but a {type(base).__name__}")
+    base_path = resolve_preset(_beside(path, base)) if base else None
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if base_path is not None:
+        layers.append((f"{base_path}: ", read_yaml(base_path)))
+    layers.append((f"{path}: ", tree))
+    for override in overrides or []:
+        change = parse_override(override)
+        if set(change) == {"search"}:
+            _set_search(section, change["search"], override)
+        else:
+            layers.append(("--set ", change))
+    plan = SearchPlan(_validated(section, path), tuple(layers))
+    _check_keys(plan)
+    return plan
+
+
+def _beside(path: Path, base: str) -> Path:
+    """`base` is a file beside the one that names it, or else a preset."""
+    beside = path.parent / base
+    return beside if beside.is_file() else Path(base)
+
+
+def _set_search(section: dict[str, Any], change: object, override: str) -> None:
+    if not isinstance(change, dict):
+        raise UserError(f"--set {override}: search holds keys of its own, such as search.trials")
+    for key, value in change.items():
+        if isinstance(value, dict) and key != "parameters":
+            raise UserError(f"--set {override}: search.{key} is a value, not a mapping")
+        section[key] = value
+
+
+def _validated(section: Mapping[str, Any], path: Path) -> SearchConfig:
+    try:
+        return SearchConfig.model_validate(section)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        names = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
+        message = problem["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {'.'.join(['search', *names])}: {message}") from None
+
+
+def _check_keys(plan: SearchPlan) -> None:
+    """Every key can be set, and to the ends of its range; whatever is wrong is said now, not after the first trials."""
+    plan.base  # noqa: B018 - raises where a layer is wrong
+    known = known_keys()
+    for key, parameter in plan.search.parameters.items():
+        number = key.split(".")[1] if key.startswith("stages.") and key.count(".") == 2 else None
+        usual = key.replace(f"stages.{number}.", "stages.1.") if number else key
+        if usual not in known:
+            load_config(layers=[("search.parameters ", nested(key, None))])  # names the nearest
+        if number and int(number) not in plan.base.stages:
+            raise UserError(f"search.parameters.{key}: the base has no stage {number}")
+        for value in parameter.extremes():
+            plan.trial_config({key: value})
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

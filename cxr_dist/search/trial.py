@@ -1,0 +1,195 @@
+"""One trial, in the process that runs it: a run of the one loop, told of and stopped by whoever runs the search."""
+
+import gc
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cxr_dist import run_folder
+from cxr_dist.config import Config
+from cxr_dist.reporting import Event, Reporter, Reporters, run_reporters
+from cxr_dist.search.record import SHARED, Experiment
+from cxr_dist.search.shared import FirstStages, first_stage_key
+from cxr_dist.search.space import Values
+from cxr_dist.strategy import Topology
+from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.files import write_text
+from tfrecords_builder.manifest import Manifest, read_manifest
+from tfrecords_builder.storage import parse_place
+
+LOCK_WAIT_S = 60.0
+"""For the process of an earlier attempt to end, which may outlive the search by moments."""
+TIME_LIMIT_STATUS = 124
+"""Of a process that its trial's time limit ended, as of the command `timeout`."""
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """All that a trial's process needs to know; plain data."""
+
+    number: int
+    values: Values
+    experiment: str
+    dataset: str
+    """The dataset's folder on this machine."""
+    place: str
+    """The dataset as it was given: a folder or an address."""
+    config: dict[str, Any]
+    """Of the trial, resolved."""
+    time_limit_s: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the trial's run, in metrics."""
+        return f"{Path(self.experiment).name}/{self.number:05d}"
+
+
+class TrialStopped(Exception):  # noqa: N818 - a decision, not an error
+    """Raised inside the loop of a trial that the search stops early."""
+
+
+Report = Callable[[dict[str, Any], float], bool]
+"""(the epoch's row, the best validation accuracy so far) -> whether to stop."""
+
+
+class _Listener:
+    """Hears of a run's epochs, and may end it."""
+
+    def __init__(self, config: Config, report: Report) -> None:
+        self._config, self._report, self._best = config, report, -1.0
+
+    def emit(self, event: Event) -> None:
+        if event["kind"] != "epoch":
+            return
+        row = event["row"]
+        self._best = max(self._best, row["val_accuracy"])
+        # Nothing is saved by stopping what has done its last epoch, and its model would be lost.
+        if self._report(row, self._best) and not is_last_epoch(self._config, row):
+            raise TrialStopped
+
+
+def ends_stage(config: Config, row: Mapping[str, Any]) -> bool:
+    """Whether the epoch of a row of the history is the last planned one of its stage."""
+    return bool(row["epoch"] == config.stages[row["stage"]].epochs)
+
+
+def is_last_epoch(config: Config, row: Mapping[str, Any]) -> bool:
+    """Whether it is the last planned one of all."""
+    last = max(number for number, stage in config.stages.items() if stage.epochs)
+    return row["stage"] == last and ends_stage(config, row)
+
+
+def run_trial(
+    job: TrialJob, topology: Topology, report: Report, launcher: str, reporters: Sequence[Reporter] = ()
+) -> dict[str, Any] | None:
+    """Train the trial in this process; goes on from its newest checkpoint.
+
+    Returns:
+        result.json; None when it was stopped early.
+    """
+    from cxr_dist.loop import train
+
+    def loop(config: Config, run: Path, listeners: Reporter) -> dict[str, Any]:
+        kept = run_reporters(run / run_folder.TENSORBOARD, job.name, job.values)
+        return train(config, Path(job.dataset), run, topology, Reporters([listeners, *reporters, *kept]), launcher)
+
+    try:
+        return prepared(job, topology.replicas, report, loop)
+    finally:
+        _forget()
+
+
+def prepared(
+    job: TrialJob, replicas: int, report: Report, train: Callable[[Config, Path, Reporter], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Call `train(config, run, listeners)` with the trial's folder prepared, within its time, its failure written."""
+    experiment = Experiment(Path(job.experiment))
+    run, config = experiment.run(job.number), Config.model_validate(job.config)
+    try:
+        with ExitStack() as held:
+            held.enter_context(_limited(job, experiment))
+            manifest = read_manifest(Path(job.dataset))
+            held.enter_context(_locked(run))
+            run_folder.prepare(run, config, parse_place(job.place), manifest)
+            finished = run_folder.read_result(run)
+            if finished is not None:
+                return finished
+            publisher = held.enter_context(
+                FirstStages(experiment.folder / SHARED).used_by(run, _shared_key(config, manifest, replicas))
+            )
+            return train(config, run, Reporters([publisher, _Listener(config, report)]))
+    except TrialStopped:
+        return None
+    except Exception as error:
+        text = str(error) if isinstance(error, UserError) else one_line(error)
+        write_text(experiment.failure(job.number), f"{text}\n{traceback.format_exc()}")
+        raise
+
+
+def _shared_key(config: Config, manifest: Manifest, replicas: int) -> str | None:
+    return first_stage_key(config, manifest.fingerprint, replicas)
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """The run's folder, as soon as an earlier attempt's process has left it."""
+    until = time.monotonic() + LOCK_WAIT_S
+    while True:
+        with ExitStack() as held:
+            try:
+                held.enter_context(run_folder.locked(run))
+            except UserError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
+                continue
+            yield
+            return
+
+
+@contextmanager
+def _limited(job: TrialJob, experiment: Experiment) -> Iterator[None]:
+    """End this process when the trial has had its time: nothing less ends a step that hangs."""
+    if job.time_limit_s is None:
+        yield
+        return
+
+    def end() -> None:
+        write_text(experiment.failure(job.number), f"exceeded its time limit of {job.time_limit_s:g} s\n")
+        os._exit(TIME_LIMIT_STATUS)
+
+    timer = threading.Timer(job.time_limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _forget() -> None:
+    """Let go of the trial's graphs and variables: a warm process runs many."""
+    import keras
+
+    keras.backend.clear_session(free_memory=True)
+    gc.collect()
+
+
+def compute_shared_features(
+    config: Config, dataset: Path, experiment: Path, topology: Topology, reporter: Reporter
+) -> None:
+    """Fill the feature cache with what the first stage of every trial reads, with all of the machine."""
+    from cxr_dist.loop import compute_features
+
+    compute_features(config, dataset, Experiment(experiment).folder / TRIALS_SCRATCH, topology, reporter)
+    _forget()
+
+
+TRIALS_SCRATCH = "trials/features"
+"""Stands in for a run's folder; nothing is written there."""

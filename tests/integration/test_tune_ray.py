@@ -1,0 +1,74 @@
+"""A search on a Ray cluster of two machines (two raylets): each trial's two workers are on different ones."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from cxr_dist.search.record import BEST, Experiment
+from cxr_dist.search.space import SearchConfig, SearchPlan
+from cxr_dist.search.watch import Jobs
+from cxr_dist.search_commands import resumed
+from tests.integration.workers import tune_small_trial
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.manifest import read_manifest
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_stopped")]
+
+
+def _search(dataset: Path, out: Path, address: str, **changes: object) -> Experiment:
+    from cxr_dist.orchestration.tune_job import search_with_ray
+
+    small = {"global_batch_size": 8, "precision": "float32", "model": {"weights": "none"}}
+    stages = {"stages": {1: {"epochs": 1}, 2: {"epochs": 1, "unfreeze_layers": 12}}}
+    settings = {"sampler": "grid", "scheduler": "off", "workers_per_trial": 2, "cpus_per_trial": 1} | changes
+    parameters = {"model.dropout": {"choices": [0.1, 0.2]}}
+    search = SearchConfig.model_validate({"parameters": parameters, **settings})
+    plan = SearchPlan(search, (("small ", small), ("small ", stages)))
+    experiment, manifest = Experiment(out), read_manifest(dataset)
+    with experiment.begun(plan, dataset, manifest):
+        jobs = Jobs(experiment, plan, manifest, dataset, dataset)
+        search_with_ray(
+            plan,
+            experiment,
+            jobs,
+            lambda: resumed(plan, experiment, jobs),
+            address=address,
+            verbose=False,
+            trial=tune_small_trial,
+        )
+        experiment.write_tables()
+    return experiment
+
+
+def test_trials_of_two_workers_on_two_machines(dataset: Path, tmp_path: Path) -> None:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"2 workers of 1 CPU each, and the cluster .* has room for 1"):
+            _search(dataset, tmp_path / "more", cluster.address, concurrent=2)
+        assert time.monotonic() - started < 60, "it is refused at once, and does not wait"
+        experiment = _search(dataset, tmp_path / "experiment", cluster.address)
+        trials = experiment.trials()
+        assert [trial.state for trial in trials] == ["complete", "complete"]
+        for trial in trials:
+            run = experiment.run(trial.number)
+            nodes = {Path(f"{run}.node-{rank}").read_text() for rank in range(2)}
+            assert len(nodes) == 2, "both workers were on one machine"
+            result = json.loads((run / "result.json").read_text())
+            assert (result["workers"], result["launcher"]) == (2, "ray")
+        assert (experiment.folder / BEST).is_file()
+        # What a trial held is free again.
+        ray.init(cluster.address, logging_level="ERROR")
+        until = time.monotonic() + 30
+        while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < until:
+            time.sleep(0.5)
+        assert ray.available_resources()["CPU"] == 2
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

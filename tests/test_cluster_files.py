@@ -1,0 +1,607 @@
+"""The files under `cluster/`: that they load, fit what reads them, and agree with each other and with the command line.
+
+Nothing is started here: no cluster, no container. What Kubernetes itself would say is held by schemas of the fields
+that are documented (`kubernetes_schema.py`).
+"""
+
+import contextlib
+import functools
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from cxr_dist.cli import build_parser
+from tests import kubernetes_schema
+from tfrecords_builder.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+CLUSTER = ROOT / "cluster"
+README = CLUSTER / "README.md"
+MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
+TEXTS = sorted(path for path in CLUSTER.rglob("*") if path.is_file())
+LAUNCHER = ["ray-aws.yaml", "ray-onprem.yaml"]
+
+# What the trainer exports through ray.util.metrics, with the prefix that Ray gives it.
+PROJECT_METRICS = {
+    "ray_cxr_dist_images_per_second",
+    "ray_cxr_dist_step_seconds",
+    "ray_cxr_dist_loss",
+    "ray_cxr_dist_validation_accuracy",
+    "ray_cxr_dist_input_wait_share",
+    "ray_cxr_dist_trials",
+}
+# Commands that the files may name before the command line knows them. Known ones are parsed.
+EXPECTED_COMMANDS = {"tune", "submit", "dashboards"}
+
+
+@functools.cache
+def _documents(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+
+
+def _objects() -> list[tuple[str, dict[str, Any]]]:
+    return [(path.name, document) for path in MANIFESTS for document in _documents(path)]
+
+
+def _of_kind(kind: str) -> list[dict[str, Any]]:
+    return [document for _, document in _objects() if document["kind"] == kind]
+
+
+def _ray_clusters() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and spec of every Ray cluster, those inside jobs included."""
+    for document in _of_kind("RayCluster"):
+        yield document["metadata"]["name"], document["spec"]
+    for document in _of_kind("RayJob"):
+        yield document["metadata"]["name"], document["spec"]["rayClusterSpec"]
+
+
+def _pod_templates() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every pod that the manifests make, as name, `metadata` and `spec`."""
+    for name, cluster in _ray_clusters():
+        yield f"{name}/head", cluster["headGroupSpec"]["template"]
+        for group in cluster["workerGroupSpecs"]:
+            yield f"{name}/{group['groupName']}", group["template"]
+    for job in _of_kind("RayJob"):
+        yield f"{job['metadata']['name']}/submitter", job["spec"]["submitterPodTemplate"]
+    for pod in _of_kind("Pod"):
+        yield pod["metadata"]["name"], pod
+
+
+def _fenced(text: str) -> list[str]:
+    """The commands in a page's ```sh blocks: comments left out, continued lines joined."""
+    lines: list[str] = []
+    for block in re.findall(r"^ *```sh\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL):
+        lines += [line.strip() for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return [line for line in lines if not line.startswith("#")]
+
+
+def _simple_commands(line: str) -> Iterator[list[str]]:
+    """A shell line's commands, each as its words, without redirections' targets told apart."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|()<>")
+    lexer.whitespace_split, lexer.commenters = True, ""
+    words: list[str] = []
+    for token in [*lexer, ";"]:
+        if set(token) <= set(";&|()<>"):
+            if words:
+                yield words
+            words = []
+        else:
+            words.append(token)
+
+
+def _project_commands(line: str) -> Iterator[list[str]]:
+    """The arguments of each `cxr-dist` that a line runs: as it is, in a container, or in quotes (`ray exec`)."""
+    for words in _simple_commands(line):
+        for position, word in enumerate(words):
+            starts = position == 0 or words[position - 1] == "--" or words[position - 1].startswith("cxr-dist:")
+            if starts and Path(word).name == "cxr-dist":
+                yield words[position + 1 :]
+            elif re.search(r"(^|/)cxr-dist \w", word):
+                yield from _project_commands(word)
+
+
+def _all_project_commands() -> list[tuple[str, list[str]]]:
+    """Where it stands, and its arguments."""
+    named = [("README.md", line) for line in _fenced(README.read_text(encoding="utf-8"))]
+    named += [(job["metadata"]["name"], job["spec"]["entrypoint"]) for job in _of_kind("RayJob")]
+    for path in LAUNCHER:
+        config = _documents(CLUSTER / path)[0]
+        named += [(path, line) for key in config if key.endswith("_commands") for line in config[key]]
+    return [(name, arguments) for name, line in named for arguments in _project_commands(line)]
+
+
+def _quantity(value: str | int) -> Fraction:
+    """A Kubernetes quantity: 500m, 8, 32Gi."""
+    match = re.fullmatch(r"(\d+)(m|Ki|Mi|Gi|Ti)?", str(value))
+    assert match, f"not a quantity: {value}"
+    unit = {None: Fraction(1), "m": Fraction(1, 1000), "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}[match[2]]
+    return int(match[1]) * Fraction(unit)
+
+
+# Loading.
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in TEXTS if path.suffix in {".yaml", ".yml"}], ids=lambda path: path.name
+)
+def test_yaml_loads_safely_and_names_no_key_twice(path: Path) -> None:
+    class Strict(yaml.SafeLoader):
+        """PyYAML takes the last of two equal keys without a word."""
+
+    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"{path.name}: a key twice in {keys}"
+        loader.flatten_mapping(node)
+        return loader.construct_mapping(node, deep=True)
+
+    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    documents = list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=Strict))
+    assert documents
+    assert all(isinstance(document, dict) for document in documents)
+
+
+def test_files_name_no_package_index_and_no_secret() -> None:
+    for path in [*TEXTS, ROOT / ".dockerignore"]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"index-url|pypi\.|find-links|trusted-host", text), path.name
+        # A token has 32 characters at least; names and digests of these files are words.
+        assert not re.search(r"(?<![\w/-])[0-9a-f]{32,}(?![\w-])", text), path.name
+
+
+def test_every_placeholder_is_explained() -> None:
+    files = {name for path in TEXTS if path != README for name in re.findall(r"REPLACE_[A-Z0-9_]+", path.read_text())}
+    table = {
+        name
+        for line in README.read_text().splitlines()
+        if line.startswith("|")
+        for name in re.findall(r"REPLACE_[A-Z0-9_]+", line)
+    }
+    assert files
+    assert files == table
+
+
+def test_the_page_names_the_files_that_there_are() -> None:
+    text = README.read_text(encoding="utf-8")
+    for name in re.findall(r"\bcluster/[\w./-]+\w", text):
+        assert (ROOT / name).exists(), name
+    for path in [*MANIFESTS, *(CLUSTER / name for name in LAUNCHER)]:
+        assert path.name in text, f"{path.name} is not mentioned"
+
+
+# Ray's own files.
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_ray_accepts_the_launcher_file(name: str) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(_documents(CLUSTER / name)[0])
+    validate_config(config)
+    # Where a file says nothing, Ray's defaults install a Ray of their own choice.
+    commands = [line for key in config if key.endswith("_commands") for line in config[key]]
+    assert not [line for line in commands if "pip install" in line]
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_the_launcher_starts_ray_with_a_token_and_a_closed_dashboard(name: str) -> None:
+    config = _documents(CLUSTER / name)[0]
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        start = config[key][-1]
+        environment = start + " ".join(config.get("docker", {}).get("run_options", []))
+        assert "RAY_AUTH_MODE=token" in environment
+    assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
+    # The token's path inside is the one that it is copied to, or the one where Ray looks by itself.
+    (remote,) = config["file_mounts"]
+    found = re.search(r"RAY_AUTH_TOKEN_PATH=(\S+)", " ".join(config.get("docker", {}).get("run_options", [])))
+    assert found[1].startswith(f"{remote}/") if found else remote == "~/.ray/auth_token"
+
+
+def test_the_launcher_rents_gpus_only_while_they_are_needed() -> None:
+    config = _documents(CLUSTER / "ray-aws.yaml")[0]
+    types = config["available_node_types"]
+    workers = [value for name, value in types.items() if name != config["head_node_type"]]
+    assert all(worker["min_workers"] == 0 for worker in workers)
+    assert all(worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"} for worker in workers)
+    assert "InstanceMarketOptions" not in types[config["head_node_type"]]["node_config"]
+    assert 0 < config["idle_timeout_minutes"] <= 60
+    assert any("nfs4" in line and line.endswith(" /shared") for line in config["initialization_commands"])
+    assert "--volume=/shared:/shared" in config["docker"]["run_options"]
+
+
+def _ray_commands() -> list[tuple[str, list[str]]]:
+    """`ray ...` of the launcher files and of the page's blocks."""
+    lines = [("README.md", line) for line in _fenced(README.read_text(encoding="utf-8"))]
+    for path in LAUNCHER:
+        config = _documents(CLUSTER / path)[0]
+        lines += [(path, line) for key in config if key.endswith("_commands") for line in config[key]]
+    commands = [(name, words) for name, line in lines for words in _simple_commands(line)]
+    return [(name, words[1:]) for name, words in commands if Path(words[0]).name == "ray"]
+
+
+def test_ray_knows_the_commands_and_options() -> None:
+    import click
+    from ray.scripts.scripts import cli
+
+    commands = _ray_commands()
+    assert {arguments[0] for _, arguments in commands} >= {"start", "stop", "up", "down", "exec", "job"}
+    for name, arguments in commands:
+        command: Any = cli
+        rest, place = arguments, f"{name}: ray {shlex.join(arguments)}"
+        while isinstance(command, click.Group):
+            chosen = command.commands.get(rest[0])
+            assert chosen is not None, f"{place}: no command {rest[0]}"
+            command, rest = chosen, rest[1:]
+        try:
+            command.make_parser(click.Context(command)).parse_args(list(rest))
+        except click.UsageError as error:
+            pytest.fail(f"{place}: {error.format_message()}")
+
+
+def test_the_runtime_environment_holds_variables_alone() -> None:
+    from ray.runtime_env import RuntimeEnv
+
+    content = _documents(CLUSTER / "runtime-env.yaml")[0]
+    assert set(content) <= {"env_vars", "config"}  # no working_dir, no packages
+    RuntimeEnv(**content)
+    assert not [name for name in content["env_vars"] if re.search("TOKEN|SECRET|PASSWORD|KEY|AUTH", name)]
+
+
+# Kubernetes.
+
+
+@pytest.mark.parametrize(("name", "document"), _objects(), ids=lambda value: value if isinstance(value, str) else "")
+def test_manifest_has_documented_fields_only(name: str, document: dict[str, Any]) -> None:
+    schema = kubernetes_schema.SCHEMAS[document["apiVersion"], document["kind"]]
+    errors = [
+        f"{'.'.join(map(str, error.absolute_path))}: {error.message}"
+        for error in jsonschema.Draft202012Validator(schema).iter_errors(document)
+    ]
+    assert not errors, f"{name}: {errors}"
+
+
+def test_the_schemas_refuse_what_is_misspelt() -> None:
+    job = _of_kind("RayJob")[0]
+    broken = json.loads(json.dumps(job))
+    broken["spec"]["ttlSecondsAfterFinish"] = 600
+    validator = jsonschema.Draft202012Validator(kubernetes_schema.SCHEMAS["ray.io/v1", "RayJob"])
+    assert validator.is_valid(job)
+    assert not validator.is_valid(broken)
+
+
+def test_objects_lie_in_the_namespace_that_there_is() -> None:
+    (namespace,) = [document["metadata"]["name"] for document in _of_kind("Namespace")]
+    without = {"Namespace", "ResourceFlavor", "ClusterQueue"}  # they belong to the whole cluster
+    for name, document in _objects():
+        if document["kind"] in without:
+            assert "namespace" not in document["metadata"], name
+        else:
+            assert document["metadata"]["namespace"] == namespace, name
+    names = [(document["kind"], document["metadata"]["name"]) for _, document in _objects()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("name", "template"), list(_pod_templates()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_pod_is_not_root_and_asks_for_what_it_may_use(name: str, template: dict[str, Any]) -> None:
+    spec = template["spec"]
+    security = spec["securityContext"]
+    assert security["runAsNonRoot"] is True
+    assert security["runAsUser"] == int(re.search(r"^ARG UID=(\d+)", _dockerfile(), flags=re.MULTILINE)[1])
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in spec["containers"]:
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        resources = container["resources"]
+        assert resources["requests"] == resources["limits"]
+        assert {"cpu", "memory"} <= set(resources["requests"])
+        assert all(_quantity(value) > 0 for value in resources["requests"].values())
+        tag = container["image"].rpartition(":")[2]
+        assert re.fullmatch(r"\d+\.\d+\.\d+-(cpu|gpu)", tag), container["image"]
+
+
+@pytest.mark.parametrize(
+    ("name", "template"), list(_pod_templates()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_volumes_and_accounts_of_a_pod_are_there(name: str, template: dict[str, Any]) -> None:
+    claims = {document["metadata"]["name"] for document in _of_kind("PersistentVolumeClaim")}
+    accounts = {document["metadata"]["name"] for document in _of_kind("ServiceAccount")}
+    spec = template["spec"]
+    volumes = {volume["name"]: volume for volume in spec.get("volumes", [])}
+    mounted = {mount["name"] for container in spec["containers"] for mount in container.get("volumeMounts", [])}
+    assert mounted == set(volumes)
+    for volume in volumes.values():
+        if "persistentVolumeClaim" in volume:
+            assert volume["persistentVolumeClaim"]["claimName"] in claims
+    if "serviceAccountName" in spec:
+        assert spec["serviceAccountName"] in accounts
+    if not name.endswith("/submitter"):
+        mounts = {mount["mountPath"] for container in spec["containers"] for mount in container["volumeMounts"]}
+        assert "/shared" in mounts
+
+
+def test_the_shared_volume_is_for_many_nodes() -> None:
+    for claim in _of_kind("PersistentVolumeClaim"):
+        assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_selectors_find_the_pods() -> None:
+    labels = [template["metadata"]["labels"] for _, template in _pod_templates()]
+    (namespace,) = [document["metadata"]["name"] for document in _of_kind("Namespace")]
+    (policy,) = _of_kind("NetworkPolicy")
+    (monitor,) = _of_kind("PodMonitor")
+    own = [rule["from"][0]["podSelector"] for rule in policy["spec"]["ingress"] if "podSelector" in rule["from"][0]]
+    for selector in [policy["spec"]["podSelector"], monitor["spec"]["selector"], *own]:
+        assert selector["matchLabels"]
+        assert all(selector["matchLabels"].items() <= pod.items() for pod in labels)
+    ports = {port["name"] for _, spec in _ray_pods() for port in spec["containers"][0]["ports"]}
+    assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports
+    numbers = {port["containerPort"] for _, spec in _ray_pods() for port in spec["containers"][0]["ports"]}
+    opened = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])}
+    assert opened <= numbers
+    (queue,) = _of_kind("ClusterQueue")
+    assert queue["spec"]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": namespace}
+
+
+def _ray_pods() -> list[tuple[str, dict[str, Any]]]:
+    heads_and_workers = {f"{name}/{part}" for name, _ in _ray_clusters() for part in ("head", "gpu")}
+    return [(name, template["spec"]) for name, template in _pod_templates() if name in heads_and_workers]
+
+
+def test_ray_clusters_ask_for_the_token_of_a_secret_that_is_made() -> None:
+    made = re.findall(r"create secret generic (\S+)\s+--from-file=(\w+)=", " ".join(_fenced(README.read_text())))
+    clusters = list(_ray_clusters())
+    assert len(clusters) >= 4
+    for name, cluster in clusters:
+        assert cluster["authOptions"]["mode"] == "token", name
+        assert (cluster["authOptions"]["secretName"], "auth_token") in made, name
+    assert not _of_kind("Secret")
+
+
+def test_ray_clusters_are_of_the_version_that_is_installed() -> None:
+    pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)[1]
+    assert {cluster["rayVersion"] for _, cluster in _ray_clusters()} == {pinned}
+
+
+def test_worker_groups_are_within_their_bounds() -> None:
+    for name, cluster in _ray_clusters():
+        assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"  # nothing is trained on a head
+        for group in cluster["workerGroupSpecs"]:
+            assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"], name
+            if not cluster.get("enableInTreeAutoscaling"):
+                assert group["minReplicas"] == group["maxReplicas"], f"{name}: nobody changes its size"
+        assert "gcsFaultToleranceOptions" not in cluster
+
+
+def test_jobs_end_and_leave_no_cluster() -> None:
+    jobs = _of_kind("RayJob")
+    assert len(jobs) == 3
+    for job in jobs:
+        spec = job["spec"]
+        # KubeRay refuses a time to live without the first, and a deadline below 1.
+        assert spec["shutdownAfterJobFinishes"] is True
+        assert spec["ttlSecondsAfterFinished"] > 0
+        assert spec["activeDeadlineSeconds"] > 0
+        assert spec["backoffLimit"] in range(3)
+        # KubeRay's rule for the name, from which it makes longer ones.
+        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", job["metadata"]["name"])
+        assert spec["submitterPodTemplate"]["spec"]["restartPolicy"] in {"Never", "OnFailure"}
+        assert "RAY_AUTH_TOKEN" not in json.dumps(job)
+
+
+def test_the_evaluation_runs_where_the_gpu_is() -> None:
+    for job in _of_kind("RayJob"):
+        command = shlex.split(job["spec"]["entrypoint"])[1]
+        if command == "evaluate":  # it computes in its own process; `tune` asks Ray for workers
+            (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+            (container,) = group["template"]["spec"]["containers"]
+            offered = container["resources"]["limits"]
+            assert 0 < job["spec"]["entrypointNumGpus"] <= int(offered["nvidia.com/gpu"])
+            assert job["spec"]["entrypointNumCpus"] <= int(offered["cpu"])
+
+
+def test_the_queue_is_whole_and_has_room_for_the_job() -> None:
+    (flavor,), (cluster_queue,), (local,) = (
+        _of_kind(kind) for kind in ("ResourceFlavor", "ClusterQueue", "LocalQueue")
+    )
+    assert local["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
+    (group,) = cluster_queue["spec"]["resourceGroups"]
+    (offered,) = group["flavors"]
+    assert offered["name"] == flavor["metadata"]["name"]
+    quota = {resource["name"]: _quantity(resource["nominalQuota"]) for resource in offered["resources"]}
+    assert list(quota) == group["coveredResources"]
+
+    queued = [job for job in _of_kind("RayJob") if job["spec"].get("suspend")]
+    assert len(queued) == 1
+    (job,) = queued
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"]
+    assert job["metadata"]["namespace"] == local["metadata"]["namespace"]
+    cluster = job["spec"]["rayClusterSpec"]
+    assert not cluster.get("enableInTreeAutoscaling")
+    needed = dict.fromkeys(quota, Fraction(0))
+    pods = [(1, cluster["headGroupSpec"]["template"]), (1, job["spec"]["submitterPodTemplate"])]
+    pods += [(worker["replicas"], worker["template"]) for worker in cluster["workerGroupSpecs"]]
+    for count, template in pods:
+        for container in template["spec"]["containers"]:
+            for resource, value in container["resources"]["requests"].items():
+                needed[resource] += count * _quantity(value)
+    assert all(needed[resource] <= quota[resource] for resource in quota), needed
+
+
+# Commands.
+
+
+def test_the_commands_of_this_project_parse() -> None:
+    parser = build_parser()
+    known = set(next(action for action in parser._actions if action.dest == "command").choices)
+    commands = _all_project_commands()
+    assert {arguments[0] for _, arguments in commands} >= {"build", "evaluate", "bench"} | EXPECTED_COMMANDS
+    assert [name for name, _ in commands].count("README.md") >= 12
+    for name, arguments in commands:
+        if arguments == ["--help"]:
+            continue
+        if arguments[0] not in known:
+            assert arguments[0] in EXPECTED_COMMANDS, f"{name}: there is no command {arguments[0]}"
+            continue
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                parser.parse_args(arguments)
+        except UserError as error:
+            pytest.fail(f"{name}: cxr-dist {shlex.join(arguments)}: {error}")
+
+
+def test_commands_that_are_to_come_have_their_agreed_form() -> None:
+    for name, arguments in _all_project_commands():
+        if arguments[0] == "tune":
+            assert {"--out", "--config"} <= set(arguments), name
+            assert arguments[arguments.index("--config") + 1] in {"search", "search_cpu"}
+        if arguments[0] == "submit":
+            assert arguments[1] in {"train", "tune", "evaluate", "pipeline"}
+            assert re.fullmatch(r"http://[\w.]+:8265", arguments[arguments.index("--address") + 1])
+
+
+# The image.
+
+
+def _dockerfile() -> str:
+    return (CLUSTER / "Dockerfile").read_text(encoding="utf-8")
+
+
+def _instructions() -> list[tuple[str, str]]:
+    text = "\n".join(line for line in _dockerfile().splitlines() if not line.startswith("#"))
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
+
+
+def test_the_image_is_pinned_and_not_roots() -> None:
+    instructions = _instructions()
+    base = dict(value.split("=", 1) for name, value in instructions if name == "ARG")["PYTHON_IMAGE"]
+    python = re.fullmatch(r"python:3\.(\d+)\.\d+-slim-\w+", base)
+    assert python
+    assert 11 <= int(python[1]) <= 13
+    assert "latest" not in " ".join(value for _, value in instructions)
+    last_user = [value for name, value in instructions if name == "USER"][-1]
+    assert last_user not in {"root", "0"}
+    assert f" {last_user}\n" in _dockerfile().split("useradd", 1)[1]
+    assert ("ENV", "HOME=/home/cxr") in instructions
+    assert "ENTRYPOINT" not in {name for name, _ in instructions}
+    assert all(
+        "-c constraints.txt" in v or "--no-deps" in v for n, v in instructions if n == "RUN" and "pip install" in v
+    )
+
+
+def test_the_image_takes_what_there_is_and_no_data() -> None:
+    copied = [source for name, value in _instructions() if name == "COPY" for source in value.split()[:-1]]
+    ignored = [
+        line for line in (ROOT / ".dockerignore").read_text().splitlines() if line.strip() and not line.startswith("#")
+    ]
+    allowed = {line[1:] for line in ignored if line.startswith("!")}
+    assert ignored[0] == "*"
+    assert allowed == set(copied)
+    assert all((ROOT / source).exists() for source in copied)
+    assert {"**/*.tfrecord*", "**/*.parquet", "**/*.h5", "**/*.keras"} <= set(ignored)
+    packages = re.search(r"include = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[1]
+    assert {name.strip('"* ') for name in packages.split(",")} <= set(copied)
+
+
+def test_the_image_has_the_extra_that_its_arguments_name() -> None:
+    extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
+    for line in _fenced(README.read_text()):
+        for extra in re.findall(r"--build-arg EXTRA=(\w+)", line):
+            assert re.search(rf"^{extra} = ", extras, flags=re.MULTILINE)
+        arguments = set(re.findall(r"--build-arg (\w+)=", line))
+        assert arguments <= {value.split("=")[0] for name, value in _instructions() if name == "ARG"}
+
+
+# Monitoring.
+
+
+def _dashboard() -> dict[str, Any]:
+    return json.loads((CLUSTER / "grafana" / "dashboard.json").read_text(encoding="utf-8"))
+
+
+def _expressions() -> list[str]:
+    dashboard = _dashboard()
+    panels = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    return panels + [variable["query"]["query"] for variable in dashboard["templating"]["list"]]
+
+
+def test_the_dashboard_shows_the_metrics_that_there_are() -> None:
+    shown = {name for panel in _dashboard()["panels"] for t in panel.get("targets", []) for name in _metrics(t["expr"])}
+    assert {name for name in shown if name.startswith("ray_cxr_dist_")} == PROJECT_METRICS
+    # Those of the machines are Ray's own; it names them without its prefix.
+    import ray
+
+    agent = Path(ray.__file__).parent / "dashboard" / "modules" / "reporter" / "reporter_agent.py"
+    known = set(re.findall(r'Gauge\(\s*"(\w+)"', agent.read_text(encoding="utf-8")))
+    others = {name for expression in _expressions() for name in _metrics(expression)} - PROJECT_METRICS
+    assert {"ray_node_cpu_utilization", "ray_node_mem_used", "ray_node_gpus_utilization"} <= others
+    assert {name.removeprefix("ray_") for name in others} <= known
+
+
+def _metrics(expression: str) -> list[str]:
+    return re.findall(r"\bray_\w+", expression)
+
+
+def test_the_dashboard_filters_by_labels_and_variables_that_there_are() -> None:
+    dashboard = _dashboard()
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    assert {"run", "experiment"} <= variables
+    for expression in _expressions():
+        assert set(re.findall(r"\$(\w+)", expression)) <= variables
+        for name, labels in re.findall(r"(ray_cxr_dist_\w+)\{([^}]*)\}", expression):
+            tags = {"experiment", "state"} if name == "ray_cxr_dist_trials" else {"run", "stage"}
+            assert set(re.findall(r"(\w+)=~", labels)) <= tags, expression
+
+
+def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
+    taken: set[tuple[int, int]] = set()
+    panels = _dashboard()["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert max(x for x, _ in cells) < 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_grafana_finds_the_source_and_the_dashboard() -> None:
+    provisioning = CLUSTER / "grafana" / "provisioning"
+    (source,) = _documents(provisioning / "datasources" / "prometheus.yaml")[0]["datasources"]
+    (provider,) = _documents(provisioning / "dashboards" / "cxr-dist.yaml")[0]["providers"]
+    named = {panel["datasource"]["uid"] for panel in _dashboard()["panels"] if "datasource" in panel}
+    named |= {variable["datasource"]["uid"] for variable in _dashboard()["templating"]["list"]}
+    assert named == {source["uid"]}
+    text = README.read_text(encoding="utf-8")
+    assert f"dashboard.json:{provider['options']['path']}/" in text
+    assert f"--web.listen-address={source['url'].removeprefix('http://')}" in text
+
+
+def test_prometheus_reads_the_file_that_ray_writes() -> None:
+    from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
+
+    (job,) = _documents(CLUSTER / "prometheus.yml")[0]["scrape_configs"]
+    (source,) = job["file_sd_configs"]
+    assert source["files"] == [f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool, which comes with Prometheus, is not here")
+def test_prometheus_accepts_its_configuration() -> None:
+    done = subprocess.run(
+        ["promtool", "check", "config", "--syntax-only", str(CLUSTER / "prometheus.yml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,354 @@
+"""Search spaces, what a sampler tries, what is kept of trials, and what each trial of a cluster gets."""
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+import tune_configs
+from cxr_dist import checkpoint, run_folder
+from cxr_dist.checkpoint import Position
+from cxr_dist.config import resolve_preset
+from cxr_dist.orchestration.preflight import Node, plan_trials
+from cxr_dist.search.figures import Point, best_so_far, position
+from cxr_dist.search.page import importance, render
+from cxr_dist.search.record import BEST, Experiment, Outcome, Trial, best_outcome, best_run
+from cxr_dist.search.sampling import Finished, Sampler
+from cxr_dist.search.shared import FirstStages, first_stage_key
+from cxr_dist.search.space import Parameter, SearchConfig, SearchPlan, from_tree, load_search
+from tfrecords_builder.errors import UserError
+
+DROPOUT, RATE, DEPTH = "model.dropout", "stages.1.learning_rate", "stages.2.unfreeze_layers"
+SPACE = {DROPOUT: {"low": 0.0, "high": 0.5}, RATE: {"low": 1e-4, "high": 1e-2, "log": True}}
+
+
+def plan_of(
+    parameters: dict[str, object] = SPACE, layer: dict[str, object] | None = None, **changes: object
+) -> SearchPlan:
+    search = SearchConfig.model_validate({"parameters": parameters, "scheduler": "off", **changes})
+    return SearchPlan(search, (("test ", layer or {}),))
+
+
+@pytest.mark.parametrize("name", ["search", "search_cpu"])
+def test_search_presets_load_and_vary_what_they_say(name: str) -> None:
+    path = Path(tune_configs.__file__).parent / f"{name}.yaml"
+    plan = load_search(resolve_preset(Path(name)) or path)
+    assert list(plan.search.parameters) == list(yaml.safe_load(path.read_text())["search"]["parameters"])
+    first = Sampler(plan).ask()
+    assert first == (0, plan.base_values()), "the first trial is the recipe itself"
+    rate = plan.trial_config({RATE: 4e-3}).stages[2].learning_rate
+    assert rate == pytest.approx(4e-4), "stage 2 follows at a tenth"
+    assert from_tree(json.loads(json.dumps(plan.tree()))).tree() == plan.tree()
+
+
+def test_a_search_of_the_head_alone_is_known_as_such() -> None:
+    assert load_search(resolve_preset(Path("search_cpu")) or Path()).trains_head_alone()
+    assert not load_search(resolve_preset(Path("search")) or Path()).trains_head_alone()
+    assert not plan_of(
+        {**SPACE, "stages.2.epochs": {"choices": [0, 1]}}, {"stages": {2: {"epochs": 0}}}
+    ).trains_head_alone()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["search.parameters={model.dropot: {low: 0, high: 0.5}}"], "did you mean model.dropout?"),
+        (["search.parameters={model.dropout: {low: 0, high: 1.5}}"], "model.dropout 1.5"),
+        (["search.parameters={model.dropout: {low: 0.5, high: 0.1}}"], "low must be below high"),
+        (["search.parameters={model.dropout: {low: 0.5}}"], "both be given"),
+        (["search.parameters={model.dropout: {choices: [0.1], log: true}}"], "belong to a range"),
+        (["search.parameters={stages.1.learning_rate: {low: 0, high: 1, log: true}}"], "low above 0"),
+        (["search.parameters={stages.3.epochs: {low: 0, high: 1}}"], "stage"),
+        (["search.parameters={}"], "search.parameters"),
+        (["search.trials=0"], "search.trials"),
+        (["search.trails=4"], "search.trails"),
+        (["search.sampler=grid"], "needs choices"),
+        (["search.gpus_per_trial=1.5"], "fraction"),
+        (["search=4"], "keys of its own"),
+        (["stages.1.epoch=4"], "stages.1.epochs"),
+    ],
+)
+def test_what_is_wrong_in_a_space_is_one_line_that_names_it(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_search(resolve_preset(Path("search_cpu")) or Path(), overrides)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_is_no_search_space() -> None:
+    with pytest.raises(UserError, match="no section search"):
+        load_search(resolve_preset(Path("cpu")) or Path())
+
+
+@given(
+    low=some.floats(1e-6, 10), width=some.floats(1e-3, 10), log=some.booleans(), seed=some.integers(0, 1000),
+    sampler=some.sampled_from(["tpe", "random"]),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_samples_stay_in_their_ranges(low: float, width: float, log: bool, seed: int, sampler: str) -> None:
+    parameters = {
+        "augmentation.zoom": {"low": low, "high": low + width, "log": log},
+        DEPTH: {"low": 10, "high": 50, "step": 20},
+        "stages.2.optimizer": {"choices": ["adam", "sgd"]},
+    }
+    plan = plan_of(parameters, seed=seed, sampler=sampler, start_from_base=False, trials=12)
+    chosen = Sampler(plan)
+    for _ in range(12):
+        number, values = chosen.ask() or (-1, {})
+        assert low <= values["augmentation.zoom"] <= low + width
+        assert values[DEPTH] in (10, 30, 50)
+        assert values["stages.2.optimizer"] in ("adam", "sgd")
+        assert all(0 <= position(plan.search.parameters[key], value) <= 1 for key, value in values.items())
+        chosen.tell(number, Finished(values, 0.5))
+    assert chosen.ask() is None
+
+
+def test_a_grid_has_every_point_once_wherever_it_is_interrupted() -> None:
+    parameters = {DROPOUT: {"choices": [0.1, 0.2]}, DEPTH: {"low": 0, "high": 100, "step": 50}}
+    expected = [{DROPOUT: a, DEPTH: b} for a, b in itertools.product([0.1, 0.2], [0, 50, 100])]
+    plan = plan_of(parameters, sampler="grid", trials=50)
+    for started in range(len(expected) + 1):
+        earlier = [Finished(values, 0.5) for values in expected[:started]]
+        sampler, found = Sampler(plan, earlier, started), expected[:started]
+        while (chosen := sampler.ask()) is not None:
+            assert chosen[0] == len(found)
+            found.append(chosen[1])
+            sampler.tell(chosen[0], Finished(chosen[1], None))
+        assert found == expected
+
+
+def test_tpe_finds_a_peak_that_random_search_does_not() -> None:
+    def best(sampler_name: str, seed: int) -> float:
+        plan = plan_of(sampler=sampler_name, trials=40, seed=seed, start_from_base=False)
+        sampler, found = Sampler(plan), []
+        while (chosen := sampler.ask()) is not None:
+            number, values = chosen
+            found.append(
+                1 - (values[DROPOUT] - 0.11) ** 2 - (position(plan.search.parameters[RATE], values[RATE]) - 0.8) ** 2
+            )
+            sampler.tell(number, Finished(values, found[-1]))
+        return max(found)
+
+    wins = sum(best("tpe", seed) > best("random", seed) for seed in range(7))
+    assert wins >= 5
+
+
+def test_a_sampler_that_goes_on_knows_what_was_and_does_not_repeat_its_draws() -> None:
+    plan = plan_of(sampler="random", trials=6, start_from_base=False)
+    whole, values = Sampler(plan), []
+    while (chosen := whole.ask()) is not None:
+        values.append(chosen[1])
+    resumed = Sampler(plan, [Finished(value, 0.5) for value in values[:3]], 3)
+    further = [chosen[1] for chosen in iter(resumed.ask, None)]
+    assert len(further) == 3
+    assert not any(value in values[:3] for value in further)
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
+def test_a_trial_far_below_the_others_is_stopped_and_the_best_is_not(scheduler: str) -> None:
+    plan = plan_of(scheduler=scheduler, trials=12, sampler="random", reduction_factor=2)
+    sampler, stopped = Sampler(plan), []
+    for quality in [0.5, 0.6, 0.7, 0.8, 0.1, 0.9]:
+        number, values = sampler.ask() or (-1, {})
+        for epoch in range(1, 9):
+            if sampler.report(number, epoch, quality + epoch / 1000):
+                stopped.append(quality)
+                break
+        sampler.tell(number, Finished(values, quality, quality in stopped, ((1, quality),)))
+    assert 0.1 in stopped
+    assert 0.9 not in stopped
+
+
+def _outcome(number: int, accuracy: float, state: str = "complete", loss: float = 0.5, **values: float) -> Outcome:
+    row = {"val_accuracy": accuracy, "val_loss": loss, "epochs_done": 1, "stage": 1, "epoch": 1}
+    found = {DROPOUT: 0.1, RATE: 1e-3} | values
+    return Outcome(Trial(number, found, state), [row], {"steps_computed": 7})  # type: ignore[arg-type]
+
+
+def test_the_best_is_complete_then_accurate_then_of_low_loss_then_early() -> None:
+    outcomes = [
+        _outcome(0, 0.8), _outcome(1, 0.99, "stopped"), _outcome(2, 0.99, "failed"), _outcome(3, 0.9, loss=0.4),
+        _outcome(4, 0.9, loss=0.3), _outcome(5, 0.9, loss=0.3),
+    ]  # fmt: skip
+    best = best_outcome(outcomes)
+    assert best is not None
+    assert best.trial.number == 4
+    assert best_outcome(outcomes[1:3]) is None
+
+
+def test_importance_finds_the_key_that_matters() -> None:
+    plan = plan_of()
+    rates = [10 ** (-4 + 2 * (number * 7 % 16) / 16) for number in range(16)]
+    outcomes = [
+        _outcome(number, 0.5 + 0.4 * position(plan.search.parameters[RATE], rate), **{DROPOUT: number / 40, RATE: rate})
+        for number, rate in enumerate(rates)
+    ]
+    shares = importance(plan, outcomes)
+    assert shares is not None
+    assert shares[RATE] > 0.8
+    assert importance(plan, outcomes[:5]) is None
+
+
+def test_the_page_loads_nothing_and_escapes_names() -> None:
+    outcomes = [
+        _outcome(0, 0.8),
+        _outcome(1, 0.7, "stopped"),
+        Outcome(Trial(2, {DROPOUT: 0.2, RATE: 1e-3}, "failed", "<script>"), [], None),
+    ]
+    page = render(plan_of(), outcomes, "<b>dataset")
+    assert "<script>" not in page
+    assert "<b>dataset" not in page
+    assert "1 complete, 1 stopped early, 1 failed" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count("<img ") == page.count('alt="') == 4
+
+
+def test_best_so_far_never_falls_and_counts_complete_trials_alone() -> None:
+    points = [
+        Point(number, {}, state, objective)
+        for number, (state, objective) in enumerate(
+            [("complete", 0.5), ("stopped", 0.9), ("complete", 0.4), ("complete", 0.7)]
+        )
+    ]
+    assert best_so_far(points[::-1]) == ([0, 2, 3], [0.5, 0.5, 0.7])
+
+
+def test_a_folder_of_something_else_is_no_search(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("")
+    manifest = SimpleNamespace(fingerprint="a")
+    with pytest.raises(UserError, match="not a search"), Experiment(tmp_path).begun(plan_of(), tmp_path, manifest):  # type: ignore[arg-type]
+        pass
+    assert best_run(tmp_path) == tmp_path
+
+
+def test_a_search_goes_on_with_more_trials_and_not_with_other_settings_or_data(tmp_path: Path) -> None:
+    out = tmp_path / "search"
+
+    def begin(plan: SearchPlan, fingerprint: str = "a") -> None:
+        with Experiment(out).begun(plan, tmp_path, SimpleNamespace(fingerprint=fingerprint)):  # type: ignore[arg-type]
+            pass
+
+    begin(plan_of(trials=4))
+    begin(plan_of(trials=9))
+    with pytest.raises(UserError, match=r"search\.seed"):
+        begin(plan_of(seed=3))
+    with pytest.raises(UserError, match=r"config\.seed"):
+        begin(plan_of(layer={"seed": 5}))
+    with pytest.raises(UserError, match="another dataset"):
+        begin(plan_of(), "b")
+    with pytest.raises(UserError, match="no trial of the search is complete"):
+        best_run(out)
+    (out / BEST).write_text("{}")
+    with pytest.raises(UserError, match="damaged"):
+        best_run(out)
+
+
+def test_first_stages_are_equal_only_where_all_that_decides_them_is() -> None:
+    def key(*changes: tuple[str, object], fingerprint: str = "a", replicas: int = 1) -> str | None:
+        return first_stage_key(plan_of().trial_config(dict(changes)), fingerprint, replicas)  # type: ignore[arg-type]
+
+    assert key() == key((DEPTH, 32)) == key(("stages.2.learning_rate", 1.0)) == key(("stages.2.epochs", 1))
+    others = [key((DROPOUT, 0.11)), key((RATE, 0.5)), key(("seed", 4)), key(fingerprint="b"), key(replicas=2)]
+    assert len({key(), *others}) == 6
+    assert key(("stages.2.epochs", 0)) is None, "nothing follows"
+
+
+def test_a_finished_first_stage_is_given_to_the_next_trial_and_not_to_one_that_has_begun(tmp_path: Path) -> None:
+    import numpy as np
+
+    def write(run: Path, stage: int, epochs: int) -> None:
+        folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS)
+        state = {"stage": stage, "best": {"epochs_done": epochs}}
+        folder.save(Position(epochs), {"a": np.full(2, epochs)}, state, epochs, {"a": np.zeros(2)})
+
+    stages, first, second, third = FirstStages(tmp_path / "shared"), *(tmp_path / name for name in "123")
+    with stages.used_by(first, "key") as publisher:
+        publisher.emit({"kind": "stage", "stage": 1})
+        write(first, 1, 3)
+        publisher.emit({"kind": "stage", "stage": 2})
+        write(first, 2, 4)
+    write(third, 1, 1)
+    for run in (second, third):
+        with stages.used_by(run, "key"):
+            pass
+    found = checkpoint.CheckpointFolder(second / run_folder.CHECKPOINTS).newest(print)
+    assert found is not None
+    assert (found[0], found[2]["stage"]) == (Position(3), 1)
+    assert checkpoint.CheckpointFolder(second / run_folder.CHECKPOINTS).load_best(3)
+    own = checkpoint.CheckpointFolder(third / run_folder.CHECKPOINTS).newest(print)
+    assert own is not None
+    assert own[0] == Position(1)
+
+
+NODES = [[Node(2)], [Node(8), Node(4)], [Node(16, 4)], [Node(16, 4), Node(16, 2), Node(8)]]
+
+
+@pytest.mark.parametrize("nodes", NODES)
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("cpus", [None, 0.5, 3])
+@pytest.mark.parametrize("gpus", [None, 0, 0.5, 2])
+def test_trials_that_are_planned_fit_and_others_are_refused_with_figures(
+    nodes: list[Node], workers: int, cpus: float | None, gpus: float | None
+) -> None:
+    if gpus == 0.5 and workers > 1:
+        return
+    search = plan_of(workers_per_trial=workers, cpus_per_trial=cpus, gpus_per_trial=gpus).search
+    try:
+        plan = plan_trials(nodes, search)
+    except UserError as error:
+        room = str(error)
+        assert f"{nodes[0].cpus:g} CPU" in room
+        return
+    # A worker is on one machine; fill the machines one after another, each GPU by itself where it is divided.
+    places = 0
+    for node in nodes:
+        on_cpus = int(node.cpus / plan.cpus)
+        on_gpus = (
+            int(node.gpus) * int(1 / plan.gpus)
+            if 0 < plan.gpus < 1
+            else int(node.gpus // plan.gpus)
+            if plan.gpus
+            else on_cpus
+        )
+        places += min(on_cpus, on_gpus)
+    assert plan.concurrent * workers <= places
+    assert (plan.concurrent + 1) * workers > places
+    with pytest.raises(UserError, match="has room for"):
+        plan_trials(nodes, search.model_copy(update={"concurrent": plan.concurrent + 1}))
+
+
+def test_the_last_epoch_is_the_last_planned_one() -> None:
+    from cxr_dist.search.trial import ends_stage, is_last_epoch
+
+    config = plan_of().trial_config({"stages.1.epochs": 2, "stages.2.epochs": 3})
+    rows = [{"stage": stage, "epoch": epoch} for stage, epochs in ((1, 2), (2, 3)) for epoch in range(1, epochs + 1)]
+    assert [ends_stage(config, row) for row in rows] == [False, True, False, False, True]
+    assert [is_last_epoch(config, row) for row in rows] == [False, False, False, False, True]
+    head = plan_of().trial_config({"stages.1.epochs": 2, "stages.2.epochs": 0})
+    assert [is_last_epoch(head, row) for row in rows[:2]] == [False, True]
+
+
+def test_a_search_that_this_machine_cannot_hold_is_refused_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cxr_dist.orchestration import tune_job
+
+    def unexpected(*_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(tune_job, "connected", unexpected)
+    plan, experiment = plan_of(cpus_per_trial=100_000), Experiment(tmp_path)
+    with pytest.raises(UserError, match=r"100000 CPU each, and the cluster .* has room for 0"):
+        tune_job.search_with_ray(plan, experiment, None, unexpected, address=None, verbose=False)  # type: ignore[arg-type]
+
+
+def test_points_of_a_parameter() -> None:
+    assert Parameter(low=1, high=7, step=3).points() == (1, 4, 7)
+    assert Parameter(low=0.0, high=0.3, step=0.1).points() == pytest.approx((0, 0.1, 0.2, 0.3))
+    assert Parameter(low=0.0, high=0.3).points() is None
