@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves: they need Python 3.11 to 3.13 and make, nothing else.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-slow test-faults lint clean
 MAKEFLAGS += --no-builtin-rules
 
 # TensorFlow 2.21 has no wheels for later Pythons; raise the upper bound when the pinned version has.
@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 # Most of a test is tracing, which takes one core; a file of tests shares what it has trained.
-PYTEST_ARGS := -n 2 --dist loadfile
+PYTEST_ARGS := -n 2 --dist loadgroup --no-loadscope-reorder
 
 # Without bytecode files, every process would compile TensorFlow's modules again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -38,7 +38,7 @@ DEMO_HOLDS := phantoms|\.phantoms\.unfinished-[0-9a-f]+|dataset|run|evaluation|f
 REMOVE_DEMO := if [ -d $(DEMO) ] && ! ls -A $(DEMO) | grep -qvxE '$(DEMO_HOLDS)'; then rm -rf $(DEMO); fi
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed ## set up, then phantom X-rays -> dataset -> training -> evaluation, in ./demo
 	@$(REMOVE_DEMO)
@@ -46,6 +46,12 @@ demo: $(VENV)/.installed ## set up, then phantom X-rays -> dataset -> training -
 
 test: lint ## set up, then all checks and tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test ## set up, then the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+test-faults: $(VENV)/.installed-test ## set up, then the whole fault suite: processes killed, files damaged
+	$(BIN)/python -m pytest -m "fault or not slow" tests/faults
 
 lint: $(VENV)/.installed-test ## set up, then the checks that run nothing: style, types, direction of imports
 	$(BIN)/ruff check

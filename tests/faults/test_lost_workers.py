@@ -1,0 +1,103 @@
+"""Workers of a real Ray cluster that are killed, or stop answering: the run goes on, to the same end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cxr_dist import run_folder
+from cxr_dist.watchdog import BEATS
+from tests.conftest import SMALL_RUN
+from tests.test_loop import comparable
+
+pytestmark = [pytest.mark.ray, pytest.mark.fault]
+ROOT = Path(__file__).parents[2]
+SETTINGS = [*SMALL_RUN, "stages.2.epochs=4", "features.cache=off", "checkpoint.share=0.5", "worker_timeout_s=60"]
+LIMIT_S = 420.0
+
+
+def start(dataset: Path, run: Path) -> subprocess.Popen[str]:
+    overrides = [part for each in SETTINGS for part in ("--set", each)]
+    command = [sys.executable, "-m", "cxr_dist", "train", str(dataset), "--out", str(run), "--workers", "2", *overrides]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
+    environment = kept | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    try:
+        out, _ = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, out
+    return out
+
+
+def wait_until_in(run: Path, stage: int, epoch: int, process: subprocess.Popen[str]) -> dict[int, dict[str, Any]]:
+    """What the workers tell of themselves, by rank, once the chief has said that it is there."""
+    until = time.monotonic() + LIMIT_S
+    while time.monotonic() < until and process.poll() is None:
+        events = run / run_folder.EVENTS
+        for line in events.read_text().splitlines() if events.exists() else ():
+            event = json.loads(line)
+            if (event["kind"], event.get("stage"), event.get("epoch")) == ("progress", stage, epoch):
+                told = [json.loads(path.read_text()) for path in (run / BEATS).glob("*.json")]
+                return {each["rank"]: each for each in told}
+        time.sleep(0.1)
+    raise AssertionError("it never got there")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(start(dataset, run))
+    return comparable(run_folder.read_history(run))
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "stage"), [(1, signal.SIGKILL, 2), (0, signal.SIGKILL, 1), (1, signal.SIGSTOP, 2)]
+)
+def test_the_run_goes_on_without_the_user(
+    dataset: Path, tmp_path: Path, undisturbed: list[dict[str, Any]], rank: int, number: signal.Signals, stage: int
+) -> None:
+    run = tmp_path / "run"
+    process = start(dataset, run)
+    told = wait_until_in(run, stage, 2, process)
+    os.kill(told[rank]["process"], number)
+    out = finish(process)
+    assert "warning: workers were lost" in out
+    if number == signal.SIGSTOP:
+        assert f"worker {rank} (process {told[rank]['process']}" in out, "the one to blame is named"
+    result = run_folder.read_result(run)
+    assert result is not None
+    assert result["resumed_from"]
+    assert result["steps_computed"] < (2 + 4) * 7
+    rows = comparable(run_folder.read_history(run))
+    assert [(row["stage"], row["epoch"]) for row in rows] == [(row["stage"], row["epoch"]) for row in undisturbed]
+    for key in ("loss", "val_loss"):
+        np.testing.assert_allclose(
+            [row[key] for row in rows], [row[key] for row in undisturbed], rtol=1e-2, err_msg=key
+        )
+
+
+def test_a_killed_driver_goes_on_when_it_is_started_again(
+    dataset: Path, tmp_path: Path, undisturbed: list[dict[str, Any]]
+) -> None:
+    run = tmp_path / "run"
+    process = start(dataset, run)
+    wait_until_in(run, 2, 2, process)
+    process.kill()
+    process.wait(timeout=30)
+    finish(start(dataset, run))
+    rows = comparable(run_folder.read_history(run))
+    assert [(row["stage"], row["epoch"]) for row in rows] == [(row["stage"], row["epoch"]) for row in undisturbed]
+    result = run_folder.read_result(run)
+    assert result is not None
+    assert result["steps_computed"] < (2 + 4) * 7
