@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cxr_dist import commands, job_options, search_commands
+from cxr_dist import commands, evaluation_commands, job_options, search_commands
 from cxr_dist.stopping import StoppedError
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import disk_error
@@ -201,7 +201,9 @@ def _add_training(command: Command) -> None:
     )
 
     evaluate = command(
-        "evaluate", commands.evaluate, "metrics, predictions, figures and report of a run, or of a search's best trial"
+        "evaluate",
+        evaluation_commands.evaluate,
+        "metrics with intervals, predictions, figures and report of a run, or of a search's best trial",
     )
     evaluate.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -214,6 +216,22 @@ def _add_training(command: Command) -> None:
         "--dataset", type=parse_place, metavar="DATASET", help="(default: the one the run was trained on)"
     )
     evaluate.add_argument("--devices", type=_positive, metavar="M", help="GPUs, or logical CPUs")
+    evaluate.add_argument(
+        "--risk",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="of wrong answers to allow: the model abstains below the probability that ensures it on validation "
+        "(default: %(default)s)",
+    )
+
+    compare = command("compare", evaluation_commands.compare, "two runs on the same test images, with intervals")
+    for name in ("first", "second"):
+        compare.add_argument(
+            name, type=Path, metavar="RUN", help="a run, a search, or an evaluation of one, which saves predicting"
+        )
+    compare.add_argument("--devices", type=_positive, metavar="M", help="GPUs, or logical CPUs")
+    compare.add_argument("--json", action="store_true", help="for scripts")
 
     config = command("config", commands.show_config, "print the resolved configuration as YAML")
     config.add_argument("--config", type=Path, metavar="YAML")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cxr_dist import run_folder
 from cxr_dist.config import Config, load_config, resolve_preset
+from cxr_dist.evaluation_commands import print_metrics
 from cxr_dist.reporting import ConsoleReporter, progress_bar
 from tfrecords_builder.errors import UserError
 
@@ -243,31 +244,6 @@ def _finished(run: Path) -> dict[str, Any] | None:
     if result is not None:
         print(f"{run}: was finished already", file=sys.stderr)
     return result
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    from cxr_dist.evaluate import Request, evaluate_run
-    from cxr_dist.search.record import best_run
-
-    request = Request(best_run(options.run), options.out, options.split, options.images, options.dataset)
-    with progress_bar("evaluate") as progress:
-        metrics = evaluate_run(request, options.devices, progress)
-    print_metrics(metrics)
-    print(f"report: {options.out / 'report.html'}")
-
-
-def print_metrics(metrics: dict[str, Any]) -> None:
-    """The table of an evaluation, for people."""
-    width = max(len(name) for name in [*metrics["per_class"], "class"])
-    print(f"{'class':{width}} precision  recall      F1  images")
-    for name, row in metrics["per_class"].items():
-        print(f"{name:{width}} {row['precision']:9.4f} {row['recall']:7.4f} {row['f1']:7.4f} {row['support']:7,}")
-    auc = metrics["auc_macro_ovr"]
-    print(
-        f"accuracy {metrics['accuracy']:.4f}, macro F1 {metrics['f1_macro']:.4f}, "
-        f"AUC {'undefined' if auc is None else f'{auc:.4f}'}, cosine similarity {metrics['cosine_similarity']:.4f}, "
-        f"{metrics['n']:,} images"
-    )
 
 
 def show_config(options: argparse.Namespace) -> None:

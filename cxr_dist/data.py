@@ -157,6 +157,11 @@ class ShardSource:
     def paths(self) -> list[str]:
         return self._index.paths
 
+    @property
+    def groups(self) -> list[str]:
+        """Of each image, the name of its group: images that show the same, or one patient."""
+        return self._index.groups.to_pylist()
+
     def batches(self, positions: Any) -> Any:
         import tensorflow as tf
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import cut, run_folder, steps
+from cxr_dist import calibration, cut, run_folder, steps
 from cxr_dist.config import Config
 from cxr_dist.data import EvaluationPlan, Positions, ShardSource, Source
 from cxr_dist.metrics import Predictions
@@ -18,6 +18,7 @@ from cxr_dist.model import build_model, set_trainable
 from cxr_dist.report import check_output_folder, write_evaluation
 from cxr_dist.strategy import Topology, dtype_policy, make_strategy, prepare_devices, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.files import write_json
 from tfrecords_builder.images import load_gray
 from tfrecords_builder.manifest import check_shards, read_manifest
 from tfrecords_builder.seal import check_seal
@@ -40,6 +41,7 @@ class FolderSource:
         self.paths = [image.path for image in images]
         self._folder, self._image_size = folder, image_size
         self._labels = np.array([class_names.index(image.class_name) for image in images], dtype=np.int32)
+        self.groups: list[str] | None = None
         self.failure: Exception | None = None
 
     @property
@@ -76,6 +78,8 @@ class Request:
     images: Path | None = None
     dataset: Place | None = None
     """By default the one that the run was trained on."""
+    risk: float = calibration.RISK
+    """Share of wrong answers that the threshold to answer at all may let through."""
 
 
 def evaluate_run(
@@ -94,57 +98,119 @@ def evaluate_run(
     Raises:
         UserError: the run is not finished, or the images cannot be had.
     """
-    config, info = run_folder.read_config(request.run), run_folder.read_info(request.run)
-    result = run_folder.read_result(request.run)
-    model_file = request.run / run_folder.MODEL
-    if result is None or not model_file.is_file():
-        raise UserError(f"{request.run}: the run is not finished; start it again with train to go on")
     check_output_folder(request.out)  # now, not after minutes of computing
+    network = Network.load(request.run, devices)
+    config, info = network.config, network.info
     with _source(request, info) as (source, what):
-        predictions, used = _predict(config, info, model_file, source, devices, progress)
+        predictions = network.predict(source, progress)
+    calibrated, reason = _calibrate(request, network, predictions)
     described = {
         "run": str(request.run),
         "images": what,
         **({"split": request.split} if request.images is None else {}),
-        **used,
-        "training": result,
+        "precision": network.precision,
+        "replicas": network.topology.replicas,
+        **({"calibration": reason} if reason else {}),
+        "training": network.result,
         "config": config.tree(),
     }
-    return write_evaluation(request.out, predictions, run_folder.read_history(request.run), described)
+    return write_evaluation(
+        request.out, predictions, run_folder.read_history(request.run), described, calibrated=calibrated
+    )
 
 
-def _predict(
-    config: Config,
-    info: run_folder.RunInfo,
-    model_file: Path,
-    source: "ShardSource | FolderSource",
-    devices: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[Predictions, dict[str, Any]]:
-    """Predictions of the images, and what the report says of how they were computed."""
-    topology = prepare_devices(devices, option="--devices")
-    precision = resolve_precision(config.precision, topology.kind)
-    strategy = make_strategy(topology)
-    with strategy.scope():
-        model = build_model(len(info.class_names), info.image_size, config, dtype_policy(precision))
-        _load_weights(model, model_file)
-        set_trainable(model, 0, train_batch_norm=False)
-    xla = resolve_xla(config, topology.kind)
+def predict_run(
+    request: Request, devices: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> Predictions:
+    """The predictions alone of what `evaluate_run` would evaluate; nothing is written."""
+    network = Network.load(request.run, devices)
+    with _source(request, network.info) as (source, _):
+        return network.predict(source, progress)
 
-    def count_images(steps: int, _total: int) -> None:
-        if progress is not None:
-            progress(min(steps * BATCH_SIZE * topology.replicas, source.count), source.count)
 
-    try:
-        probabilities = class_probabilities(
-            strategy, topology, cut.whole_network(model), source, BATCH_SIZE, xla=xla, progress=count_images
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A finished run's best model, ready to predict."""
+
+    config: Config
+    info: run_folder.RunInfo
+    result: dict[str, Any]
+    model: Any
+    strategy: Any
+    topology: Topology
+    precision: str
+
+    @classmethod
+    def load(cls, run: Path, devices: int | None = None) -> "Network":
+        """Raises UserError where the run is not finished, or its model is damaged."""
+        config, info = run_folder.read_config(run), run_folder.read_info(run)
+        result = run_folder.read_result(run)
+        model_file = run / run_folder.MODEL
+        if result is None or not model_file.is_file():
+            raise UserError(f"{run}: the run is not finished; start it again with train to go on")
+        topology = prepare_devices(devices, option="--devices")
+        precision = resolve_precision(config.precision, topology.kind)
+        strategy = make_strategy(topology)
+        with strategy.scope():
+            model = build_model(len(info.class_names), info.image_size, config, dtype_policy(precision))
+            _load_weights(model, model_file)
+            set_trainable(model, 0, train_batch_norm=False)
+        return cls(config, info, result, model, strategy, topology, precision)
+
+    def predict(
+        self, source: "ShardSource | FolderSource", progress: Callable[[int, int], None] | None = None
+    ) -> Predictions:
+        """Predictions of every image of `source`; `progress` is called with the images done and their number."""
+        per_step = BATCH_SIZE * self.topology.replicas
+
+        def count_images(steps: int, _total: int) -> None:
+            if progress is not None:
+                progress(min(steps * per_step, source.count), source.count)
+
+        try:
+            probabilities = class_probabilities(
+                self.strategy,
+                self.topology,
+                cut.whole_network(self.model),
+                source,
+                BATCH_SIZE,
+                xla=resolve_xla(self.config, self.topology.kind),
+                progress=count_images,
+            )
+        except Exception as error:
+            if source.failure is not None:
+                raise source.failure from error
+            raise
+        return Predictions(
+            source.paths, source.labels, probabilities.astype(np.float64), self.info.class_names, source.groups
         )
-    except Exception as error:
-        if source.failure is not None:
-            raise source.failure from error
-        raise
-    predictions = Predictions(source.paths, source.labels, probabilities.astype(np.float64), info.class_names)
-    return predictions, {"precision": precision, "replicas": topology.replicas}
+
+
+def _calibrate(
+    request: Request, network: Network, predictions: Predictions
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The run's calibration, fitted on its validation images if it has none for this risk yet; else why there is none.
+
+    The test images have no part in it.
+    """
+    known = run_folder.read_calibration(request.run)
+    if known is not None and known["target_risk"] == request.risk:
+        return known, None
+    own = Request(request.run, request.out, "validation")
+    if (request.split, request.images, request.dataset) == (own.split, None, None):
+        validation = predictions
+    else:
+        try:
+            with _source(own, network.info) as (source, _):
+                validation = network.predict(source)
+        except UserError as error:
+            return known, f"none: the validation images of the run cannot be had ({error})"
+    fitted = calibration.fit(validation, request.risk)
+    try:
+        write_json(request.run / run_folder.CALIBRATION, fitted)
+    except OSError as error:
+        return fitted, f"not kept with the run ({error.strerror or error})"
+    return fitted, None
 
 
 def class_probabilities(

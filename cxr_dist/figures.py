@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import auc
 
+from cxr_dist.calibration import risk_coverage
 from cxr_dist.metrics import Predictions, mean_roc_curve, roc_curves
 from tfrecords_builder.files import write_bytes
 
@@ -42,6 +43,8 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "text.usetex": False,
     "savefig.facecolor": "white",
+    "svg.fonttype": "path",  # no font has to be there, or be fetched
+    "svg.hashsalt": "cxr-dist",  # the same figure gives the same bytes
 }
 
 
@@ -138,6 +141,55 @@ def roc_figure(predictions: Predictions) -> Figure:
     return figure
 
 
+def reliability_figure(
+    before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]] | None = None
+) -> Figure:
+    """Accuracy by the probability of the answer, and how many images have that.
+
+    Args:
+        before: of `calibration.reliability`, with the network's own probabilities.
+        after: likewise with the scaled ones, if there are any.
+    """
+    series = [("as the network gives them", before, _VERMILLION, "s", "--")]
+    series += [("after temperature scaling", after, _BLUE, "o", "-")] if after else []
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.0, 6.2), layout="constrained")
+        axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        axes.plot([0, 1], [0, 1], color=_GRAY, linewidth=1.0, linestyle=(0, (2, 3)), label="as sure as right")
+        for number, (label, bins, colour, marker, dashes) in enumerate(series):
+            points = [row["confidence"] for row in bins], [row["accuracy"] for row in bins]
+            axes.plot(*points, color=colour, marker=marker, markersize=5, linestyle=dashes, label=label)
+            width = (bins[0]["high"] - bins[0]["low"]) / (len(series) + 0.4)
+            left = [row["low"] + width * (number + 0.2) for row in bins]
+            counts.bar(left, [row["images"] for row in bins], width, align="edge", color=colour)
+        axes.set(xlim=(0, 1.01), ylim=(-0.02, 1.02), ylabel="Share of right answers")
+        axes.legend(loc="upper left")
+        counts.set(xlabel="Probability of the answer", ylabel="Images", yscale="log")
+    return figure
+
+
+def risk_coverage_figure(predictions: Predictions, risk: float, coverage: float | None = None) -> Figure:
+    """The share of wrong answers by the share of images that get one, the surest first.
+
+    Args:
+        predictions: with calibrated probabilities.
+        risk: that was asked for, a horizontal line.
+        coverage: at the threshold that was chosen on validation, a vertical line; None if there is none.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(*risk_coverage(predictions), color=_BLUE, drawstyle="steps-post", label="wrong answers")
+        axes.axhline(risk, color=_VERMILLION, linestyle="--", linewidth=1.4, label=f"risk asked for ({risk:.0%})")
+        if coverage is not None:
+            label = f"chosen on validation ({coverage:.0%} answered)"
+            axes.axvline(coverage, color="black", linestyle=":", linewidth=1.8, label=label)
+        axes.set(xlim=(0, 1.01), xlabel="Share of images that get an answer", ylabel="Share of wrong answers")
+        axes.set_ylim(0, None)
+        axes.legend(loc="upper left")
+    return figure
+
+
 def history_figure(history: Sequence[Mapping[str, Any]], best_epoch: int | None = None) -> Figure:
     """Accuracy and loss by epoch, training and validation, with the boundary between stages marked.
 
@@ -217,6 +269,15 @@ def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
     buffer = io.BytesIO()
     with mpl.rc_context(_STYLE):
         figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def svg_bytes(figure: Figure) -> bytes:
+    """`figure` as SVG, text as outlines; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with mpl.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.1, metadata=nothing)
     return buffer.getvalue()
 
 

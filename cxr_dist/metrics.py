@@ -14,7 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    log_loss,
+    precision_recall_fscore_support,
+    roc_auc_score,
+    roc_curve,
+)
 
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.files import write_bytes
@@ -24,6 +31,9 @@ PROBABILITY_PREFIX = "prob_"
 
 ROW_SUM_TOLERANCE = 1e-4
 """A float32 softmax sums to one within about 1e-6; a row further off than this is no probability vector."""
+
+CALIBRATION_BINS = 15
+"""Bins of equal width of the expected calibration error, as Guo et al. (2017) take them."""
 
 _MARK = {b"cxr_dist.file": b"predictions"}
 # Rows that already sum to one this closely are left alone, so that reading what was written changes nothing.
@@ -40,6 +50,7 @@ class Predictions:
         probabilities: float64 [N, C], rows sum to one. Any float dtype is accepted; it is kept in float64,
             each row divided by its sum, since float32 rows sum to one only within 1e-6.
         class_names: C >= 2 distinct names; the position is the label.
+        groups: N names, equal for images that are not independent (copies, one patient); None where unknown.
 
     Raises:
         ValueError: shapes that do not fit, no image at all, an image twice, a label outside the classes,
@@ -50,6 +61,7 @@ class Predictions:
     labels: npt.NDArray[np.int32]
     probabilities: npt.NDArray[np.float64]
     class_names: tuple[str, ...]
+    groups: list[str] | None = None
 
     def __post_init__(self) -> None:
         names = tuple(self.class_names)
@@ -65,6 +77,8 @@ class Predictions:
             raise ValueError(f"labels must be integers [{len(paths)}], not {labels.dtype} {list(labels.shape)}")
         if labels.min() < 0 or labels.max() >= len(names):
             raise ValueError(f"labels must lie in 0..{len(names) - 1}, not {labels.min()}..{labels.max()}")
+        if self.groups is not None and len(self.groups) != len(paths):
+            raise ValueError(f"groups must be {len(paths)} names, not {len(self.groups)}")
         probabilities = _normalised(self.probabilities, (len(paths), len(names)))
         object.__setattr__(self, "class_names", names)
         object.__setattr__(self, "paths", paths)
@@ -93,8 +107,13 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
         accuracy, precision_macro, recall_macro, f1_macro, f1_weighted: in [0, 1]; f1_weighted by support.
         auc_macro_ovr: one-vs-rest, unweighted mean over classes (Hand and Till's is one-vs-one).
         cosine_similarity: mean over images of cos(one-hot label, probabilities), as keras.metrics.CosineSimilarity.
+        average_precision_macro: one-vs-rest, unweighted mean over the classes that have one.
         log_loss: mean negative log-likelihood, in nats.
-        per_class: for each class precision, recall, f1, support (number of images) and auc.
+        brier: mean squared distance of the probabilities from the label as one-hot, 0 to 2 (Brier 1950).
+        calibration_error: expected calibration error of the answer's probability, in 15 bins of equal width (Guo et
+            al. 2017).
+        per_class: for each class precision, recall (which is its sensitivity), specificity (None without images
+            outside the class), f1, support (number of images), auc and average_precision.
         confusion_matrix: C lists of C counts; rows are true classes, columns predicted ones.
         class_names: the classes in label order.
     """
@@ -105,7 +124,8 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
     macro = precision_recall_fscore_support(labels, predicted, average="macro", **options)
     weighted = precision_recall_fscore_support(labels, predicted, average="weighted", **options)
     aucs = [_auc(labels == index, probabilities[:, index]) for index in classes]
-    defined = [auc for auc in aucs if auc is not None]
+    averages = [_average_precision(labels == index, probabilities[:, index]) for index in classes]
+    confusion = confusion_matrix(labels, predicted, labels=classes)
     return {
         "n": len(predictions),
         "accuracy": float(np.mean(labels == predicted)),
@@ -113,22 +133,56 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
         "recall_macro": float(macro[1]),
         "f1_macro": float(macro[2]),
         "f1_weighted": float(weighted[2]),
-        "auc_macro_ovr": float(np.mean(defined)) if defined else None,
-        "cosine_similarity": _cosine_similarity(labels, probabilities),
+        "auc_macro_ovr": _mean_of_defined(aucs),
+        "average_precision_macro": _mean_of_defined(averages),
+        "cosine_similarity": _cosine_similarity(predictions),
         "log_loss": float(log_loss(labels, probabilities, labels=classes)),
+        "brier": float(brier_of_images(predictions).mean()),
+        "calibration_error": calibration_error(predictions),
         "per_class": {
             name: {
                 "precision": float(precision[index]),
                 "recall": float(recall[index]),
+                "specificity": _specificity(confusion, index),
                 "f1": float(f1[index]),
                 "support": int(support[index]),
                 "auc": aucs[index],
+                "average_precision": averages[index],
             }
             for index, name in enumerate(predictions.class_names)
         },
-        "confusion_matrix": confusion_matrix(labels, predicted, labels=classes).tolist(),
+        "confusion_matrix": confusion.tolist(),
         "class_names": list(predictions.class_names),
     }
+
+
+def at_label(predictions: Predictions) -> npt.NDArray[np.float64]:
+    """float64 [N]: the probability of the true class."""
+    return np.asarray(predictions.probabilities[np.arange(len(predictions)), predictions.labels])
+
+
+def log_loss_of_images(predictions: Predictions) -> npt.NDArray[np.float64]:
+    """float64 [N]: the negative log-likelihood of the true class, in nats; at most 36 (of a probability of zero)."""
+    return np.asarray(-np.log(np.clip(at_label(predictions), np.finfo(np.float64).eps, 1)))
+
+
+def brier_of_images(predictions: Predictions) -> npt.NDArray[np.float64]:
+    """float64 [N]: the squared distance of the probabilities from the label as one-hot, 0 to 2 (Brier 1950)."""
+    one_hot = np.eye(len(predictions.class_names))[predictions.labels]
+    return np.asarray(((predictions.probabilities - one_hot) ** 2).sum(axis=1))
+
+
+def confidence_bins(confidence: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """int64 [N]: in which of the bins (k / 15, (k + 1) / 15] a probability lies."""
+    return np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
+
+
+def calibration_error(predictions: Predictions) -> float:
+    """The mean distance of accuracy from the answer's probability over bins, weighted by their images."""
+    confidence = predictions.probabilities.max(axis=1)
+    gap = (predictions.labels == predictions.predicted) - confidence
+    sums = np.bincount(confidence_bins(confidence), gap, CALIBRATION_BINS)
+    return float(np.abs(sums).sum() / len(predictions))
 
 
 def counts_metrics(confusion: npt.ArrayLike) -> dict[str, float]:
@@ -181,12 +235,14 @@ def mean_roc_curve(
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:
-    """Write `predictions` as Parquet: path, label, predicted (int32 indices), prob_<Class>... (float64)."""
+    """Write `predictions` as Parquet: path, label, predicted (int32), group where known, prob_<Class>... (float64)."""
     columns: dict[str, pa.Array] = {
         "path": pa.array(predictions.paths, pa.string()),
         "label": pa.array(predictions.labels, pa.int32()),
         "predicted": pa.array(predictions.predicted, pa.int32()),
     }
+    if predictions.groups is not None:
+        columns["group"] = pa.array(predictions.groups, pa.string())
     for index, name in enumerate(predictions.class_names):
         columns[PROBABILITY_PREFIX + name] = pa.array(predictions.probabilities[:, index], pa.float64())
     buffer = io.BytesIO()
@@ -208,6 +264,7 @@ def read_predictions(path: Path) -> Predictions:
             labels=table["label"].to_numpy(),
             probabilities=np.stack([table[name].to_numpy() for name in names], axis=1),
             class_names=tuple(name.removeprefix(PROBABILITY_PREFIX) for name in names),
+            groups=table["group"].to_pylist() if "group" in table.column_names else None,
         )
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; give the predictions.parquet of an evaluation") from error
@@ -239,14 +296,27 @@ def _normalised(values: npt.ArrayLike, shape: tuple[int, int]) -> npt.NDArray[np
     return np.where(np.abs(sums - 1) > _ROUNDING, probabilities / sums, probabilities)
 
 
-def _cosine_similarity(labels: npt.NDArray[np.int32], probabilities: npt.NDArray[np.float64]) -> float:
+def _cosine_similarity(predictions: Predictions) -> float:
     # The label vector is one-hot: its length is one, and its product with a row is the row's entry at the label.
-    at_label = probabilities[np.arange(len(labels)), labels]
-    return float(np.mean(at_label / np.linalg.norm(probabilities, axis=1)))
+    return float(np.mean(at_label(predictions) / np.linalg.norm(predictions.probabilities, axis=1)))
 
 
 def _auc(member: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]) -> float | None:
     return float(roc_auc_score(member, score)) if member.any() and not member.all() else None
+
+
+def _average_precision(member: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]) -> float | None:
+    return float(average_precision_score(member, score)) if member.any() and not member.all() else None
+
+
+def _specificity(confusion: npt.NDArray[np.int64], index: int) -> float | None:
+    others = int(confusion.sum() - confusion[index].sum())
+    return float((others - (confusion[:, index].sum() - confusion[index, index])) / others) if others else None
+
+
+def _mean_of_defined(values: Sequence[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None
 
 
 def _limits(

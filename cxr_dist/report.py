@@ -3,16 +3,19 @@
 import base64
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from cxr_dist import figures
+from cxr_dist.assessment import assess
+from cxr_dist.calibration import scaled
 from cxr_dist.metrics import (
     Predictions,
-    evaluate_predictions,
     is_predictions_file,
     roc_curves,
     write_predictions,
@@ -23,7 +26,8 @@ from tfrecords_builder.page import template_environment
 
 METRICS, PREDICTIONS, REPORT = "metrics.json", "predictions.parquet", "report.html"
 CONFUSION, ROC, HISTORY = "confusion_matrix.png", "roc.png", "history.png"
-FILES = (PREDICTIONS, CONFUSION, ROC, HISTORY, REPORT, METRICS)
+RELIABILITY, RISK = "reliability.png", "risk_coverage.png"
+FILES = (PREDICTIONS, CONFUSION, ROC, HISTORY, RELIABILITY, RISK, REPORT, METRICS)
 MISTAKES_SHOWN = 20
 
 _SPLIT_NAMES = {"train": "training", "validation": "validation", "test": "test"}
@@ -59,8 +63,9 @@ def write_evaluation(
     history: Sequence[Mapping[str, Any]],
     info: Mapping[str, Any],
     best_epoch: int | None = None,
+    calibrated: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write metrics.json, predictions.parquet, confusion_matrix.png, roc.png, history.png and report.html.
+    """Write metrics.json, predictions.parquet, report.html and its figures as PNG.
 
     Everything is computed before the first file is touched. An earlier evaluation in `out` loses its
     metrics.json first and gets the new one last: a folder with metrics.json is complete and of one piece.
@@ -75,29 +80,25 @@ def write_evaluation(
             test, names the images in the captions.
         best_epoch: the epoch whose weights were evaluated, counted from 1 through all stages; by default the
             one of the highest validation accuracy.
+        calibrated: what `calibration.fit` found on validation images; without it the report says nothing of it.
 
     Returns:
-        The metrics, as `metrics.evaluate_predictions` gives them.
+        The metrics, as `assessment.assess` gives them.
 
     Raises:
         UserError: `out` holds something else, or cannot be written.
     """
     check_output_folder(out)
-    metrics = evaluate_predictions(predictions)
-    images = {
-        CONFUSION: figures.png_bytes(
-            figures.confusion_matrix_figure(metrics["confusion_matrix"], predictions.class_names)
-        ),
-        ROC: figures.png_bytes(figures.roc_figure(predictions)),
-    }
-    if history:
-        images[HISTORY] = figures.png_bytes(figures.history_figure(history, best_epoch))
-    page = render_report(metrics, predictions, history, info, images, best_epoch)
+    metrics = assess(predictions, calibrated)
+    drawings = _drawings(metrics, predictions, history, _kind_of_images(info), best_epoch)
+    images = {drawing.file: figures.png_bytes(drawing.figure) for drawing in drawings}
+    page = render_report(metrics, predictions, info, drawings)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / METRICS).unlink(missing_ok=True)
         write_predictions(out / PREDICTIONS, predictions)
-        (out / HISTORY).unlink(missing_ok=True)
+        for name in {CONFUSION, ROC, HISTORY, RELIABILITY, RISK} - images.keys():
+            (out / name).unlink(missing_ok=True)  # of an earlier evaluation that had it
         for name, content in images.items():
             write_bytes(out / name, content)
         write_bytes(out / REPORT, page.encode())
@@ -114,43 +115,80 @@ def metrics_json(metrics: Mapping[str, Any]) -> str:
     return json.dumps(metrics, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def render_report(
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """A figure of the report, with what it shows."""
+
+    file: str
+    title: str
+    caption: str
+    figure: Figure
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """As the page has it: vectors, and the caption as text alternative."""
+        data = base64.b64encode(figures.svg_bytes(self.figure)).decode()
+        alt = f"{self.title}. {self.caption}"
+        return {"file": self.file, "title": self.title, "caption": self.caption, "alt": alt, "data": data}
+
+
+def _drawings(
     metrics: Mapping[str, Any],
     predictions: Predictions,
     history: Sequence[Mapping[str, Any]],
-    info: Mapping[str, Any],
-    images: Mapping[str, bytes],
-    best_epoch: int | None = None,
-) -> str:
-    """The report as one HTML page that loads nothing: style and figures (`images`: file name -> PNG) are inside."""
-    kind = _kind_of_images(info)
-    captions = {
-        CONFUSION: ("Confusion matrix", confusion_caption(metrics, kind)),
-        ROC: ("ROC curves", roc_caption(metrics, predictions)),
-    }
-    if history:
-        captions[HISTORY] = ("Training history", history_caption(history, best_epoch))
-    shown = [
-        {
-            "file": name,
-            "title": title,
-            "caption": caption,
-            "alt": f"{title}. {caption}",
-            "data": base64.b64encode(images[name]).decode(),
-        }
-        for name, (title, caption) in captions.items()
+    kind: str,
+    best_epoch: int | None,
+) -> list[Drawing]:
+    confusion = figures.confusion_matrix_figure(metrics["confusion_matrix"], predictions.class_names)
+    drawings = [
+        Drawing(CONFUSION, "Confusion matrix", confusion_caption(metrics, kind), confusion),
+        Drawing(ROC, "ROC curves", roc_caption(metrics, predictions), figures.roc_figure(predictions)),
     ]
+    if history:
+        figure = figures.history_figure(history, best_epoch)
+        drawings.append(Drawing(HISTORY, "Training history", history_caption(history, best_epoch), figure))
+    calibrated = metrics["calibration"]
+    if calibrated is not None:
+        bins, answers = calibrated["reliability"], calibrated["answers"]
+        figure = figures.reliability_figure(bins["before"], bins["after"])
+        drawings.append(Drawing(RELIABILITY, "Reliability", reliability_caption(calibrated), figure))
+        figure = figures.risk_coverage_figure(
+            scaled(predictions, calibrated["temperature"]),
+            calibrated["target_risk"],
+            answers["coverage"] if calibrated["abstain_threshold"] is not None else None,
+        )
+        drawings.append(Drawing(RISK, "Risk and coverage", risk_caption(calibrated), figure))
+    return drawings
+
+
+def render_report(
+    metrics: Mapping[str, Any], predictions: Predictions, info: Mapping[str, Any], drawings: Sequence[Drawing]
+) -> str:
+    """The report as one HTML page that loads nothing: style and figures are inside."""
+    shown = {drawing.file: drawing.shown for drawing in drawings}
     environment = template_environment("cxr_dist")
-    environment.filters |= {"display": figures.display_name, "percent": _percent, "decimal": _decimal}
+    environment.filters |= {
+        "display": figures.display_name,
+        "percent": _percent,
+        "decimal": _decimal,
+        "interval": _interval,
+        "percent_interval": _percent_interval,
+        "signed": _signed,
+    }
     errors = int(np.sum(predictions.labels != predictions.predicted))
     return environment.get_template("report.html.j2").render(
         metrics=metrics,
-        kind=kind,
-        figures=shown,
-        has_history=bool(history),
+        kind=_kind_of_images(info),
+        figures=[shown[name] for name in (CONFUSION, ROC, HISTORY) if name in shown],
+        calibration_figures=[shown[name] for name in (RELIABILITY, RISK) if name in shown],
+        has_history=HISTORY in shown,
         mistakes=confident_mistakes(predictions),
         errors=errors,
+        uncertainty_words=uncertainty_words(metrics["uncertainty"]),
+        published_words=published_words(metrics["published"]),
+        card=model_card(info),
         tables=info_tables(info),
+        files=[PREDICTIONS, METRICS, *shown],
         written=datetime.now().astimezone().isoformat(" ", "seconds"),
     )
 
@@ -220,6 +258,89 @@ def history_caption(history: Sequence[Mapping[str, Any]], best_epoch: int | None
     return f"{text}; the best epoch is {best}{value}."
 
 
+def reliability_caption(calibrated: Mapping[str, Any]) -> str:
+    """How far the answers' probabilities are from the share of right answers, before and after scaling."""
+    before, after = (calibrated[when]["calibration_error"] for when in ("before", "after"))
+    temperature = calibrated["temperature"]
+    leaning = "too sure" if temperature > 1 else "not sure enough"
+    return (
+        f"On validation the network's probabilities were {leaning}: dividing its logits by {temperature:.3g} fits "
+        f"best. On these images the expected calibration error is {before:.3f} before and {after:.3f} after, the log "
+        f"loss {calibrated['before']['log_loss']:.3f} and {calibrated['after']['log_loss']:.3f}, the Brier score "
+        f"{calibrated['before']['brier']:.3f} and {calibrated['after']['brier']:.3f}."
+    )
+
+
+def risk_caption(calibrated: Mapping[str, Any]) -> str:
+    """What the threshold that was chosen on validation does to these images."""
+    risk, threshold, answers = calibrated["target_risk"], calibrated["abstain_threshold"], calibrated["answers"]
+    wanted = f"at most {_percent(risk)} wrong answers, with 95% confidence"
+    if threshold is None:
+        return f"No probability on validation was high enough for {wanted}: this model should always abstain."
+    text = f"For {wanted}, the model answers from a probability of {threshold:.3f} on, as chosen on validation. "
+    if not answers["answered"]:
+        return f"{text}On these images it never does."
+    wrong = _percent(1 - answers["accuracy"])
+    return f"{text}On these images it answers {_percent(answers['coverage'])}, of which {wrong} are wrong."
+
+
+def uncertainty_words(uncertainty: Mapping[str, Any]) -> str:
+    """What the intervals are, and over what they were drawn."""
+    unit, units = uncertainty["unit"], uncertainty["units"]
+    of = (
+        "images, as it is not known which belong together"
+        if unit == "image"
+        else ("groups of images (copies of one, or one patient's, stay together)")
+    )
+    return (
+        f"In brackets: {uncertainty['level']:.0%} intervals, from {uncertainty['resamples']:,} bootstrap resamples of "
+        f"{units:,} {of}. They say what other images of the same kind would change, not what other hospitals would."
+    )
+
+
+def published_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Whether the difference to the published result means anything."""
+    if not rows:
+        return ""
+    names = {"accuracy": "accuracy", "f1_macro": "macro F1"}
+    parts = [
+        f"{names[row['metric']]} is {abs(row['difference']):.3f} "
+        + ("higher" if row["difference"] > 0 else "lower")
+        + (", which is within noise" if row["verdict"] == "within noise" else ", which is more than noise")
+        for row in rows
+        if row["verdict"] is not None
+    ]
+    return f"Against the published result, {'; '.join(parts)}." if parts else ""
+
+
+def model_card(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What whoever gets the model must know (after Mitchell et al. 2019), from what the run tells of itself."""
+    training = info.get("training")
+    training = training if isinstance(training, Mapping) else {}
+    parameters, seconds = training.get("parameters"), training.get("seconds")
+    size = f" with {parameters:,} parameters" if isinstance(parameters, int) else ""
+    rows = [
+        ("Model", f"ResNet50{size}; takes gray pixels, gives one probability a class."),
+        ("Data", f"Evaluated on {info.get('images', 'images that were not named')}."),
+        (
+            "Intended use",
+            "Research and teaching: how such classifiers are trained and judged. Not for diagnosis, triage or any "
+            "decision about a patient.",
+        ),
+        (
+            "Limits",
+            "Trained on one collection, in which class and source may coincide; different images of one patient may be "
+            "in different splits where the collection does not name patients; answers anything, also what is no X-ray.",
+        ),
+    ]
+    if isinstance(seconds, Mapping) and isinstance(seconds.get("total"), (int, float)):
+        where = f"{training.get('replicas', 1)} x {training.get('device', 'device')}"
+        rows.append(
+            ("Training cost", f"{seconds['total'] / 60:,.1f} minutes on {where}, in {training.get('precision')}.")
+        )
+    return rows
+
+
 def info_tables(info: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """`info` as tables of text, (title, rows of name and value).
 
@@ -286,6 +407,22 @@ def _value(value: Any, separators: bool = False) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
+
+
+def _interval(pair: Sequence[float | None] | None) -> str:
+    if pair is None or pair[0] is None or pair[1] is None:
+        return ""
+    return f"[{pair[0]:.3f}, {pair[1]:.3f}]"
+
+
+def _percent_interval(pair: Sequence[float | None] | None) -> str:
+    if pair is None or pair[0] is None or pair[1] is None:
+        return ""
+    return f"[{100 * pair[0]:.1f}, {100 * pair[1]:.1f}]"
+
+
+def _signed(number: float | None) -> str:
+    return _NOTHING if number is None else f"{number:+.3f}".replace("-", "\u2212")
 
 
 def _decimal(number: float | None) -> str:

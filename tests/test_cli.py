@@ -1,6 +1,7 @@
 """The command line: help at once, and one line for everything that the user can mend."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ COMMANDS = (
     "train",
     "tune",
     "evaluate",
+    "compare",
     "bench",
     "config",
     "submit",
@@ -453,3 +455,21 @@ def test_an_interrupt_says_how_to_go_on(
         cli.main(["verify", str(tmp_path)])
     assert caught.value.code == 1
     assert capsys.readouterr().err == "stopped; start the same command again to go on\n"
+
+
+@pytest.mark.usefixtures("small_network")
+def test_compare(command: Command, finished_run: Path, phantom_source: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        command.succeeds("evaluate", finished_run, "--out", tmp_path / name)
+    said = command.succeeds("compare", tmp_path / "first", tmp_path / "second")
+    assert "accuracy" in said
+    assert "0 right by the first alone, 0 by the second alone" in said
+    told = json.loads(command.succeeds("compare", tmp_path / "first", finished_run, "--json"))
+    assert told["n"] == 12
+    assert told["metrics"]["accuracy"]["difference"] == 0
+    command.succeeds("evaluate", finished_run, "--out", tmp_path / "third", "--images", phantom_source)
+    assert "the images differ" in command.fails("compare", tmp_path / "first", tmp_path / "third")
+    (tmp_path / "first" / "metrics.json").unlink()
+    assert "not complete" in command.fails("compare", tmp_path / "first", tmp_path / "second")
+    assert "no such folder" in command.fails("compare", tmp_path / "none", tmp_path / "second")
+    assert "--risk 2.0" in command.fails("evaluate", finished_run, "--out", tmp_path / "out", "--risk", "2")

@@ -1,19 +1,21 @@
 """Every image counts once, on any number of devices, from shards or from a folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cxr_dist import model, steps
+from cxr_dist import calibration, model, steps
 from cxr_dist.config import load_config
 from cxr_dist.data import EvaluationPlan
-from cxr_dist.evaluate import FolderSource, Request, class_probabilities, evaluate_run
+from cxr_dist.evaluate import FolderSource, Request, class_probabilities, evaluate_run, predict_run
 from cxr_dist.metrics import read_predictions
 from cxr_dist.strategy import make_strategy
 from tests.training import CLASSES, SIZE, config, images, local_topology, small_base
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -86,3 +88,44 @@ def test_what_cannot_be_evaluated(finished_run: Path, phantom_source: Path, tmp_
         evaluate_run(Request(finished_run, tmp_path / "out", images=tmp_path / "other"))
     assert not (tmp_path / "out").exists()
     assert load_config(finished_run / "config.yaml").model.image_size == 32
+
+
+def test_the_calibration_is_fitted_on_validation_and_kept_with_the_run(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "calibration.json").unlink(missing_ok=True)
+    metrics = evaluate_run(Request(run, tmp_path / "out"))
+    kept = json.loads((run / "calibration.json").read_text())
+    validation = predict_run(Request(run, tmp_path, "validation"))
+    assert kept == calibration.fit(validation)
+    assert {key: metrics["calibration"][key] for key in kept} == kept
+    # What is there is taken, unless another risk is asked for.
+    written = (run / "calibration.json").stat().st_mtime_ns
+    assert evaluate_run(Request(run, tmp_path / "out"))["calibration"] == metrics["calibration"]
+    assert (run / "calibration.json").stat().st_mtime_ns == written
+    evaluate_run(Request(run, tmp_path / "out", risk=0.5))
+    assert json.loads((run / "calibration.json").read_text())["target_risk"] == 0.5
+    (run / "calibration.json").write_text('{"temperature": -1}')
+    with pytest.raises(UserError, match=r"calibration\.json: damaged"):
+        evaluate_run(Request(run, tmp_path / "out"))
+
+
+def test_without_the_dataset_there_is_no_calibration_and_the_report_says_so(
+    finished_run: Path, phantom_source: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "calibration.json").unlink(missing_ok=True)
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"dataset": str(tmp_path / "gone")}))
+    metrics = evaluate_run(Request(run, tmp_path / "out", images=phantom_source))
+    assert metrics["calibration"] is None
+    assert "the validation images of the run cannot be had" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_predictions_know_which_images_belong_together(finished_run: Path, dataset: Path, tmp_path: Path) -> None:
+    rows = {row.path: row.group for row in read_manifest(dataset).rows}
+    predictions = predict_run(Request(finished_run, tmp_path))
+    assert predictions.groups == [rows[path] for path in predictions.paths]
+    evaluate_run(Request(finished_run, tmp_path / "out"))
+    assert read_predictions(tmp_path / "out" / "predictions.parquet").groups == predictions.groups

@@ -13,11 +13,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cxr_dist import figures, metrics, report
+from cxr_dist.assessment import assess
 from cxr_dist.metrics import Predictions
 from tests.html_page import Page
 from tfrecords_builder.errors import UserError
 
 FOUR = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
+CALIBRATED = {
+    "temperature": 1.5,
+    "abstain_threshold": 0.6,
+    "target_risk": 0.05,
+    "fitted_on": "validation",
+    "images": 70,
+}
 
 
 def make_predictions(names: tuple[str, ...] = FOUR, images: int = 80, absent: tuple[int, ...] = ()) -> Predictions:
@@ -66,14 +74,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         "seconds": {"predict": 12.3456},
         "config": {"seed": 12345, "xla": True, "stages": {"2": {"learning_rate": 1e-4, "tags": ["a", "b"]}}},
     }
-    return out, report.write_evaluation(out, predictions, make_history(), info), predictions
+    return out, report.write_evaluation(out, predictions, make_history(), info, calibrated=CALIBRATED), predictions
 
 
 def test_an_evaluation_is_complete(written: tuple[Path, dict[str, Any], Predictions]) -> None:
     out, result, predictions = written
     assert {entry.name for entry in out.iterdir()} == set(report.FILES)
     content = json.loads((out / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert content == result == metrics.evaluate_predictions(metrics.read_predictions(out / "predictions.parquet"))
+    assert content == result == assess(metrics.read_predictions(out / "predictions.parquet"), CALIBRATED)
     assert content["n"] == len(predictions)
     for name in (report.CONFUSION, report.ROC, report.HISTORY):
         with Image.open(out / name) as image:
@@ -100,14 +108,15 @@ def test_the_page_loads_nothing(written: tuple[Path, dict[str, Any], Predictions
     page = Page(text)
     assert "://" not in text
     assert not re.search(r"@import|url\(|<script|<iframe|<object", text)
-    for _, attributes in page.tags:
+    for tag, attributes in page.tags:
         for name in ("src", "href", "srcset", "data", "action", "poster"):
-            assert attributes.get(name, "data:").startswith("data:")
+            if (tag, name) != ("a", "href"):  # a link to a file beside the page is followed by people alone
+                assert attributes.get(name, "data:").startswith("data:")
     policy = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
     images = page.all("img")
-    assert len(images) == 3
-    assert all(len(image["alt"]) > 40 and image["src"].startswith("data:image/png;base64,") for image in images)
+    assert len(images) == 5
+    assert all(len(image["alt"]) > 40 and image["src"].startswith("data:image/svg+xml;base64,") for image in images)
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
@@ -175,7 +184,7 @@ def test_metrics_come_last_and_an_interrupted_evaluation_can_be_repeated(
 
     for module in (metrics, report):
         monkeypatch.setattr(module, "write_bytes", recorded)
-    report.write_evaluation(tmp_path, make_predictions(images=40), make_history(), {})
+    report.write_evaluation(tmp_path, make_predictions(images=40), make_history(), {}, calibrated=CALIBRATED)
     assert order[0] == "predictions.parquet"
     assert order[-1] == "metrics.json"
     assert sorted(order) == sorted(report.FILES)

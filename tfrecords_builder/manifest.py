@@ -137,6 +137,8 @@ class SplitIndex:
     """Source path of each record."""
     labels: npt.NDArray[np.int32]
     """[N]: position of the class in the dataset's class names."""
+    groups: pa.ChunkedArray
+    """[N] strings: of each record, the name of its group; see `Row.group`."""
     shard: npt.NDArray[np.int32]
     """[N]: position in `shard_names`."""
     offset: npt.NDArray[np.int64]
@@ -256,6 +258,7 @@ class Manifest:
         return SplitIndex(
             paths=table["path"].take(order).to_pylist(),
             labels=columns["label"].astype(np.int32),
+            groups=table["group"].take(order),
             shard=shard[order],
             offset=columns["offset"].astype(np.int64),
             length=columns["length"].astype(np.int64),

@@ -94,7 +94,8 @@ def keep() -> Scenario:
 
 def report() -> Scenario:
     from cxr_dist import figures
-    from cxr_dist.metrics import Predictions, evaluate_predictions, read_predictions
+    from cxr_dist.assessment import assess
+    from cxr_dist.metrics import Predictions, read_predictions
     from cxr_dist.report import FILES, METRICS, PREDICTIONS, metrics_json, write_evaluation
 
     figures.png_bytes = lambda _figure: b"PNG" * 1000  # drawing takes seconds and writes nothing
@@ -118,7 +119,7 @@ def report() -> Scenario:
         if (out / METRICS).exists():
             found = read_predictions(out / PREDICTIONS)
             told = (out / METRICS).read_text(encoding="utf-8")
-            assert told == metrics_json(evaluate_predictions(found)), "all of one evaluation"
+            assert told == metrics_json(assess(found)), "all of one evaluation"
             assert "</html>" in (out / "report.html").read_text(encoding="utf-8")
         write(folder, 1)
         assert {path.name for path in out.iterdir()} <= set(FILES)

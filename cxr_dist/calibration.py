@@ -1,0 +1,140 @@
+"""Whether probabilities mean what they say: temperature scaling, reliability, and when to give no answer. Pure.
+
+Temperature scaling (Guo et al. 2017, "On Calibration of Modern Neural Networks") divides all logits by one number,
+fitted on validation images by maximum likelihood. It changes no answer. The threshold under which the model gives none
+is that of selective prediction with guaranteed risk (Geifman and El-Yaniv 2017, algorithm 1): among images like those
+of validation, at most `risk` of the answers are wrong, with a probability of 95 % over the choice of these images.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize, special, stats
+
+from cxr_dist.metrics import CALIBRATION_BINS, Predictions, confidence_bins
+
+RISK = 0.05
+"""Share of wrong answers that the threshold allows by default."""
+
+CONFIDENCE = 0.95
+_TEMPERATURES = (0.05, 20.0)
+_SMALLEST = float(np.finfo(np.float64).tiny)
+
+
+def fit_temperature(predictions: Predictions) -> float:
+    """The temperature, 0.05 to 20, of the highest likelihood; above one the probabilities were too sure."""
+    logs, labels = _log_probabilities(predictions), predictions.labels
+    rows = np.arange(len(labels))
+
+    def loss(log_temperature: float) -> float:
+        scaled = logs / math.exp(log_temperature)
+        return float(np.mean(special.logsumexp(scaled, axis=1) - scaled[rows, labels]))
+
+    # One minimum: the likelihood is concave in 1 / T.
+    found = optimize.minimize_scalar(loss, bounds=np.log(_TEMPERATURES), method="bounded", options={"xatol": 1e-6})
+    return math.exp(float(found.x))
+
+
+def scaled(predictions: Predictions, temperature: float) -> Predictions:
+    """The same predictions with probabilities softmax(logits / T); logits are known up to a constant of each image."""
+    return replace(predictions, probabilities=special.softmax(_log_probabilities(predictions) / temperature, axis=1))
+
+
+def abstain_threshold(predictions: Predictions, risk: float = RISK) -> float | None:
+    """The smallest probability of an answer at which the answers are wrong at most `risk` of the time.
+
+    Args:
+        predictions: Calibrated, on images that the model was not trained on.
+        risk: Of the answers that are given, 0 to 1.
+
+    Returns:
+        A threshold on the answer's probability (0: always answer), or None if no answers are sure enough.
+    """
+    confidence = np.sort(predictions.probabilities.max(axis=1))
+    right = (predictions.labels == predictions.predicted)[np.argsort(predictions.probabilities.max(axis=1))]
+    low, high = 0, len(confidence)
+    # Each bound that is looked at may fail, so all share what is left of the confidence.
+    delta = (1 - CONFIDENCE) / max(1, math.ceil(math.log2(len(confidence) + 1)))
+    found = None
+    while low < high:
+        middle = (low + high) // 2
+        # Images of equal probability are answered alike.
+        start = int(np.searchsorted(confidence, confidence[middle]))
+        if _risk_bound(int((~right[start:]).sum()), len(right) - start, delta) <= risk:
+            found, high = start, middle
+        else:
+            low = middle + 1
+    if found is None:
+        return None
+    return 0.0 if found == 0 else float(confidence[found])
+
+
+def reliability(predictions: Predictions) -> list[dict[str, float | int]]:
+    """By bins of the answer's probability that hold images: low, high, images, confidence (mean) and accuracy."""
+    confidence = predictions.probabilities.max(axis=1)
+    right = predictions.labels == predictions.predicted
+    bins = confidence_bins(confidence)
+    return [
+        {
+            "low": index / CALIBRATION_BINS,
+            "high": (index + 1) / CALIBRATION_BINS,
+            "images": int((bins == index).sum()),
+            "confidence": float(confidence[bins == index].mean()),
+            "accuracy": float(right[bins == index].mean()),
+        }
+        for index in range(CALIBRATION_BINS)
+        if (bins == index).any()
+    ]
+
+
+def risk_coverage(predictions: Predictions) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The share of wrong answers (risk) among the surest, by the share of images that get one (coverage).
+
+    Returns:
+        coverage and risk, float64, one entry for each probability at which the line could be drawn, coverage rising.
+    """
+    confidence = predictions.probabilities.max(axis=1)
+    order = np.argsort(-confidence, kind="stable")
+    wrong = np.cumsum(predictions.labels[order] != predictions.predicted[order])
+    ends = np.flatnonzero(np.r_[np.diff(confidence[order]) != 0, True])
+    return (ends + 1) / len(order), wrong[ends] / (ends + 1)
+
+
+def answered(predictions: Predictions, calibration: Mapping[str, Any]) -> dict[str, float | int | None]:
+    """What the threshold of `calibration` does to these images: coverage, answered, and accuracy of the answers."""
+    threshold = calibration["abstain_threshold"]
+    probabilities = scaled(predictions, calibration["temperature"]).probabilities.max(axis=1)
+    given = probabilities >= (math.inf if threshold is None else threshold)
+    right = predictions.labels == predictions.predicted
+    return {
+        "answered": int(given.sum()),
+        "coverage": float(given.mean()),
+        "accuracy": float(right[given].mean()) if given.any() else None,
+    }
+
+
+def fit(validation: Predictions, risk: float = RISK) -> dict[str, Any]:
+    """What a run keeps of its calibration: temperature, abstain_threshold, target_risk, fitted_on and images."""
+    temperature = fit_temperature(validation)
+    return {
+        "temperature": temperature,
+        "abstain_threshold": abstain_threshold(scaled(validation, temperature), risk),
+        "target_risk": risk,
+        "fitted_on": "validation",
+        "images": len(validation),
+    }
+
+
+def _log_probabilities(predictions: Predictions) -> npt.NDArray[np.float64]:
+    return np.log(np.maximum(predictions.probabilities, _SMALLEST))
+
+
+def _risk_bound(wrong: int, answers: int, delta: float) -> float:
+    """The largest share of wrong answers at which as few as `wrong` have a probability of `delta` or more."""
+    if answers == 0 or wrong == answers:
+        return 1.0
+    return float(stats.beta.ppf(1 - delta, wrong + 1, answers - wrong))

@@ -1,0 +1,107 @@
+"""Two classifiers on the same images: whether one is better, and by how much. Pure.
+
+Both are resampled alike, so what makes an image hard for both cancels out (the paired bootstrap of Efron and Tibshirani
+1993, chapter 8). McNemar's test (1947), in its exact form, looks at the images that one alone has right; it takes
+images as independent, which copies are not, so with groups the interval is what counts.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from cxr_dist.intervals import LEVEL, RESAMPLES, group_numbers, resampled_metrics, weighted_metrics
+from cxr_dist.metrics import Predictions
+from tfrecords_builder.errors import UserError
+
+COMPARED = (
+    "accuracy",
+    "f1_macro",
+    "precision_macro",
+    "recall_macro",
+    "auc_macro_ovr",
+    "average_precision_macro",
+    "cosine_similarity",
+    "log_loss",
+    "brier",
+)
+
+
+def compare(
+    first: Predictions, second: Predictions, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+) -> dict[str, Any]:
+    """The second classifier less the first.
+
+    Args:
+        first: Of N images; its groups are those that are resampled.
+        second: Of the same images, in any order.
+
+    Returns:
+        n, unit, units, level; `metrics`: name -> first, second, difference (second - first), low and high of its
+        interval (None where undefined); `mcnemar`: only_first_right, only_second_right and p_value (two-sided).
+
+    Raises:
+        UserError: the images, their labels or the classes differ.
+    """
+    second = _in_order_of(first, second)
+    groups = group_numbers(first)
+    units = int(groups.max()) + 1
+    every = np.ones((1, len(first)))
+    observed = [weighted_metrics(predictions, every) for predictions in (first, second)]
+    values = [resampled_metrics(predictions, groups, resamples, seed) for predictions in (first, second)]
+    quantile = float(stats.t.ppf(0.5 + level / 2, units - 1)) if units > 1 else float("nan")
+    rows = {}
+    for name in COMPARED:
+        before, after = (float(metrics[name][0]) for metrics in observed)
+        differences = values[1][name] - values[0][name]
+        reach = quantile * float(np.sqrt(np.nanvar(differences) * units / max(units - 1, 1)))
+        whole = bool(np.isfinite([before, after, reach]).all())
+        rows[name] = {
+            "first": before if np.isfinite(before) else None,
+            "second": after if np.isfinite(after) else None,
+            "difference": after - before if whole else None,
+            "low": after - before - reach if whole else None,
+            "high": after - before + reach if whole else None,
+        }
+    right = [predictions.labels == predictions.predicted for predictions in (first, second)]
+    only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    discordant = only_first + only_second
+    return {
+        "n": len(first),
+        "unit": "image" if first.groups is None else "group",
+        "units": units,
+        "level": level,
+        "metrics": rows,
+        "mcnemar": {
+            "only_first_right": only_first,
+            "only_second_right": only_second,
+            "p_value": float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0,
+        },
+    }
+
+
+def _in_order_of(first: Predictions, second: Predictions) -> Predictions:
+    if first.class_names != second.class_names:
+        raise UserError(
+            f"the classes differ ({', '.join(first.class_names)}; {', '.join(second.class_names)}); compare runs of "
+            "one dataset"
+        )
+    place = {path: row for row, path in enumerate(second.paths)}
+    missing = [path for path in first.paths if path not in place]
+    if missing or len(first) != len(second):
+        example = missing[0] if missing else next(path for path in second.paths if path not in set(first.paths))
+        raise UserError(
+            f"the images differ ({example} is in one alone); evaluate both runs on one split of one dataset"
+        )
+    rows = np.array([place[path] for path in first.paths])
+    if (second.labels[rows] != first.labels).any():
+        row = int(np.flatnonzero(second.labels[rows] != first.labels)[0])
+        raise UserError(f"{first.paths[row]}: has two labels; evaluate both runs on one split of one dataset")
+    return replace(
+        second,
+        paths=first.paths,
+        labels=second.labels[rows],
+        probabilities=second.probabilities[rows],
+        groups=first.groups,
+    )
