@@ -1,6 +1,5 @@
 """A run's folder and images in, figures out: nothing of training is needed, and no Ray."""
 
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,20 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist import cut, run_folder, steps
-from cxr_dist.config import Config
+from cxr_dist.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
 from cxr_dist.data import EvaluationPlan, Positions, ShardSource, Source
 from cxr_dist.metrics import Predictions
-from cxr_dist.model import build_model, set_trainable
 from cxr_dist.report import check_output_folder, write_evaluation
-from cxr_dist.strategy import Topology, dtype_policy, make_strategy, prepare_devices, resolve_precision, resolve_xla
-from tfrecords_builder.errors import UserError, one_line
+from cxr_dist.strategy import Topology, make_strategy, prepare_devices, resolve_precision, resolve_xla
+from tfrecords_builder.errors import UserError
 from tfrecords_builder.images import load_gray
 from tfrecords_builder.manifest import check_shards, read_manifest
-from tfrecords_builder.seal import check_seal
 from tfrecords_builder.sources import find_images
 from tfrecords_builder.storage import Place, local_copy, parse_place
-
-BATCH_SIZE = 32
 
 
 class FolderSource:
@@ -94,42 +89,34 @@ def evaluate_run(
     Raises:
         UserError: the run is not finished, or the images cannot be had.
     """
-    config, info = run_folder.read_config(request.run), run_folder.read_info(request.run)
-    result = run_folder.read_result(request.run)
-    model_file = request.run / run_folder.MODEL
-    if result is None or not model_file.is_file():
-        raise UserError(f"{request.run}: the run is not finished; start it again with train to go on")
+    run = read_finished(request.run)
     check_output_folder(request.out)  # now, not after minutes of computing
-    with _source(request, info) as (source, what):
-        predictions, used = _predict(config, info, model_file, source, devices, progress)
+    with _source(request, run.info) as (source, what):
+        predictions, used = _predict(run, source, devices, progress)
     described = {
         "run": str(request.run),
         "images": what,
         **({"split": request.split} if request.images is None else {}),
         **used,
-        "training": result,
-        "config": config.tree(),
+        "training": run.result,
+        "config": run.config.tree(),
     }
     return write_evaluation(request.out, predictions, run_folder.read_history(request.run), described)
 
 
 def _predict(
-    config: Config,
-    info: run_folder.RunInfo,
-    model_file: Path,
+    run: FinishedRun,
     source: "ShardSource | FolderSource",
     devices: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Predictions, dict[str, Any]]:
     """Predictions of the images, and what the report says of how they were computed."""
     topology = prepare_devices(devices, option="--devices")
-    precision = resolve_precision(config.precision, topology.kind)
+    precision = resolve_precision(run.config.precision, topology.kind)
     strategy = make_strategy(topology)
     with strategy.scope():
-        model = build_model(len(info.class_names), info.image_size, config, dtype_policy(precision))
-        _load_weights(model, model_file)
-        set_trainable(model, 0, train_batch_norm=False)
-    xla = resolve_xla(config, topology.kind)
+        model = load_model(run, precision)
+    xla = resolve_xla(run.config, topology.kind)
 
     def count_images(steps: int, _total: int) -> None:
         if progress is not None:
@@ -143,7 +130,7 @@ def _predict(
         if source.failure is not None:
             raise source.failure from error
         raise
-    predictions = Predictions(source.paths, source.labels, probabilities.astype(np.float64), info.class_names)
+    predictions = Predictions(source.paths, source.labels, probabilities.astype(np.float64), run.info.class_names)
     return predictions, {"precision": precision, "replicas": topology.replicas}
 
 
@@ -199,12 +186,3 @@ def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path) -> 
         )
     check_shards(dataset, manifest)
     return ShardSource(dataset, manifest, request.split)
-
-
-def _load_weights(model: Any, path: Path) -> None:
-    try:
-        check_seal(path)  # Keras does not read the zip's members to their ends, where their CRCs are
-        model.load_weights(path)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: cannot be loaded ({reason}); train the run again") from None
