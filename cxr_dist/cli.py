@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cxr_dist import commands, job_options, search_commands
+from cxr_dist import commands, job_options, model_commands, search_commands
 from cxr_dist.stopping import StoppedError
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import disk_error
@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_phantoms(command)
     _add_datasets(command)
     _add_training(command)
+    _add_use(command)
     _add_bench(command)
     _add_jobs(command, subparsers.choices)
     return parser
@@ -218,6 +219,16 @@ def _add_training(command: Command) -> None:
     config = command("config", commands.show_config, "print the resolved configuration as YAML")
     config.add_argument("--config", type=Path, metavar="YAML")
     config.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+
+
+def _add_use(command: Command) -> None:
+    predict = command("predict", model_commands.predict, "what a model sees in images that nobody has labelled")
+    predict.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
+    predict.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files, or folders that hold such"
+    )
+    predict.add_argument("--json", action="store_true", help="for scripts: a JSON object on each line")
+    predict.add_argument("--workers", type=_positive, metavar="N", help="threads that decode (default: one per core)")
 
 
 def _add_bench(command: Command) -> None:

@@ -26,6 +26,7 @@ COMMANDS = (
     "train",
     "tune",
     "evaluate",
+    "predict",
     "bench",
     "config",
     "submit",
