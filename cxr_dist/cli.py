@@ -230,6 +230,13 @@ def _add_use(command: Command) -> None:
     predict.add_argument("--json", action="store_true", help="for scripts: a JSON object on each line")
     predict.add_argument("--workers", type=_positive, metavar="N", help="threads that decode (default: one per core)")
 
+    export = command(
+        "export", model_commands.export, "a model as a file for other programs: pixels in, probabilities out"
+    )
+    export.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
+    export.add_argument("out", type=Path, metavar="OUT", help="a new folder, or an earlier export")
+    export.add_argument("--format", choices=["savedmodel", "onnx"], default="savedmodel", help="(default: %(default)s)")
+
 
 def _add_bench(command: Command) -> None:
     bench = command("bench", commands.bench, "measure this machine, each figure beside its baseline")

@@ -23,3 +23,16 @@ def predict(options: argparse.Namespace) -> None:
     if unreadable:
         print(f"{unreadable:,} of {len(paths):,} files could not be read", file=sys.stderr)
         raise SystemExit(1)
+
+
+def export(options: argparse.Namespace) -> None:
+    """The model as a file for other programs, checked against the run."""
+    from cxr_dist.export import CHECKED_IMAGES, export_run
+    from cxr_dist.search.record import best_run
+
+    metadata = export_run(best_run(options.run), options.out, options.format)
+    print(
+        f"{options.out / metadata['model']}: uint8 {metadata['input']['shape']} -> {len(metadata['class_names'])} "
+        f"probabilities; differs from the run by {metadata['largest_difference']:.1g} at most, on "
+        f"{CHECKED_IMAGES} images"
+    )

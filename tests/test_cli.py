@@ -27,6 +27,7 @@ COMMANDS = (
     "tune",
     "evaluate",
     "predict",
+    "export",
     "bench",
     "config",
     "submit",
