@@ -237,25 +237,54 @@ def _add_use(command: Command) -> None:
     export.add_argument("out", type=Path, metavar="OUT", help="a new folder, or an earlier export")
     export.add_argument("--format", choices=["savedmodel", "onnx"], default="savedmodel", help="(default: %(default)s)")
 
+    serve = command("serve", model_commands.serve, "a model behind HTTP: an image in, a class and probabilities out")
+    serve.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
+    serve.add_argument("--host", default="127.0.0.1", help="(default: %(default)s, this machine alone)")
+    serve.add_argument("--port", type=_positive, default=8000, metavar="N", help="(default: %(default)s)")
+    serve.add_argument(
+        "--max-batch", type=_positive, default=16, metavar="B", help="images in a step (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--batch-wait-ms",
+        type=_positive,
+        default=10,
+        metavar="MS",
+        help="how long the first image of a batch waits for others (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-body-mb", type=_positive, default=64, metavar="MB", help="of an image; 413 beyond (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--max-waiting",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="requests at a time; 503 beyond (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--timeout", type=_positive, default=60, metavar="S", help="for an answer; 504 beyond (default: %(default)s)"
+    )
+
 
 def _add_bench(command: Command) -> None:
     bench = command("bench", commands.bench, "measure this machine, each figure beside its baseline")
     bench.add_argument(
         "what",
-        choices=["build", "input", "step", "features", "tune", "scaling"],
+        choices=["build", "input", "step", "features", "tune", "scaling", "serve"],
         help="build: images/s of build, of bare decoding and of TensorFlow Datasets; "
         "input: images/s that reach the step, beside Keras's image_dataset_from_directory; "
         "step: images/s of train against a bare compiled step; "
         "features: both stages beside plain Keras; "
         "tune: a search of the head beside one trial that shares nothing; "
-        "scaling: images/s of several workers, and what a cluster would do",
+        "scaling: images/s of several workers, and what a cluster would do; "
+        "serve: images/s of the service beside the bare model",
     )
     bench.add_argument(
         "dataset",
         type=Path,
         nargs="?",
         metavar="INPUT",
-        help="images (build, input, features) or a dataset (step, scaling); default: phantoms",
+        help="images (build, input, features), a dataset (step, scaling), or a run (serve); default: phantoms",
     )
     bench.add_argument(
         "--images",
@@ -278,6 +307,7 @@ def _add_bench(command: Command) -> None:
     bench.add_argument(
         "--batch-sizes", type=_positive, nargs="+", default=[32, 64], metavar="B", help="of scaling (default: 32 64)"
     )
+    bench.add_argument("--max-batch", type=_positive, default=16, metavar="B", help="of serve (default: %(default)s)")
     bench.add_argument("--trials", type=_positive, default=16, metavar="N", help="of tune (default: %(default)s)")
     bench.add_argument(
         "--launcher", choices=["local", "ray"], default="local", help="of tune's search (default: %(default)s)"

@@ -7,6 +7,7 @@ Preprocessing and calibration are inside. What was written is loaded again by it
 run does, before the folder gets its name. In float32, whatever the run was trained in: a file is for any machine.
 """
 
+import importlib.util
 import json
 import secrets
 import shutil
@@ -151,14 +152,12 @@ def _load_saved_model(target: Path) -> Run:
 
 
 def _require_onnx() -> None:
-    try:
-        import onnxruntime  # noqa: F401
-        import tf2onnx  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--format onnx needs {error.name}; install it: pip install -c constraints.txt -e "
-            '".[onnx]", or take --format savedmodel'
-        ) from None
+    for name in ("tf2onnx", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"--format onnx needs {name}; install it: pip install -c constraints.txt -e "
+                '".[onnx]", or take --format savedmodel'
+            )
 
 
 def _write_onnx(function: Any, size: int, target: Path) -> None:

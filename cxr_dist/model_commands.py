@@ -1,7 +1,14 @@
 """What the commands that use a trained model do: options in, one call into the packages, lines for people out."""
 
 import argparse
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -36,3 +43,57 @@ def export(options: argparse.Namespace) -> None:
         f"probabilities; differs from the run by {metadata['largest_difference']:.1g} at most, on "
         f"{CHECKED_IMAGES} images"
     )
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Answers until Ctrl-C or SIGTERM."""
+    from cxr_dist.orchestration.http_app import Limits
+    from cxr_dist.orchestration.service import serving
+    from cxr_dist.search.record import best_run
+
+    limits = Limits(
+        max_batch=options.max_batch,
+        batch_wait_s=options.batch_wait_ms / 1000,
+        max_body_bytes=options.max_body_mb << 20,
+        max_waiting=options.max_waiting,
+        answer_timeout_s=options.timeout,
+    )
+    if options.host not in LOOPBACK:
+        print(
+            f"warning: --host {options.host}: whoever reaches this machine may ask; nobody is asked who they are, and "
+            "nothing is encrypted",
+            file=sys.stderr,
+        )
+    with (
+        _handlers_restored(),
+        serving(best_run(options.run), options.host, options.port, limits, verbose=options.verbose) as address,
+    ):
+        ended = _asked_to_end()  # now, as Ray has handlers of its own when it starts
+        print(f"{address}: answers POST /predict; {address}/docs says more; Ctrl-C ends it", flush=True)
+        ended.wait()
+        print("ending", file=sys.stderr)
+
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _handlers_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _asked_to_end() -> threading.Event:
+    """Set by SIGINT and SIGTERM, which do nothing else from now on."""
+    ended = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        ended.set()
+
+    for number in _ENDING:
+        signal.signal(number, end)
+    return ended
