@@ -134,6 +134,8 @@ def _decode_any(data: bytes, path: Path) -> tuple[Image.Image, tuple[int, int]]:
         raise ImageError(path, "is empty")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise TooLargeError(path, f"has more than {MAX_PIXELS:,} pixels") from None
     except _DECODE_ERRORS as error:
         raise ImageError(path, "is not a PNG or JPEG image") from error
     size = width, height = image.size
