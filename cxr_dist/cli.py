@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cxr_dist import commands, evaluation_commands, job_options, search_commands
+from cxr_dist import commands, evaluation_commands, job_options, model_commands, search_commands
 from cxr_dist.stopping import StoppedError
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import disk_error
@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_phantoms(command)
     _add_datasets(command)
     _add_training(command)
+    _add_use(command)
     _add_bench(command)
     _add_jobs(command, subparsers.choices)
     return parser
@@ -238,24 +239,70 @@ def _add_training(command: Command) -> None:
     config.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
 
 
+def _add_use(command: Command) -> None:
+    predict = command("predict", model_commands.predict, "what a model sees in images that nobody has labelled")
+    predict.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
+    predict.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files, or folders that hold such"
+    )
+    predict.add_argument("--json", action="store_true", help="for scripts: a JSON object on each line")
+    predict.add_argument("--workers", type=_positive, metavar="N", help="threads that decode (default: one per core)")
+
+    export = command(
+        "export", model_commands.export, "a model as a file for other programs: pixels in, probabilities out"
+    )
+    export.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
+    export.add_argument("out", type=Path, metavar="OUT", help="a new folder, or an earlier export")
+    export.add_argument("--format", choices=["savedmodel", "onnx"], default="savedmodel", help="(default: %(default)s)")
+
+    serve = command("serve", model_commands.serve, "a model behind HTTP: an image in, a class and probabilities out")
+    serve.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
+    serve.add_argument("--host", default="127.0.0.1", help="(default: %(default)s, this machine alone)")
+    serve.add_argument("--port", type=_positive, default=8000, metavar="N", help="(default: %(default)s)")
+    serve.add_argument(
+        "--max-batch", type=_positive, default=16, metavar="B", help="images in a step (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--batch-wait-ms",
+        type=_positive,
+        default=10,
+        metavar="MS",
+        help="how long the first image of a batch waits for others (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-body-mb", type=_positive, default=64, metavar="MB", help="of an image; 413 beyond (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--max-waiting",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="requests at a time; 503 beyond (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--timeout", type=_positive, default=60, metavar="S", help="for an answer; 504 beyond (default: %(default)s)"
+    )
+
+
 def _add_bench(command: Command) -> None:
     bench = command("bench", commands.bench, "measure this machine, each figure beside its baseline")
     bench.add_argument(
         "what",
-        choices=["build", "input", "step", "features", "tune", "scaling"],
+        choices=["build", "input", "step", "features", "tune", "scaling", "serve"],
         help="build: images/s of build, of bare decoding and of TensorFlow Datasets; "
         "input: images/s that reach the step, beside Keras's image_dataset_from_directory; "
         "step: images/s of train against a bare compiled step; "
         "features: both stages beside plain Keras; "
         "tune: a search of the head beside one trial that shares nothing; "
-        "scaling: images/s of several workers, and what a cluster would do",
+        "scaling: images/s of several workers, and what a cluster would do; "
+        "serve: images/s of the service beside the bare model",
     )
     bench.add_argument(
         "dataset",
         type=Path,
         nargs="?",
         metavar="INPUT",
-        help="images (build, input, features) or a dataset (step, scaling); default: phantoms",
+        help="images (build, input, features), a dataset (step, scaling), or a run (serve); default: phantoms",
     )
     bench.add_argument(
         "--images",
@@ -278,6 +325,7 @@ def _add_bench(command: Command) -> None:
     bench.add_argument(
         "--batch-sizes", type=_positive, nargs="+", default=[32, 64], metavar="B", help="of scaling (default: 32 64)"
     )
+    bench.add_argument("--max-batch", type=_positive, default=16, metavar="B", help="of serve (default: %(default)s)")
     bench.add_argument("--trials", type=_positive, default=16, metavar="N", help="of tune (default: %(default)s)")
     bench.add_argument(
         "--launcher", choices=["local", "ray"], default="local", help="of tune's search (default: %(default)s)"

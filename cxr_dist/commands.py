@@ -260,6 +260,7 @@ def bench(options: argparse.Namespace) -> None:
         "step": benchmarks.bench_step,
         "features": benchmarks.bench_features,
         "scaling": benchmarks.bench_scaling,
+        "serve": benchmarks.bench_serve,
         "tune": benchmarks.bench_tune,
     }
     measure[options.what](options)

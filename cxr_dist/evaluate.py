@@ -1,6 +1,5 @@
 """A run's folder and images in, figures out: nothing of training is needed, and no Ray."""
 
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,21 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist import calibration, cut, run_folder, steps
-from cxr_dist.config import Config
+from cxr_dist.calibration_file import CALIBRATION, read_fitted
+from cxr_dist.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
 from cxr_dist.data import EvaluationPlan, Positions, ShardSource, Source
 from cxr_dist.metrics import Predictions
-from cxr_dist.model import build_model, set_trainable
 from cxr_dist.report import check_output_folder, write_evaluation
-from cxr_dist.strategy import Topology, dtype_policy, make_strategy, prepare_devices, resolve_precision, resolve_xla
-from tfrecords_builder.errors import UserError, one_line
+from cxr_dist.strategy import Topology, make_strategy, prepare_devices, resolve_precision, resolve_xla
+from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import write_json
 from tfrecords_builder.images import load_gray
 from tfrecords_builder.manifest import check_shards, read_manifest
-from tfrecords_builder.seal import check_seal
 from tfrecords_builder.sources import find_images
 from tfrecords_builder.storage import Place, local_copy, parse_place
-
-BATCH_SIZE = 32
 
 
 class FolderSource:
@@ -100,8 +96,7 @@ def evaluate_run(
     """
     check_output_folder(request.out)  # now, not after minutes of computing
     network = Network.load(request.run, devices)
-    config, info = network.config, network.info
-    with _source(request, info) as (source, what):
+    with _source(request, network.run.info) as (source, what):
         predictions = network.predict(source, progress)
     calibrated, reason = _calibrate(request, network, predictions)
     described = {
@@ -111,8 +106,8 @@ def evaluate_run(
         "precision": network.precision,
         "replicas": network.topology.replicas,
         **({"calibration": reason} if reason else {}),
-        "training": network.result,
-        "config": config.tree(),
+        "training": network.run.result,
+        "config": network.run.config.tree(),
     }
     return write_evaluation(
         request.out, predictions, run_folder.read_history(request.run), described, calibrated=calibrated
@@ -124,7 +119,7 @@ def predict_run(
 ) -> Predictions:
     """The predictions alone of what `evaluate_run` would evaluate; nothing is written."""
     network = Network.load(request.run, devices)
-    with _source(request, network.info) as (source, _):
+    with _source(request, network.run.info) as (source, _):
         return network.predict(source, progress)
 
 
@@ -132,30 +127,22 @@ def predict_run(
 class Network:
     """A finished run's best model, ready to predict."""
 
-    config: Config
-    info: run_folder.RunInfo
-    result: dict[str, Any]
+    run: FinishedRun
     model: Any
     strategy: Any
     topology: Topology
     precision: str
 
     @classmethod
-    def load(cls, run: Path, devices: int | None = None) -> "Network":
+    def load(cls, folder: Path, devices: int | None = None) -> "Network":
         """Raises UserError where the run is not finished, or its model is damaged."""
-        config, info = run_folder.read_config(run), run_folder.read_info(run)
-        result = run_folder.read_result(run)
-        model_file = run / run_folder.MODEL
-        if result is None or not model_file.is_file():
-            raise UserError(f"{run}: the run is not finished; start it again with train to go on")
+        run = read_finished(folder)
         topology = prepare_devices(devices, option="--devices")
-        precision = resolve_precision(config.precision, topology.kind)
+        precision = resolve_precision(run.config.precision, topology.kind)
         strategy = make_strategy(topology)
         with strategy.scope():
-            model = build_model(len(info.class_names), info.image_size, config, dtype_policy(precision))
-            _load_weights(model, model_file)
-            set_trainable(model, 0, train_batch_norm=False)
-        return cls(config, info, result, model, strategy, topology, precision)
+            model = load_model(run, precision)
+        return cls(run, model, strategy, topology, precision)
 
     def predict(
         self, source: "ShardSource | FolderSource", progress: Callable[[int, int], None] | None = None
@@ -174,7 +161,7 @@ class Network:
                 cut.whole_network(self.model),
                 source,
                 BATCH_SIZE,
-                xla=resolve_xla(self.config, self.topology.kind),
+                xla=resolve_xla(self.run.config, self.topology.kind),
                 progress=count_images,
             )
         except Exception as error:
@@ -182,7 +169,7 @@ class Network:
                 raise source.failure from error
             raise
         return Predictions(
-            source.paths, source.labels, probabilities.astype(np.float64), self.info.class_names, source.groups
+            source.paths, source.labels, probabilities.astype(np.float64), self.run.info.class_names, source.groups
         )
 
 
@@ -193,21 +180,21 @@ def _calibrate(
 
     The test images have no part in it.
     """
-    known = run_folder.read_calibration(request.run)
-    if known is not None and known["target_risk"] == request.risk:
+    known = read_fitted(request.run)
+    if known is not None and known.get("target_risk") == request.risk:
         return known, None
     own = Request(request.run, request.out, "validation")
     if (request.split, request.images, request.dataset) == (own.split, None, None):
         validation = predictions
     else:
         try:
-            with _source(own, network.info) as (source, _):
+            with _source(own, network.run.info) as (source, _):
                 validation = network.predict(source)
         except UserError as error:
             return known, f"none: the validation images of the run cannot be had ({error})"
     fitted = calibration.fit(validation, request.risk)
     try:
-        write_json(request.run / run_folder.CALIBRATION, fitted)
+        write_json(request.run / CALIBRATION, fitted)
     except OSError as error:
         return fitted, f"not kept with the run ({error.strerror or error})"
     return fitted, None
@@ -265,12 +252,3 @@ def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path) -> 
         )
     check_shards(dataset, manifest)
     return ShardSource(dataset, manifest, request.split)
-
-
-def _load_weights(model: Any, path: Path) -> None:
-    try:
-        check_seal(path)  # Keras does not read the zip's members to their ends, where their CRCs are
-        model.load_weights(path)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: cannot be loaded ({reason}); train the run again") from None

@@ -22,7 +22,6 @@ RUN = "run.json"
 HISTORY = "history.jsonl"
 RESULT = "result.json"
 MODEL = "model.keras"
-CALIBRATION = "calibration.json"
 CHECKPOINTS = "checkpoints"
 EVENTS = "events.jsonl"
 TENSORBOARD = "tensorboard"
@@ -196,26 +195,6 @@ def read_result(run: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error})") from None
     return result
-
-
-def read_calibration(run: Path) -> dict[str, Any] | None:
-    """calibration.json (see `calibration.fit`), None where no evaluation has left one.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    path = run / CALIBRATION
-    if not path.is_file():
-        return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        temperature, threshold, risk = (found[key] for key in ("temperature", "abstain_threshold", "target_risk"))
-        whole = float(temperature) > 0 and 0 < float(risk) < 1 and (threshold is None or 0 <= float(threshold) <= 1)
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: damaged; remove it and evaluate again")
-    return found
 
 
 def write_history(run: Path, history: list[dict[str, Any]]) -> None:

@@ -106,7 +106,7 @@ def test_the_calibration_is_fitted_on_validation_and_kept_with_the_run(finished_
     evaluate_run(Request(run, tmp_path / "out", risk=0.5))
     assert json.loads((run / "calibration.json").read_text())["target_risk"] == 0.5
     (run / "calibration.json").write_text('{"temperature": -1}')
-    with pytest.raises(UserError, match=r"calibration\.json: damaged"):
+    with pytest.raises(UserError, match=r"calibration\.json: temperature must be"):
         evaluate_run(Request(run, tmp_path / "out"))
 
 

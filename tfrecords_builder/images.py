@@ -64,6 +64,10 @@ class ImageError(UserError):
         return f"{self.path}: {self.reason}; replace or remove the file (a build can skip it: --on-error skip)"
 
 
+class TooLargeError(ImageError):
+    """An image of more pixels than are decoded."""
+
+
 def load_gray(path: Path, image_size: int) -> npt.NDArray[np.uint8]:
     """The image in `path` as gray uint8 [image_size, image_size].
 
@@ -130,11 +134,13 @@ def _decode_any(data: bytes, path: Path) -> tuple[Image.Image, tuple[int, int]]:
         raise ImageError(path, "is empty")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise TooLargeError(path, f"has more than {MAX_PIXELS:,} pixels") from None
     except _DECODE_ERRORS as error:
         raise ImageError(path, "is not a PNG or JPEG image") from error
     size = width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ImageError(path, f"has {width} x {height} pixels, more than {MAX_PIXELS:,} in all")
+        raise TooLargeError(path, f"has {width} x {height} pixels, more than {MAX_PIXELS:,} in all")
     if getattr(image, "is_animated", False):
         raise ImageError(path, "is animated, and which of its frames is meant is not known")
     try:

@@ -6,16 +6,18 @@ import math
 import tempfile
 from pathlib import Path
 
-from cxr_dist.bench import build, cost_model, features, reading, scaling, step, tune
+from cxr_dist.bench import build, cost_model, features, reading, scaling, serve, step, tune
 from cxr_dist.config import Config, load_config, resolve_preset
 from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
 from cxr_dist.reporting import ConsoleReporter, progress_bar
+from cxr_dist.search.record import best_run
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.splits import TRAIN_PERCENT
 
 BENCH_IMAGE_SIZE = 224
 DATABASE_IMAGE_SIZE = 299
+SERVED_PHANTOMS = 64
 RAW_BYTES = BENCH_IMAGE_SIZE**2
 """Of an image in a dataset."""
 
@@ -143,3 +145,23 @@ def bench_step(options: argparse.Namespace) -> None:
     print("stage  train img/s  bare step img/s  ratio (median of rounds)")
     for row in summaries:
         print(f"{row.stage:5} {row.train:12.2f} {row.bare:16.2f}  {row.ratio:.3f} ({row.rounds})")
+
+
+def bench_serve(options: argparse.Namespace) -> None:
+    """A finished run on drawn X-rays of the database's size."""
+    if options.dataset is None:
+        raise UserError("INPUT: give the folder of a finished run; its model is what is served")
+    with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
+        work = _phantoms(Path(folder) / "phantoms", SERVED_PHANTOMS, DATABASE_IMAGE_SIZE)
+        paths = sorted(work.glob("*/images/*.png"))
+        rounds = serve.measure(best_run(options.dataset), paths, options.max_batch, options.steps, options.rounds)
+    summary = serve.summarize(rounds, options.max_batch * options.steps, options.max_batch)
+    if options.json:
+        listed = [vars(row) | {"ratio": row.ratio} for row in rounds]
+        print(json.dumps({"rounds": listed, "summary": vars(summary)}))
+        return
+    print("service img/s  bare model img/s  ratio (median of rounds)  median answer")
+    print(
+        f"{summary.service:13.2f} {summary.bare:17.2f}  {summary.ratio:.3f} ({summary.rounds})"
+        f"{summary.seconds_per_answer:29.3f} s"
+    )

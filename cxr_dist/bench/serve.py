@@ -1,0 +1,157 @@
+"""What HTTP, decoding and batching cost: images per second of the service beside those of the bare model.
+
+The service is the command itself in a process of its own, and the client sends PNG files of drawn X-rays over as many
+connections as keep two batches on their way. The bare model is the same classifier, in this process, on batches of
+the same size that are decoded already. They take turns, so both see the same state of the machine.
+"""
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from statistics import median
+
+import numpy as np
+
+from cxr_dist.classifier import load_classifier
+from cxr_dist.inputs import read_square
+from tfrecords_builder.errors import UserError
+
+HOST = "127.0.0.1"
+START_LIMIT_S = 180.0
+ANSWER_LIMIT_S = 120.0
+BATCHES_ON_THEIR_WAY = 2
+
+
+@dataclass(frozen=True)
+class Round:
+    """The same number of images through either, in images per second."""
+
+    service: float
+    bare: float
+    seconds_per_answer: float
+    """Median over the round's requests, from sending to the answer."""
+
+    @property
+    def ratio(self) -> float:
+        return self.service / self.bare
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Medians over the rounds; the ratio is the median of the rounds' own ratios."""
+
+    service: float
+    bare: float
+    ratio: float
+    seconds_per_answer: float
+    rounds: int
+    images: int
+    max_batch: int
+
+
+def summarize(rounds: Sequence[Round], images: int, max_batch: int) -> Summary:
+    return Summary(
+        median(row.service for row in rounds),
+        median(row.bare for row in rounds),
+        median(row.ratio for row in rounds),
+        median(row.seconds_per_answer for row in rounds),
+        len(rounds),
+        images,
+        max_batch,
+    )
+
+
+def measure(run: Path, paths: Sequence[Path], max_batch: int, batches: int, rounds: int) -> list[Round]:
+    """Rounds of `batches` full batches through the service and through the bare model.
+
+    Args:
+        run: Of a finished run.
+        paths: PNG files, sent in turn.
+        max_batch: Images in a step.
+        rounds: That are counted; one more comes first, and counts nowhere.
+    """
+    classifier = load_classifier(run)
+    images = np.stack([read_square(paths[index % len(paths)], classifier.image_size) for index in range(max_batch)])
+    bodies = [path.read_bytes() for path in paths]
+    count, measured = max_batch * batches, []
+    with _service(run, max_batch) as port:
+        for _ in range(rounds + 1):
+            seconds, each = _send(port, [bodies[index % len(bodies)] for index in range(count)], max_batch)
+            started = time.perf_counter()
+            for _ in range(batches):
+                classifier.probabilities(images)
+            bare = time.perf_counter() - started
+            measured.append(Round(count / seconds, count / bare, median(each)))
+    return measured[1:]
+
+
+def _send(port: int, bodies: Sequence[bytes], max_batch: int) -> tuple[float, list[float]]:
+    """Seconds for all, and for each, from connections that send their next image once they have an answer."""
+    waiting: SimpleQueue[bytes | None] = SimpleQueue()
+    connections = BATCHES_ON_THEIR_WAY * max_batch
+    for body in [*bodies, *[None] * connections]:
+        waiting.put(body)
+
+    def client() -> list[float]:
+        connection = http.client.HTTPConnection(HOST, port, timeout=ANSWER_LIMIT_S)
+        took = []
+        while (body := waiting.get()) is not None:
+            started = time.perf_counter()
+            connection.request("POST", "/predict", body, {"Content-Type": "image/png"})
+            response = connection.getresponse()
+            said = response.read()
+            if response.status != http.client.OK:
+                raise RuntimeError(f"the service answered {response.status}: {said[:200]!r}")
+            took.append(time.perf_counter() - started)
+        connection.close()
+        return took
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(connections) as pool:
+        took = [seconds for future in [pool.submit(client) for _ in range(connections)] for seconds in future.result()]
+    return time.perf_counter() - started, took
+
+
+@contextmanager
+def _service(run: Path, max_batch: int) -> Iterator[int]:
+    """The port of `cxr-dist serve` in a process of its own."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = int(probe.getsockname()[1])
+    options = ["--port", str(port), "--max-batch", str(max_batch), "--max-waiting", str(4 * max_batch)]
+    command = [sys.executable, "-m", "cxr_dist", "serve", str(run), "--host", HOST, *options]
+    process = subprocess.Popen(command, stdout=sys.stderr, env=os.environ)  # noqa: S603 - our own command
+    try:
+        _wait_until_ready(process, port)
+        yield port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int) -> None:
+    until = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise UserError("the benchmark ends here, as the service that it measures says above why")
+        connection = http.client.HTTPConnection(HOST, port, timeout=5)
+        try:
+            connection.request("GET", "/ready")
+            if connection.getresponse().status == http.client.OK:
+                return
+        except OSError:
+            pass
+        finally:
+            connection.close()
+        time.sleep(0.5)
+    raise RuntimeError(f"the service was not ready in {START_LIMIT_S:.0f} s")

@@ -1,0 +1,147 @@
+"""A finished run as a function: gray images in, calibrated probabilities out."""
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cxr_dist import cut, run_folder
+from cxr_dist.calibration_file import Calibration, read_calibration
+from cxr_dist.config import Config
+from cxr_dist.model import build_model, set_trainable
+from cxr_dist.strategy import dtype_policy, prepare_devices, resolve_precision
+from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.seal import check_seal
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run's folder says of a model that is whole."""
+
+    folder: Path
+    config: Config
+    info: run_folder.RunInfo
+    result: dict[str, Any]
+
+
+def read_finished(run: Path) -> FinishedRun:
+    """The run in a folder; reads no weights.
+
+    Raises:
+        UserError: the folder is that of no run, or of one that has not ended.
+    """
+    config, info, result = run_folder.read_config(run), run_folder.read_info(run), run_folder.read_result(run)
+    if result is None or not (run / run_folder.MODEL).is_file():
+        raise UserError(f"{run}: the run is not finished; start it again with train to go on")
+    return FinishedRun(run, config, info, result)
+
+
+def load_model(run: FinishedRun, precision: str) -> Any:
+    """The run's network with its weights, all of the base frozen: image float32 [B, S, S, 1] -> logits [B, C].
+
+    Args:
+        precision: float32, bfloat16 or float16, of base and head; the logits are float32.
+
+    Raises:
+        UserError: the weights are damaged, or of another network.
+    """
+    model = build_model(len(run.info.class_names), run.info.image_size, run.config, dtype_policy(precision))
+    path = run.folder / run_folder.MODEL
+    try:
+        check_seal(path)  # Keras does not read the zip's members to their ends, where their CRCs are
+        model.load_weights(path)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = one_line(error)
+        raise UserError(f"{path}: cannot be loaded ({reason}); train the run again") from None
+    set_trainable(model, 0, train_batch_norm=False)
+    return model
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is said of one image."""
+
+    predicted: str
+    """The class of the highest probability."""
+    abstained: bool
+    """That probability is below the run's threshold: the class is not to be relied on."""
+    probabilities: dict[str, float]
+    """Calibrated, by class, in the run's order."""
+
+
+class Classifier:
+    """Answers for gray images, on one device.
+
+    Attributes:
+        class_names: C names, in the order of the probabilities.
+        image_size: S, pixels.
+        calibration: Of the run, or one that changes nothing.
+    """
+
+    def __init__(
+        self,
+        class_names: tuple[str, ...],
+        image_size: int,
+        calibration: Calibration,
+        forward: Callable[[npt.NDArray[np.uint8]], Any],
+    ) -> None:
+        self.class_names, self.image_size, self.calibration = class_names, image_size, calibration
+        self._forward = forward
+
+    def probabilities(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """softmax(logits / temperature) of uint8 [B, S, S], float32 [B, C]; any B, in one step.
+
+        Raises:
+            ValueError: other shapes or another dtype.
+        """
+        if images.dtype != np.uint8 or images.shape[1:] != (self.image_size, self.image_size):
+            raise ValueError(f"images of {images.dtype} {images.shape}, not uint8 [B, {self.image_size}, ...]")
+        return self._forward(images).numpy()
+
+    def answers(self, images: npt.NDArray[np.uint8]) -> list[Answer]:
+        """An answer for each of uint8 [B, S, S]."""
+        return [self.answer(row) for row in self.probabilities(images)]
+
+    def answer(self, probabilities: npt.NDArray[np.float32]) -> Answer:
+        """What float32 [C] says."""
+        top = int(np.argmax(probabilities))
+        abstained = float(probabilities[top]) < self.calibration.abstain_threshold
+        by_class = {name: float(value) for name, value in zip(self.class_names, probabilities, strict=True)}
+        return Answer(self.class_names[top], abstained, by_class)
+
+
+def load_classifier(run: Path, precision: str | None = None) -> Classifier:
+    """The classifier of a finished run, on the first GPU or the CPU. Compiles at the first batch.
+
+    Without XLA, which would compile anew for every number of images.
+
+    Args:
+        precision: By default the run's own, which evaluate takes too.
+
+    Raises:
+        UserError: the run is not finished, or something in its folder is damaged.
+    """
+    found = read_finished(run)
+    calibration = read_calibration(run) or Calibration()
+    topology = prepare_devices(1)
+    model = load_model(found, precision or resolve_precision(found.config.precision, topology.kind))
+    forward = calibrated(cut.whole_network(model), found.info.image_size, calibration.temperature)
+    return Classifier(found.info.class_names, found.info.image_size, calibration, forward)
+
+
+def calibrated(network: Any, image_size: int, temperature: float) -> Any:
+    """A compiled function uint8 [B, S, S] -> softmax(logits / temperature), float32 [B, C], traced once for any B."""
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size], tf.uint8, name="images")])
+    def forward(images: Any) -> Any:
+        logits = network(tf.cast(images, tf.float32)[..., None], training=False)
+        return tf.nn.softmax(tf.cast(logits, tf.float32) / temperature)
+
+    return forward

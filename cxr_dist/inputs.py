@@ -1,0 +1,85 @@
+"""Image files without labels: which there are, and each as the gray square that the network sees."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tfrecords_builder.dicom import HEAD, decode_dicom, is_dicom
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.images import ImageError, TooLargeError, decode_gray, read_bytes
+from tfrecords_builder.resizing import Square, squares
+from tfrecords_builder.sources import IMAGE_SUFFIXES, IMAGES_FOLDER, MASKS_FOLDER
+
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
+MAX_FILE_BYTES = 1 << 29
+"""Three times what 16-bit samples of `images.MAX_PIXELS` take: no single picture has more."""
+
+
+def find_inputs(paths: Sequence[Path]) -> list[Path]:
+    """The files that are given, and all images below the folders that are, folder by folder in the order of names.
+
+    In folders, an image is what is named as PNG, JPEG or DICOM, and what begins as DICOM; hidden files and folders are
+    left out, and so are lung masks: a folder `masks` beside `images`. A file that is given itself is taken, whatever
+    it is.
+
+    Raises:
+        UserError: a path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder; give images, or folders that hold some")
+        below = sorted(_images_below(path)) if path.is_dir() else [path]
+        if not below:
+            raise UserError(f"{path}: holds no PNG, JPEG or DICOM image; give another folder")
+        found += below
+    return found
+
+
+def read_square(path: Path, image_size: int) -> npt.NDArray[np.uint8]:
+    """The image in a file as gray uint8 [image_size, image_size], as `build` would store it.
+
+    Raises:
+        ImageError: the file cannot be read, or is no whole image.
+        UserError: it is DICOM, and pydicom is not installed.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ImageError(path, f"cannot be read ({error.strerror})") from None
+    if not path.is_file():
+        raise ImageError(path, "is no file")  # a pipe would never end
+    if size > MAX_FILE_BYTES:
+        raise TooLargeError(path, f"has {size:,} bytes, more than {MAX_FILE_BYTES:,}")
+    return decode_square(read_bytes(path), image_size, path)
+
+
+def decode_square(data: bytes, image_size: int, path: Path) -> npt.NDArray[np.uint8]:
+    """Likewise of a file's content; `path` is named in errors, and tells DICOM by its suffix."""
+    dicom = is_dicom(data[:HEAD]) or path.suffix.lower() in DICOM_SUFFIXES
+    decoded = decode_dicom(data, path) if dicom else decode_gray(data, path)
+    return squares([decoded.gray], [Square(image_size)])[0][0]
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    for root, folders, files in os.walk(folder):
+        drawn = {MASKS_FOLDER} if IMAGES_FOLDER in folders else set()
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in drawn]
+        for name in files:
+            path = Path(root, name)
+            if not name.startswith(".") and (path.suffix.lower() in IMAGE_SUFFIXES | DICOM_SUFFIXES or _begins(path)):
+                yield path
+
+
+def _begins(path: Path) -> bool:
+    """As DICOM does."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return is_dicom(file.read(HEAD))
+    except OSError:
+        return False  # nothing says that it was meant as an image

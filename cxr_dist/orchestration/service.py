@@ -1,0 +1,146 @@
+"""A trained model behind HTTP: a Ray Serve application on a cluster of this machine's own.
+
+One replica holds the model. Its event loop reads requests, threads decode, `serve.batch` makes batches of what has
+been decoded, and one thread runs the model. The next batch comes together while the model works (`gate`).
+"""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cxr_dist import run_folder
+from cxr_dist.calibration_file import read_calibration
+from cxr_dist.classifier import Answer, Classifier, load_classifier, read_finished
+from cxr_dist.orchestration.gate import Gate
+from cxr_dist.orchestration.http_app import HttpApp, Limits
+from cxr_dist.orchestration.train_job import OWN_CLUSTER, connected
+from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.seal import check_seal
+
+NAME = "cxr-dist"
+_BESIDE = 32
+"""Requests for pages, or such as are refused, beside those for the model."""
+_TO_THE_END_S = 10.0
+Load = Callable[[Path], Classifier]
+
+
+@contextmanager
+def serving(
+    run: Path, host: str, port: int, limits: Limits, *, load: Load = load_classifier, verbose: bool = False
+) -> Iterator[str]:
+    """The address of a service that answers while the context lasts.
+
+    Args:
+        run: Of a finished run.
+        load: Makes the classifier, in the replica's process.
+
+    Raises:
+        UserError: the run cannot be used, the address cannot be had, or Ray Serve is not installed.
+    """
+    _check_run(run)
+    _check_address(host, port)
+    try:
+        with connected(OWN_CLUSTER, verbose):
+            serve = _serve()
+            level = "INFO" if verbose else "ERROR"
+            logging.getLogger("ray.serve").setLevel(level)
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": host, "port": port, "request_timeout_s": _longest_s(limits)},
+                logging_config={"log_level": level, "enable_access_log": verbose},
+            )
+            try:
+                serve.run(_application(run.resolve(), limits, load), name=NAME, route_prefix="/")
+                yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            finally:
+                serve.shutdown()
+    except ModuleNotFoundError as error:
+        raise UserError(f'serve needs {error.name}; install it: pip install -c constraints.txt -e ".[serve]"') from None
+
+
+def _serve() -> Any:
+    from ray import serve
+
+    return serve
+
+
+def _longest_s(limits: Limits) -> float:
+    """Of a request: longer than all that the replica itself allows, so that its words come first."""
+    return limits.body_timeout_s + limits.answer_timeout_s + _TO_THE_END_S
+
+
+def _application(run: Path, limits: Limits, load: Load) -> Any:
+    import ray
+    from ray import serve
+    from starlette.requests import Request
+
+    gpu = ray.cluster_resources().get("GPU", 0) >= 1
+
+    @serve.deployment(
+        name="classifier",
+        num_replicas=1,
+        max_ongoing_requests=limits.max_waiting + _BESIDE,
+        max_queued_requests=_BESIDE,
+        ray_actor_options={"num_cpus": 1, "num_gpus": int(gpu)},
+        graceful_shutdown_timeout_s=_TO_THE_END_S,
+    )
+    class Service:
+        def __init__(self) -> None:
+            self._classifier = load(run)
+            self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+            size = self._classifier.image_size
+            for count in (1, limits.max_batch):  # what is slow the first time is done before the first request
+                self._classifier.probabilities(np.zeros((count, size, size), np.uint8))
+            self._gate = Gate(limits.max_batch)
+            self._app = HttpApp(self._answer, size, self._classifier.class_names, limits)
+
+        async def __call__(self, request: Request) -> Any:
+            return await self._app.respond(request)
+
+        async def _answer(self, image: npt.NDArray[np.uint8]) -> Answer:
+            async with self._gate.passed():
+                return await self._batched(image)
+
+        @serve.batch(max_batch_size=limits.max_batch, batch_wait_timeout_s=limits.batch_wait_s)
+        async def _batched(self, images: list[npt.NDArray[np.uint8]]) -> list[Answer]:
+            with self._gate.closed():
+                return await asyncio.get_running_loop().run_in_executor(self._model_thread, self._answers, images)
+
+        def _answers(self, images: list[npt.NDArray[np.uint8]]) -> list[Answer]:
+            started = time.perf_counter()
+            answers = self._classifier.answers(np.stack(images))
+            self._app.count_batch(len(images), time.perf_counter() - started)
+            return answers
+
+    deployment: Any = Service
+    return deployment.bind()
+
+
+def _check_run(run: Path) -> None:
+    """What the replica would fail at, minutes and retries later."""
+    found = read_finished(run)
+    read_calibration(run)
+    model = found.folder / run_folder.MODEL
+    try:
+        check_seal(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model}: cannot be loaded ({one_line(error)}); train the run again") from None
+
+
+def _check_address(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port}: cannot be had ({one_line(error)}); give others") from None

@@ -1,0 +1,228 @@
+"""`cxr-dist serve` for real: one service, and all that may be sent to it."""
+
+import asyncio
+import http.client
+import io
+import json
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr_dist.calibration_file import CALIBRATION
+from cxr_dist.classifier import Classifier, load_classifier
+from cxr_dist.orchestration import service
+from cxr_dist.orchestration.gate import Gate
+from cxr_dist.orchestration.http_app import Limits
+from cxr_dist.predict import predict_files
+from tests.conftest import use_small_base
+from tests.test_classifier import FITTED
+from tests.tfrecords_builder.test_dicom import dicom_bytes
+from tests.tfrecords_builder.test_images import claiming
+from tfrecords_builder.errors import UserError
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
+LIMITS = Limits(max_batch=4, max_body_bytes=1 << 20, max_waiting=6, body_timeout_s=2.0, answer_timeout_s=30.0)
+
+
+def load_small(run: Path) -> Classifier:
+    """In the replica, which is another process."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_base(patch)
+        return load_classifier(run)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("served") / "run"
+    shutil.copytree(finished_run, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    (copy / CALIBRATION).write_text(json.dumps(FITTED))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def port(run: Path) -> Iterator[int]:
+    import ray
+
+    ray.shutdown()
+    found = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        with service.serving(run, "127.0.0.1", found, LIMITS, load=load_small) as address:
+            assert address == f"http://127.0.0.1:{found}"
+            yield found
+    ray.shutdown()
+
+
+def ask(
+    port: int, body: Any, kind: str = "image/png", method: str = "POST", path: str = "/predict", **options: Any
+) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Content-Type": kind, **options.pop("headers", {})}
+    connection.request(method, path, body, headers, **options)
+    response = connection.getresponse()
+    said = response.read()
+    connection.close()
+    return response.status, json.loads(said) if response.headers["Content-Type"] == "application/json" else said
+
+
+@pytest.fixture(scope="module")
+def phantoms(phantom_source: Path) -> list[Path]:
+    return sorted(phantom_source.glob("*/images/*.png"))[::5]
+
+
+@pytest.fixture
+def still_answers(port: int, phantoms: list[Path]) -> Iterator[None]:
+    """After whatever the test has sent."""
+    yield
+    assert ask(port, phantoms[0].read_bytes())[0] == 200
+
+
+def test_the_same_as_predict(port: int, run: Path, phantoms: list[Path], small_network: None, tmp_path: Path) -> None:
+    """Of all types, alone and in batches with others."""
+    pixels = np.asarray(Image.open(phantoms[0]).convert("L"))
+    (tmp_path / "a.dcm").write_bytes(dicom_bytes(255 - pixels, "MONOCHROME1"))
+    Image.fromarray(pixels).save(tmp_path / "a.jpg")
+    paths = [*phantoms, tmp_path / "a.dcm", tmp_path / "a.jpg"]
+    kinds = {".png": "image/png", ".dcm": "application/dicom", ".jpg": "image/jpeg; charset=binary"}
+    expected = list(predict_files(load_classifier(run), paths, workers=1))
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda path: ask(port, path.read_bytes(), kinds[path.suffix]), paths))
+    alone = [ask(port, path.read_bytes(), kinds[path.suffix]) for path in paths[-3:]]
+    for (status, found), outcome in zip([*together, *alone], [*expected, *expected[-3:]], strict=True):
+        assert status == 200, found
+        assert outcome.answer is not None
+        assert (found["predicted"], found["abstained"]) == (outcome.answer.predicted, outcome.answer.abstained)
+        assert found["probabilities"] == pytest.approx(outcome.answer.probabilities, abs=1e-5)
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64), 90).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.usefixtures("still_answers")
+def test_bad_uploads(port: int, phantoms: list[Path]) -> None:
+    whole = phantoms[0].read_bytes()
+    pixels = np.zeros((8, 8), np.uint8)
+    for words, status, body, kind in (
+        ("Content-Type", 415, whole, "text/plain"),
+        ("Content-Type", 415, whole, "multipart/form-data; boundary=x"),
+        ("is empty", 422, b"", "image/png"),
+        ("not a PNG", 422, b"GIF89a" + b"0" * 99, "image/png"),
+        ("truncated", 422, whole[:-30], "image/png"),
+        ("truncated", 422, jpeg()[:-20], "image/jpeg"),
+        ("not a DICOM", 422, whole, "application/dicom"),
+        ("2 frames", 422, dicom_bytes(pixels, NumberOfFrames=2), "application/dicom"),
+        ("more than 89,478,485", 413, dicom_bytes(pixels, Rows=65535, Columns=65535), "application/dicom"),
+        ("more than 89,478,485", 413, claiming(40_000, 25_000), "image/png"),
+        ("at most", 413, b"0" * (LIMITS.max_body_bytes + 1), "image/png"),
+    ):
+        found, said = ask(port, body, kind)
+        assert (found, set(said)) == (status, {"error"}), words
+        assert words in said["error"]
+        assert "upload" not in said["error"]
+        assert "Doe" not in said["error"]
+
+
+@pytest.mark.usefixtures("still_answers")
+def test_a_body_that_is_too_large_is_refused_before_and_while_it_is_read(port: int) -> None:
+    # Only the header: an answer comes although no byte of the body does.
+    assert ask(port, None, headers={"Content-Length": str(10**12)})[0] == 413
+    chunks = (b"0" * 65536 for _ in range(LIMITS.max_body_bytes // 65536 + 2))
+    status, said = ask(port, chunks, encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
+    assert status == 413
+    assert "more than 1,048,576 bytes" in said["error"]
+
+
+@pytest.mark.usefixtures("still_answers")
+def test_slow_bodies_end_and_do_not_take_the_place_of_others_for_ever(port: int, phantoms: list[Path]) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 500\r\n\r\nabc"
+    slow = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(LIMITS.max_waiting)]
+    for connection in slow:
+        connection.sendall(head)
+    deadline = time.monotonic() + LIMITS.body_timeout_s
+    statuses = []
+    while 503 not in statuses and time.monotonic() < deadline:  # the last of them may not have got through yet
+        statuses.append(ask(port, phantoms[0].read_bytes())[0])
+    assert set(statuses) <= {200, 503}
+    assert statuses[-1] == 503
+    assert ask(port, None, method="GET", path="/health")[0] == 200
+    assert ask(port, None, method="GET", path="/ready")[0] == 503
+    for connection in slow:
+        assert b" 408 " in connection.recv(1000)
+        connection.close()
+
+
+def test_pages(port: int) -> None:
+    assert ask(port, None, method="GET", path="/health") == (200, {"status": "alive"})
+    assert ask(port, None, method="GET", path="/ready") == (200, {"status": "ready"})
+    for path in ("/", "/docs"):
+        status, page = ask(port, None, method="GET", path=path)
+        assert status == 200
+        assert b"Not for diagnosis" in page
+        assert b"Viral_Pneumonia" in page
+    assert ask(port, None, method="GET")[0] == 405
+    assert ask(port, b"", path="/docs")[0] == 405
+    assert ask(port, None, method="GET", path="/nope")[0] == 404
+    status, text = ask(port, None, method="GET", path="/metrics")
+    assert status == 200
+    assert b'cxr_dist_requests_total{status="200"}' in text
+    assert b"cxr_dist_batch_images_sum" in text
+
+
+def test_an_address_in_use(port: int, run: Path) -> None:
+    with pytest.raises(UserError, match=f"--port {port}"), service.serving(run, "127.0.0.1", port, LIMITS):
+        pass
+
+
+def test_a_run_that_cannot_be_served_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"), service.serving(tmp_path / "a", "127.0.0.1", 1, LIMITS):
+        pass
+
+
+def test_a_gate_admits_a_batch_at_a_time_and_forgets_who_has_gone() -> None:
+    async def scenario() -> None:
+        gate, entered, leave = Gate(2), [], asyncio.Event()
+
+        async def visitor(name: int) -> None:
+            async with gate.passed():
+                entered.append(name)
+                await leave.wait()
+
+        async def settle() -> None:
+            for _ in range(10):
+                await asyncio.sleep(0)
+
+        with gate.closed():
+            visitors = [asyncio.create_task(visitor(name)) for name in range(6)]
+            await settle()
+            assert entered == []
+        await settle()
+        assert entered == [0, 1]
+        visitors[2].cancel()
+        visitors[0].cancel()
+        await settle()
+        assert entered == [0, 1, 3]
+        leave.set()
+        await asyncio.gather(*visitors, return_exceptions=True)
+        assert entered == [0, 1, 3, 4, 5]
+        async with asyncio.timeout(5), gate.passed():
+            pass
+
+    asyncio.run(scenario())

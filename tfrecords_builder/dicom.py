@@ -1,0 +1,293 @@
+"""Decode a DICOM file to the gray picture that a viewer would show at first.
+
+Stored values go through the modality LUT or rescale slope and intercept, then through the first VOI LUT or window,
+and are inverted where MONOCHROME1 says that the least is white (DICOM PS3.3, C.7.6.3, C.11.1 and C.11.2). Without a
+window the whole range that the file declares is shown, from black to white: not the range of its pixels, which would
+make the result depend on the content. Pixel spacing plays no part. Colour becomes gray by ITU-R 601 luma.
+
+Nothing that says who the patient is is read, and no error repeats what a file says.
+"""
+
+import functools
+import io
+import logging
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.images import MAX_PIXELS, Decoded, ImageError, TooLargeError
+
+_MAGIC_AT = 128
+MAGIC = b"DICM"
+HEAD = _MAGIC_AT + len(MAGIC)
+"""Bytes at a file's start that tell whether it is DICOM (PS3.10, section 7.1)."""
+
+_NEEDED = (
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "PlanarConfiguration",
+    "NumberOfFrames",
+    "Rows",
+    "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "ModalityLUTSequence",
+    "VOILUTSequence",
+    "WindowCenter",
+    "WindowWidth",
+    "VOILUTFunction",
+    "PixelData",
+)
+_GRAY = ("MONOCHROME1", "MONOCHROME2")
+_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+_RLE = "1.2.840.10008.1.2.5"
+_UID_LIMIT = 64
+Values = npt.NDArray[Any]
+
+
+def is_dicom(head: bytes) -> bool:
+    """Whether a file that begins so is DICOM; `HEAD` bytes are enough."""
+    return head[_MAGIC_AT:HEAD] == MAGIC
+
+
+def decode_dicom(data: bytes, path: Path) -> Decoded:
+    """Decode the bytes of a DICOM file with one picture.
+
+    Args:
+        data: The file's content.
+        path: Named in errors only.
+
+    Raises:
+        ImageError: It is no DICOM file, damaged, truncated, of several frames, of a kind that is no picture, or
+            compressed in a way that needs a decoder which is not installed.
+        TooLargeError: It has more than `images.MAX_PIXELS` pixels.
+        UserError: pydicom is not installed.
+    """
+    pydicom = _pydicom()
+    if not is_dicom(data[:HEAD]):
+        raise ImageError(path, "is not a DICOM file")
+    syntax = _transfer_syntax(data, path)
+    try:
+        dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(_NEEDED))
+        _check_picture(dataset, path)
+        _check_pixel_data(dataset, syntax, path)
+        values = pydicom.pixels.pixel_array(dataset, raw=False)
+        gray = _luma(values) if dataset.SamplesPerPixel == 3 else _shown(values, dataset)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of damage pydicom raises anything, in words that may name a patient
+        raise ImageError(path, f"is a damaged or truncated DICOM file ({type(error).__name__})") from None
+    if gray.shape != (dataset.Rows, dataset.Columns):
+        raise ImageError(path, "is a damaged DICOM file (its picture has another size than it says)")
+    return Decoded(gray, dataset.Columns, dataset.Rows)
+
+
+@functools.cache
+def _pydicom() -> Any:
+    try:
+        import pydicom
+        import pydicom.pixels
+    except ModuleNotFoundError:
+        raise UserError(
+            'DICOM files need pydicom; install it: pip install -c constraints.txt -e ".[dicom]", or give PNG or JPEG'
+        ) from None
+    # Both would repeat what a file says, names among it.
+    warnings.filterwarnings("ignore", module=r"pydicom(\..*)?")
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    return pydicom
+
+
+def _transfer_syntax(data: bytes, path: Path) -> str:
+    """Its UID, from the group of file meta elements, before anything else is read: a deflated file could be a bomb."""
+    at, uid = HEAD, ""
+    while data[at : at + 2] == b"\x02\x00" and len(data) >= at + 12:
+        element, kind = data[at + 2 : at + 4], data[at + 4 : at + 6]
+        if kind in (b"OB", b"OW", b"UN", b"SQ", b"UT"):
+            (length,), at = struct.unpack_from("<I", data, at + 8), at + 12
+        else:
+            (length,), at = struct.unpack_from("<H", data, at + 6), at + 8
+        if element == b"\x10\x00" and length <= _UID_LIMIT:
+            uid = data[at : at + length].decode("ascii", "replace").rstrip("\0 ")
+        at += length
+    if not uid.replace(".", "").isdigit():
+        raise ImageError(path, "is a damaged or truncated DICOM file (it names no transfer syntax)")
+    if uid == _DEFLATED:
+        raise ImageError(path, "is a deflated DICOM file, whose size is not known before; save it uncompressed")
+    return uid
+
+
+def _check_picture(dataset: Any, path: Path) -> None:
+    for name in ("Rows", "Columns", "PixelData", "BitsAllocated", "BitsStored", "PhotometricInterpretation"):
+        if name not in dataset:
+            raise ImageError(path, f"is a DICOM file without a picture, or truncated (no {name})")
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    if rows * columns > MAX_PIXELS:
+        raise TooLargeError(path, f"has {columns} x {rows} pixels, more than {MAX_PIXELS:,} in all")
+    if not rows or not columns:
+        raise ImageError(path, "is a DICOM file with an empty picture")
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    if frames != 1:
+        raise ImageError(path, f"has {frames} frames, and which is meant is not known; save one frame as a file")
+    samples, photometric = int(dataset.get("SamplesPerPixel") or 1), str(dataset.PhotometricInterpretation)
+    dataset.SamplesPerPixel = samples
+    if (
+        (samples == 1 and photometric not in _GRAY)
+        or (samples == 3 and photometric not in _COLOURS)
+        or samples not in (1, 3)
+    ):
+        raise ImageError(path, "is neither MONOCHROME1, MONOCHROME2 nor RGB; save it as one of these")
+    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
+    if allocated not in (8, 16) or not 1 <= stored <= allocated or (samples == 3 and allocated != 8):
+        raise ImageError(path, f"has {stored} of {allocated} bits a sample; save it with 8, or gray with up to 16")
+
+
+def _check_pixel_data(dataset: Any, syntax: str, path: Path) -> None:
+    """That the pixels are there, can be decoded, and come to no more than the file says they are."""
+    from pydicom.encaps import get_frame
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import UID
+
+    count = int(dataset.Rows) * int(dataset.Columns) * int(dataset.SamplesPerPixel)
+    expected = count * (int(dataset.BitsAllocated) // 8)
+    if syntax in _NATIVE:
+        subsampled = 2 / 3 if str(dataset.PhotometricInterpretation) == "YBR_FULL_422" else 1
+        if len(dataset.PixelData) < expected * subsampled:
+            raise ImageError(path, "is a truncated DICOM file (pixels are missing)")
+        return
+    name = UID(syntax).name
+    try:
+        decoder = get_decoder(UID(syntax))
+    except NotImplementedError:
+        raise ImageError(
+            path, f"has the transfer syntax {name}, which is not supported; save it uncompressed"
+        ) from None
+    if not decoder.is_available:
+        missing = "; ".join(text.partition(" - ")[0] for text in decoder.missing_dependencies)
+        raise ImageError(
+            path,
+            f"is compressed as {name}, whose decoder is missing ({missing}); install "
+            '"pylibjpeg[all]", or save the file uncompressed',
+        )
+    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    if syntax == _RLE:
+        if _run_length_bytes(frame) > expected + 64:
+            raise TooLargeError(path, "unpacks to more than the picture that it says it is")
+    elif _coded_size(frame) != (int(dataset.Columns), int(dataset.Rows)):
+        raise ImageError(path, "is a damaged DICOM file (its picture has another size than it says)")
+
+
+def _run_length_bytes(frame: bytes) -> int:
+    """What PackBits would make of a frame (PS3.5, annex G), without making it; all segments as one."""
+    (segments,) = struct.unpack_from("<I", frame)
+    starts = struct.unpack_from("<15I", frame, 4)[: min(segments, 15)]
+    total = 0
+    for at, end in zip(starts, [*starts[1:], len(frame)], strict=True):
+        while at < end - 1:
+            code = frame[at]
+            total += code + 1 if code < 128 else 257 - code if code > 128 else 0
+            at += code + 2 if code < 128 else 2 if code > 128 else 1
+    return total
+
+
+def _coded_size(frame: bytes) -> tuple[int, int] | None:
+    """Width and height in the header of a JPEG, JPEG-LS or JPEG 2000 stream; None where there is none."""
+    codestream = frame.find(b"\xff\x4f\xff\x51")
+    if 0 <= codestream < 256 and not frame.startswith(b"\xff\xd8"):
+        right, bottom, left, top = struct.unpack_from(">4I", frame, codestream + 8)
+        return right - left, bottom - top
+    at = 2
+    while at + 9 <= len(frame) and frame[at] == 0xFF:
+        marker = frame[at + 1]
+        if marker == 0xFF:  # fill
+            at += 1
+            continue
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            height, width = struct.unpack_from(">2H", frame, at + 5)
+            return width, height
+        at += 2 + struct.unpack_from(">H", frame, at + 2)[0]
+    return None
+
+
+def _luma(rgb: Values) -> npt.NDArray[np.uint8]:
+    return np.asarray(Image.fromarray(rgb.astype(np.uint8)).convert("L"))
+
+
+def _shown(stored: Values, dataset: Any) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W] of the stored values of a gray picture."""
+    values, low, high = _modality(stored, dataset)
+    shown = _voi(values, dataset)
+    if shown is None:
+        shown = (values - np.float32(low)) / np.float32(high - low)
+    if str(dataset.PhotometricInterpretation) == "MONOCHROME1":
+        shown = 1 - shown
+    return (np.clip(shown, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _modality(stored: Values, dataset: Any) -> tuple[Values, float, float]:
+    """float32 values of the modality, and the least and most that the file declares."""
+    bits, signed = int(dataset.BitsStored), bool(dataset.get("PixelRepresentation"))
+    ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    if dataset.get("ModalityLUTSequence"):
+        values, depth = _looked_up(stored, dataset.ModalityLUTSequence[0])
+        return values, 0.0, float(2**depth - 1)
+    slope, intercept = _number(dataset, "RescaleSlope", 1.0), _number(dataset, "RescaleIntercept", 0.0)
+    if slope == 0:
+        raise ValueError("all values are one")
+    low, high = sorted(end * slope + intercept for end in ends)
+    return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept), low, high
+
+
+def _voi(values: Values, dataset: Any) -> Values | None:
+    """From 0 to 1 and beyond, by the first VOI LUT or window; None when the file has neither."""
+    if dataset.get("VOILUTSequence"):
+        found, depth = _looked_up(np.rint(values).astype(np.int64), dataset.VOILUTSequence[0])
+        return found / np.float32(2**depth - 1)
+    if dataset.get("WindowCenter") in (None, "") or dataset.get("WindowWidth") in (None, ""):
+        return None
+    center, width = _number(dataset, "WindowCenter", 0.0), _number(dataset, "WindowWidth", 0.0)
+    function = str(dataset.get("VOILUTFunction") or "LINEAR")
+    if width <= 0 or (function == "LINEAR" and width < 1):
+        raise ValueError("a window must be wide")
+    if function == "SIGMOID":
+        with np.errstate(over="ignore"):
+            return 1 / (1 + np.exp(-4 * (values - np.float32(center)) / np.float32(width)))
+    if function == "LINEAR_EXACT":
+        return (values - np.float32(center)) / np.float32(width) + np.float32(0.5)
+    if width == 1:
+        return (values > center - 0.5).astype(np.float32)
+    return (values - np.float32(center - 0.5)) / np.float32(width - 1) + np.float32(0.5)
+
+
+def _looked_up(values: Values, lut: Any) -> tuple[Values, int]:
+    """float32 entries of a LUT, and their bits (PS3.3, C.11.1.1)."""
+    entries, first, depth = (int(value) for value in lut.LUTDescriptor)
+    data = lut.LUTData
+    table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.atleast_1d(np.asarray(data, np.int64))
+    table = table[: entries or 1 << 16]
+    if not len(table) or not 8 <= depth <= 16:
+        raise ValueError("the table is empty")
+    return table.astype(np.float32)[np.clip(values.astype(np.int64) - first, 0, len(table) - 1)], depth
+
+
+def _number(dataset: Any, name: str, default: float) -> float:
+    """The first value of an element; it may have several."""
+    value = dataset.get(name)
+    if value is None or value == "":
+        return default
+    number = float(np.atleast_1d(np.asarray(value, np.float64))[0])
+    if not np.isfinite(number):
+        raise ValueError("a number is not finite")
+    return number
