@@ -9,12 +9,12 @@ a worker touches only the records of its own replicas.
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from tfrecords_builder import recordio, schema
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.manifest import Manifest
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Positions = npt.NDArray[np.int64]
 PADDING = -1
 """The position of a slot without an image, in the last batch of an evaluation."""
@@ -168,10 +170,10 @@ class ShardSource:
         size, encoding = self._manifest.image_size, self._manifest.encoding
         if encoding == "raw":
             # The pixels lie in the record as they are: one copy, where TensorFlow's parser makes three.
-            images = tf.numpy_function(self._read_raw, [positions], tf.uint8)
+            images = tf.numpy_function(weakly(self._read_raw), [positions], tf.uint8)
             images.set_shape([positions.shape[0], size, size, 1])
             return images
-        serialized = tf.numpy_function(self._read, [positions], tf.string)
+        serialized = tf.numpy_function(weakly(self._read), [positions], tf.string)
         serialized.set_shape(positions.shape)
         return schema.parse_batch(serialized, size, encoding)["image"]
 
@@ -297,9 +299,12 @@ class ArraySource:
     def batches(self, positions: Any) -> Any:
         import tensorflow as tf
 
-        rows = tf.numpy_function(self._inputs.__getitem__, [positions], self._inputs.dtype)
+        rows = tf.numpy_function(weakly(self._take), [positions], self._inputs.dtype)
         rows.set_shape([positions.shape[0], *self._inputs.shape[1:]])
         return rows
+
+    def _take(self, positions: Positions) -> npt.NDArray[Any]:
+        return self._inputs[positions]
 
 
 class Slice:
@@ -321,6 +326,46 @@ class Slice:
         return self._source.batches(positions + self._first)
 
 
+class _Elements:
+    """What a step needs of the plan on one replica: positions, labels, mask and slots, each [B], by a counter."""
+
+    def __init__(
+        self,
+        plan: TrainingPlan | EvaluationPlan,
+        labels: npt.NDArray[np.int32],
+        first_replica: int,
+        local_replicas: int,
+        start_step: int,
+    ) -> None:
+        self._plan, self._labels = plan, labels
+        self._first_replica, self._local_replicas, self._start_step = first_replica, local_replicas, start_step
+
+    def at(self, counter: npt.NDArray[np.int64]) -> tuple[Any, Any, Any, Any]:
+        step, local = divmod(int(counter), self._local_replicas)
+        replica, batch_size = self._first_replica + local, self._plan.batch_size
+        positions = self._plan.positions(self._start_step + step, replica)
+        mask = (positions != PADDING).astype(np.float32)
+        valid = np.maximum(positions, 0)
+        slots = np.arange(replica * batch_size, (replica + 1) * batch_size, dtype=np.int32)
+        return valid, self._labels[valid], mask, slots
+
+
+def weakly(method: Callable[P, R]) -> Callable[P, R]:
+    """The bound `method` for `tf.numpy_function`, which keeps what it is given in a list of the default graph for ever.
+
+    Its object must be kept by who reads: one that is gone raises RuntimeError.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
+        found = reference()
+        if found is None:
+            raise RuntimeError("the source of these batches is gone")
+        return found(*arguments, **named)
+
+    return call
+
+
 def worker_batches(
     source: Source,
     plan: TrainingPlan | EvaluationPlan,
@@ -340,19 +385,11 @@ def worker_batches(
     import tensorflow as tf
 
     batch_size = plan.batch_size
-    labels = source.labels
-
-    def element(counter: npt.NDArray[np.int64]) -> tuple[Any, Any, Any, Any]:
-        step, local = divmod(int(counter), local_replicas)
-        replica = first_replica + local
-        positions = plan.positions(start_step + step, replica)
-        mask = (positions != PADDING).astype(np.float32)
-        valid = np.maximum(positions, 0)
-        slots = np.arange(replica * batch_size, (replica + 1) * batch_size, dtype=np.int32)
-        return valid, labels[valid], mask, slots
+    elements = _Elements(plan, source.labels, first_replica, local_replicas, start_step)
 
     def load(counter: Any) -> dict[str, Any]:
-        positions, label, mask, slot = tf.numpy_function(element, [counter], [tf.int64, tf.int32, tf.float32, tf.int32])
+        types = [tf.int64, tf.int32, tf.float32, tf.int32]
+        positions, label, mask, slot = tf.numpy_function(weakly(elements.at), [counter], types)
         for tensor in (positions, label, mask, slot):
             tensor.set_shape([batch_size])
         batch = {"inputs": source.batches(positions), "label": label, "mask": mask, "slot": slot}
@@ -361,4 +398,6 @@ def worker_batches(
     options = tf.data.Options()
     options.autotune.enabled = False  # there is nothing to tune, and its thread holds up the end of an iterator
     batches = tf.data.Dataset.counter().map(load, num_parallel_calls=2, deterministic=True)
-    return batches.prefetch(2 * local_replicas).with_options(options)
+    batches = batches.prefetch(2 * local_replicas).with_options(options)
+    batches.kept = (source, elements)  # as long as the dataset, which its iterators hold
+    return batches

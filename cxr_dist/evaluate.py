@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cxr_dist import calibration, cut, run_folder, steps
 from cxr_dist.calibration_file import CALIBRATION, read_fitted
 from cxr_dist.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
-from cxr_dist.data import EvaluationPlan, Positions, ShardSource, Source
+from cxr_dist.data import EvaluationPlan, Positions, ShardSource, Source, weakly
 from cxr_dist.metrics import Predictions
 from cxr_dist.report import check_output_folder, write_evaluation
 from cxr_dist.strategy import Topology, make_strategy, prepare_devices, resolve_precision, resolve_xla
@@ -51,7 +51,7 @@ class FolderSource:
     def batches(self, positions: Any) -> Any:
         import tensorflow as tf
 
-        images = tf.numpy_function(self._read, [positions], tf.uint8)
+        images = tf.numpy_function(weakly(self._read), [positions], tf.uint8)
         images.set_shape([positions.shape[0], self._image_size, self._image_size, 1])
         return images
 

@@ -7,8 +7,10 @@ trial; one that trains upper layers too has a process of its own, which takes al
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -88,10 +90,11 @@ def _fill_cache(job: TrialJob, cores: int, log: Path) -> None:
 
     prepare_child()
     _print_to(log)
-    topology = prepare_devices(None, cores=cores)
-    compute_shared_features(
-        Config.model_validate(job.config), Path(job.dataset), Path(job.experiment), topology, ConsoleReporter()
-    )
+    with _scratch():
+        topology = prepare_devices(None, cores=cores)
+        compute_shared_features(
+            Config.model_validate(job.config), Path(job.dataset), Path(job.experiment), topology, ConsoleReporter()
+        )
     os._exit(0)  # TensorFlow's iterators may take a minute to end
 
 
@@ -200,13 +203,29 @@ class _LocalSearch:
 def serve_trials(connection: Connection, cores: int, folder: str) -> None:
     """What a slot's process does: trial after trial, until its connection is closed."""
     prepare_child()
-    experiment = Experiment(Path(folder))
+    with _scratch():
+        _serve_trials(connection, cores, Experiment(Path(folder)))
+    os._exit(0)  # TensorFlow's iterators may take a minute to end
+
+
+@contextmanager
+def _scratch() -> Iterator[None]:
+    """A folder of this process's own for temporary files: what TensorFlow would remove at exit, `os._exit` leaves."""
+    with tempfile.TemporaryDirectory(prefix="cxr-trials-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = None
+
+
+def _serve_trials(connection: Connection, cores: int, experiment: Experiment) -> None:
     topology = None
     while True:
         try:
             job: TrialJob = connection.recv()
         except EOFError:
-            break
+            return
         _print_to(experiment.log(job.number))
         try:
             if topology is None:
@@ -216,7 +235,6 @@ def serve_trials(connection: Connection, cores: int, folder: str) -> None:
             connection.send(("failed", str(error).partition("\n")[0] or type(error).__name__))
             continue
         connection.send(("done",))
-    os._exit(0)  # TensorFlow's iterators may take a minute to end
 
 
 def _ask(connection: Connection, row: dict[str, Any], best: float) -> bool:
