@@ -23,6 +23,13 @@ FITTED = {"temperature": 2.5, "abstain_threshold": 0.4, "target_risk": 0.05, "fi
 
 
 @pytest.fixture
+def plain_run(finished_run: Path, tmp_path: Path) -> Path:
+    """Not calibrated: an evaluation of the shared run, in another test, may have done that."""
+    ignored = shutil.ignore_patterns("checkpoints", CALIBRATION)
+    return Path(shutil.copytree(finished_run, tmp_path / "plain", ignore=ignored))
+
+
+@pytest.fixture
 def calibrated_run(finished_run: Path, tmp_path: Path) -> Path:
     run = Path(shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
     (run / CALIBRATION).write_text(json.dumps(FITTED))
@@ -35,13 +42,14 @@ def phantoms(source: Path, count: int) -> tuple[list[str], np.ndarray]:
     return [str(path.relative_to(source)) for path in paths], np.stack([load_gray(path, 32) for path in paths])
 
 
-def test_the_same_as_evaluation_at_any_batch_size(finished_run: Path, phantom_source: Path, tmp_path: Path) -> None:
-    evaluate_run(Request(finished_run, tmp_path / "out", images=phantom_source))
+def test_the_same_as_evaluation_at_any_batch_size(plain_run: Path, phantom_source: Path, tmp_path: Path) -> None:
+    evaluate_run(Request(plain_run, tmp_path / "out", images=phantom_source))
+    (plain_run / CALIBRATION).unlink()  # predictions.parquet has what the network itself says
     predictions = read_predictions(tmp_path / "out" / "predictions.parquet")
     paths, images = phantoms(phantom_source, 80)
     by_path = dict(zip(predictions.paths, predictions.probabilities, strict=True))
     expected = np.array([by_path[path] for path in paths])
-    classifier = load_classifier(finished_run)
+    classifier = load_classifier(plain_run)
     assert classifier.class_names == predictions.class_names
     for batch in (80, 33, 1):
         parts = [classifier.probabilities(images[first : first + batch]) for first in range(0, 80, batch)]
@@ -53,9 +61,9 @@ def test_the_same_as_evaluation_at_any_batch_size(finished_run: Path, phantom_so
     assert not any(answer.abstained for answer in answers)
 
 
-def test_temperature_and_threshold(finished_run: Path, calibrated_run: Path, phantom_source: Path) -> None:
+def test_temperature_and_threshold(plain_run: Path, calibrated_run: Path, phantom_source: Path) -> None:
     _, images = phantoms(phantom_source, 80)
-    plain, fitted = load_classifier(finished_run), load_classifier(calibrated_run)
+    plain, fitted = load_classifier(plain_run), load_classifier(calibrated_run)
     # softmax(logits / T) is proportional to the T-th root of softmax(logits).
     roots = plain.probabilities(images).astype(np.float64) ** (1 / FITTED["temperature"])
     expected = roots / roots.sum(axis=1, keepdims=True)
