@@ -44,6 +44,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(
@@ -214,6 +218,14 @@ def _add_training(command: Command) -> None:
         "--dataset", type=parse_place, metavar="DATASET", help="(default: the one the run was trained on)"
     )
     evaluate.add_argument("--devices", type=_positive, metavar="M", help="GPUs, or logical CPUs")
+    evaluate.add_argument(
+        "--examine",
+        type=_count,
+        default=256,
+        metavar="N",
+        help="images to look at closely, each some thirty times: attention, lungs, robustness; 0 for none "
+        "(default: %(default)s)",
+    )
 
     config = command("config", commands.show_config, "print the resolved configuration as YAML")
     config.add_argument("--config", type=Path, metavar="YAML")

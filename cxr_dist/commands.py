@@ -249,7 +249,9 @@ def evaluate(options: argparse.Namespace) -> None:
     from cxr_dist.evaluate import Request, evaluate_run
     from cxr_dist.search.record import best_run
 
-    request = Request(best_run(options.run), options.out, options.split, options.images, options.dataset)
+    request = Request(
+        best_run(options.run), options.out, options.split, options.images, options.dataset, options.examine
+    )
     with progress_bar("evaluate") as progress:
         metrics = evaluate_run(request, options.devices, progress)
     print_metrics(metrics)
@@ -308,7 +310,7 @@ def demo(options: argparse.Namespace) -> None:
     config = load_config(resolve_preset(Path("demo")))
     run_training(config, out / "dataset", out / "run", launcher=options.launcher, verbose=options.verbose)
     with progress_bar("4/4 evaluate") as progress:
-        metrics = evaluate_run(Request(out / "run", out / "evaluation"), progress=progress)
+        metrics = evaluate_run(Request(out / "run", out / "evaluation", examine=DEMO_EXAMINED), progress=progress)
     print_metrics(metrics)
     print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
 
@@ -317,3 +319,4 @@ DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evalua
 DEMO_PER_CLASS = 400
 DEMO_SIZE = 128
 DEMO_IMAGE_SIZE = 56
+DEMO_EXAMINED = 64

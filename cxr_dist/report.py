@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cxr_dist import figures
+from cxr_dist.examine.result import Examination
 from cxr_dist.metrics import (
     Predictions,
     evaluate_predictions,
@@ -18,13 +20,16 @@ from cxr_dist.metrics import (
     write_predictions,
 )
 from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import is_temporary, write_bytes
+from tfrecords_builder.files import intended_name, write_bytes
 from tfrecords_builder.page import template_environment
 
 METRICS, PREDICTIONS, REPORT = "metrics.json", "predictions.parquet", "report.html"
 CONFUSION, ROC, HISTORY = "confusion_matrix.png", "roc.png", "history.png"
 FILES = (PREDICTIONS, CONFUSION, ROC, HISTORY, REPORT, METRICS)
+EXAMINATION = "examination.json"
 MISTAKES_SHOWN = 20
+
+_OF_EXAMINATION = re.compile(r"examination(\.json|-[a-z]+(-\d+)?\.(svg|png))")
 
 _SPLIT_NAMES = {"train": "training", "validation": "validation", "test": "test"}
 _NOTHING = "–"  # noqa: RUF001
@@ -46,8 +51,8 @@ def check_output_folder(out: Path) -> None:
     if not entries or _is_metrics_file(out / METRICS):
         return
     # The metrics are written last, the predictions first: an interrupted evaluation has the one without the other.
-    ours = all(name in FILES or is_temporary(name, FILES) for name in entries)
-    written = [name for name in entries if not is_temporary(name, FILES)]
+    ours = all(_is_ours(intended_name(name) or name) for name in entries)
+    written = [name for name in entries if intended_name(name) is None]
     if ours and METRICS not in entries and (not written or is_predictions_file(out / PREDICTIONS)):
         return
     raise UserError(f"{out}: holds something other than an evaluation; give an empty or new folder")
@@ -59,6 +64,7 @@ def write_evaluation(
     history: Sequence[Mapping[str, Any]],
     info: Mapping[str, Any],
     best_epoch: int | None = None,
+    examination: Examination | None = None,
 ) -> dict[str, Any]:
     """Write metrics.json, predictions.parquet, confusion_matrix.png, roc.png, history.png and report.html.
 
@@ -75,6 +81,7 @@ def write_evaluation(
             test, names the images in the captions.
         best_epoch: the epoch whose weights were evaluated, counted from 1 through all stages; by default the
             one of the highest validation accuracy.
+        examination: of the same network; then there are examination.json and its figures too.
 
     Returns:
         The metrics, as `metrics.evaluate_predictions` gives them.
@@ -92,13 +99,16 @@ def write_evaluation(
     }
     if history:
         images[HISTORY] = figures.png_bytes(figures.history_figure(history, best_epoch))
-    page = render_report(metrics, predictions, history, info, images, best_epoch)
+    page = render_report(metrics, predictions, history, info, images, best_epoch, examination)
+    examined = _examination_files(examination)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / METRICS).unlink(missing_ok=True)
         write_predictions(out / PREDICTIONS, predictions)
         (out / HISTORY).unlink(missing_ok=True)
-        for name, content in images.items():
+        for old in [path for path in out.iterdir() if _OF_EXAMINATION.fullmatch(path.name)]:
+            old.unlink()
+        for name, content in (images | examined).items():
             write_bytes(out / name, content)
         write_bytes(out / REPORT, page.encode())
         write_bytes(out / METRICS, metrics_json(metrics).encode())
@@ -121,6 +131,7 @@ def render_report(
     info: Mapping[str, Any],
     images: Mapping[str, bytes],
     best_epoch: int | None = None,
+    examination: Examination | None = None,
 ) -> str:
     """The report as one HTML page that loads nothing: style and figures (`images`: file name -> PNG) are inside."""
     kind = _kind_of_images(info)
@@ -145,6 +156,7 @@ def render_report(
     errors = int(np.sum(predictions.labels != predictions.predicted))
     return environment.get_template("report.html.j2").render(
         metrics=metrics,
+        examination=examination,
         kind=kind,
         figures=shown,
         has_history=bool(history),
@@ -232,6 +244,16 @@ def info_tables(info: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]
         (_words(title), [(key, _value(value)) for key, value in _flattened(group)]) for title, group in groups.items()
     ]
     return tables
+
+
+def _examination_files(examination: Examination | None) -> dict[str, bytes]:
+    if examination is None:
+        return {}
+    return {EXAMINATION: examination.to_json().encode()} | {panel.file: panel.content for panel in examination.panels}
+
+
+def _is_ours(name: str) -> bool:
+    return name in FILES or _OF_EXAMINATION.fullmatch(name) is not None
 
 
 def _is_metrics_file(path: Path) -> bool:

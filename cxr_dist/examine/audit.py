@@ -39,10 +39,10 @@ WITHOUT_LUNGS = ("without_lungs", "border_only")
 RULES = {
     "without_lungs": "alarm: the lower 99 % bound of the accuracy (Clopper-Pearson) is more than 0.1 above the share of "
     "the most frequent class, and the accuracy above the 99 % quantile of the same answers dealt at random",
-    "without_border": "alarm: the accuracy falls by more than 0.1 with the 99 % bound of the paired fall, and the exact "
-    "sign test gives p < 0.01",
-    "cue_conflict": "alarm: answers follow the class of a foreign border more than 0.1 oftener than they name that class "
-    "in a border of the image's own class, and the exact sign test over images gives p < 0.01",
+    "without_border": "alarm: the accuracy falls by more than 0.1 with the 99 % bound of the paired fall, and the "
+    "exact sign test gives p < 0.01",
+    "cue_conflict": "alarm: answers follow the class of a foreign border more than 0.1 oftener than they name that "
+    "class in a border of the image's own class, and the exact sign test over images gives p < 0.01",
 }
 """When something is an alarm, for people."""
 
@@ -199,8 +199,8 @@ def conflict_findings(conflict: Mapping[str, Any]) -> list[Finding]:
         Finding(
             "cue_conflict",
             "alarm",
-            f"The border decides: put into the border of an image of another class, {100 * conflict['follows_border']:.0f}% "
-            f"of the images are given that class, where {100 * conflict['control']:.0f}% are in a border of their own "
+            "The border decides: put into the border of an image of another class, "
+            f"{100 * conflict['follows_border']:.0f}% of the images are given that class, where {100 * conflict['control']:.0f}% are in a border of their own "
             "class.",
             {key: conflict[key] for key in ("follows_border", "follows_image", "control", "excess", "p_value")},
         )

@@ -46,11 +46,12 @@ def lung_boxes(masks: Masks | None, count: int, side: int) -> tuple[Masks, npt.N
         count: N.
         side: S, in pixels.
     """
-    boxes = np.zeros((count, side, side), np.bool_)
-    known = np.zeros(count, np.bool_) if masks is None else masks.any(axis=(1, 2))
+    boxes: Masks = np.zeros((count, side, side), np.bool_)
+    given: Masks = boxes.copy() if masks is None else masks
+    known: npt.NDArray[np.bool_] = np.asarray(given.any(axis=(1, 2)))
     low, high = (round(share * side) for share in CENTRAL_BOX)
     margin = round(BOX_MARGIN * side)
-    for box, mask, has_mask in zip(boxes, boxes if masks is None else masks, known, strict=True):
+    for box, mask, has_mask in zip(boxes, given, known, strict=True):
         if not has_mask:
             box[low:high, low:high] = True
             continue
