@@ -79,7 +79,7 @@ def test_one_image_and_one_class_give_numbers_too() -> None:
     images, labels, _ = planted(0)
     for rows in (slice(0, 1), np.flatnonzero(labels == 2)):
         found = examine(reader(*CORNER), images[rows], labels[rows], None, None, None, NAMES, 0)
-        assert found.alarms == []
+        assert {each.name for each in found.alarms} <= {"without_border"}, "where there is no chance, none is beaten"
         assert json.loads(found.to_json())["cue_conflict"]["excess"] is None
 
 

@@ -200,8 +200,8 @@ def conflict_findings(conflict: Mapping[str, Any]) -> list[Finding]:
             "cue_conflict",
             "alarm",
             "The border decides: put into the border of an image of another class, "
-            f"{100 * conflict['follows_border']:.0f}% of the images are given that class, where {100 * conflict['control']:.0f}% are in a border of their own "
-            "class.",
+            f"{100 * conflict['follows_border']:.0f}% of the images are given that class, where "
+            f"{100 * conflict['control']:.0f}% are in a border of their own class.",
             {key: conflict[key] for key in ("follows_border", "follows_image", "control", "excess", "p_value")},
         )
     ]
