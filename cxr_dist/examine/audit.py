@@ -37,7 +37,7 @@ P_VALUE = 0.01
 WITHOUT_LUNGS = ("without_lungs", "border_only")
 """Occlusions that leave no lung to go by."""
 RULES = {
-    "without_lungs": "alarm: the lower 99 % bound of the accuracy (Clopper-Pearson) is more than 0.1 above the share of "
+    "without_lungs": "alarm: the lower 99 % bound of the accuracy (Clopper-Pearson) is over 0.1 above the share of "
     "the most frequent class, and the accuracy above the 99 % quantile of the same answers dealt at random",
     "without_border": "alarm: the accuracy falls by more than 0.1 with the 99 % bound of the paired fall, and the "
     "exact sign test gives p < 0.01",
