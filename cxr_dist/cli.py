@@ -44,6 +44,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(
@@ -223,6 +227,14 @@ def _add_training(command: Command) -> None:
         default=0.05,
         metavar="SHARE",
         help="of wrong answers to allow: the model abstains below the probability that ensures it on validation "
+        "(default: %(default)s)",
+    )
+    evaluate.add_argument(
+        "--examine",
+        type=_count,
+        default=128,
+        metavar="N",
+        help="images to look at closely, each some thirty times: attention, lungs, robustness; 0 for none "
         "(default: %(default)s)",
     )
 

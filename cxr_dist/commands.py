@@ -285,7 +285,7 @@ def demo(options: argparse.Namespace) -> None:
     config = load_config(resolve_preset(Path("demo")))
     run_training(config, out / "dataset", out / "run", launcher=options.launcher, verbose=options.verbose)
     with progress_bar("4/4 evaluate") as progress:
-        metrics = evaluate_run(Request(out / "run", out / "evaluation"), progress=progress)
+        metrics = evaluate_run(Request(out / "run", out / "evaluation", examine=DEMO_EXAMINED), progress=progress)
     print_metrics(metrics)
     print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
 
@@ -294,3 +294,4 @@ DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evalua
 DEMO_PER_CLASS = 400
 DEMO_SIZE = 128
 DEMO_IMAGE_SIZE = 56
+DEMO_EXAMINED = 64

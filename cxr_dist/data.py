@@ -177,6 +177,26 @@ class ShardSource:
         serialized.set_shape(positions.shape)
         return schema.parse_batch(serialized, size, encoding)["image"]
 
+    def pixels(self, positions: Positions) -> npt.NDArray[np.uint8]:
+        """The images at `positions`: uint8 [B, S, S]."""
+        return np.stack([self._pixels(payload)[..., 0] for payload in self._payloads(positions)])
+
+    def masks(self, positions: Positions) -> npt.NDArray[np.bool_] | None:
+        """Their lung masks, bool [B, S, S], all False where an image has none; None in a dataset without masks."""
+        if not self._manifest.settings.masks:
+            return None
+        size = self._manifest.image_size
+        encoded = (schema.decode_example(payload).mask for payload in self._payloads(positions))
+        return np.stack(
+            [np.zeros((size, size), np.bool_) if m is None else schema.decode_mask(m, size) for m in encoded]
+        )
+
+    def origins(self, positions: Positions) -> tuple[list[str | None], list[str]]:
+        """Where they came from, as the collection says, and their groups of duplicates."""
+        row_of = {row.path: row for row in self._manifest.rows}
+        rows = [row_of[self.paths[position]] for position in positions]
+        return [row.source for row in rows], [row.group for row in rows]
+
     def in_memory(self, limit_bytes: int) -> "Source":
         """All images, read now and in the order in which they lie on the disk; this source if they take too much."""
         size = self._manifest.image_size

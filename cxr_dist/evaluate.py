@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ import numpy.typing as npt
 from cxr_dist import calibration, cut, run_folder, steps
 from cxr_dist.calibration_file import CALIBRATION, read_fitted
 from cxr_dist.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
-from cxr_dist.data import EvaluationPlan, Positions, ShardSource, Source, weakly
+from cxr_dist.data import ArraySource, EvaluationPlan, Positions, ShardSource, Source, weakly
+from cxr_dist.examine import run as examine_run
+from cxr_dist.examine.result import Examination
+from cxr_dist.examine.scores import balanced_sample
 from cxr_dist.metrics import Predictions
 from cxr_dist.report import check_output_folder, write_evaluation
 from cxr_dist.strategy import Topology, make_strategy, prepare_devices, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import write_json
-from tfrecords_builder.images import load_gray
+from tfrecords_builder.images import decode_mask, load_gray, read_bytes
 from tfrecords_builder.manifest import check_shards, read_manifest
+from tfrecords_builder.metadata import read_metadata
 from tfrecords_builder.sources import find_images
 from tfrecords_builder.storage import Place, local_copy, parse_place
 
@@ -34,7 +39,7 @@ class FolderSource:
             raise UserError(
                 f"{folder}: class {unknown[0]} is none of the run's ({', '.join(class_names)}); rename or remove it"
             )
-        self.paths = [image.path for image in images]
+        self._found, self.paths = images, [image.path for image in images]
         self._folder, self._image_size = folder, image_size
         self._labels = np.array([class_names.index(image.class_name) for image in images], dtype=np.int32)
         self.groups: list[str] | None = None
@@ -55,6 +60,28 @@ class FolderSource:
         images.set_shape([positions.shape[0], self._image_size, self._image_size, 1])
         return images
 
+    def pixels(self, positions: Positions) -> npt.NDArray[np.uint8]:
+        """As `ShardSource.pixels`."""
+        return self._read(positions)[..., 0]
+
+    def masks(self, positions: Positions) -> npt.NDArray[np.bool_] | None:
+        """As `ShardSource.masks`."""
+        if not any(image.mask for image in self._found):
+            return None
+        masks = np.zeros((len(positions), self._image_size, self._image_size), np.bool_)
+        for mask, position in zip(masks, positions, strict=True):
+            name = self._found[position].mask
+            if name is not None:
+                path = self._folder / name
+                mask[:] = decode_mask(read_bytes(path), self._image_size, path)
+        return masks
+
+    def origins(self, positions: Positions) -> tuple[list[str | None], None]:
+        """As `ShardSource.origins`; what shows the same has not been looked for."""
+        known = read_metadata(self._folder, self._found)
+        paths = [self.paths[position] for position in positions]
+        return [known[path].source if path in known else None for path in paths], None
+
     def _read(self, positions: Positions) -> npt.NDArray[np.uint8]:
         try:
             images = [load_gray(self._folder / self.paths[position], self._image_size) for position in positions]
@@ -62,6 +89,9 @@ class FolderSource:
             self.failure = error
             raise
         return np.stack(images)[..., None]
+
+
+ImageSource = ShardSource | FolderSource
 
 
 @dataclass(frozen=True)
@@ -76,6 +106,8 @@ class Request:
     """By default the one that the run was trained on."""
     risk: float = calibration.RISK
     """Share of wrong answers that the threshold to answer at all may let through."""
+    examine: int = 0
+    """How many of the images to examine at most, each some thirty times; 0 leaves the examination out."""
 
 
 def evaluate_run(
@@ -97,7 +129,7 @@ def evaluate_run(
     check_output_folder(request.out)  # now, not after minutes of computing
     network = Network.load(request.run, devices)
     with _source(request, network.run.info) as (source, what):
-        predictions = network.predict(source, progress)
+        predictions, examination = network.evaluate(source, request.examine, progress)
     calibrated, reason = _calibrate(request, network, predictions)
     described = {
         "run": str(request.run),
@@ -110,7 +142,12 @@ def evaluate_run(
         "config": network.run.config.tree(),
     }
     return write_evaluation(
-        request.out, predictions, run_folder.read_history(request.run), described, calibrated=calibrated
+        request.out,
+        predictions,
+        run_folder.read_history(request.run),
+        described,
+        calibrated=calibrated,
+        examination=examination,
     )
 
 
@@ -144,32 +181,75 @@ class Network:
             model = load_model(run, precision)
         return cls(run, model, strategy, topology, precision)
 
-    def predict(
-        self, source: "ShardSource | FolderSource", progress: Callable[[int, int], None] | None = None
-    ) -> Predictions:
-        """Predictions of every image of `source`; `progress` is called with the images done and their number."""
-        per_step = BATCH_SIZE * self.topology.replicas
+    @cached_property
+    def _forward_step(self) -> Any:
+        xla = resolve_xla(self.run.config, self.topology.kind)
+        return steps.make_forward_step(self.strategy, cut.whole_network(self.model), xla=xla)
 
-        def count_images(steps: int, _total: int) -> None:
+    def predict(self, source: ImageSource, progress: Callable[[int, int], None] | None = None) -> Predictions:
+        """Predictions of every image of `source`; `progress` is called with the images done and their number."""
+        return self.evaluate(source, 0, progress)[0]
+
+    def evaluate(
+        self, source: ImageSource, examine: int = 0, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[Predictions, Examination | None]:
+        """Predictions of every image, and an examination of `examine` of them at most (None of none).
+
+        Args:
+            progress: Called with the images done and their number, an examined one as often as it is looked at.
+        """
+        names = self.run.info.class_names
+        rows = balanced_sample(source.labels, examine, self.run.config.seed)
+        total = source.count + len(rows) * examine_run.looks(len(names)) * bool(examine)
+        done = 0
+
+        def count(images: int) -> None:
+            nonlocal done
+            done = min(done + images, total)
             if progress is not None:
-                progress(min(steps * per_step, source.count), source.count)
+                progress(done, total)
+
+        def count_step(number: int, _total: int) -> None:
+            count(min(number * self._per_step, source.count) - done)
 
         try:
-            probabilities = class_probabilities(
-                self.strategy,
-                self.topology,
-                cut.whole_network(self.model),
-                source,
-                BATCH_SIZE,
-                xla=resolve_xla(self.run.config, self.topology.kind),
-                progress=count_images,
+            probabilities = self._probabilities(source, count_step)
+            predictions = Predictions(
+                source.paths, source.labels, probabilities.astype(np.float64), names, source.groups
             )
+            return predictions, self._examine(source, rows, count) if len(rows) else None
         except Exception as error:
             if source.failure is not None:
                 raise source.failure from error
             raise
-        return Predictions(
-            source.paths, source.labels, probabilities.astype(np.float64), self.run.info.class_names, source.groups
+
+    @property
+    def _per_step(self) -> int:
+        return BATCH_SIZE * self.topology.replicas
+
+    def _probabilities(
+        self, source: Source, progress: Callable[[int, int], None] | None = None
+    ) -> npt.NDArray[np.float32]:
+        return class_probabilities(self.strategy, self.topology, source, BATCH_SIZE, self._forward_step, progress)
+
+    def _examine(self, source: ImageSource, rows: Positions, done: Callable[[int], None]) -> Examination:
+        def forward(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+            given = ArraySource(images[..., None], np.zeros(len(images), np.int32))
+            return self._probabilities(given).astype(np.float64)
+
+        sources, groups = source.origins(rows)
+        return examine_run.examine(
+            forward,
+            source.pixels(rows),
+            source.labels[rows],
+            source.masks(rows),
+            sources,
+            groups,
+            self.run.info.class_names,
+            self.run.config.seed,
+            model=self.model,
+            names=[source.paths[row] for row in rows],
+            done=done,
         )
 
 
@@ -203,24 +283,22 @@ def _calibrate(
 def class_probabilities(
     strategy: Any,
     topology: Topology,
-    network: Any,
     source: Source,
     batch_size: int,
-    *,
-    xla: bool,
+    step: Callable[[Any], Any],
     progress: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """The softmax of `network`'s logits for every input of `source` once, in order, in inference mode.
+    """The softmax of a network's logits for every input of `source` once, in order, in inference mode.
 
     Args:
         batch_size: Images per replica and step.
+        step: `steps.make_forward_step` of the network; traced once, whatever the number of sources.
         progress: Called with the steps done and their number.
 
     Returns:
         float32 [N, C], complete on every worker.
     """
     plan = EvaluationPlan(source.count, batch_size, topology.replicas)
-    step = steps.make_forward_step(strategy, network, xla=xla)
     iterator = steps.distributed_batches(strategy, topology, source, plan)
     outputs: list[npt.NDArray[np.float32]] = []
     for number in range(plan.steps):

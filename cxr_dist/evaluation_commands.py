@@ -18,7 +18,15 @@ def evaluate(options: argparse.Namespace) -> None:
 
     if not 0 < options.risk < 1:
         raise UserError(f"--risk {options.risk}: is a share of wrong answers; give a number between 0 and 1")
-    request = Request(best_run(options.run), options.out, options.split, options.images, options.dataset, options.risk)
+    request = Request(
+        best_run(options.run),
+        options.out,
+        options.split,
+        options.images,
+        options.dataset,
+        risk=options.risk,
+        examine=options.examine,
+    )
     with progress_bar("evaluate") as progress:
         metrics = evaluate_run(request, options.devices, progress)
     print_metrics(metrics)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from cxr_dist import figures
 from cxr_dist.assessment import assess
 from cxr_dist.calibration import scaled
+from cxr_dist.examine.result import Examination
 from cxr_dist.metrics import (
     Predictions,
     is_predictions_file,
@@ -21,14 +23,17 @@ from cxr_dist.metrics import (
     write_predictions,
 )
 from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import is_temporary, write_bytes
+from tfrecords_builder.files import intended_name, write_bytes
 from tfrecords_builder.page import template_environment
 
 METRICS, PREDICTIONS, REPORT = "metrics.json", "predictions.parquet", "report.html"
 CONFUSION, ROC, HISTORY = "confusion_matrix.png", "roc.png", "history.png"
 RELIABILITY, RISK = "reliability.png", "risk_coverage.png"
 FILES = (PREDICTIONS, CONFUSION, ROC, HISTORY, RELIABILITY, RISK, REPORT, METRICS)
+EXAMINATION = "examination.json"
 MISTAKES_SHOWN = 20
+
+_OF_EXAMINATION = re.compile(r"examination(\.json|-[a-z]+(-\d+)?\.(svg|png))")
 
 _SPLIT_NAMES = {"train": "training", "validation": "validation", "test": "test"}
 _NOTHING = "–"  # noqa: RUF001
@@ -50,8 +55,8 @@ def check_output_folder(out: Path) -> None:
     if not entries or _is_metrics_file(out / METRICS):
         return
     # The metrics are written last, the predictions first: an interrupted evaluation has the one without the other.
-    ours = all(name in FILES or is_temporary(name, FILES) for name in entries)
-    written = [name for name in entries if not is_temporary(name, FILES)]
+    ours = all(_is_ours(intended_name(name) or name) for name in entries)
+    written = [name for name in entries if intended_name(name) is None]
     if ours and METRICS not in entries and (not written or is_predictions_file(out / PREDICTIONS)):
         return
     raise UserError(f"{out}: holds something other than an evaluation; give an empty or new folder")
@@ -64,6 +69,7 @@ def write_evaluation(
     info: Mapping[str, Any],
     best_epoch: int | None = None,
     calibrated: Mapping[str, Any] | None = None,
+    examination: Examination | None = None,
 ) -> dict[str, Any]:
     """Write metrics.json, predictions.parquet, report.html and its figures as PNG.
 
@@ -81,6 +87,7 @@ def write_evaluation(
         best_epoch: the epoch whose weights were evaluated, counted from 1 through all stages; by default the
             one of the highest validation accuracy.
         calibrated: what `calibration.fit` found on validation images; without it the report says nothing of it.
+        examination: of the same network; then there are examination.json and its figures too.
 
     Returns:
         The metrics, as `assessment.assess` gives them.
@@ -92,14 +99,17 @@ def write_evaluation(
     metrics = assess(predictions, calibrated)
     drawings = _drawings(metrics, predictions, history, _kind_of_images(info), best_epoch)
     images = {drawing.file: figures.png_bytes(drawing.figure) for drawing in drawings}
-    page = render_report(metrics, predictions, info, drawings)
+    page = render_report(metrics, predictions, info, drawings, examination)
+    examined = _examination_files(examination)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / METRICS).unlink(missing_ok=True)
         write_predictions(out / PREDICTIONS, predictions)
         for name in {CONFUSION, ROC, HISTORY, RELIABILITY, RISK} - images.keys():
             (out / name).unlink(missing_ok=True)  # of an earlier evaluation that had it
-        for name, content in images.items():
+        for old in [path for path in out.iterdir() if _OF_EXAMINATION.fullmatch(path.name)]:
+            old.unlink()
+        for name, content in (images | examined).items():
             write_bytes(out / name, content)
         write_bytes(out / REPORT, page.encode())
         write_bytes(out / METRICS, metrics_json(metrics).encode())
@@ -162,7 +172,11 @@ def _drawings(
 
 
 def render_report(
-    metrics: Mapping[str, Any], predictions: Predictions, info: Mapping[str, Any], drawings: Sequence[Drawing]
+    metrics: Mapping[str, Any],
+    predictions: Predictions,
+    info: Mapping[str, Any],
+    drawings: Sequence[Drawing],
+    examination: Examination | None = None,
 ) -> str:
     """The report as one HTML page that loads nothing: style and figures are inside."""
     shown = {drawing.file: drawing.shown for drawing in drawings}
@@ -178,6 +192,7 @@ def render_report(
     errors = int(np.sum(predictions.labels != predictions.predicted))
     return environment.get_template("report.html.j2").render(
         metrics=metrics,
+        examination=examination,
         kind=_kind_of_images(info),
         figures=[shown[name] for name in (CONFUSION, ROC, HISTORY) if name in shown],
         calibration_figures=[shown[name] for name in (RELIABILITY, RISK) if name in shown],
@@ -188,7 +203,7 @@ def render_report(
         published_words=published_words(metrics["published"]),
         card=model_card(info),
         tables=info_tables(info),
-        files=[PREDICTIONS, METRICS, *shown],
+        files=[PREDICTIONS, METRICS, *shown, *([EXAMINATION] if examination else [])],
         written=datetime.now().astimezone().isoformat(" ", "seconds"),
     )
 
@@ -353,6 +368,16 @@ def info_tables(info: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]
         (_words(title), [(key, _value(value)) for key, value in _flattened(group)]) for title, group in groups.items()
     ]
     return tables
+
+
+def _examination_files(examination: Examination | None) -> dict[str, bytes]:
+    if examination is None:
+        return {}
+    return {EXAMINATION: examination.to_json().encode()} | {panel.file: panel.content for panel in examination.panels}
+
+
+def _is_ours(name: str) -> bool:
+    return name in FILES or _OF_EXAMINATION.fullmatch(name) is not None
 
 
 def _is_metrics_file(path: Path) -> bool:

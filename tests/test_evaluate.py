@@ -34,7 +34,8 @@ def test_101_images_on_1_2_and_3_replicas() -> None:
         iterator = steps.distributed_batches(strategy, local_topology(replicas), source, plan)
         confusion, _ = steps.make_evaluation_step(strategy, network, CLASSES, xla=False)(iterator, plan.steps)
         confusions.append(confusion)
-        outputs.append(class_probabilities(strategy, local_topology(replicas), network, source, 16, xla=False))
+        step = steps.make_forward_step(strategy, network, xla=False)
+        outputs.append(class_probabilities(strategy, local_topology(replicas), source, 16, step))
     assert confusions[0].sum() == 101
     assert confusions[0].sum(axis=1).tolist() == np.bincount(source.labels).tolist()
     for confusion, probabilities in zip(confusions[1:], outputs[1:], strict=True):

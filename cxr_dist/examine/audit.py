@@ -1,0 +1,213 @@
+"""Whether the answers come from the lungs: what is left of them when lungs or border are taken away or exchanged.
+
+Three questions about the border, as none alone is enough. A network that uses a letter in a corner may still name one
+class for everything when all but the border is filled (`border_only`), as it has never seen such images. It may lose
+little when the border is filled, if the lungs tell it too. Under a conflict of cues it must choose: the border of an
+image of one class around an image of another (Geirhos et al., "ImageNet-trained CNNs are biased towards texture", ICLR
+2019). Beside it stands the same image in the border of another image of its own class: what differs is nothing but the
+class of the border, so what a border disturbs as such cancels out.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cxr_dist.examine import occlude
+from cxr_dist.examine.occlude import Masks
+from cxr_dist.examine.perturb import Images
+from cxr_dist.examine.result import Finding
+from cxr_dist.examine.scores import (
+    Labels,
+    chance_of,
+    lower_bound,
+    paired_fall,
+    permutation_bound,
+    score,
+    sign_test,
+)
+
+Classify = Callable[[Images], Labels]
+"""uint8 [N, S, S] -> int32 [N], the class that the network names."""
+
+MARGIN = 0.1
+"""How much above chance, or how much of a fall, is no trifle."""
+P_VALUE = 0.01
+WITHOUT_LUNGS = ("without_lungs", "border_only")
+"""Occlusions that leave no lung to go by."""
+RULES = {
+    "without_lungs": "alarm: the lower 99 % bound of the accuracy (Clopper-Pearson) is over 0.1 above the share of "
+    "the most frequent class, and the accuracy above the 99 % quantile of the same answers dealt at random",
+    "without_border": "alarm: the accuracy falls by more than 0.1 with the 99 % bound of the paired fall, and the "
+    "exact sign test gives p < 0.01",
+    "cue_conflict": "alarm: answers follow the class of a foreign border more than 0.1 oftener than they name that "
+    "class in a border of the image's own class, and the exact sign test over images gives p < 0.01",
+}
+"""When something is an alarm, for people."""
+
+
+def looks(classes: int) -> int:
+    """How often each image is looked at."""
+    return len(occlude.OCCLUSIONS) + classes
+
+
+def occlusion_scores(
+    classify: Classify,
+    images: Images,
+    labels: Labels,
+    predicted: Labels,
+    masks: Masks | None,
+    classes: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Accuracy and macro F1 under each occlusion, beside chance.
+
+    Args:
+        classify: The network.
+        images: uint8 [N, S, S].
+        labels: int32 [N].
+        predicted: int32 [N]: what it named for `images` as they are.
+        masks: bool [N, S, S] or None; see `occlude.lung_boxes`.
+        classes: C.
+        seed: Of the permutations.
+    """
+    known = occlude.lung_boxes(masks, *images.shape[:2])[1]
+    chance, right = chance_of(labels), predicted == labels
+    variants = {}
+    for name, (title, change) in occlude.OCCLUSIONS.items():
+        answers = classify(change(images, masks))
+        fall = paired_fall(right, answers == labels)
+        variants[name] = {
+            "title": title,
+            **score(labels, answers, classes),
+            "lower": lower_bound(int(np.sum(answers == labels)), len(labels)),
+            "permutation_bound": permutation_bound(labels, answers, seed),
+            "most_named": float(np.bincount(answers).max() / len(answers)),
+            "fall": fall["fall"],
+            "fall_lower": fall["lower"],
+            "fall_p_value": fall["p_value"],
+            "images_without_mask": int(np.sum(~known)) if name in occlude.USES_MASKS else None,
+        }
+    return {
+        "chance": chance,
+        "as_they_are": score(labels, predicted, classes),
+        "variants": variants,
+        "border_share": occlude.BORDER_SHARE,
+        "central_box": list(occlude.CENTRAL_BOX),
+        "rule": RULES["without_lungs"],
+        "rule_border": RULES["without_border"],
+    }
+
+
+def cue_conflict(classify: Classify, images: Images, labels: Labels, classes: int, seed: int) -> dict[str, Any]:
+    """How often the answer follows the border's class when border and image are of different classes.
+
+    Each image gets a border of every other class in turn, each time that of an image drawn by `seed`, and as a control
+    that of another image of its own class (its own border, where it is alone).
+
+    Args:
+        classify: The network.
+        images: uint8 [N, S, S].
+        labels: int32 [N], of two classes at least, or nothing is measured.
+        classes: C.
+        seed: Of the donors.
+
+    Returns:
+        images, conflicts: numbers of images and of pairs.
+        follows_border: share of conflicts in which the answer is the border's class.
+        follows_image: share in which it is the image's.
+        control: share in which the image, in a border of its own class, is given the class that the foreign border has.
+        excess: follows_border - control.
+        p_value: that as many images, or more, lean towards the border by chance (`scores.sign_test`).
+    """
+    present = np.unique(labels)
+    empty = {"images": len(labels), "conflicts": 0, "rule": RULES["cue_conflict"]}
+    nothing = dict.fromkeys(("follows_border", "follows_image", "control", "excess", "p_value"))
+    if len(present) < 2:
+        return empty | nothing | {"reason": "all images are of one class"}
+    random = np.random.default_rng([seed, 13])
+    of_class = {int(label): np.flatnonzero(labels == label) for label in present}
+    own = np.array([_other(random, of_class[int(label)], row) for row, label in enumerate(labels)])
+    control = classify(occlude.with_border_of(images, images[own]))
+    followed, kept, named_before = [], [], []
+    # The r-th class after the image's own among those present: over the turns, each other class once.
+    places = np.searchsorted(present, labels)
+    for turn in range(1, len(present)):
+        foreign = present[(places + turn) % len(present)]
+        donors = np.array([random.choice(of_class[int(label)]) for label in foreign])
+        answers = classify(occlude.with_border_of(images, images[donors]))
+        followed.append(answers == foreign)
+        kept.append(answers == labels)
+        named_before.append(control == foreign)
+    leaning = np.sum(followed, axis=0) - np.sum(named_before, axis=0)
+    follows, before = float(np.mean(followed)), float(np.mean(named_before))
+    return empty | {
+        "conflicts": len(labels) * (len(present) - 1),
+        "follows_border": follows,
+        "follows_image": float(np.mean(kept)),
+        "control": before,
+        "excess": follows - before,
+        "p_value": sign_test(int(np.sum(leaning > 0)), int(np.sum(leaning < 0))),
+        "reason": None,
+    }
+
+
+def occlusion_findings(occlusions: Mapping[str, Any]) -> list[Finding]:
+    """Alarms by `RULES`."""
+    found = []
+    chance, before = occlusions["chance"], occlusions["as_they_are"]["accuracy"]
+    for name in WITHOUT_LUNGS:
+        item = occlusions["variants"][name]
+        if item["lower"] > chance + MARGIN and item["accuracy"] > item["permutation_bound"]:
+            what = {
+                "without_lungs": "with the lungs blacked out"
+                if not item["images_without_mask"]
+                else "with the lungs blacked out (where an image has no mask, a box in the middle)",
+                "border_only": "from the border of the image alone",
+            }[name]
+            found.append(
+                Finding(
+                    name,
+                    "alarm",
+                    f"A high score without lungs: {what} the network still has an accuracy of "
+                    f"{100 * item['accuracy']:.0f}% (chance: {100 * chance:.0f}%). It goes by something that is not "
+                    "the disease.",
+                    {"accuracy": item["accuracy"], "lower": item["lower"], "chance": chance},
+                )
+            )
+    item = occlusions["variants"]["without_border"]
+    if item["fall_lower"] > MARGIN and item["fall_p_value"] < P_VALUE:
+        found.append(
+            Finding(
+                "without_border",
+                "alarm",
+                "What the network uses lies in the border: with the outer "
+                f"{100 * occlusions['border_share']:.0f}% of each side filled by what lies next to it, the accuracy "
+                f"falls from {100 * before:.0f}% to {100 * item['accuracy']:.0f}%.",
+                {"accuracy": item["accuracy"], "accuracy_before": before, "fall_lower": item["fall_lower"]},
+            )
+        )
+    return found
+
+
+def conflict_findings(conflict: Mapping[str, Any]) -> list[Finding]:
+    """An alarm by `RULES`."""
+    if conflict["excess"] is None or conflict["excess"] <= MARGIN or conflict["p_value"] >= P_VALUE:
+        return []
+    return [
+        Finding(
+            "cue_conflict",
+            "alarm",
+            "The border decides: put into the border of an image of another class, "
+            f"{100 * conflict['follows_border']:.0f}% of the images are given that class, where "
+            f"{100 * conflict['control']:.0f}% are in a border of their own class.",
+            {key: conflict[key] for key in ("follows_border", "follows_image", "control", "excess", "p_value")},
+        )
+    ]
+
+
+def _other(random: np.random.Generator, rows: npt.NDArray[np.int64], row: int) -> int:
+    """One of `rows` that is not `row`; `row` where there is no other."""
+    others = rows[rows != row]
+    return int(random.choice(others)) if len(others) else row

@@ -1,0 +1,107 @@
+"""Pictures for people: an X-ray with the network's attention over it. Pure."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cxr_dist.examine.attention import Maps, enlarged
+from cxr_dist.examine.result import Panel
+
+MISTAKES = 12
+SUCCESSES_PER_CLASS = 2
+SIDE = 168
+"""Of a picture, in pixels: small, as a report holds twenty."""
+HEAT = "cividis"
+"""Nunez, Anderton and Renslow, PLOS ONE 13, 2018: looks alike with and without a colour vision deficiency."""
+OPACITY = 0.65
+"""Of the highest heat; none is transparent, so that the X-ray stays to be seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the network said of N images of C classes, and what is right."""
+
+    labels: npt.NDArray[np.int32]
+    probabilities: npt.NDArray[np.float64]
+    class_names: tuple[str, ...]
+    names: Sequence[str]
+    """Of the images."""
+
+    @property
+    def predicted(self) -> npt.NDArray[np.int32]:
+        return np.argmax(self.probabilities, axis=1).astype(np.int32)
+
+
+def chosen(answers: Answers, seed: int) -> tuple[list[int], list[int]]:
+    """Positions of the most confident mistakes, the surest first, and of right answers drawn by `seed`, by class."""
+    sure = answers.probabilities.max(axis=1)
+    right = answers.predicted == answers.labels
+    mistakes = sorted(np.flatnonzero(~right).tolist(), key=lambda row: (-sure[row], row))[:MISTAKES]
+    random = np.random.default_rng([seed, 5])
+    successes: list[int] = []
+    for label in range(len(answers.class_names)):
+        rows = random.permutation(np.flatnonzero(right & (answers.labels == label)))
+        successes += sorted(rows[:SUCCESSES_PER_CLASS].tolist())
+    return mistakes, successes
+
+
+def overlay_png(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32]) -> bytes:
+    """A gray image, uint8 [S, S], with a map, float32 [h, w] of 0 to 1, over it, as PNG of `SIDE` pixels."""
+    gray = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float64)
+    heat = enlarged(heat[None], SIDE)[0]
+    colours = np.asarray(mpl.colormaps[HEAT](heat))[..., :3] * 255
+    opacity = OPACITY * heat[..., None].astype(np.float64)
+    mixed = (1 - opacity) * gray[..., None] + opacity * colours
+    buffer = io.BytesIO()
+    Image.fromarray(np.rint(mixed).astype(np.uint8)).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def gallery(images: npt.NDArray[np.uint8], maps: Maps, answers: Answers, seed: int) -> list[Panel]:
+    """A panel for each chosen image, mistakes first.
+
+    Args:
+        images: uint8 [N, S, S].
+        maps: float32 [N, h, w]: of the class that the network named.
+        answers: Of the same images.
+        seed: Of the choice of right answers.
+    """
+    panels = []
+    for kind, rows in zip(("mistake", "success"), chosen(answers, seed), strict=True):
+        for number, row in enumerate(rows, start=1):
+            true, named = (_words(answers.class_names[at[row]]) for at in (answers.labels, answers.predicted))
+            sure = 100 * answers.probabilities[row].max()
+            title = f"{true} taken for {named}" if kind == "mistake" else f"{true}, recognised"
+            caption = f"{answers.names[row]}: {named} with a probability of {sure:.1f}%{_place(maps[row])}."
+            panels.append(
+                Panel(
+                    file=f"examination-{kind}-{number:02}.png",
+                    section="attention",
+                    title=title,
+                    caption=caption,
+                    alt=f"X-ray with the network's attention over it. {title}. {caption}",
+                    png=overlay_png(images[row], maps[row]),
+                )
+            )
+    return panels
+
+
+def _place(heat: npt.NDArray[np.float32]) -> str:
+    """Where the map is highest, in words."""
+    if not heat.any():
+        return "; no place of the image speaks for it"
+    row, column = np.unravel_index(np.argmax(heat), heat.shape)
+    heights, widths = ("upper", "middle", "lower"), ("left", "centre", "right")
+    height = heights[min(int(3 * (row + 0.5) / heat.shape[0]), 2)]
+    width = widths[min(int(3 * (column + 0.5) / heat.shape[1]), 2)]
+    where = "centre" if (height, width) == ("middle", "centre") else f"{height} {width}"
+    return f"; most of the attention in the {where} of the picture"
+
+
+def _words(class_name: str) -> str:
+    return class_name.replace("_", " ").strip() or class_name

@@ -1,0 +1,168 @@
+"""A shortcut that is planted is found, and one that is not there is not."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cxr_dist.examine import audit, occlude, perturb, provenance, scores
+from cxr_dist.examine.result import Examination
+from cxr_dist.examine.run import examine
+
+CLASSES, SIDE = 4, 32
+NAMES = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
+
+
+def planted(seed: int, count: int = 64) -> tuple[Any, Any, Any]:
+    """Noise; the class as a gray level in a corner, and as one in the lungs; masks."""
+    random = np.random.default_rng(seed)
+    labels = random.permutation(np.arange(count) % CLASSES).astype(np.int32)
+    images = random.integers(90, 110, (count, SIDE, SIDE)).astype(np.uint8)
+    masks = np.zeros(images.shape, np.bool_)
+    masks[:, 9:23, 7:14] = masks[:, 9:23, 18:25] = True
+    for image, label in zip(images, labels, strict=True):
+        image[:3, :3] = 30 + 60 * label
+        image[10:22, 8:13] = 30 + 60 * label
+    return images, labels, masks
+
+
+def reader(rows: slice, columns: slice, collapses: bool = False) -> Any:
+    """A network that reads the gray level of one place; one that `collapses` names class 0 where the middle is flat."""
+
+    def forward(images: Any) -> Any:
+        level = images[:, rows, columns].mean(axis=(1, 2))
+        named = np.clip(np.rint((level - 30) / 60), 0, CLASSES - 1).astype(int)
+        if collapses:
+            named[np.ptp(images[:, 8:24, 8:24].reshape(len(images), -1), axis=1) == 0] = 0
+        return np.eye(CLASSES)[named]
+
+    return forward
+
+
+CORNER, LUNGS = (slice(0, 3), slice(0, 3)), (slice(10, 22), slice(8, 13))
+
+
+def run(forward: Any, seed: int, masked: bool) -> Examination:
+    images, labels, masks = planted(seed)
+    return examine(forward, images, labels, masks if masked else None, None, None, NAMES, seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_reads_the_corner_alarms_and_what_reads_the_lungs_does_not(seed: int, masked: bool) -> None:
+    shortcut, honest = run(reader(*CORNER), seed, masked), run(reader(*LUNGS), seed, masked)
+    assert {each.name for each in shortcut.alarms} == {"cue_conflict", "border_only", "without_border", "without_lungs"}
+    assert honest.alarms == []
+    assert honest.numbers["cue_conflict"]["follows_image"] == 1
+    assert shortcut.numbers["cue_conflict"]["follows_border"] == 1
+
+
+def test_a_network_that_collapses_on_the_border_alone_is_found_by_the_other_two() -> None:
+    found = run(reader(*CORNER, collapses=True), 0, True)
+    assert {each.name for each in found.alarms} == {"cue_conflict", "without_border"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_at_random_do_not_alarm(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    assert run(lambda images: random.dirichlet(np.ones(CLASSES), len(images)), seed, True).alarms == []
+
+
+def test_json_is_strict_and_holds_the_findings() -> None:
+    tree = json.loads(run(reader(*CORNER), 0, False).to_json(), parse_constant=pytest.fail)
+    assert tree["findings"][0]["name"] == "cue_conflict"
+    assert tree["occlusions"]["variants"]["without_lungs"]["images_without_mask"] == 64
+
+
+def test_one_image_and_one_class_give_numbers_too() -> None:
+    images, labels, _ = planted(0)
+    for rows in (slice(0, 1), np.flatnonzero(labels == 2)):
+        found = examine(reader(*CORNER), images[rows], labels[rows], None, None, None, NAMES, 0)
+        assert {each.name for each in found.alarms} <= {"without_border"}, "where there is no chance, none is beaten"
+        assert json.loads(found.to_json())["cue_conflict"]["excess"] is None
+
+
+def test_a_fill_tells_nothing_of_what_it_hides() -> None:
+    """Whatever lies in the hole, and whatever shape the mask has inside its rectangle, the result is the same."""
+    images, _, masks = planted(0, 8)
+    boxes, _ = occlude.lung_boxes(masks, 8, SIDE)
+    other, thinner = images.copy(), masks.copy()
+    other[boxes] = 255
+    thinner[:, 12:20, 9:12] = False
+    np.testing.assert_array_equal(occlude.without_lungs(images, masks), occlude.without_lungs(other, thinner))
+    assert boxes[masks].all()
+    edge = occlude.border_mask(SIDE)
+    np.testing.assert_array_equal(occlude.border_only(images)[:, edge], images[:, edge])
+    np.testing.assert_array_equal(occlude.without_border(images)[:, ~edge], images[:, ~edge])
+
+
+def test_strength_none_and_neutral_strengths_change_nothing() -> None:
+    images, _, _ = planted(0, 8)
+    for kind in perturb.PERTURBATIONS:
+        assert kind.strengths[0] is None
+        np.testing.assert_array_equal(kind.apply(images, None, 0), images)
+        assert not np.array_equal(kind.apply(images, kind.strengths[1], 0), images)
+    neutral = {perturb.rotated: 0, perturb.shifted: 0, perturb.contrasted: 1, perturb.noisy: 0, perturb.coarsened: 1}
+    for change, strength in neutral.items():
+        np.testing.assert_array_equal(change(images, strength), images)
+
+
+def test_rotation_beside_numpy_and_scipy() -> None:
+    from scipy import ndimage
+
+    images = np.random.default_rng(0).integers(0, 256, (3, 33, 33)).astype(np.uint8)
+    for turns in (1, 2, 3):
+        np.testing.assert_array_equal(perturb.rotated(images, 90 * turns), np.rot90(images, turns, (1, 2)))
+    expected = ndimage.rotate(images[0].astype(float), 10, reshape=False, order=1, mode="nearest")
+    inner = (slice(6, -6), slice(6, -6))
+    assert np.abs(perturb.rotated(images, 10)[0][inner] - expected[inner]).max() <= 2
+
+
+def test_bounds_beside_scipy() -> None:
+    from scipy.stats import binomtest
+
+    for right, total in ((0, 5), (3, 9), (9, 9)):
+        exact = binomtest(right, total, alternative="greater").proportion_ci(0.99, "exact").low
+        assert scores.lower_bound(right, total) == pytest.approx(exact)
+        assert scores.sign_test(right, total - right) == pytest.approx(
+            binomtest(right, total, alternative="greater").pvalue
+        )
+    labels = np.repeat([0, 1, 2], [50, 20, 3]).astype(np.int32)
+    chosen = scores.balanced_sample(labels, 30, 0)
+    assert np.bincount(labels[chosen]).tolist() == [14, 13, 3]
+    assert len(scores.balanced_sample(labels, 500, 0)) == 73
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_planted_source_is_told_and_a_random_one_is_not(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(2), 40).astype(np.int32)
+    sources = random.permutation(np.tile(["a", "b"], 40)).tolist()
+    features = random.normal(size=(80, 200)).astype(np.float32)
+    quiet = provenance.source_in_features(features, labels, sources, None, ("x", "y"), seed)
+    assert provenance.feature_findings(quiet) == []
+    features[:, :20] += 2 * (np.array(sources) == "b")[:, None]
+    loud = provenance.source_in_features(features, labels, sources, None, ("x", "y"), seed)
+    assert len(provenance.feature_findings(loud)) == 2
+    coincide = provenance.source_in_features(features, labels, ["a"] * 40 + ["b"] * 40, None, ("x", "y"), seed)
+    assert coincide["skipped"]
+    assert coincide["classes_of_one_source"] == ["x", "y"]
+
+
+def test_copies_are_not_evidence_of_a_source() -> None:
+    """Five copies of each image: told apart by memory alone, unless copies are kept in one fold."""
+    random = np.random.default_rng(0)
+    features = np.repeat(random.normal(size=(16, 100)), 5, axis=0).astype(np.float32)
+    sources = np.repeat(random.permutation(np.tile(["a", "b"], 8)), 5).tolist()
+    groups = np.repeat(np.arange(16), 5).astype(str).tolist()
+    labels = np.zeros(80, np.int32)
+    told = provenance.source_in_features(features, labels, sources, groups, ("x",), 0)
+    assert not told["classes"]["x"]["told"]
+    assert provenance.source_in_features(features, labels, sources, None, ("x",), 0)["classes"]["x"]["told"]
+
+
+def test_conflicts_are_all_pairs_of_classes() -> None:
+    images, labels, _ = planted(0, 16)
+    found = audit.cue_conflict(lambda changed: labels, images, labels, CLASSES, 0)
+    assert (found["conflicts"], found["follows_image"], found["excess"]) == (48, 1.0, 0.0)
