@@ -127,8 +127,9 @@ def evaluate_run(
         UserError: the run is not finished, or the images cannot be had.
     """
     check_output_folder(request.out)  # now, not after minutes of computing
-    network = Network.load(request.run, devices)
-    with _source(request, network.run.info) as (source, what):
+    run = read_finished(request.run)
+    with _source(request, run.info) as (source, what):
+        network = Network.load(run, devices)
         predictions, examination = network.evaluate(source, request.examine, progress)
     calibrated, reason = _calibrate(request, network, predictions)
     described = {
@@ -155,9 +156,9 @@ def predict_run(
     request: Request, devices: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Predictions:
     """The predictions alone of what `evaluate_run` would evaluate; nothing is written."""
-    network = Network.load(request.run, devices)
-    with _source(request, network.run.info) as (source, _):
-        return network.predict(source, progress)
+    run = read_finished(request.run)
+    with _source(request, run.info) as (source, _):
+        return Network.load(run, devices).predict(source, progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,9 +172,8 @@ class Network:
     precision: str
 
     @classmethod
-    def load(cls, folder: Path, devices: int | None = None) -> "Network":
-        """Raises UserError where the run is not finished, or its model is damaged."""
-        run = read_finished(folder)
+    def load(cls, run: FinishedRun, devices: int | None = None) -> "Network":
+        """Raises UserError where the model is damaged."""
         topology = prepare_devices(devices, option="--devices")
         precision = resolve_precision(run.config.precision, topology.kind)
         strategy = make_strategy(topology)

@@ -30,6 +30,8 @@ def evaluate(options: argparse.Namespace) -> None:
     with progress_bar("evaluate") as progress:
         metrics = evaluate_run(request, options.devices, progress)
     print_metrics(metrics)
+    for finding in metrics.get("alarms", ()):
+        print(f"ALARM: {finding}")
     print(f"report: {options.out / 'report.html'}")
 
 

@@ -90,13 +90,15 @@ def write_evaluation(
         examination: of the same network; then there are examination.json and its figures too.
 
     Returns:
-        The metrics, as `assessment.assess` gives them.
+        The metrics, as `assessment.assess` gives them, and with an examination its `alarms` as sentences.
 
     Raises:
         UserError: `out` holds something else, or cannot be written.
     """
     check_output_folder(out)
     metrics = assess(predictions, calibrated)
+    if examination is not None:
+        metrics["alarms"] = [finding.sentence for finding in examination.alarms]
     drawings = _drawings(metrics, predictions, history, _kind_of_images(info), best_epoch)
     images = {drawing.file: figures.png_bytes(drawing.figure) for drawing in drawings}
     page = render_report(metrics, predictions, info, drawings, examination)
