@@ -171,8 +171,8 @@ def occlusion_findings(occlusions: Mapping[str, Any]) -> list[Finding]:
                     name,
                     "alarm",
                     f"A high score without lungs: {what} the network still has an accuracy of "
-                    f"{100 * item['accuracy']:.0f}% (chance: {100 * chance:.0f}%). At least in part it goes by something "
-                    "that is not the disease.",
+                    f"{100 * item['accuracy']:.0f}% (chance: {100 * chance:.0f}%). At least in part it goes by "
+                    "something that is not the disease.",
                     {"accuracy": item["accuracy"], "lower": item["lower"], "chance": chance},
                 )
             )
