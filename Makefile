@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 # Most of a test is tracing, which takes one core; a file of tests shares what it has trained.
-PYTEST_ARGS := -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST_ARGS := -n 2 --no-loadscope-reorder
 
 # Without bytecode files, every process would compile TensorFlow's modules again.
 unexport PYTHONDONTWRITEBYTECODE

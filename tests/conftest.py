@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -68,16 +69,30 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests share a process; those with a Ray cluster share one, and begin first as they take longest.
+_RAY_FILES = tuple(f"tests/integration/test_{name}.py" for name in ("ray", "serve", "submit", "tune_ray"))
+RAY_FILES = (*_RAY_FILES, "tests/faults/test_lost_workers.py", "tests/faults/test_partition.py")
 
-    Two clusters of one machine contend for the port of the agent that takes jobs.
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests share a process, and those with a Ray cluster share one.
+
+    Two clusters of one machine contend for the port of the agent that takes jobs. xdist's own groups have no effect
+    with pytest 9.2.
     """
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(RAY_FILES) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a Ray cluster begin first as they take longest, file by file: fixtures of the session mix files."""
+    items.sort(key=lambda item: (0, str(item.path)) if item.get_closest_marker("ray") else (1, ""))
 
 
 @pytest.fixture
