@@ -50,6 +50,7 @@ def read_fitted(run: Path) -> dict[str, Any] | None:
             raise ValueError("is no JSON object")
         _check_temperature(raw)
         _check_threshold(raw)
+        _check_risk(raw)
         return raw
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from None
@@ -67,6 +68,12 @@ def _check_threshold(raw: dict[str, Any]) -> None:
     value = _number(raw, "abstain_threshold")
     if value is not None and not 0.0 <= value <= 1.0:
         raise ValueError("abstain_threshold must be null, or a number from 0 to 1")
+
+
+def _check_risk(raw: dict[str, Any]) -> None:
+    value = _number(raw, "target_risk")
+    if value is None or not 0.0 < value < 1.0:
+        raise ValueError("target_risk must be a number between 0 and 1")
 
 
 def _number(raw: dict[str, Any], key: str) -> float | None:

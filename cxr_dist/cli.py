@@ -65,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_phantoms(command)
     _add_datasets(command)
     _add_training(command)
+    _add_search(command)
+    _add_evaluation(command)
     _add_use(command)
     _add_bench(command)
     _add_jobs(command, subparsers.choices)
@@ -171,6 +173,8 @@ def _add_training(command: Command) -> None:
         "--address", metavar="ADDRESS", help="of a Ray cluster (default: $RAY_ADDRESS, or one of its own)"
     )
 
+
+def _add_search(command: Command) -> None:
     tune = command("tune", search_commands.tune, "search settings; started again with the same --out it goes on")
     tune.add_argument("dataset", type=parse_place, metavar="DATASET", help=DATASET_HELP)
     tune.add_argument("--out", type=Path, required=True, metavar="EXPERIMENT", help="the search's folder")
@@ -205,6 +209,8 @@ def _add_training(command: Command) -> None:
         help="leave that of the best trial to another job",
     )
 
+
+def _add_evaluation(command: Command) -> None:
     evaluate = command(
         "evaluate",
         evaluation_commands.evaluate,

@@ -271,7 +271,8 @@ def _calibrate(
             with _source(own, network.run.info) as (source, _):
                 validation = network.predict(source)
         except UserError as error:
-            return known, f"none: the validation images of the run cannot be had ({error})"
+            kept = "none" if known is None else f"for a risk of {known['target_risk']}, as it was fitted before"
+            return known, f"{kept}: the validation images of the run cannot be had ({error})"
     fitted = calibration.fit(validation, request.risk)
     try:
         write_json(request.run / CALIBRATION, fitted)

@@ -8,7 +8,6 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -21,7 +20,6 @@ from sklearn.metrics import auc
 
 from cxr_dist.calibration import risk_coverage
 from cxr_dist.metrics import Predictions, mean_roc_curve, roc_curves
-from tfrecords_builder.files import write_bytes
 
 STAGE_LABELS = {"1": "stage 1: head", "2": "stage 2: fine-tuning"}
 
@@ -43,8 +41,6 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "text.usetex": False,
     "savefig.facecolor": "white",
-    "svg.fonttype": "path",  # no font has to be there, or be fetched
-    "svg.hashsalt": "cxr-dist",  # the same figure gives the same bytes
 }
 
 
@@ -270,20 +266,6 @@ def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
     with mpl.rc_context(_STYLE):
         figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def svg_bytes(figure: Figure) -> bytes:
-    """`figure` as SVG, text as outlines; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with mpl.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.1, metadata=nothing)
-    return buffer.getvalue()
-
-
-def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
-    """Write `figure` to `path` as a PNG, complete or not at all."""
-    write_bytes(path, png_bytes(figure, dpi))
 
 
 def _label(class_name: str, width: int) -> str:

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cxr_dist import figures
+from cxr_dist import captions, figures
 from cxr_dist.assessment import assess
 from cxr_dist.calibration import scaled
 from cxr_dist.examine.result import Examination
 from cxr_dist.metrics import (
     Predictions,
     is_predictions_file,
-    roc_curves,
     write_predictions,
 )
+from tfrecords_builder.eda_figures import svg_bytes
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import intended_name, write_bytes
 from tfrecords_builder.page import template_environment
@@ -36,7 +36,6 @@ MISTAKES_SHOWN = 20
 _OF_EXAMINATION = re.compile(r"examination(\.json|-[a-z]+(-\d+)?\.(svg|png))")
 
 _SPLIT_NAMES = {"train": "training", "validation": "validation", "test": "test"}
-_NOTHING = "–"  # noqa: RUF001
 
 
 def check_output_folder(out: Path) -> None:
@@ -139,7 +138,7 @@ class Drawing:
     @property
     def shown(self) -> dict[str, str]:
         """As the page has it: vectors, and the caption as text alternative."""
-        data = base64.b64encode(figures.svg_bytes(self.figure)).decode()
+        data = base64.b64encode(svg_bytes(self.figure)).decode()
         alt = f"{self.title}. {self.caption}"
         return {"file": self.file, "title": self.title, "caption": self.caption, "alt": alt, "data": data}
 
@@ -153,23 +152,23 @@ def _drawings(
 ) -> list[Drawing]:
     confusion = figures.confusion_matrix_figure(metrics["confusion_matrix"], predictions.class_names)
     drawings = [
-        Drawing(CONFUSION, "Confusion matrix", confusion_caption(metrics, kind), confusion),
-        Drawing(ROC, "ROC curves", roc_caption(metrics, predictions), figures.roc_figure(predictions)),
+        Drawing(CONFUSION, "Confusion matrix", captions.confusion_caption(metrics, kind), confusion),
+        Drawing(ROC, "ROC curves", captions.roc_caption(metrics, predictions), figures.roc_figure(predictions)),
     ]
     if history:
         figure = figures.history_figure(history, best_epoch)
-        drawings.append(Drawing(HISTORY, "Training history", history_caption(history, best_epoch), figure))
+        drawings.append(Drawing(HISTORY, "Training history", captions.history_caption(history, best_epoch), figure))
     calibrated = metrics["calibration"]
     if calibrated is not None:
         bins, answers = calibrated["reliability"], calibrated["answers"]
         figure = figures.reliability_figure(bins["before"], bins["after"])
-        drawings.append(Drawing(RELIABILITY, "Reliability", reliability_caption(calibrated), figure))
+        drawings.append(Drawing(RELIABILITY, "Reliability", captions.reliability_caption(calibrated), figure))
         figure = figures.risk_coverage_figure(
             scaled(predictions, calibrated["temperature"]),
             calibrated["target_risk"],
             answers["coverage"] if calibrated["abstain_threshold"] is not None else None,
         )
-        drawings.append(Drawing(RISK, "Risk and coverage", risk_caption(calibrated), figure))
+        drawings.append(Drawing(RISK, "Risk and coverage", captions.risk_caption(calibrated), figure))
     return drawings
 
 
@@ -185,11 +184,11 @@ def render_report(
     environment = template_environment("cxr_dist")
     environment.filters |= {
         "display": figures.display_name,
-        "percent": _percent,
-        "decimal": _decimal,
-        "interval": _interval,
-        "percent_interval": _percent_interval,
-        "signed": _signed,
+        "percent": captions.percent,
+        "decimal": captions.decimal,
+        "interval": captions.interval,
+        "percent_interval": captions.percent_interval,
+        "signed": captions.signed,
     }
     errors = int(np.sum(predictions.labels != predictions.predicted))
     return environment.get_template("report.html.j2").render(
@@ -201,10 +200,10 @@ def render_report(
         has_history=HISTORY in shown,
         mistakes=confident_mistakes(predictions),
         errors=errors,
-        uncertainty_words=uncertainty_words(metrics["uncertainty"]),
-        published_words=published_words(metrics["published"]),
-        card=model_card(info),
-        tables=info_tables(info),
+        uncertainty_words=captions.uncertainty_words(metrics["uncertainty"]),
+        published_words=captions.published_words(metrics["published"]),
+        card=captions.model_card(info),
+        tables=captions.info_tables(info),
         files=[PREDICTIONS, METRICS, *shown, *([EXAMINATION] if examination else [])],
         written=datetime.now().astimezone().isoformat(" ", "seconds"),
     )
@@ -230,148 +229,6 @@ def confident_mistakes(predictions: Predictions, limit: int = MISTAKES_SHOWN) ->
     ]
 
 
-def confusion_caption(metrics: Mapping[str, Any], kind: str) -> str:
-    """How many images lie on the diagonal, and the most frequent confusion (ties: the first in label order)."""
-    counts = np.array(metrics["confusion_matrix"])
-    names = [figures.display_name(name) for name in metrics["class_names"]]
-    hits, total = int(np.trace(counts)), int(counts.sum())
-    text = f"{hits:,} of {_count(total, kind)} lie on the diagonal ({_percent(hits / total)})"
-    wrong = counts - np.diag(np.diag(counts))
-    if not wrong.any():
-        return f"{text}: no image was misclassified."
-    true, predicted = np.unravel_index(np.argmax(wrong), wrong.shape)
-    most, of = int(wrong[true, predicted]), int(counts[true].sum())
-    # In a tie no confusion is the most frequent one.
-    phrase = "the most frequent confusion is" if np.sum(wrong == most) == 1 else "among the most frequent confusions is"
-    return f"{text}; {phrase} {names[true]} taken for {names[predicted]} ({most:,} of {of:,})."
-
-
-def roc_caption(metrics: Mapping[str, Any], predictions: Predictions) -> str:
-    """The best and the least separated class, and which classes have no curve."""
-    aucs = {name: metrics["per_class"][name]["auc"] for name in roc_curves(predictions)}
-    if not aucs:
-        return "No class has a ROC curve, because all images are of one class."
-    best, worst = max(aucs, key=aucs.__getitem__), min(aucs, key=aucs.__getitem__)
-    text = f"One class against the rest, macro-averaged AUC {metrics['auc_macro_ovr']:.3f}"
-    if f"{aucs[best]:.3f}" == f"{aucs[worst]:.3f}":
-        text += f"; every class has an AUC of {aucs[best]:.3f}"
-    else:
-        text += f"; {figures.display_name(best)} is separated best (AUC {aucs[best]:.3f})"
-        text += f" and {figures.display_name(worst)} least (AUC {aucs[worst]:.3f})"
-    absent = [figures.display_name(name) for name in predictions.class_names if name not in aucs]
-    return f"{text}; there is no curve for {', '.join(absent)}, which has no images." if absent else f"{text}."
-
-
-def history_caption(history: Sequence[Mapping[str, Any]], best_epoch: int | None = None) -> str:
-    """The epochs of each stage, and the best one by validation."""
-    spans = figures.stage_spans(history)
-    parts = [f"{_count(end - start + 1, '', 'epoch')} of {_stage_words(stage)}" for stage, start, end in spans]
-    text = f"Accuracy and loss by epoch: {', then '.join(parts)}"
-    best = figures.best_epoch_of(history) if best_epoch is None else best_epoch
-    if best is None:
-        return f"{text}; no epoch was validated."
-    accuracy = history[best - 1].get("val_accuracy")
-    value = "" if accuracy is None else f", with a validation accuracy of {_percent(accuracy)}"
-    return f"{text}; the best epoch is {best}{value}."
-
-
-def reliability_caption(calibrated: Mapping[str, Any]) -> str:
-    """How far the answers' probabilities are from the share of right answers, before and after scaling."""
-    before, after = (calibrated[when]["calibration_error"] for when in ("before", "after"))
-    temperature = calibrated["temperature"]
-    leaning = "too sure" if temperature > 1 else "not sure enough"
-    return (
-        f"On validation the network's probabilities were {leaning}: dividing its logits by {temperature:.3g} fits "
-        f"best. On these images the expected calibration error is {before:.3f} before and {after:.3f} after, the log "
-        f"loss {calibrated['before']['log_loss']:.3f} and {calibrated['after']['log_loss']:.3f}, the Brier score "
-        f"{calibrated['before']['brier']:.3f} and {calibrated['after']['brier']:.3f}."
-    )
-
-
-def risk_caption(calibrated: Mapping[str, Any]) -> str:
-    """What the threshold that was chosen on validation does to these images."""
-    risk, threshold, answers = calibrated["target_risk"], calibrated["abstain_threshold"], calibrated["answers"]
-    wanted = f"at most {_percent(risk)} wrong answers, with 95% confidence"
-    if threshold is None:
-        return f"No probability on validation was high enough for {wanted}: this model should always abstain."
-    text = f"For {wanted}, the model answers from a probability of {threshold:.3f} on, as chosen on validation. "
-    if not answers["answered"]:
-        return f"{text}On these images it never does."
-    wrong = _percent(1 - answers["accuracy"])
-    return f"{text}On these images it answers {_percent(answers['coverage'])}, of which {wrong} are wrong."
-
-
-def uncertainty_words(uncertainty: Mapping[str, Any]) -> str:
-    """What the intervals are, and over what they were drawn."""
-    unit, units = uncertainty["unit"], uncertainty["units"]
-    of = (
-        "images, as it is not known which belong together"
-        if unit == "image"
-        else ("groups of images (copies of one, or one patient's, stay together)")
-    )
-    return (
-        f"In brackets: {uncertainty['level']:.0%} intervals, from {uncertainty['resamples']:,} bootstrap resamples of "
-        f"{units:,} {of}. They say what other images of the same kind would change, not what other hospitals would."
-    )
-
-
-def published_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Whether the difference to the published result means anything."""
-    if not rows:
-        return ""
-    names = {"accuracy": "accuracy", "f1_macro": "macro F1"}
-    parts = [
-        f"{names[row['metric']]} is {abs(row['difference']):.3f} "
-        + ("higher" if row["difference"] > 0 else "lower")
-        + (", which is within noise" if row["verdict"] == "within noise" else ", which is more than noise")
-        for row in rows
-        if row["verdict"] is not None
-    ]
-    return f"Against the published result, {'; '.join(parts)}." if parts else ""
-
-
-def model_card(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What whoever gets the model must know (after Mitchell et al. 2019), from what the run tells of itself."""
-    training = info.get("training")
-    training = training if isinstance(training, Mapping) else {}
-    parameters, seconds = training.get("parameters"), training.get("seconds")
-    size = f" with {parameters:,} parameters" if isinstance(parameters, int) else ""
-    rows = [
-        ("Model", f"ResNet50{size}; takes gray pixels, gives one probability a class."),
-        ("Data", f"Evaluated on {info.get('images', 'images that were not named')}."),
-        (
-            "Intended use",
-            "Research and teaching: how such classifiers are trained and judged. Not for diagnosis, triage or any "
-            "decision about a patient.",
-        ),
-        (
-            "Limits",
-            "Trained on one collection, in which class and source may coincide; different images of one patient may be "
-            "in different splits where the collection does not name patients; answers anything, also what is no X-ray.",
-        ),
-    ]
-    if isinstance(seconds, Mapping) and isinstance(seconds.get("total"), (int, float)):
-        where = f"{training.get('replicas', 1)} x {training.get('device', 'device')}"
-        rows.append(
-            ("Training cost", f"{seconds['total'] / 60:,.1f} minutes on {where}, in {training.get('precision')}.")
-        )
-    return rows
-
-
-def info_tables(info: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """`info` as tables of text, (title, rows of name and value).
-
-    What is not nested comes first, without a title; then one table per group.
-    """
-    flat = {key: value for key, value in info.items() if not isinstance(value, Mapping)}
-    groups = {key: value for key, value in info.items() if isinstance(value, Mapping) and value}
-    tables = [("", [(_words(key), _value(value, separators=True)) for key, value in flat.items()])] if flat else []
-    tables += [
-        (_words(title), [(key, _value(value)) for key, value in _flattened(group)]) for title, group in groups.items()
-    ]
-    return tables
-
-
 def _examination_files(examination: Examination | None) -> dict[str, bytes]:
     if examination is None:
         return {}
@@ -392,65 +249,3 @@ def _is_metrics_file(path: Path) -> bool:
 
 def _kind_of_images(info: Mapping[str, Any]) -> str:
     return _SPLIT_NAMES.get(str(info["split"]), "") if "split" in info else ""
-
-
-def _stage_words(stage: str) -> str:
-    name, _, what = figures.stage_label(stage).partition(": ")
-    return f"{name} ({what})" if what else name
-
-
-def _count(number: int, kind: str, noun: str = "image") -> str:
-    return " ".join(word for word in (f"{number:,}", kind, noun if number == 1 else f"{noun}s") if word)
-
-
-def _flattened(group: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in group.items():
-        if isinstance(value, Mapping) and value:
-            rows += _flattened(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", value))
-    return rows
-
-
-def _words(key: object) -> str:
-    return str(key).replace("_", " ")
-
-
-def _value(value: Any, separators: bool = False) -> str:
-    if value is None or (isinstance(value, (str, Mapping, Sequence)) and not value):
-        return _NOTHING
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int):
-        # A seed or a port in the configuration is a name, not a quantity: no separators there.
-        return f"{value:,}" if separators else str(value)
-    if isinstance(value, float):
-        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(_value(item, separators) for item in value)
-    return str(value)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def _interval(pair: Sequence[float | None] | None) -> str:
-    if pair is None or pair[0] is None or pair[1] is None:
-        return ""
-    return f"[{pair[0]:.3f}, {pair[1]:.3f}]"
-
-
-def _percent_interval(pair: Sequence[float | None] | None) -> str:
-    if pair is None or pair[0] is None or pair[1] is None:
-        return ""
-    return f"[{100 * pair[0]:.1f}, {100 * pair[1]:.1f}]"
-
-
-def _signed(number: float | None) -> str:
-    return _NOTHING if number is None else f"{number:+.3f}".replace("-", "\u2212")
-
-
-def _decimal(number: float | None) -> str:
-    return _NOTHING if number is None else f"{number:.3f}"

@@ -240,11 +240,11 @@ def shortcuts_figure(shortcuts: Mapping[str, Mapping[str, Any]], words: Mapping[
 
 
 def svg_bytes(figure: Figure) -> bytes:
-    """`figure` as SVG, text as outlines; the same figure gives the same bytes."""
+    """`figure` as SVG, text as outlines, grown to hold what reaches over its edge; the same figure, the same bytes."""
     buffer = io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with mpl.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.1, metadata=nothing)
     return buffer.getvalue()
 
 

@@ -150,7 +150,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int) -> None:
             if connection.getresponse().status == http.client.OK:
                 return
         except OSError:
-            pass
+            pass  # it does not listen yet: asked again until the limit
         finally:
             connection.close()
         time.sleep(0.5)

@@ -70,8 +70,7 @@ def paired_fall(before: Flags, after: Flags) -> dict[str, Any]:
     Returns:
         fall: difference of the shares.
         p_value: of `sign_test` on the images whose answer changed.
-        lower: 99 % bound of the fall, by the normal approximation for paired shares (Newcombe, Statistics in Medicine
-            17, 1998, method 2), 0 at least where nothing changed.
+        lower: 99 % bound of the fall, by the normal approximation for paired shares (Wald's).
     """
     lost, won, total = int(np.sum(before & ~after)), int(np.sum(~before & after)), len(before)
     fall = (lost - won) / total
