@@ -86,7 +86,6 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., argparse.Namespace]:
 
     monkeypatch.setattr(job_options.job_commands, "submit", stop)
     monkeypatch.setattr(job_options.job_commands, "pipeline", stop)
-    monkeypatch.setattr(cli, "_add_training", with_tune(cli._add_training))
 
     def parse(*words: str) -> argparse.Namespace:
         options = cli.build_parser().parse_args(["submit", *words])
@@ -95,30 +94,6 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., argparse.Namespace]:
         return caught.value.options
 
     return parse
-
-
-def with_tune(add: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Adds a `tune` of the same form where there is none."""
-
-    def added(command: Any) -> None:
-        names: list[str] = []
-
-        def noted(name: str, *rest: Any) -> argparse.ArgumentParser:
-            names.append(name)
-            return command(name, *rest)
-
-        add(noted)
-        if "tune" not in names:
-            tune = command("tune", print, "a stand-in")
-            tune.add_argument("dataset", metavar="DATASET")
-            tune.add_argument("--out", type=Path, required=True)
-            tune.add_argument("--config", type=Path)
-            tune.add_argument("--set", dest="overrides", action="append", default=[])
-            tune.add_argument("--launcher", choices=["ray", "local"], default="ray")
-            tune.add_argument("--address")
-            tune.add_argument("--no-evaluation", action="store_true")
-
-    return added
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -173,7 +148,6 @@ def test_options_stand_anywhere_and_repeat(sent: Callable[..., argparse.Namespac
 def test_mistakes_end_before_anything_is_sent(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_add_training", with_tune(cli._add_training))
     monkeypatch.setattr("cxr_dist.orchestration.submit._ask_for_tokens", lambda: None)
     with pytest.raises(SystemExit) as caught:
         cli.main(["submit", *words])
