@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,6 +202,7 @@ def run_training(
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Check all that can be checked, prepare the run's folder, and train through the launcher."""
+    from cxr_dist.damage import leave_out
     from cxr_dist.data import TrainingPlan
     from cxr_dist.model import check_weights
     from cxr_dist.orchestration.train_job import train_locally, train_with_ray
@@ -218,11 +219,17 @@ def run_training(
         reporter = ConsoleReporter()
 
         def prepare(replicas: int) -> bool:
-            count, parts = len(manifest.split("train")), config.accumulation_steps
-            TrainingPlan(count, config.global_batch_size, replicas, config.seed, parts=parts)
+            check_plan(replicas, ())
             held.enter_context(run_folder.locked(run))
             run_folder.prepare(run, config, dataset, manifest)
-            return _finished(run) is None
+            if _finished(run) is not None:
+                return False
+            check_plan(replicas, leave_out(run, folder, manifest, config.input.max_damaged).paths)
+            return True
+
+        def check_plan(replicas: int, without: Collection[str]) -> None:
+            count, parts = len(manifest.split("train", without)), config.accumulation_steps
+            TrainingPlan(count, config.global_batch_size, replicas, config.seed, parts=parts)
 
         if launcher == "local":
             return train_locally(config, folder, run, reporter, prepare=prepare, devices_per_worker=devices_per_worker)

@@ -138,6 +138,12 @@ class InputConfig(_Node):
         description="a split that takes no more gigabytes (10^9 bytes, one a pixel) than this is read once and kept in "
         "each worker's memory for the stages that train on images",
     )
+    max_damaged: int = Field(
+        0,
+        ge=0,
+        description="damaged records of training and validation that a run may leave out; they are looked for before "
+        "it begins, and counted in result.json. 0: none, the first that is read ends the run",
+    )
 
 
 class CheckpointConfig(_Node):

@@ -9,7 +9,7 @@ a worker touches only the records of its own replicas.
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,8 +137,11 @@ class ShardSource:
     `failure`, since TensorFlow passes on only its text.
     """
 
-    def __init__(self, dataset: Path, manifest: Manifest, split: str) -> None:
-        self._index = manifest.split(split)
+    def __init__(self, dataset: Path, manifest: Manifest, split: str, without: Collection[str] = ()) -> None:
+        """Args:
+        without: Source paths of records that are left out.
+        """
+        self._index = manifest.split(split, without)
         self._paths = [dataset / name for name in self._index.shard_names]
         self._manifest = manifest
         self._files: dict[int, int] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import calibration, cut, run_folder, steps
+from cxr_dist import calibration, cut, damage, run_folder, steps
 from cxr_dist.calibration_file import CALIBRATION, read_fitted
 from cxr_dist.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
 from cxr_dist.data import ArraySource, EvaluationPlan, Positions, ShardSource, Source, weakly
@@ -330,4 +330,6 @@ def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path) -> 
             f"{', '.join(info.class_names)} at {info.image_size}; give a dataset that was built alike"
         )
     check_shards(dataset, manifest)
-    return ShardSource(dataset, manifest, request.split)
+    # The validation images of a run are those that it had; in any other evaluation a damaged record is an error.
+    own = request.dataset is None and request.split == "validation"
+    return ShardSource(dataset, manifest, request.split, damage.left_out(request.run).paths if own else ())

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import checkpoint, cut, features, run_folder, stages, steps, watchdog
+from cxr_dist import checkpoint, cut, damage, features, run_folder, stages, steps, watchdog
 from cxr_dist.config import Config, StageConfig
 from cxr_dist.data import EvaluationPlan, ShardSource, Source, TrainingPlan
 from cxr_dist.keeping import Keeper
@@ -165,8 +165,9 @@ class _Run:
         self.xla = resolve_xla(config, topology.kind)
         manifest = read_manifest(dataset)
         self.classes = len(manifest.class_names)
-        self.train_source = ShardSource(dataset, manifest, "train")
-        self.validation_source = ShardSource(dataset, manifest, "validation")
+        self.left_out = damage.left_out(run)
+        self.train_source = ShardSource(dataset, manifest, "train", self.left_out.paths)
+        self.validation_source = ShardSource(dataset, manifest, "validation", self.left_out.paths)
         self.plan = TrainingPlan(
             self.train_source.count,
             config.global_batch_size,
@@ -192,13 +193,17 @@ class _Run:
             xla=self.xla,
             progress=self._report_features,
         )
-        self.train_images = features.SplitImages(manifest.fingerprint, "train", self.train_source)
-        self.validation_images = features.SplitImages(manifest.fingerprint, "validation", self.validation_source)
+        content = self.left_out.fingerprint(manifest.fingerprint)
+        self.train_images = features.SplitImages(content, "train", self.train_source)
+        self.validation_images = features.SplitImages(content, "validation", self.validation_source)
         self.in_memory: tuple[Source, Source] | None = None
         self.kept_cuts: dict[int, bool] = {}
         """By stage, whether it reads the tensors at its cut: decided once."""
 
     def execute(self) -> dict[str, Any]:
+        if self.left_out.records:
+            text = f"{len(self.left_out.records)} damaged records are left out; {self.run / damage.DAMAGED} lists them"
+            self.reporter.emit({"kind": "warning", "text": text})
         arrays = self._restore()
         self.progress.seconds["start"] = self.progress.seconds.get("start", 0.0) + time.perf_counter() - self.started
         try:
@@ -541,6 +546,7 @@ class _Run:
             "parameters": int(self.model.count_params()),
             "resumed_from": self.resumed_from,
             "steps_computed": self.steps_computed,
+            "damaged_records": len(self.left_out.records),
             "best": {
                 "stage": best.stage,
                 "epoch": best.epoch,

@@ -7,7 +7,7 @@ metadata. Shards are found by it, records by their byte offset: nothing is disco
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -241,14 +241,17 @@ class Manifest:
     def _with_status(self, status: str) -> list[tuple[str, str]]:
         return [(row.path, row.reason or "") for row in self.rows if row.status == status]
 
-    def split(self, name: str) -> SplitIndex:
-        """The records of one split; `UserError` when there is no such split."""
+    def split(self, name: str, without: Collection[str] = ()) -> SplitIndex:
+        """The records of one split, but for those of the source paths `without`; `UserError` for an unknown split."""
         if name not in SPLITS:
             raise UserError(f"split: unknown split '{name}'; known: {', '.join(SPLITS)}")
         shard_names = tuple(sorted(shard.name for shard in self.shards if shard.split == name))
         number = {shard: position for position, shard in enumerate(shard_names)}
         table = self.rows.table if isinstance(self.rows, _TableRows) else _table(self.rows)
-        table = table.filter(pc.equal(table["split"], name)).combine_chunks()
+        chosen = pc.equal(table["split"], name)
+        if without:
+            chosen = pc.and_(chosen, pc.invert(pc.is_in(table["path"], pa.array(sorted(without), pa.string()))))
+        table = table.filter(chosen).combine_chunks()
         # A look-up for each shard, and not for each of its images.
         present = table["shard"].unique()
         numbers = np.array([number[shard] for shard in present.to_pylist()], np.int32)

@@ -13,6 +13,7 @@ from typing import Any
 
 from cxr_dist import run_folder
 from cxr_dist.config import Config
+from cxr_dist.damage import leave_out
 from cxr_dist.reporting import Event, Reporter, Reporters, run_reporters
 from cxr_dist.search.record import SHARED, Experiment
 from cxr_dist.search.shared import FirstStages, first_stage_key
@@ -20,7 +21,7 @@ from cxr_dist.search.space import Values
 from cxr_dist.strategy import Topology
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.files import write_text
-from tfrecords_builder.manifest import Manifest, read_manifest
+from tfrecords_builder.manifest import read_manifest
 from tfrecords_builder.storage import parse_place
 
 LOCK_WAIT_S = 60.0
@@ -120,9 +121,9 @@ def prepared(
             finished = run_folder.read_result(run)
             if finished is not None:
                 return finished
-            publisher = held.enter_context(
-                FirstStages(experiment.folder / SHARED).used_by(run, _shared_key(config, manifest, replicas))
-            )
+            left_out = leave_out(run, Path(job.dataset), manifest, config.input.max_damaged)
+            key = first_stage_key(config, left_out.fingerprint(manifest.fingerprint), replicas)
+            publisher = held.enter_context(FirstStages(experiment.folder / SHARED).used_by(run, key))
             return train(config, run, Reporters([publisher, _Listener(config, report)]))
     except TrialStopped:
         return None
@@ -130,10 +131,6 @@ def prepared(
         text = str(error) if isinstance(error, UserError) else one_line(error)
         write_text(experiment.failure(job.number), f"{text}\n{traceback.format_exc()}")
         raise
-
-
-def _shared_key(config: Config, manifest: Manifest, replicas: int) -> str | None:
-    return first_stage_key(config, manifest.fingerprint, replicas)
 
 
 @contextmanager
@@ -187,9 +184,13 @@ def compute_shared_features(
     """Fill the feature cache with what the first stage of every trial reads, with all of the machine."""
     from cxr_dist.loop import compute_features
 
-    compute_features(config, dataset, Experiment(experiment).folder / TRIALS_SCRATCH, topology, reporter)
+    scratch = Experiment(experiment).folder / TRIALS_SCRATCH
+    if config.input.max_damaged:
+        scratch.mkdir(parents=True, exist_ok=True)
+        leave_out(scratch, dataset, read_manifest(dataset), config.input.max_damaged)
+    compute_features(config, dataset, scratch, topology, reporter)
     _forget()
 
 
 TRIALS_SCRATCH = "trials/features"
-"""Stands in for a run's folder; nothing is written there."""
+"""Stands in for a run's folder; what is damaged is written there, and nothing else."""

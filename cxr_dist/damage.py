@@ -1,0 +1,111 @@
+"""Damaged records that a run leaves out, by choice: found before it begins, counted, the same on all workers.
+
+Which records those are is part of what the run computes, as an order of other images is another order. So they are
+looked for once, by the process that prepares the run, and written into its folder; whoever trains reads them there.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tfrecords_builder import recordio
+from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import write_json
+from tfrecords_builder.manifest import Manifest
+
+DAMAGED = "damaged.json"
+SPLITS = ("train", "validation")
+"""What a run reads. An evaluation leaves nothing out."""
+
+
+@dataclass(frozen=True)
+class DamagedRecord:
+    """A record that is not what was written."""
+
+    path: str
+    """Of the source image, as the manifest has it."""
+    shard: str
+    offset: int
+    """Byte at which its frame begins."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """The records that a run does without."""
+
+    records: tuple[DamagedRecord, ...] = ()
+
+    @property
+    def paths(self) -> frozenset[str]:
+        return frozenset(record.path for record in self.records)
+
+    def fingerprint(self, of_dataset: str) -> str:
+        """What names the content that is left: the dataset's own fingerprint where nothing is left out."""
+        if not self.records:
+            return of_dataset
+        return hashlib.sha256(json.dumps([of_dataset, sorted(self.paths)]).encode()).hexdigest()
+
+
+def find_damaged(dataset: Path, manifest: Manifest) -> Iterator[DamagedRecord]:
+    """Read every record that a run reads, and yield those whose checksums or lengths do not match."""
+    for split in SPLITS:
+        index = manifest.split(split)
+        for number, name in enumerate(index.shard_names):
+            descriptor = os.open(dataset / name, os.O_RDONLY)
+            try:
+                for position in (index.shard == number).nonzero()[0]:
+                    place = int(index.offset[position]), int(index.length[position])
+                    try:
+                        recordio.read_at(descriptor, *place, dataset / name)
+                    except recordio.CorruptRecordError as error:
+                        yield DamagedRecord(index.paths[position], name, error.offset, error.reason)
+            finally:
+                os.close(descriptor)
+
+
+def leave_out(run: Path, dataset: Path, manifest: Manifest, most: int) -> LeftOut:
+    """Decide what the run leaves out, and write it into its folder; what was decided before stands.
+
+    Args:
+        run: The run's folder, held by this process.
+        most: Records that may be left out; with 0 nothing is looked for, and the first that is read ends the run.
+
+    Raises:
+        UserError: more are damaged, or others than when the run began.
+    """
+    if not most:
+        return LeftOut()
+    found = LeftOut(tuple(find_damaged(dataset, manifest)))
+    path = run / DAMAGED
+    if not path.exists():
+        if len(found.records) > most:
+            first = found.records[0]
+            raise UserError(
+                f"input.max_damaged {most}: {len(found.records)} records are damaged, the first at byte {first.offset} "
+                f"of {dataset / first.shard}; restore the dataset, build it anew, or allow more"
+            )
+        write_json(path, [asdict(record) for record in found.records])
+        return found
+    decided = left_out(run)
+    others = sorted(found.paths - decided.paths)
+    if others:
+        raise UserError(
+            f"{dataset}: {others[0]} has been damaged since the run began, and a run cannot lose images on its way; "
+            "restore the dataset, or begin again with another --out"
+        )
+    return decided
+
+
+def left_out(run: Path) -> LeftOut:
+    """What was decided for the run in this folder."""
+    path = run / DAMAGED
+    if not path.exists():
+        return LeftOut()
+    try:
+        return LeftOut(tuple(DamagedRecord(**record) for record in json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); begin again with another --out") from None
