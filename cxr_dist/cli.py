@@ -306,11 +306,13 @@ def _add_bench(command: Command) -> None:
     bench = command("bench", commands.bench, "measure this machine, each figure beside its baseline")
     bench.add_argument(
         "what",
-        choices=["build", "input", "step", "features", "tune", "scaling", "serve"],
+        choices=["build", "input", "step", "features", "accuracy", "growth", "tune", "scaling", "serve"],
         help="build: images/s of build, of bare decoding and of TensorFlow Datasets; "
         "input: images/s that reach the step, beside Keras's image_dataset_from_directory; "
         "step: images/s of train against a bare compiled step; "
         "features: both stages beside plain Keras; "
+        "accuracy: how soon plain Keras's best validation accuracy is there, an hour and more; "
+        "growth: time and memory by the number of images; "
         "tune: a search of the head beside one trial that shares nothing; "
         "scaling: images/s of several workers, and what a cluster would do; "
         "serve: images/s of the service beside the bare model",
@@ -320,7 +322,7 @@ def _add_bench(command: Command) -> None:
         type=Path,
         nargs="?",
         metavar="INPUT",
-        help="images (build, input, features), a dataset (step, scaling), or a run (serve); default: phantoms",
+        help="images (build, input, features, accuracy), a dataset (step, scaling) or a run (serve); default: phantoms",
     )
     bench.add_argument(
         "--images",
@@ -344,6 +346,15 @@ def _add_bench(command: Command) -> None:
         "--batch-sizes", type=_positive, nargs="+", default=[32, 64], metavar="B", help="of scaling (default: 32 64)"
     )
     bench.add_argument("--max-batch", type=_positive, default=16, metavar="B", help="of serve (default: %(default)s)")
+    bench.add_argument("--seeds", type=_count, nargs="+", default=[0], metavar="S", help="of accuracy (default: 0)")
+    bench.add_argument(
+        "--sizes",
+        type=_positive,
+        nargs="+",
+        default=[1_000, 5_000, 20_000],
+        metavar="N",
+        help="images of growth (default: 1000 5000 20000)",
+    )
     bench.add_argument("--trials", type=_positive, default=16, metavar="N", help="of tune (default: %(default)s)")
     bench.add_argument(
         "--launcher", choices=["local", "ray"], default="local", help="of tune's search (default: %(default)s)"

@@ -262,7 +262,9 @@ def bench(options: argparse.Namespace) -> None:
     from cxr_dist.bench import commands as benchmarks
 
     measure = {
+        "accuracy": benchmarks.bench_accuracy,
         "build": benchmarks.bench_build,
+        "growth": benchmarks.bench_growth,
         "input": benchmarks.bench_input,
         "step": benchmarks.bench_step,
         "features": benchmarks.bench_features,

@@ -1,5 +1,7 @@
 """The one loop over stages and epochs. No Ray here: a worker of any launcher calls `train`."""
 
+import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -116,6 +118,12 @@ def train(
             folder = run / watchdog.BEATS
             beat = held.enter_context(watchdog.Watchdog(folder, topology.worker, config.worker_timeout_s)).beat
         return _Run(config, dataset, run, topology, reporter, launcher, beat).execute()
+
+
+def _peak_memory_bytes() -> int:
+    """Of this process, resident, since it began."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _ignore(_where: str) -> None:
@@ -287,6 +295,8 @@ class _Run:
             row = self._train_epoch(number, train_step, iterator, first_step, rate, pace, trained)
             with _timed(self.progress.seconds, "validation"):
                 row |= evaluate()
+            self._count_time()
+            row["run_seconds"] = self.progress.seconds["total"]
             self._end_epoch(row)
             if self._is_finished(number) or self.keeper.is_due(0):
                 self._keep(trained)
@@ -546,6 +556,7 @@ class _Run:
             "parameters": int(self.model.count_params()),
             "resumed_from": self.resumed_from,
             "steps_computed": self.steps_computed,
+            "peak_memory_bytes": _peak_memory_bytes(),
             "damaged_records": len(self.left_out.records),
             "best": {
                 "stage": best.stage,

@@ -6,7 +6,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from cxr_dist.bench import build, cost_model, features, reading, scaling, serve, step, tune
+from cxr_dist.bench import accuracy, build, cost_model, features, growth, reading, scaling, serve, step, tune
 from cxr_dist.config import Config, load_config, resolve_preset
 from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
 from cxr_dist.reporting import ConsoleReporter, progress_bar
@@ -95,6 +95,42 @@ def bench_features(options: argparse.Namespace) -> None:
         print(json.dumps([vars(way) for way in ways]))
         return
     print("\n".join(features.table(ways)))
+
+
+def bench_accuracy(options: argparse.Namespace) -> None:
+    """On labelled images, or on phantoms of the network's size."""
+    config, arguments = _configured(options, options.overrides)
+    with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
+        work = Path(folder)
+        source = options.dataset or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
+        built = build_dataset(source, work / "dataset", image_size=BENCH_IMAGE_SIZE, masks="ignore")
+        (work / "runs").mkdir()
+        courses = accuracy.measure(
+            config, arguments, source, work / "dataset", built.seconds, options.seeds, work / "runs"
+        )
+    if options.json:
+        print(
+            json.dumps(
+                [
+                    {"name": course.name, "seed": course.seed, "best": course.best}
+                    | {"epochs": [vars(epoch) for epoch in course.epochs]}
+                    for course in courses
+                ]
+            )
+        )
+        return
+    print("\n".join(accuracy.table(courses)))
+
+
+def bench_growth(options: argparse.Namespace) -> None:
+    """On noise: what the images show makes no difference."""
+    _, arguments = _configured(options, options.overrides)
+    with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
+        measured = growth.measure(sorted(options.sizes), arguments, Path(folder))
+    if options.json:
+        print(json.dumps([vars(size) for size in measured]))
+        return
+    print("\n".join(growth.table(measured)))
 
 
 def bench_tune(options: argparse.Namespace) -> None:

@@ -83,12 +83,13 @@ def main() -> None:
     model = keras.Model(inputs, keras.layers.Dense(len(classes), activation="softmax")(x))
 
     class Clock(keras.callbacks.Callback):
-        """Seconds of training and of validation in each epoch."""
+        """Seconds of training and of validation in each epoch, and at its end since the start."""
 
         def __init__(self) -> None:
             super().__init__()
             self.train: list[float] = []
             self.validation: list[float] = []
+            self.elapsed: list[float] = []
 
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
             self.begun = time.perf_counter()
@@ -99,6 +100,7 @@ def main() -> None:
 
         def on_test_end(self, logs: Any = None) -> None:
             self.validation.append(time.perf_counter() - self.tested)
+            self.elapsed.append(time.perf_counter() - started)
 
     history: list[dict[str, float]] = []
     best = str(work / "best.weights.h5")
@@ -125,7 +127,12 @@ def main() -> None:
             verbose=2,
         )
         history += [
-            {"stage": stage, "train_seconds": clock.train[epoch], "validation_seconds": clock.validation[epoch]}
+            {
+                "stage": stage,
+                "train_seconds": clock.train[epoch],
+                "validation_seconds": clock.validation[epoch],
+                "elapsed_seconds": clock.elapsed[epoch],
+            }
             | {key: float(values[epoch]) for key, values in log.history.items()}
             for epoch in range(epochs)
         ]

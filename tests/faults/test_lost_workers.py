@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -101,3 +102,48 @@ def test_a_killed_driver_goes_on_when_it_is_started_again(
     result = run_folder.read_result(run)
     assert result is not None
     assert result["steps_computed"] < (2 + 4) * 7
+
+
+@pytest.fixture(scope="module")
+def undisturbed_s(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """How long a run takes, from its command to its end."""
+    begun = time.monotonic()
+    finish(start(dataset, tmp_path_factory.mktemp("timed") / "run"))
+    return time.monotonic() - begun
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(10))
+def test_whoever_is_killed_at_any_moment(
+    dataset: Path, tmp_path: Path, undisturbed: list[dict[str, Any]], undisturbed_s: float, seed: int
+) -> None:
+    """The driver or a worker, from the first import to the last file: the same end, and no step twice but the lost."""
+    rng = random.Random(seed)
+    run = tmp_path / "run"
+    process = start(dataset, run)
+    time.sleep(rng.random() * undisturbed_s)
+    workers = [json.loads(path.read_text())["process"] for path in (run / BEATS).glob("*.json")]
+    killed = rng.choice([process.pid, *workers])
+    had_checkpoint = any((run / run_folder.CHECKPOINTS).glob("epoch-*.npz"))
+    was_done = run_folder.read_result(run) is not None
+    who = "the driver" if killed == process.pid else "a worker"
+    try:
+        os.kill(killed, signal.SIGKILL)
+    except ProcessLookupError:
+        who = "nobody: the workers had ended"
+    if who == "the driver":
+        process.wait(timeout=30)
+        process = start(dataset, run)
+    finish(process)
+    rows = comparable(run_folder.read_history(run))
+    assert [(row["stage"], row["epoch"]) for row in rows] == [(row["stage"], row["epoch"]) for row in undisturbed]
+    for key in ("loss", "val_loss"):
+        np.testing.assert_allclose(
+            [row[key] for row in rows], [row[key] for row in undisturbed], rtol=1e-2, err_msg=key
+        )
+    result = run_folder.read_result(run)
+    assert result is not None
+    if not who.startswith("nobody") and had_checkpoint and not was_done:
+        assert result["resumed_from"]
+        assert result["steps_computed"] < (2 + 4) * 7
+    print(f"killed {who}; went on from {result['resumed_from']}")

@@ -1,0 +1,122 @@
+"""How soon a validation accuracy is there: plain Keras's best of both its stages, and when ours has as much.
+
+Plain Keras runs all its epochs on the same images in the same split, and `cxr-dist train` its own recipe, one after the
+other, each in a process of its own. Time runs from the start of the command, and ours has building the dataset in it;
+validation counts on both sides. A validation accuracy of 637 images has a standard error of 0.011: give several seeds.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cxr_dist import run_folder
+from cxr_dist.bench import child
+from cxr_dist.bench.features import OURS, plain_command
+from cxr_dist.config import Config
+
+PLAIN = "plain Keras"
+PLAIN_EPOCHS = (3, 4)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The end of an epoch, validation included."""
+
+    seconds: float
+    """Since the command began."""
+    stage: int
+    val_accuracy: float
+
+
+@dataclass(frozen=True)
+class Course:
+    """One training, epoch by epoch."""
+
+    name: str
+    seed: int
+    epochs: tuple[Epoch, ...]
+
+    @property
+    def best(self) -> float:
+        return max(epoch.val_accuracy for epoch in self.epochs)
+
+    def seconds_to(self, accuracy: float) -> float | None:
+        """When it was first reached; None when it was not."""
+        return next((epoch.seconds for epoch in self.epochs if epoch.val_accuracy >= accuracy), None)
+
+
+def measure(
+    config: Config,
+    arguments: Sequence[str],
+    source: Path,
+    dataset: Path,
+    build_seconds: float,
+    seeds: Sequence[int],
+    folder: Path,
+) -> list[Course]:
+    """Plain Keras once, with the first seed, then ours with every seed, each from an empty cache.
+
+    Args:
+        arguments: Of `cxr-dist train`, that give `config`.
+        source: Labelled images of which `dataset` was built in `build_seconds`.
+        folder: Empty.
+    """
+    courses = [_plain(config, source, dataset, seeds[0], folder / "plain.json")]
+    for seed in seeds:
+        # A folder of its own, as the feature cache lies beside the run.
+        courses.append(_ours(dataset, arguments, seed, folder / f"seed-{seed}" / "run", build_seconds))
+    return courses
+
+
+def table(courses: Sequence[Course]) -> list[str]:
+    """Lines for people."""
+    plain, ours = courses[0], courses[1:]
+    lines = []
+    for course in courses:
+        lines.append(f"{course.name}, seed {course.seed}: validation accuracy at seconds")
+        lines += [f"  stage {epoch.stage}  {epoch.val_accuracy:.4f}  {epoch.seconds:8,.0f}" for epoch in course.epochs]
+    reached = [seconds for course in ours if (seconds := course.seconds_to(plain.best)) is not None]
+    when = plain.seconds_to(plain.best) or 0.0
+    lines.append(f"{plain.best:.4f}, the best of plain Keras, was there after {when:,.0f} s, and in ours")
+    for course in ours:
+        seconds = course.seconds_to(plain.best)
+        said = (
+            f"not reached (best {course.best:.4f})" if seconds is None else f"{seconds:,.0f} s, {when / seconds:.2f}x"
+        )
+        lines.append(f"  seed {course.seed}: {said}")
+    if len(reached) == len(ours) > 1:
+        lines.append(f"  median of the seeds: {when / median(reached):.2f} times sooner")
+    return lines
+
+
+def plain_epochs(plain: Mapping[str, Any]) -> tuple[Epoch, ...]:
+    """Of what `plain_keras` wrote."""
+    return tuple(Epoch(row["elapsed_seconds"], row["stage"], row["val_accuracy"]) for row in plain["history"])
+
+
+def our_epochs(
+    history: Sequence[Mapping[str, Any]], result: Mapping[str, Any], wall_seconds: float
+) -> tuple[Epoch, ...]:
+    """Of a run's rows, where the whole command took `wall_seconds`; what the run itself does not count came first."""
+    before = wall_seconds - result["seconds"]["total"]
+    return tuple(Epoch(before + row["run_seconds"], row["stage"], row["val_accuracy"]) for row in history)
+
+
+def _plain(config: Config, source: Path, dataset: Path, seed: int, out: Path) -> Course:
+    child.python(plain_command(config, source, dataset, PLAIN_EPOCHS, out, {"seed": seed}), os.environ)
+    return Course(PLAIN, seed, plain_epochs(json.loads(out.read_text())))
+
+
+def _ours(dataset: Path, arguments: Sequence[str], seed: int, run: Path, build_seconds: float) -> Course:
+    begun = time.perf_counter()
+    child.train(dataset, run, [*arguments, "--launcher", "local"], [f"seed={seed}"])
+    wall_seconds = build_seconds + time.perf_counter() - begun
+    result = run_folder.read_result(run)
+    if result is None:
+        raise RuntimeError(f"{run}: ended without a result")
+    return Course(OURS, seed, our_epochs(run_folder.read_history(run), result, wall_seconds))
