@@ -21,7 +21,7 @@ from cxr_dist.metrics import counts_metrics
 from cxr_dist.model import build_model, load_base_weights, set_trainable, trains_base_batch_norm
 from cxr_dist.pace import Pace
 from cxr_dist.reporting import Reporter
-from cxr_dist.stopping import StoppedError, StopRequest
+from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest
 from cxr_dist.store import FeatureStore
 from cxr_dist.strategy import Topology, dtype_policy, make_strategy, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError
@@ -502,8 +502,9 @@ class _Run:
             return
         self._keep(trained)
         self.keeper.wait()
+        kind = RegroupedError if self.stop.is_for_more_workers() else StoppedError
         self.stop.clear()
-        raise StoppedError(f"{self.run}: stopped, with a checkpoint; start the same command again to go on")
+        raise kind(f"{self.run}: stopped, with a checkpoint; start the same command again to go on")
 
     def _restore(self) -> checkpoint.Arrays | None:
         """Load the newest checkpoint, or the pretrained weights of a new run.

@@ -17,17 +17,32 @@ class StoppedError(Exception):
     """The run was asked to end, and has left a checkpoint."""
 
 
+class RegroupedError(StoppedError):
+    """It was asked to so that it can go on with more workers."""
+
+
+_MORE_WORKERS = "more workers"
+
+
 class StopRequest:
     """Whether somebody has asked a run to end."""
 
     def __init__(self, run: Path) -> None:
         self._path = run / STOP
 
-    def make(self) -> None:
-        self._path.touch()
+    def make(self, *, for_more_workers: bool = False) -> None:
+        """Ask; whoever wants the end is heard before who wants more workers."""
+        if not for_more_workers:
+            self._path.write_text("")
+        elif not self.is_made():
+            self._path.write_text(_MORE_WORKERS)
 
     def is_made(self) -> bool:
         return self._path.exists()
+
+    def is_for_more_workers(self) -> bool:
+        """Whether that is all that was asked for."""
+        return self._path.read_text() == _MORE_WORKERS
 
     def clear(self) -> None:
         self._path.unlink(missing_ok=True)

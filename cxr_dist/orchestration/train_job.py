@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_mos
 from cxr_dist.orchestration.ray_metrics import RayMetrics
 from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, run_reporters
 from cxr_dist.search.space import Values
-from cxr_dist.stopping import StoppedError, stopped_by_sigterm
+from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
 from cxr_dist.strategy import muted_stderr, prepare_devices
 from cxr_dist.watchdog import BEATS, reasons
 from tfrecords_builder.errors import UserError, one_line
@@ -100,6 +100,8 @@ def _check_listens(address: str) -> None:
 
 
 CONNECT_TIMEOUT_S = 10.0
+GROWTH_INTERVAL_S = 30.0
+"""Between two looks at whether a run of `--workers MIN:MAX` could have more."""
 MOST_LOSSES = 3
 """In a row, without a checkpoint between them: more than that is no bad luck."""
 REPLACEMENT_LIMIT_S = 120.0
@@ -167,7 +169,8 @@ def train_with_ray(
         if not prepare(first.replicas):
             return _result(run)
         with following(run / run_folder.EVENTS, reporter), stopped_by_sigterm(run):
-            return launch_training(config, absolute(dataset), run, first, plan, reporter, name=run.name)
+            elastic = workers is not None and workers[0] < workers[1]
+            return launch_training(config, absolute(dataset), run, first, plan, reporter, name=run.name, grows=elastic)
 
 
 def _result(run: Path) -> dict[str, Any]:
@@ -187,15 +190,17 @@ def launch_training(
     *,
     name: str,
     hparams: Values | None = None,
+    grows: bool = False,
 ) -> dict[str, Any]:
     """Run `loop.train` on the workers of `plan`, on the cluster that this process is connected to.
 
     Args:
         dataset: A folder that all workers see, or an address.
-        plan_again: Says where to go on when workers were lost.
+        plan_again: Says where to go on when workers were lost, or there is room for more.
         reporter: Hears of that.
         name: Of the run, in metrics.
         hparams: What a trial set, for TensorBoard.
+        grows: Whether the run goes on with more workers, from a checkpoint, when the cluster has got room for them.
 
     Returns:
         result.json.
@@ -215,8 +220,12 @@ def launch_training(
         before = checkpoints.newest_position()
         shutil.rmtree(run / BEATS, ignore_errors=True)
         try:
-            launch(_train_worker, arguments, plan, run)
+            with _asking_to_grow(run, plan, plan_again) if grows else nullcontext():
+                launch(_train_worker, arguments, plan, run)
             return _result(run)
+        except RegroupedError:
+            plan = _planned_by(time.monotonic() + REPLACEMENT_LIMIT_S, plan_again)
+            reporter.emit({"kind": "message", "text": f"machines have joined: going on with {plan.workers} workers"})
         except UnplacedError:
             # For a while, a cluster counts a host that it has lost among those it has.
             if time.monotonic() > replaced_by:
@@ -235,6 +244,35 @@ def launch_training(
             plan = _planned_by(replaced_by, plan_again)
 
 
+@contextmanager
+def _asking_to_grow(run: Path, plan: WorkerPlan, plan_again: Callable[[], WorkerPlan]) -> Iterator[None]:
+    """While it lasts, ask the run to stop for more workers once there has been room for them twice in a row.
+
+    Going on costs a checkpoint and the start of all workers, about a minute: not for a machine that comes and goes.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        seen = plan.workers
+        while not ended.wait(GROWTH_INTERVAL_S):
+            try:
+                found = plan_again().workers
+            except UserError:
+                found = plan.workers  # there is less room than the run has: that is for whoever notices the loss
+            if found == seen > plan.workers:
+                StopRequest(run).make(for_more_workers=True)
+                return
+            seen = found
+
+    thread = threading.Thread(target=watch, name="growth", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def _planned_by(until: float, plan: Callable[[], WorkerPlan]) -> WorkerPlan:
     """Lost machines are replaced, and resources of lost processes given back, some time later."""
     while True:
@@ -251,7 +289,7 @@ def launch(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], 
 
     Raises:
         LostWorkersError: a process ended from outside.
-        StoppedError: the run was asked to end, and did.
+        StoppedError: the run was asked to end, and did; RegroupedError where it was for more workers.
         UnplacedError: the workers did not get their places in time.
         UserError: a worker met something that the user can mend.
     """
@@ -281,7 +319,7 @@ def launch(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], 
         errors = list(_errors_in(error))
         for found in errors:
             if isinstance(found, StoppedError):
-                raise StoppedError(*found.args) from None
+                raise (RegroupedError if isinstance(found, RegroupedError) else StoppedError)(*found.args) from None
             mendable = found if isinstance(found, UserError) else disk_error(found)
             if mendable is not None:
                 raise UserError(str(mendable)) from None

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,21 @@ pytestmark = [pytest.mark.ray, pytest.mark.fault]
 ROOT = Path(__file__).parents[2]
 SETTINGS = [*SMALL_RUN, "stages.2.epochs=4", "features.cache=off", "checkpoint.share=0.5", "worker_timeout_s=60"]
 LIMIT_S = 420.0
+Popen = subprocess.Popen[str]
 
 
-def start(dataset: Path, run: Path) -> subprocess.Popen[str]:
-    overrides = [part for each in SETTINGS for part in ("--set", each)]
-    command = [sys.executable, "-m", "cxr_dist", "train", str(dataset), "--out", str(run), "--workers", "2", *overrides]
+def start(dataset: Path, run: Path, workers: str = "2", settings: Sequence[str] = SETTINGS, **more: str) -> Popen:
+    """The command, with the options `more`."""
+    overrides = [part for each in settings for part in ("--set", each)]
+    options = [part for name, value in more.items() for part in (f"--{name}", value)]
+    command = [sys.executable, "-m", "cxr_dist", "train", str(dataset), "--out", str(run), "--workers", workers]
+    command += [*options, *overrides]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
     environment = kept | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: Popen) -> str:
     try:
         out, _ = process.communicate(timeout=LIMIT_S)
     finally:
@@ -41,7 +46,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def wait_until_in(run: Path, stage: int, epoch: int, process: subprocess.Popen[str]) -> dict[int, dict[str, Any]]:
+def wait_until_in(run: Path, stage: int, epoch: int, process: Popen) -> dict[int, dict[str, Any]]:
     """What the workers tell of themselves, by rank, once the chief has said that it is there."""
     until = time.monotonic() + LIMIT_S
     while time.monotonic() < until and process.poll() is None:
@@ -147,3 +152,49 @@ def test_whoever_is_killed_at_any_moment(
         assert result["resumed_from"]
         assert result["steps_computed"] < (2 + 4) * 7
     print(f"killed {who}; went on from {result['resumed_from']}")
+
+
+@pytest.mark.usefixtures("ray_stopped")
+def test_a_run_grows_when_a_machine_joins(
+    dataset: Path, tmp_path: Path, undisturbed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--workers 1:2` on a machine with room for one, and then a second one: the same steps, none of them twice."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    for name in [name for name in os.environ if name.startswith("RAY_A")]:
+        monkeypatch.delenv(name)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        run = tmp_path / "run"
+        settings = [*SETTINGS, "stages.2.epochs=400", "stages.2.early_stopping=400"]
+        process = start(dataset, run, "1:2", settings, address=cluster.address)
+        wait_until_in(run, 2, 2, process)
+        cluster.add_node(num_cpus=1)
+        told = wait_for_workers(run, 2, process)
+        assert {each["rank"] for each in told} == {0, 1}
+        (run / "stop").touch()
+        out, _ = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 143, out
+        assert "machines have joined: going on with 2 workers" in out
+        rows = run_folder.read_history(run)
+        assert [row["epochs_done"] for row in rows] == list(range(1, len(rows) + 1))
+        for row, expected in zip(comparable(rows), undisturbed[:3], strict=False):
+            np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-2)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def wait_for_workers(run: Path, count: int, process: Popen) -> list[dict[str, Any]]:
+    """What the workers tell of themselves, once there are so many and the chief has made a step with them."""
+    until, known = time.monotonic() + LIMIT_S, -1
+    while time.monotonic() < until and process.poll() is None:
+        told = [json.loads(path.read_text()) for path in (run / BEATS).glob("*.json")]
+        events = len((run / run_folder.EVENTS).read_text().splitlines())
+        if len(told) == count:
+            known = events if known < 0 else known
+            if events > known and all("step" in each["where"] for each in told):
+                return told
+        time.sleep(0.2)
+    raise AssertionError("there were never so many workers")
