@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves: they need Python 3.11 to 3.13 and make, nothing else.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-faults lint clean
+.PHONY: help demo test test-slow test-faults lint audit clean
 MAKEFLAGS += --no-builtin-rules
 
 # TensorFlow 2.21 has no wheels for later Pythons; raise the upper bound when the pinned version has.
@@ -58,6 +58,10 @@ lint: $(VENV)/.installed-test ## set up, then the checks that run nothing: style
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+audit: ## look for known vulnerabilities of the pinned dependencies, all extras included
+	@test -x $(VENV)/audit/bin/pip-audit || { "$(PYTHON)" -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install -qq pip-audit; }
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean: ## remove the environment, caches and the demo
 	@$(REMOVE_DEMO)

@@ -82,6 +82,7 @@ class Classifier:
         class_names: C names, in the order of the probabilities.
         image_size: S, pixels.
         calibration: Of the run, or one that changes nothing.
+        model: The Keras model, image float32 [B, S, S, 1] -> logits [B, C], for whoever asks where it looks.
     """
 
     def __init__(
@@ -90,8 +91,9 @@ class Classifier:
         image_size: int,
         calibration: Calibration,
         forward: Callable[[npt.NDArray[np.uint8]], Any],
+        model: Any,
     ) -> None:
-        self.class_names, self.image_size, self.calibration = class_names, image_size, calibration
+        self.class_names, self.image_size, self.calibration, self.model = class_names, image_size, calibration, model
         self._forward = forward
 
     def probabilities(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -132,7 +134,7 @@ def load_classifier(run: Path, precision: str | None = None) -> Classifier:
     topology = prepare_devices(1)
     model = load_model(found, precision or resolve_precision(found.config.precision, topology.kind))
     forward = calibrated(cut.whole_network(model), found.info.image_size, calibration.temperature)
-    return Classifier(found.info.class_names, found.info.image_size, calibration, forward)
+    return Classifier(found.info.class_names, found.info.image_size, calibration, forward, model)
 
 
 def calibrated(network: Any, image_size: int, temperature: float) -> Any:

@@ -252,6 +252,10 @@ def _add_evaluation(command: Command) -> None:
     compare.add_argument("--devices", type=_positive, metavar="M", help="GPUs, or logical CPUs")
     compare.add_argument("--json", action="store_true", help="for scripts")
 
+    doctor = command("doctor", commands.doctor, "what this machine or a cluster can run, and what is missing")
+    doctor.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster to look at, in place of this machine")
+    doctor.add_argument("--json", action="store_true", help="for scripts")
+
     config = command("config", commands.show_config, "print the resolved configuration as YAML")
     config.add_argument("--config", type=Path, metavar="YAML")
     config.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
@@ -264,6 +268,9 @@ def _add_use(command: Command) -> None:
         "images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files, or folders that hold such"
     )
     predict.add_argument("--json", action="store_true", help="for scripts: a JSON object on each line")
+    predict.add_argument(
+        "--overlay", type=Path, metavar="FOLDER", help="write each image there with the network's attention over it"
+    )
     predict.add_argument("--workers", type=_positive, metavar="N", help="threads that decode (default: one per core)")
 
     export = command(

@@ -1,6 +1,7 @@
 """What each command of the command line does: options in, one call into the packages, lines for people out."""
 
 import argparse
+import json
 import re
 import sys
 import time
@@ -251,6 +252,26 @@ def _finished(run: Path) -> dict[str, Any] | None:
     if result is not None:
         print(f"{run}: was finished already", file=sys.stderr)
     return result
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """What this machine can run, or a cluster; exit status 1 when something that training needs is missing."""
+    from cxr_dist import doctor as findings_of
+
+    if options.address:
+        from cxr_dist.orchestration.preflight import cluster_nodes
+        from cxr_dist.orchestration.train_job import connected
+
+        with connected(options.address, options.verbose):
+            findings = findings_of.examine_cluster(cluster_nodes())
+    else:
+        findings = findings_of.examine_machine()
+    if options.json:
+        print(json.dumps([vars(finding) for finding in findings]))
+    else:
+        print("\n".join(findings_of.table(findings)))
+    if any(finding.state == "missing" for finding in findings):
+        raise SystemExit(1)
 
 
 def show_config(options: argparse.Namespace) -> None:

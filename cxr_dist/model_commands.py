@@ -15,16 +15,17 @@ def predict(options: argparse.Namespace) -> None:
     """A line for each image; exit status 1 when one of them could not be read."""
     from cxr_dist.classifier import load_classifier
     from cxr_dist.inputs import find_inputs
-    from cxr_dist.predict import predict_files, table_head, table_line
+    from cxr_dist.predict import Overlays, predict_files, table_head, table_line
     from cxr_dist.search.record import best_run
     from tfrecords_builder.pool import default_workers
 
     paths = find_inputs(options.images)  # before the model, which takes seconds
     classifier = load_classifier(best_run(options.run))
+    overlays = Overlays(options.overlay, classifier) if options.overlay else None
     if not options.json:
         print(table_head(classifier.class_names))
     unreadable = 0
-    for outcome in predict_files(classifier, paths, options.workers or default_workers()):
+    for outcome in predict_files(classifier, paths, options.workers or default_workers(), overlays=overlays):
         unreadable += outcome.answer is None
         print(outcome.to_json() if options.json else table_line(outcome, classifier.class_names), flush=True)
     if unreadable:

@@ -33,6 +33,7 @@ COMMANDS = (
     "serve",
     "bench",
     "config",
+    "doctor",
     "submit",
     "jobs",
     "dashboards",

@@ -92,6 +92,31 @@ def test_the_table_and_a_file_that_cannot_be_read(
     assert answers[0] == classifier.answers(load_gray(images / "0.png", 32)[None])[0].abstained
 
 
+def test_overlays_of_what_could_be_read(
+    finished_run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    (images / "1-damaged.png").write_bytes((images / "0.png").read_bytes()[:-40])
+    folder = tmp_path / "overlays"
+    code, out, _ = run(capsys, finished_run, images, "--json", "--overlay", folder)
+    assert code == 1
+    lines = [json.loads(line) for line in out.splitlines()]
+    drawn = [Path(line["overlay"]) for line in lines if "error" not in line]
+    assert len(drawn) == len(lines) - 1 == len(set(drawn))
+    assert sorted(folder.iterdir()) == drawn
+    assert drawn[0].name == "00001-0.png"
+    for line, path in zip([line for line in lines if "error" not in line], drawn, strict=True):
+        assert path.stem.partition("-")[2] == Path(line["path"]).stem
+        with Image.open(path) as picture:
+            assert (picture.size, picture.mode) == ((32, 32), "RGB")
+    assert run(capsys, finished_run, images / "0.png", "--overlay", folder)[0] == 0  # its own are replaced
+    (folder / "notes.txt").write_text("mine")
+    code, _, err = run(capsys, finished_run, images / "0.png", "--overlay", folder)
+    assert code == 2
+    assert f"--overlay {folder}: holds something other than overlays" in err
+
+
 def test_what_is_not_there_is_said_before_anything_is_read(
     finished_run: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

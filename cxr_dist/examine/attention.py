@@ -45,12 +45,11 @@ def last_feature_map(model: Any) -> Any:
     return found
 
 
-def explain(
-    model: Any,
-    images: npt.NDArray[np.uint8],
-    targets: npt.NDArray[np.int32],
-    done: Callable[[int], None] = lambda _: None,
-) -> Explained:
+Explain = Callable[[npt.NDArray[np.uint8], npt.NDArray[np.int32]], Explained]
+"""(images uint8 [N, S, S], targets int32 [N]: the class that each map is about) -> Explained."""
+
+
+def make_explain(model: Any, done: Callable[[int], None] = lambda _: None) -> Explain:
     """Grad-CAM maps of the classes `targets`, and pooled features, in inference mode.
 
     With A the last feature map and y the class's logit: weights a_k = mean over places of dy/dA_k, map = relu(sum over
@@ -58,8 +57,6 @@ def explain(
 
     Args:
         model: A functional Keras model, float [B, S, S, 1] of 0 to 255 -> logits [B, C].
-        images: uint8 [N, S, S].
-        targets: int32 [N]: the class that each map is about.
         done: Called after each batch with its number of images.
     """
     import keras
@@ -67,22 +64,26 @@ def explain(
 
     tensor = last_feature_map(model)
     below, above = keras.Model(model.input, tensor), keras.Model(tensor, model.output)
-    maps, features = [], []
-    for start in range(0, len(images), BATCH_SIZE):
-        part = slice(start, start + BATCH_SIZE)
-        values = tf.cast(below(tf.cast(images[part, ..., None], tf.float32), training=False), tf.float32)
-        with tf.GradientTape() as tape:
-            tape.watch(values)
-            logits = above(values, training=False)
-            of_target = tf.gather(logits, targets[part], axis=1, batch_dims=1)
-        weights = tf.reduce_mean(tape.gradient(of_target, values), axis=(1, 2), keepdims=True)
-        maps.append(tf.nn.relu(tf.reduce_sum(weights * values, axis=-1)).numpy())
-        features.append(tf.reduce_mean(values, axis=(1, 2)).numpy())
-        done(len(images[part]))
-    raw = np.concatenate(maps)
-    highest = raw.max(axis=(1, 2), keepdims=True)
-    scaled = np.divide(raw, highest, out=np.zeros_like(raw), where=highest > 0)
-    return Explained(scaled.astype(np.float32), np.concatenate(features).astype(np.float32))
+
+    def explain(images: npt.NDArray[np.uint8], targets: npt.NDArray[np.int32]) -> Explained:
+        maps, features = [], []
+        for start in range(0, len(images), BATCH_SIZE):
+            part = slice(start, start + BATCH_SIZE)
+            values = tf.cast(below(tf.cast(images[part, ..., None], tf.float32), training=False), tf.float32)
+            with tf.GradientTape() as tape:
+                tape.watch(values)
+                logits = above(values, training=False)
+                of_target = tf.gather(logits, targets[part], axis=1, batch_dims=1)
+            weights = tf.reduce_mean(tape.gradient(of_target, values), axis=(1, 2), keepdims=True)
+            maps.append(tf.nn.relu(tf.reduce_sum(weights * values, axis=-1)).numpy())
+            features.append(tf.reduce_mean(values, axis=(1, 2)).numpy())
+            done(len(images[part]))
+        raw = np.concatenate(maps)
+        highest = raw.max(axis=(1, 2), keepdims=True)
+        scaled = np.divide(raw, highest, out=np.zeros_like(raw), where=highest > 0)
+        return Explained(scaled.astype(np.float32), np.concatenate(features).astype(np.float32))
+
+    return explain
 
 
 def enlarged(maps: Maps, side: int) -> Maps:

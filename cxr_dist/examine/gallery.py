@@ -50,10 +50,10 @@ def chosen(answers: Answers, seed: int) -> tuple[list[int], list[int]]:
     return mistakes, successes
 
 
-def overlay_png(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32]) -> bytes:
-    """A gray image, uint8 [S, S], with a map, float32 [h, w] of 0 to 1, over it, as PNG of `SIDE` pixels."""
-    gray = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float64)
-    heat = enlarged(heat[None], SIDE)[0]
+def overlay_png(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32], side: int = SIDE) -> bytes:
+    """A gray image, uint8 [S, S], with a map, float32 [h, w] of 0 to 1, over it, as PNG of `side` pixels."""
+    gray = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR), np.float64)
+    heat = enlarged(heat[None], side)[0]
     colours = np.asarray(mpl.colormaps[HEAT](heat))[..., :3] * 255
     opacity = OPACITY * heat[..., None].astype(np.float64)
     mixed = (1 - opacity) * gray[..., None] + opacity * colours

@@ -82,7 +82,7 @@ def examine(
     ]
     looked, features = None, None
     if model is not None:
-        explained = attention.explain(model, images, predicted, done)
+        explained = attention.make_explain(model, done)(images, predicted)
         features = explained.features
         looked = None if masks is None else attention.lung_shares(explained.maps, masks)
         findings += attention.attention_findings(looked) if looked else []

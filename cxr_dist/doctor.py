@@ -1,0 +1,158 @@
+"""What this machine or cluster can run, and what is missing: a list of findings, each with the fix.
+
+Everything is looked at where it is used: devices through TensorFlow, room for workers through the plan of `train`.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cxr_dist.orchestration.preflight import Node, plan_workers
+from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.pool import default_workers
+
+DISTRIBUTION = "cxr-dist"
+GIB = 1 << 30
+LEAST_MEMORY_GIB, LEAST_DISK_GIB, LEAST_SHARED_GIB = 4.0, 5.0, 0.5
+"""Below these, what most runs need is not there: a process with TensorFlow and ResNet50 at batch 32 takes 3 GiB, a
+dataset of the whole database with its features 2, and Ray's object store wants shared memory."""
+
+State = Literal["ok", "note", "missing"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    state: State
+    """note: something works less well, or is not installed and not needed by everybody; missing: training fails."""
+    said: str
+
+
+def examine_machine() -> list[Finding]:
+    """Of this machine and this Python environment."""
+    return [*_environment(), *_hardware(), *_devices(), *_extras()]
+
+
+def examine_cluster(nodes: Sequence[Node]) -> list[Finding]:
+    """Of the machines of a Ray cluster: what there is, and what `train` would place on it by default."""
+    there = ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes) or "none"
+    machines = Finding("machines", "ok" if nodes else "missing", there)
+    try:
+        plan = plan_workers(nodes, None, None)
+    except UserError as error:
+        return [machines, Finding("train", "missing", one_line(error))]
+    said = (
+        f"{plan.workers} worker(s) of {plan.devices_per_worker} {plan.kind}(s) and {plan.cpus_per_worker:g} CPUs each"
+    )
+    return [machines, Finding("train", "ok", f"by default {said}")]
+
+
+def table(findings: Sequence[Finding]) -> list[str]:
+    """Lines for people."""
+    width = max(len(finding.what) for finding in findings)
+    return [f"{finding.state:8}{finding.what:{width}}  {finding.said}" for finding in findings]
+
+
+def extras_of(requirements: Sequence[str]) -> dict[str, list[str]]:
+    """By extra, the distributions that it asks for, of a distribution's `requires`."""
+    found: dict[str, list[str]] = {}
+    for requirement in requirements:
+        matched = re.match(r"([\w.-]+)(\[[^]]*\])?.*;\s*extra == ['\"]([\w-]+)['\"]", requirement)
+        if matched and matched[3] != "test":
+            # An extra of another package is that package with more: what it brings is not said here.
+            found.setdefault(matched[3], []).append(matched[1] + (matched[2] or ""))
+    return found
+
+
+def _environment() -> list[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    fits = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    fix = "" if fits else "; TensorFlow has no wheels for it: take 3.11, 3.12 or 3.13"
+    findings = [Finding("Python", "ok" if fits else "missing", f"{version}{fix}")]
+    for name in ("tensorflow", "keras", "ray", "optuna", "pyarrow"):
+        try:
+            findings.append(Finding(name, "ok", importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(name, "missing", "not installed: pip install -c constraints.txt -e ."))
+    return findings
+
+
+def _hardware() -> list[Finding]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    findings = [
+        Finding("cores", "ok", f"{default_workers()} that this process may use"),
+        _amount("memory", memory, LEAST_MEMORY_GIB, "training at 224 pixels takes 3 GiB and more"),
+    ]
+    for what, folder, least in (
+        ("disk here", Path.cwd(), LEAST_DISK_GIB),
+        ("temporary files", Path(tempfile.gettempdir()), 1.0),
+        ("shared memory", Path("/dev/shm"), LEAST_SHARED_GIB),  # noqa: S108 - where Ray puts its object store
+    ):
+        if not folder.is_dir():
+            continue
+        free = shutil.disk_usage(folder).free / GIB
+        why = "Ray's object store would use the disk" if what == "shared memory" else "builds and runs may not fit"
+        findings.append(_amount(f"{what}, free", free, least, f"{folder}: {why}"))
+    return findings
+
+
+def _amount(what: str, there: float, least: float, why: str) -> Finding:
+    enough = there >= least
+    return Finding(what, "ok" if enough else "note", f"{there:.1f} GiB" + ("" if enough else f"; {why}"))
+
+
+def _devices() -> list[Finding]:
+    if importlib.util.find_spec("tensorflow") is None:
+        return []
+    from cxr_dist.config import Config
+    from cxr_dist.strategy import prepare_devices, resolve_precision, resolve_xla
+
+    topology = prepare_devices(None)
+    if topology.kind == "CPU" and list(Path("/dev").glob("nvidia[0-9]*")):
+        fix = 'pip install -c constraints.txt -e ".[gpu]", and look at nvidia-smi'
+        findings = [Finding("devices", "missing", f"TensorFlow sees none of the NVIDIA GPUs: {fix}")]
+    else:
+        findings = [Finding("devices", "ok", ", ".join(topology.devices))]
+    precision = resolve_precision("auto", topology.kind)
+    xla = "on" if resolve_xla(Config(), topology.kind) else "off"
+    return [*findings, Finding("auto", "ok", f"precision {precision}, xla {xla}")]
+
+
+def _extras() -> list[Finding]:
+    findings = []
+    for extra, packages in sorted(extras_of(_requirements()).items()):
+        absent = [package for package in packages if not _is_installed(package)]
+        fix = f'without {", ".join(absent)}: pip install -c constraints.txt -e ".[{extra}]" for what needs it'
+        findings.append(Finding(f"extra {extra}", "note" if absent else "ok", fix if absent else "installed"))
+    return findings
+
+
+def _requirements() -> list[str]:
+    return importlib.metadata.distribution(DISTRIBUTION).requires or []
+
+
+_BROUGHT: dict[str, Callable[[], bool]] = {
+    "tensorflow[and-cuda]": lambda: importlib.util.find_spec("nvidia") is not None,
+    "ray[serve]": lambda: importlib.util.find_spec("fastapi") is not None,
+}
+"""How to tell that a package was installed with its own extra."""
+
+
+def _is_installed(package: str) -> bool:
+    if package in _BROUGHT:
+        return _BROUGHT[package]()
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,79 @@
+"""What `doctor` makes of machines that lack something."""
+
+import importlib.metadata
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cxr_dist import doctor
+from cxr_dist.cli import main
+from cxr_dist.orchestration.preflight import Node
+
+
+def states(findings: list[doctor.Finding]) -> dict[str, str]:
+    return {finding.what: finding.state for finding in findings}
+
+
+def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--json"])
+    found = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
+    assert found["tensorflow"]["said"] == importlib.metadata.version("tensorflow")
+    assert not [what for what, row in found.items() if row["state"] == "missing"]
+    assert {"cores", "memory", "devices", "auto", "extra onnx"} <= found.keys()
+
+
+def test_what_is_missing_is_named_with_its_fix_and_ends_in_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=1 << 20))
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"])
+    assert ended.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("missing Python") and "take 3.11, 3.12 or 3.13" in line for line in lines)
+    assert any(line.startswith("note") and "disk here" in line and "may not fit" in line for line in lines)
+
+
+def test_gpus_that_tensorflow_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Path.glob
+
+    def glob(self: Path, pattern: str) -> object:
+        return iter([self / "nvidia0"]) if self == Path("/dev") else seen(self, pattern)
+
+    monkeypatch.setattr(Path, "glob", glob)
+    (found,) = [finding for finding in doctor.examine_machine() if finding.what == "devices"]
+    assert found.state == "missing"
+    assert ".[gpu]" in found.said
+
+
+def test_an_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["numpy>=2", 'nothing-of-the-kind>=1; extra == "dicom"', 'pytest>=8; extra == "test"']
+    monkeypatch.setattr(doctor, "_requirements", lambda: asked)
+    extras = [finding for finding in doctor.examine_machine() if finding.what.startswith("extra")]
+    assert [(finding.what, finding.state) for finding in extras] == [("extra dicom", "note")]
+    assert "without nothing-of-the-kind" in extras[0].said
+    assert '".[dicom]"' in extras[0].said
+
+
+def test_extras_keep_those_of_other_packages() -> None:
+    requirements = ["tensorflow>=2.21", 'tensorflow[and-cuda]>=2.21; extra == "gpu"', "onnx>=1; extra == 'onnx'"]
+    assert doctor.extras_of(requirements) == {"gpu": ["tensorflow[and-cuda]"], "onnx": ["onnx"]}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "state", "said"),
+    [
+        ([Node(4.0), Node(4.0)], "ok", "1 worker(s) of 1 CPU(s) and 4 CPUs each"),
+        ([Node(16.0, 4.0), Node(16.0, 4.0)], "ok", "2 worker(s) of 4 GPU(s) and 16 CPUs each"),
+        ([], "missing", "the cluster has no machine"),
+    ],
+)
+def test_a_cluster_and_what_training_would_place_there(nodes: list[Node], state: str, said: str) -> None:
+    findings = doctor.examine_cluster(nodes)
+    assert states(findings)["train"] == state
+    assert said in findings[-1].said
