@@ -168,6 +168,9 @@ class Position:
         return cls(int(found["epochs"]), int(found["step"] or 0)) if found else None
 
 
+DAMAGED_SUFFIX = ".damaged"
+
+
 class CheckpointFolder:
     """The checkpoints of one run: the newest few, and of each the weights that were best until then.
 
@@ -234,18 +237,33 @@ class CheckpointFolder:
         """
         return load_arrays(self._folder / position.file_name)
 
-    def newest(self, warn: Callable[[str], None]) -> tuple[Position, Arrays, dict[str, Any]] | None:
-        """The newest whole checkpoint, if there is any; a damaged one is passed over with a warning.
+    def newest(
+        self, warn: Callable[[str], None], *, set_aside: bool = False
+    ) -> tuple[Position, Arrays, dict[str, Any]] | None:
+        """The newest whole checkpoint with whole best weights, if there is any; others are passed over with a warning.
+
+        Args:
+            warn: Told of each one that is passed over.
+            set_aside: Give those another name, once a whole one was found: they are no progress, nor worth keeping in
+                place of a whole one.
 
         Raises:
             UserError: there are some, and none of them can be read. To start anew would overwrite what is left.
         """
         positions = self._positions()
+        passed = []
         for position in reversed(positions):
             try:
-                return position, *self.load(position)
+                arrays, state = self.load(position)
+                if state[_BEST_OF]:
+                    self.load_best(state[_BEST_OF])
             except UserError as error:
                 warn(str(error))
+                passed.append(self._folder / position.file_name)
+                continue
+            for path in passed if set_aside else ():
+                path.replace(path.with_suffix(DAMAGED_SUFFIX))
+            return position, arrays, state
         if positions:
             path = self._folder / positions[-1].file_name
             raise UserError(f"{path}: no checkpoint of this run can be read; train into a new --out")

@@ -91,6 +91,13 @@ class StageConfig(_Node):
     warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up from zero")
     clip_norm: float | None = Field(None, gt=0, description="largest global norm of the reduced gradient")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    weight_average: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="decay of a moving average of the weights, step by step, such as 0.99; validation and the best "
+        "model are then those of the average",
+    )
     class_weights: bool = Field(False, description="weight the loss against the class imbalance (mean weight 1)")
     augment: bool = Field(False, description="apply the augmentation in this stage")
     early_stopping: int | None = Field(
@@ -118,7 +125,7 @@ class FeaturesConfig(_Node):
     cut: Switch = Field(
         "auto",
         description="keep the tensors below the first unfrozen layer too, for a stage that trains upper layers; auto "
-        "measures whether reading them costs less than computing them (never with augmentation)",
+        "measures whether reading them costs less than computing them (never with augmentation, or deterministic)",
     )
     folder: str | None = Field(
         None,

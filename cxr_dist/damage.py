@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cxr_dist.run_folder import DAMAGED
 from tfrecords_builder import recordio
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import write_json
 from tfrecords_builder.manifest import Manifest
 
-DAMAGED = "damaged.json"
 SPLITS = ("train", "validation")
 """What a run reads. An evaluation leaves nothing out."""
 
@@ -28,6 +28,8 @@ class DamagedRecord:
     path: str
     """Of the source image, as the manifest has it."""
     shard: str
+    record: int
+    """Its number in the shard, counted from 0."""
     offset: int
     """Byte at which its frame begins."""
     reason: str
@@ -57,12 +59,12 @@ def find_damaged(dataset: Path, manifest: Manifest) -> Iterator[DamagedRecord]:
         for number, name in enumerate(index.shard_names):
             descriptor = os.open(dataset / name, os.O_RDONLY)
             try:
-                for position in (index.shard == number).nonzero()[0]:
+                for record, position in enumerate((index.shard == number).nonzero()[0]):
                     place = int(index.offset[position]), int(index.length[position])
                     try:
                         recordio.read_at(descriptor, *place, dataset / name)
                     except recordio.CorruptRecordError as error:
-                        yield DamagedRecord(index.paths[position], name, error.offset, error.reason)
+                        yield DamagedRecord(index.paths[position], name, record, error.offset, error.reason)
             finally:
                 os.close(descriptor)
 
@@ -85,8 +87,9 @@ def leave_out(run: Path, dataset: Path, manifest: Manifest, most: int) -> LeftOu
         if len(found.records) > most:
             first = found.records[0]
             raise UserError(
-                f"input.max_damaged {most}: {len(found.records)} records are damaged, the first at byte {first.offset} "
-                f"of {dataset / first.shard}; restore the dataset, build it anew, or allow more"
+                f"input.max_damaged {most}: {len(found.records)} records are damaged, the first is record "
+                f"{first.record} at byte {first.offset} of {dataset / first.shard}; restore the dataset, build it "
+                "anew, or allow more"
             )
         write_json(path, [asdict(record) for record in found.records])
         return found

@@ -143,7 +143,7 @@ class ShardSource:
         """
         self._index = manifest.split(split, without)
         self._paths = [dataset / name for name in self._index.shard_names]
-        self._manifest = manifest
+        self._manifest, self._split = manifest, split
         self._files: dict[int, int] = {}
         self._lock = threading.Lock()
         self.failure: Exception | None = None
@@ -268,8 +268,9 @@ class ShardSource:
 
     def _numbered(self, error: recordio.CorruptRecordError) -> recordio.CorruptRecordError:
         """The error with the record's number in its shard, which only the index knows."""
-        in_shard = self._index.shard == self._paths.index(Path(error.shard))
-        number = int(np.sum(in_shard & (self._index.offset < error.offset)))
+        index = self._manifest.split(self._split)  # with what is left out
+        in_shard = index.shard == self._paths.index(Path(error.shard))
+        number = int(np.sum(in_shard & (index.offset < error.offset)))
         return recordio.CorruptRecordError(error.shard, number, error.offset, error.reason)
 
     def _file(self, shard: int) -> int:

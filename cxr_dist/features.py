@@ -33,6 +33,8 @@ from tfrecords_builder.errors import UserError
 
 BATCH_SIZE = 32
 """Images per replica and step."""
+WAIT_S = 10.0
+"""For another run that computes the same; then all workers hear of it, and wait on."""
 _PROBE_BYTES = 1 << 26
 
 VERSION = 1
@@ -95,9 +97,15 @@ class FrozenFeatures:
         precision: str,
         xla: bool,
         progress: Progress,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
+        """Args:
+        progress: Of what is computed.
+        waiting: Told now and then that another run computes the same, and this one waits for it.
+        """
         self._config, self._strategy, self._topology, self._store = config, strategy, topology, store
         self._precision, self._xla, self._progress = precision, xla, progress
+        self._waiting = waiting
         self._iterators: list[Any] = []
         """Kept until the run ends: destroying one may take a minute (see `steps.distributed_batches`)."""
 
@@ -153,8 +161,8 @@ class FrozenFeatures:
     ) -> dict[str, Rows]:
         entries = {name: self._describe(model, name, images, augmentation, view) for name in names}
         with ExitStack() as held:
-            if self._topology.is_chief:
-                held.enter_context(self._store.computing(list(entries.values())))
+            while not steps.all_agree(self._strategy, self._hold(list(entries.values()), held)):
+                self._waiting()
             found = {name: self._store.find(entry) for name, entry in entries.items()}
             missing = [name for name in names if not steps.all_agree(self._strategy, found[name] is not None)]
             if missing:
@@ -167,6 +175,15 @@ class FrozenFeatures:
                 "that all workers share, or set features.cache=off"
             )
         return whole
+
+    def _hold(self, entries: Sequence[Description], held: ExitStack) -> bool:
+        """Whether the chief could keep other runs from computing `entries`; some seconds are given to those that do."""
+        if self._topology.is_chief:
+            try:
+                held.enter_context(self._store.computing(entries, WAIT_S))
+            except TimeoutError:
+                return False
+        return True
 
     def _compute(
         self,

@@ -2,16 +2,28 @@
 
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cxr_dist.config import CheckpointConfig
+
+MOST_FAILURES = 3
 
 
 class Keeper:
     """Writes checkpoints one at a time beside the training, as often as their cost allows."""
 
-    def __init__(self, config: CheckpointConfig, clock: Callable[[], float] = time.monotonic) -> None:
-        self._config, self._clock = config, clock
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        clock: Callable[[], float] = time.monotonic,
+        warn: Callable[[str], None] = lambda _text: None,
+    ) -> None:
+        """Args:
+        warn: Told of a checkpoint that storage failed to take, where another one will follow.
+        """
+        self._config, self._clock, self._warn = config, clock, warn
+        self._failed = 0
         self._threads = ThreadPoolExecutor(1, "checkpoint")
         self._running: Future[None] | None = None
         self._begun = clock()
@@ -36,15 +48,23 @@ class Keeper:
     def write(self, task: Callable[[], None]) -> None:
         """Do `task` beside what follows; waits for the one before.
 
+        Storage may fail now and then: `MOST_FAILURES` in a row are warnings, as the checkpoint before is there still,
+        and a newer one is on its way.
+
         Raises:
-            Exception: what the one before met.
+            Exception: what the one before met, if it is anything else.
         """
-        self.wait()
+        try:
+            self.wait()
+        except OSError as error:
+            self._failed += 1
+            if self._failed > MOST_FAILURES:
+                raise
+            self._warn(f"a checkpoint could not be written ({error}); trying again with the next one")
         self._begun = self._clock()
-        if not self._config.background:
-            self._timed(task)
-            return
         self._running = self._threads.submit(self._timed, task)
+        if not self._config.background:
+            futures.wait([self._running])
 
     def wait(self) -> None:
         """Until what was begun is on the disk.
@@ -62,5 +82,8 @@ class Keeper:
 
     def _timed(self, task: Callable[[], None]) -> None:
         begun = self._clock()
-        task()
-        self._cost = self._clock() - begun
+        try:
+            task()
+            self._failed = 0
+        finally:
+            self._cost = self._clock() - begun

@@ -4,98 +4,32 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import checkpoint, cut, damage, features, run_folder, stages, steps, watchdog
+from cxr_dist import checkpoint, damage, features, run_folder, stages, steps, watchdog
+from cxr_dist.averaging import WeightAverage
 from cxr_dist.config import Config, StageConfig
 from cxr_dist.data import EvaluationPlan, ShardSource, Source, TrainingPlan
 from cxr_dist.keeping import Keeper
 from cxr_dist.metrics import counts_metrics
 from cxr_dist.model import build_model, load_base_weights, set_trainable, trains_base_batch_norm
-from cxr_dist.pace import Pace
+from cxr_dist.pace import FixedLengths, Pace
+from cxr_dist.progress import Best, Progress
 from cxr_dist.reporting import Reporter
+from cxr_dist.stage_inputs import StageInputs
 from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest
 from cxr_dist.store import FeatureStore
 from cxr_dist.strategy import Topology, dtype_policy, make_strategy, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import move_durably, write_json
 from tfrecords_builder.manifest import read_manifest
-
-VALIDATION_STEPS_PER_CALL = 64
-"""Then the host hears of progress; fixed, as workers must agree."""
-
-
-@dataclass
-class Best:
-    """The best validation so far."""
-
-    val_accuracy: float = -1.0
-    val_loss: float = float("inf")
-    epochs_done: int = 0
-    """After which epoch over all stages; 0 before the first."""
-    stage: int = 0
-    epoch: int = 0
-
-    def is_beaten_by(self, row: dict[str, Any]) -> bool:
-        """Whether an epoch is better: by accuracy, then by loss."""
-        return (row["val_accuracy"], -row["val_loss"]) > (self.val_accuracy, -self.val_loss)
-
-
-@dataclass
-class Progress:
-    """Where the run stands: what a checkpoint holds beside arrays."""
-
-    stage: int = 1
-    epoch: int = 0
-    """Epochs of the stage that are done."""
-    epochs_done: int = 0
-    """Over all stages."""
-    step: int = 0
-    """Steps of the epoch after those that are done."""
-    totals: list[float] = field(default_factory=lambda: [0.0] * steps.TOTALS)
-    """Of these steps."""
-    seconds_in_steps: float = 0.0
-    epochs_without_gain: int = 0
-    best: Best = field(default_factory=Best)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of_state(cls, state: dict[str, Any]) -> "Progress":
-        """What `dataclasses.asdict` and JSON made of one."""
-        return cls(**state | {"best": Best(**state["best"])})
-
-    @property
-    def position(self) -> checkpoint.Position:
-        return checkpoint.Position(self.epochs_done, self.step)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a stage trains, and on what."""
-
-    network: Any
-    """From the sources' inputs to logits; shares the model's variables."""
-    train: Source
-    validation: Source
-    from_cut: bool
-    """Whether the inputs are tensors inside the network, and augmented already."""
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
 
 
 def train(
@@ -163,9 +97,10 @@ class _Run:
         self.reporter, self.launcher, self.beat = reporter, launcher, beat
         self.stop = StopRequest(run)
         self.folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS, config.checkpoint.keep)
-        self.keeper = Keeper(config.checkpoint)
+        self.keeper = Keeper(config.checkpoint, warn=self._warn)
         self.progress = Progress()
         self.best_arrays: checkpoint.Arrays = {}
+        self.average: WeightAverage | None = None
         self.resumed_from: str | None = None
         self.steps_computed = 0
 
@@ -192,7 +127,7 @@ class _Run:
             self.model = build_model(self.classes, manifest.image_size, config, dtype_policy(self.precision))
         self.iterators: list[Any] = []
         folder = Path(config.features.folder) if config.features.folder else run.parent / run_folder.FEATURE_CACHE
-        self.frozen = features.FrozenFeatures(
+        frozen = features.FrozenFeatures(
             config,
             self.strategy,
             topology,
@@ -200,18 +135,24 @@ class _Run:
             precision=self.precision,
             xla=self.xla,
             progress=self._report_features,
+            waiting=lambda: self.beat("features that another run computes"),
         )
         content = self.left_out.fingerprint(manifest.fingerprint)
-        self.train_images = features.SplitImages(content, "train", self.train_source)
-        self.validation_images = features.SplitImages(content, "validation", self.validation_source)
-        self.in_memory: tuple[Source, Source] | None = None
-        self.kept_cuts: dict[int, bool] = {}
-        """By stage, whether it reads the tensors at its cut: decided once."""
+        self.inputs = StageInputs(
+            config,
+            self.model,
+            frozen,
+            features.SplitImages(content, "train", self.train_source),
+            features.SplitImages(content, "validation", self.validation_source),
+            announce=self._announce,
+            timed=lambda phase: self.progress.timed(phase),
+            decided=lambda: self.progress.kept_cuts,
+        )
 
     def execute(self) -> dict[str, Any]:
         if self.left_out.records:
-            text = f"{len(self.left_out.records)} damaged records are left out; {self.run / damage.DAMAGED} lists them"
-            self.reporter.emit({"kind": "warning", "text": text})
+            listed = self.run / run_folder.DAMAGED
+            self._warn(f"{len(self.left_out.records)} damaged records are left out; {listed} lists them")
         arrays = self._restore()
         self.progress.seconds["start"] = self.progress.seconds.get("start", 0.0) + time.perf_counter() - self.started
         try:
@@ -236,12 +177,11 @@ class _Run:
         stage = self.config.stages[number]
         load_base_weights(self.model, self.config.model.weights)
         set_trainable(self.model, stage.unfreeze_layers, trains_base_batch_norm(self.config))
-        where = cut.frozen_cut(self.model)
-        if where is None or not self._keeps(number, where):
+        if self.inputs.cut_of(number) is None:
             return False
         self.progress.stage = number
         try:
-            self._inputs(number, stage)
+            self.inputs.of(number)
         except Exception as error:
             self._raise_reading_failure(error)
             raise
@@ -254,14 +194,19 @@ class _Run:
         if self.progress.stage != number:
             self.progress.stage, self.progress.epoch, self.progress.epochs_without_gain = number, 0, 0
         set_trainable(self.model, stage.unfreeze_layers, trains_base_batch_norm(config))
-        inputs = self._inputs(number, stage)
+        inputs = self.inputs.of(number)
         with self.strategy.scope():
             optimizer = steps.make_optimizer(stage)
             optimizer.build(self.model.trainable_variables)
+            # Of the weights as they stand, which are those of the checkpoint where there is one.
+            decay = stage.weight_average
+            self.average = None if decay is None else WeightAverage(self.model.trainable_variables, decay)
         self.loss_scale = loss_scale = steps.LossScale.create(self.precision)
         if restored is not None:
             checkpoint.restore_optimizer(optimizer, restored)
             loss_scale.restore(restored)
+            if self.average is not None:
+                self.average.restore(restored)
         train_step = steps.make_train_step(
             self.strategy,
             inputs.network,
@@ -276,24 +221,29 @@ class _Run:
             xla=self.xla,
             accumulation_steps=config.accumulation_steps,
             measure_wait=not config.deterministic,
+            average=self.average,
         )
-        evaluate = self._evaluation(inputs.network, inputs.validation)
         rates = stages.learning_rates(stage, plan.steps_per_epoch)
         # Counted from the planned ends of earlier stages, so that an early stop changes no later order.
         first_epoch = sum(self.config.stages[earlier].epochs for earlier in range(1, number))
         start = (first_epoch + self.progress.epoch) * plan.steps_per_epoch + self.progress.step
         iterator = self._batches(inputs.train, replace(plan, views=inputs.train.count // plan.count), start)
-        pace = Pace(by_time=self.topology.workers == 1)
+        head_alone = inputs.from_cut and not stage.unfreeze_layers
+        lengths = FixedLengths.of(self.topology.kind, head_alone=head_alone)
+        pace = Pace(lengths.training if self.topology.workers > 1 else None)
 
         def trained() -> checkpoint.Arrays:
-            return checkpoint.model_arrays(self.model) | checkpoint.optimizer_arrays(optimizer) | loss_scale.arrays()
+            average = {} if self.average is None else self.average.arrays()
+            kept = checkpoint.model_arrays(self.model) | checkpoint.optimizer_arrays(optimizer)
+            return kept | loss_scale.arrays() | average
 
+        evaluate = self._evaluation(inputs.network, inputs.validation, lengths.validation, trained)
         while not self._is_finished(number):
             epoch = self.progress.epoch
             rate = rates[epoch * plan.steps_per_epoch : (epoch + 1) * plan.steps_per_epoch]
             first_step = (first_epoch + epoch) * plan.steps_per_epoch
             row = self._train_epoch(number, train_step, iterator, first_step, rate, pace, trained)
-            with _timed(self.progress.seconds, "validation"):
+            with self.progress.timed("validation"):
                 row |= evaluate()
             self._count_time()
             row["run_seconds"] = self.progress.seconds["total"]
@@ -354,7 +304,8 @@ class _Run:
             "loss": total[steps.LOSS] / images,
             "accuracy": total[steps.CORRECT] / images,
             "learning_rate": float(rates[-1]),
-            "skipped_steps": int(total[steps.SKIPPED]),
+            "skipped_steps": int(total[steps.SKIPPED] - total[steps.OVERFLOWED]),
+            "overflowed_steps": int(total[steps.OVERFLOWED]),
             "trainable_parameters": sum(int(np.prod(v.shape)) for v in self.model.trainable_variables),
             "input_wait": None if self.config.deterministic else total[steps.WAITED] / progress.seconds_in_steps,
             "images_per_second": pace.steps_per_second * self.config.global_batch_size,
@@ -363,8 +314,9 @@ class _Run:
 
     def _check_finite(self, number: int) -> None:
         """End a run whose steps are lost to non-finite numbers, and say where."""
-        skipped = int(self.progress.totals[steps.SKIPPED])
-        if skipped > self.config.max_skipped_steps and not self.loss_scale.can_mend():
+        totals = self.progress.totals
+        skipped = int(totals[steps.SKIPPED] - totals[steps.OVERFLOWED])
+        if skipped > self.config.max_skipped_steps:
             raise self._diverged(number, f"{skipped} steps had a loss or gradient that is not finite")
 
     def _diverged(self, number: int, what: str) -> UserError:
@@ -373,18 +325,21 @@ class _Run:
             f"{self.progress.step}; lower stages.{number}.learning_rate"
         )
 
-    def _evaluation(self, model: Any, source: Source) -> Callable[[], dict[str, float]]:
+    def _evaluation(
+        self, model: Any, source: Source, steps_per_call: int, trained: Callable[[], checkpoint.Arrays]
+    ) -> Callable[[], dict[str, float]]:
         batch_size = self.plan.batch_size
         evaluation_plan = EvaluationPlan(source.count, batch_size, self.topology.replicas)
-        run_steps = steps.make_evaluation_step(self.strategy, model, self.classes, self.xla)
+        run_steps = steps.make_evaluation_step(self.strategy, model, self.classes, self.xla, self.average)
         iterator = self._batches(source, evaluation_plan)
 
         def evaluate() -> dict[str, float]:
             confusion, loss = np.zeros([self.classes] * 2, np.int64), 0.0
-            for first in range(0, evaluation_plan.steps, VALIDATION_STEPS_PER_CALL):
-                part = run_steps(iterator, min(VALIDATION_STEPS_PER_CALL, evaluation_plan.steps - first))
+            for first in range(0, evaluation_plan.steps, steps_per_call):
+                part = run_steps(iterator, min(steps_per_call, evaluation_plan.steps - first))
                 confusion, loss = confusion + part[0], loss + part[1]
                 self.beat(f"the validation after epoch {self.progress.epoch + 1} of the stage, step {first}")
+                self._end_if_asked(trained)
             if confusion.sum() != source.count:
                 raise RuntimeError(f"{confusion.sum()} images were counted, of {source.count}")
             measured = {f"val_{key}": value for key, value in counts_metrics(confusion).items()}
@@ -408,55 +363,6 @@ class _Run:
         self.iterators.append(iterator)
         return iterator
 
-    def _inputs(self, number: int, stage: StageConfig) -> "_Inputs":
-        """What the stage reads: images, or what the frozen part makes of them, computed now where it is missing."""
-        where = cut.frozen_cut(self.model)
-        if where is None or not self._keeps(number, where):
-            self._announce(number, stage, "images")
-            limit = int(self.config.input.memory_gb * 1e9)
-            with _timed(self.progress.seconds, "read"):
-                self.in_memory = self.in_memory or (
-                    self.train_source.in_memory(limit),
-                    self.validation_source.in_memory(limit),
-                )
-            return _Inputs(cut.whole_network(self.model), *self.in_memory, from_cut=False)
-        self._announce(number, stage, f"what the layers up to {where.name} make of them, computed once")
-        later = self._later_cuts(number)
-        augmentation = self.config.augmentation if stage.augment else None
-        with _timed(self.progress.seconds, "features"):
-            train, validation = (
-                self.frozen.sources(self.model, where.name, also, images, changed)
-                for images, changed, also in (
-                    (self.train_images, augmentation, () if augmentation else later),
-                    (self.validation_images, None, later),
-                )
-            )
-        return _Inputs(where.above, train, validation, from_cut=True)
-
-    def _keeps(self, number: int, where: cut.Cut) -> bool:
-        """Whether stage `number` reads the tensors at its cut."""
-        if number not in self.kept_cuts:
-            stage = self.config.stages[number]
-            use = features.use_of_cut(self.config.features, stage, where.name)
-            images = self.train_source.count + self.validation_source.count
-            self.kept_cuts[number] = use == "on" or (
-                use == "auto" and self.frozen.pays(self.model, where, self.train_images, images, stage.epochs)
-            )
-        return self.kept_cuts[number]
-
-    def _later_cuts(self, number: int) -> tuple[str, ...]:
-        """Those of later stages that read the images as they are: one pass computes them all."""
-        config = self.config
-        names = []
-        for later, stage in sorted(config.stages.items()):
-            if later > number and stage.epochs and not stage.augment:
-                set_trainable(self.model, stage.unfreeze_layers, trains_base_batch_norm(config))
-                where = cut.frozen_cut(self.model)
-                set_trainable(self.model, config.stages[number].unfreeze_layers, trains_base_batch_norm(config))
-                if where is not None and self._keeps(later, where):
-                    names.append(where.name)
-        return tuple(names)
-
     def _report_features(self, done: int, total: int, images_per_second: float) -> None:
         self.beat(f"the features, image {done}")
         self.reporter.emit(
@@ -477,7 +383,8 @@ class _Run:
         progress.history.append(row)
         if row["best"]:
             progress.best = Best(**{known.name: row[known.name] for known in fields(Best)})
-            self.best_arrays = checkpoint.model_arrays(self.model)
+            average = {} if self.average is None else self.average.model_arrays()
+            self.best_arrays = checkpoint.model_arrays(self.model) | average
         if self.topology.is_chief:
             run_folder.write_history(self.run, progress.history)
 
@@ -485,7 +392,7 @@ class _Run:
         """Begin to write a checkpoint of this moment; the chief alone does."""
         if not self.topology.is_chief:
             return
-        with _timed(self.progress.seconds, "checkpoint"):
+        with self.progress.timed("checkpoint"):
             self._count_time()
             state = asdict(self.progress)
             position, arrays, best, best_arrays = (
@@ -514,8 +421,7 @@ class _Run:
         found = None
         if self.topology.is_chief:
             self.folder.clean()
-            self.stop.clear()
-            found = self.folder.newest(lambda text: self.reporter.emit({"kind": "warning", "text": text}))
+            found = self.folder.newest(self._warn, set_aside=True)
         position = found[0] if found else checkpoint.Position(-1)
         epochs_done, step = steps.chiefs(self.strategy, self.topology, (position.epochs_done, position.step))
         if epochs_done < 0:
@@ -575,7 +481,7 @@ class _Run:
         if self.topology.is_chief:
             # Again: a run that was stopped between a checkpoint and its history has the row in the one alone.
             run_folder.write_history(self.run, self.progress.history)
-            with _timed(seconds, "save"):
+            with self.progress.timed("save"):
                 self._save_model()
             self._count_time()
             write_json(self.run / run_folder.RESULT, result)
@@ -595,6 +501,9 @@ class _Run:
             with saved.open("r+b") as file:
                 checkpoint.seal_archive(file)
             move_durably(saved, self.run / run_folder.MODEL)
+
+    def _warn(self, text: str) -> None:
+        self.reporter.emit({"kind": "warning", "text": text})
 
     def _announce(self, number: int, stage: StageConfig, source: str) -> None:
         what = f"head and upper {stage.unfreeze_layers} layers" if stage.unfreeze_layers else "head"

@@ -1,11 +1,29 @@
 """How many steps a call of the compiled loop runs. Pure."""
 
+from typing import NamedTuple
+
 from cxr_dist.steps import MOST_STEPS_PER_CALL
+from cxr_dist.strategy import DeviceKind
 
 SECONDS_PER_CALL = 1.0
 """Steps are run in calls of about this length: long enough to hide the host, short enough to show progress."""
-STEPS_PER_CALL_OF_WORKERS = 8
-"""With several workers, calls have this length, whatever the time: see `Pace`."""
+
+
+class FixedLengths(NamedTuple):
+    """Steps per call where no clock may decide: of training by several workers, and of validation.
+
+    Between two calls the host looks for a request to stop, and has 25 s to leave a checkpoint then: a call must be
+    short on the slowest device that it may run on.
+    """
+
+    training: int
+    validation: int
+
+    @classmethod
+    def of(cls, kind: DeviceKind, *, head_alone: bool) -> "FixedLengths":
+        """Of a stage on devices of a kind; `head_alone`: the base is neither trained nor computed."""
+        # ResNet50 on a CPU takes seconds a step.
+        return cls(8, 64) if kind == "GPU" or head_alone else cls(1, 2)
 
 
 class Pace:
@@ -16,8 +34,11 @@ class Pace:
     the lengths do not depend on anybody's clock.
     """
 
-    def __init__(self, by_time: bool) -> None:
-        self._by_time = by_time
+    def __init__(self, fixed: int | None = None) -> None:
+        """Args:
+        fixed: Steps of every call but the first; None: by time.
+        """
+        self._fixed = fixed
         self.steps_per_call = 1
         self._compiled = False
         self._steps = 0
@@ -40,8 +61,8 @@ class Pace:
             return
         self._steps += count
         self._seconds += seconds
-        if not self._by_time:
-            self.steps_per_call = STEPS_PER_CALL_OF_WORKERS
+        if self._fixed is not None:
+            self.steps_per_call = self._fixed
             return
         per_step = seconds / count
         self.steps_per_call = int(

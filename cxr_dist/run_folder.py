@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config import Config, load_config
-from cxr_dist.stopping import STOP
+from cxr_dist.stopping import STOP, StopRequest
 from cxr_dist.watchdog import BEATS
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import is_temporary, write_json, write_text
@@ -23,6 +23,7 @@ HISTORY = "history.jsonl"
 RESULT = "result.json"
 MODEL = "model.keras"
 CHECKPOINTS = "checkpoints"
+DAMAGED = "damaged.json"
 EVENTS = "events.jsonl"
 TENSORBOARD = "tensorboard"
 FEATURE_CACHE = "feature-cache"
@@ -104,6 +105,7 @@ def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> No
     info = RunInfo(absolute(dataset), manifest.fingerprint, manifest.class_names, manifest.image_size)
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; give a folder for the run")
+    StopRequest(run).clear()  # of an earlier start; from here on one is of this start, however early it comes
     if (run / CONFIG).is_file() and (run / RUN).is_file():
         if (run / RESULT).exists() or any((run / CHECKPOINTS).glob("*.npz")):
             _check_same(run, config, info)
@@ -111,6 +113,7 @@ def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> No
     elif run.is_dir() and not _is_begun(run):
         raise UserError(f"{run}: holds something that is not a run of this program; give a new folder as --out")
     try:
+        (run / DAMAGED).unlink(missing_ok=True)  # it was decided for the settings and the data of before
         write_text(run / CONFIG, config.to_yaml())
         write_json(run / RUN, asdict(info))
     except OSError as error:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist import augment
+from cxr_dist.averaging import WeightAverage
 from cxr_dist.config import AugmentationConfig, StageConfig
 from cxr_dist.data import EvaluationPlan, Source, TrainingPlan, worker_batches
 from cxr_dist.gradients import Place, Variables, in_parts, make_gradient
@@ -29,9 +30,10 @@ from cxr_dist.strategy import Topology
 MOST_STEPS_PER_CALL = 100
 
 # Rows of the summed counts that a call returns.
-TOTALS = 5
-LOSS, CORRECT, COUNT, SKIPPED, WAITED = range(5)
-"""WAITED: seconds in which a step was ready and its batch was not."""
+TOTALS = 6
+LOSS, CORRECT, COUNT, SKIPPED, WAITED, OVERFLOWED = range(TOTALS)
+"""WAITED: seconds in which a step was ready and its batch was not. OVERFLOWED: of the skipped steps, those that a lower
+loss scale may have saved."""
 
 
 @dataclass
@@ -64,9 +66,11 @@ class LossScale:
         self.scale.assign(tf.clip_by_value(changed, 1.0, 2.0**24))
         self.good_steps.assign(tf.where(grow, 0, good))
 
-    def can_mend(self) -> bool:
-        """Whether an overflow may yet be the scale's fault: it can still go down."""
-        return self.dynamic and float(self.scale.numpy()) > 1.0
+    def may_be_at_fault(self) -> Any:
+        """1 where an overflow may be the scale's fault, as it can still go down, else 0: a float64 scalar."""
+        import tensorflow as tf
+
+        return tf.cast(self.scale > 1.0, tf.float64) if self.dynamic else tf.zeros([], tf.float64)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """What a checkpoint holds of it."""
@@ -83,9 +87,9 @@ class TrainStep:
     """The compiled steps of one stage. `traces` counts how often the loop was traced: once per stage."""
 
     run: Callable[..., npt.NDArray[np.float64]]
-    """run(iterator, first_step, learning_rates float32 [n], totals float64 [5]) -> totals, with these steps added.
+    """run(iterator, first_step, learning_rates float32 [n], totals float64 [TOTALS]) -> totals, these steps added.
 
-    n is at most MOST_STEPS_PER_CALL. Of the rows LOSS, CORRECT, COUNT, SKIPPED and WAITED. As the sum goes on where it
+    n is at most MOST_STEPS_PER_CALL. Of the rows LOSS, CORRECT, ... As the sum goes on where it
     was, step by step, it does not depend on how many steps there were in a call.
     """
     traces: list[str] = field(default_factory=list)
@@ -127,12 +131,14 @@ def make_train_step(
     xla: bool,
     accumulation_steps: int = 1,
     measure_wait: bool = True,
+    average: WeightAverage | None = None,
 ) -> TrainStep:
     """Compile the training of `model`'s trainable variables (set them, and build the optimizer, first).
 
     `model` takes what the batches hold as `inputs`: images uint8 [B, S, S, 1], or pooled features
     float32 [B, 2048] for the head alone. `augmentation` is for images; None leaves them as they are. A replica's batch
-    is taken in `accumulation_steps` parts. Without `measure_wait` the row WAITED stays 0.
+    is taken in `accumulation_steps` parts. Every step that changes the weights moves `average`. Without `measure_wait`
+    the row WAITED stays 0.
     """
     import tensorflow as tf
 
@@ -195,15 +201,18 @@ def make_train_step(
                 replica_step, args=(batch, first_step + index, loss_scale.scale.read_value())
             )
             finite = first_of(finite)
+            mendable = loss_scale.may_be_at_fault()
             loss_scale.update(finite)
             if finite:
                 optimizer.learning_rate.assign(learning_rates[index])
                 strategy.run(apply, args=(gradients,))
+                if average is not None:
+                    average.update(strategy)
                 for position, statistic in zip(variables.statistics, statistics, strict=True):
                     strategy.extended.update(variables.other[position].value, _assign, args=(statistic,), group=False)
-                totals += tf.concat([tf.cast(first_of(sums), tf.float64), [0.0, waited]], 0)
+                totals += tf.concat([tf.cast(first_of(sums), tf.float64), [0.0, waited, 0.0]], 0)
             else:
-                totals += tf.concat([tf.constant([0.0, 0.0, 0.0, 1.0], tf.float64), [waited]], 0)
+                totals += tf.concat([tf.constant([0.0, 0.0, 0.0, 1.0], tf.float64), [waited, mendable]], 0)
         return totals
 
     def run(
@@ -226,10 +235,13 @@ def _assign(variable: Any, value: Any) -> Any:
     return variable.assign(value)
 
 
-def make_evaluation_step(strategy: Any, model: Any, classes: int, xla: bool) -> Callable[..., Any]:
+def make_evaluation_step(
+    strategy: Any, model: Any, classes: int, xla: bool, average: WeightAverage | None = None
+) -> Callable[..., Any]:
     """run(iterator, steps) -> (confusion int64 [C, C] with true classes as rows, summed loss float).
 
-    Inference mode; masked slots count nowhere. The loss is the plain cross-entropy.
+    Inference mode, of the weights' `average` where there is one; masked slots count nowhere. The loss is the plain
+    cross-entropy.
     """
     import tensorflow as tf
 
@@ -247,7 +259,8 @@ def make_evaluation_step(strategy: Any, model: Any, classes: int, xla: bool) -> 
     inner = tf.function(forward, jit_compile=True) if xla else forward
 
     def replica_step(batch: dict[str, Any]) -> tuple[Any, Any]:
-        return inner(batch, *variables.values())
+        trainable, other = variables.values()
+        return inner(batch, trainable if average is None else average.values(variables.trainable), other)
 
     @tf.function
     def loop(iterator: Any, steps: Any) -> tuple[Any, Any]:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from tfrecords_builder.files import write_text
+
 STOP = "stop"
 """The file in a run's folder that asks for the end; whoever may write there may ask, from any machine."""
 NOTICE_LIMIT_S = 25
@@ -35,7 +37,7 @@ class StopRequest:
         if not for_more_workers:
             self._path.write_text("")
         elif not self.is_made():
-            self._path.write_text(_MORE_WORKERS)
+            write_text(self._path, _MORE_WORKERS)  # whole, or an empty file would be seen: a stop
 
     def is_made(self) -> bool:
         return self._path.exists()

@@ -10,10 +10,12 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import ENVIRONMENT_ERRORS, sync, write_bytes, write_json
+from tfrecords_builder.files import ENVIRONMENT_ERRORS, bytes_below, sync, write_bytes, write_json
 from tfrecords_builder.seal import read_sealed_json, sealed_json
 
 Array = npt.NDArray[Any]
@@ -31,6 +33,7 @@ Description = Mapping[str, Any]
 """What decides every byte of an entry, as plain data."""
 
 _ENTRY = "entry.json"
+_POLL_S = 0.2
 _WORK = ".work"
 _LOCK = ".lock"
 _CHUNK = 1 << 24
@@ -133,16 +136,20 @@ class FeatureStore:
         return rows
 
     @contextmanager
-    def computing(self, descriptions: Sequence[Description]) -> Iterator[None]:
-        """Held by the one process, of all that use the store, that makes these entries or waits until another has."""
+    def computing(self, descriptions: Sequence[Description], limit_s: float = math.inf) -> Iterator[None]:
+        """Held by the one process, of all that use the store, that makes these entries or waits until another has.
+
+        Raises:
+            TimeoutError: another one has held them for `limit_s`.
+        """
         with _explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            held = []
+            held, until = [], time.monotonic() + limit_s
             try:
                 # In one order everywhere, or two processes could wait for each other.
                 for key in sorted(key_of(description) for description in descriptions):
                     held.append(os.open(self.folder / f"{key}{_LOCK}", os.O_RDWR | os.O_CREAT, 0o644))
-                    fcntl.flock(held[-1], fcntl.LOCK_EX)
+                    _lock(held[-1], until)
                 yield
             finally:
                 for descriptor in held:
@@ -152,7 +159,7 @@ class FeatureStore:
         """Whether `needed` bytes would, once everything that may be removed was."""
         with _explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            removable = sum(_bytes_of(entry) for entry in self._entries() if not _is_locked(entry / _ENTRY))
+            removable = sum(bytes_below(entry) for entry in self._entries() if not _is_locked(entry / _ENTRY))
             return needed <= min(self._limit, shutil.disk_usage(self.folder).free + removable)
 
     def begin(self, description: Description, needed: int) -> None:
@@ -192,26 +199,30 @@ class FeatureStore:
 
     def _entries(self) -> list[Path]:
         """Least recently used first."""
-        found = [path.parent for path in self.folder.glob(f"*/{_ENTRY}") if path.parent.suffix != _WORK]
-        return sorted(found, key=lambda entry: (entry / _ENTRY).stat().st_mtime)
+        used = {}
+        for path in self.folder.glob(f"*/{_ENTRY}"):
+            if path.parent.suffix != _WORK:
+                with suppress(FileNotFoundError):  # another process makes room too
+                    used[path.parent] = path.stat().st_mtime
+        return sorted(used, key=lambda entry: used[entry])
 
     def _remove_abandoned(self) -> None:
         """What processes left that were stopped while they computed other entries: nobody holds their locks."""
         for work in self.folder.glob(f"*{_WORK}"):
             lock = work.with_suffix(_LOCK)
             if lock.exists() and not _is_locked(lock):
-                shutil.rmtree(work)
+                shutil.rmtree(work, ignore_errors=True)
 
     def _make_room(self, needed: int) -> None:
         entries = self._entries()
-        total = sum(_bytes_of(entry) for entry in entries)
+        total = sum(bytes_below(entry) for entry in entries)
         for entry in entries:
             if total + needed <= self._limit and shutil.disk_usage(self.folder).free >= needed:
                 return
             if not _is_locked(entry / _ENTRY):
-                total -= _bytes_of(entry)
-                (entry / _ENTRY).unlink()  # first: without it, it is no entry
-                shutil.rmtree(entry)
+                total -= bytes_below(entry)
+                (entry / _ENTRY).unlink(missing_ok=True)  # first: without it, it is no entry
+                shutil.rmtree(entry, ignore_errors=True)  # another process may be at it
 
 
 def _read(entry: Path, description: Description) -> Rows | None:
@@ -241,18 +252,30 @@ def _crc(path: Path) -> int:
     return crc
 
 
+def _lock(descriptor: int, until: float) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise TimeoutError("another process computes the same features") from None
+            time.sleep(_POLL_S)
+        else:
+            return
+
+
 def _is_locked(path: Path) -> bool:
-    """By any process that has not ended: one that reads an entry, or computes one."""
-    with path.open("rb") as file:
+    """By any process that has not ended: one that reads an entry, or computes one. What is gone is held by nobody."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return False
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False
-
-
-def _bytes_of(entry: Path) -> int:
-    return sum(path.stat().st_size for path in entry.iterdir())
 
 
 @contextmanager

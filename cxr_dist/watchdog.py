@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,19 @@ class Watchdog:
         while not self._stop.wait(self._interval_s):
             waited = time.monotonic() - self._last
             if waited < self._timeout_s:
-                self._tell()
+                # A storage that fails now and then must not end the watch, nor keep it from ending a worker.
+                with suppress(OSError):
+                    self._tell()
                 continue
-            reason = (
-                f"worker {self._rank} got no further than {self._where} for {waited:.0f} s; "
-                f"{missing(self._folder, self._rank, self._interval_s)}"
-            )
-            print(reason, file=sys.stderr, flush=True)
-            self._tell(ended=reason)
-            self._end()
+            reason = f"worker {self._rank} got no further than {self._where} for {waited:.0f} s"
+            try:
+                with suppress(OSError, ValueError):
+                    reason += f"; {missing(self._folder, self._rank, self._interval_s)}"
+                print(reason, file=sys.stderr, flush=True)
+                with suppress(OSError):
+                    self._tell(ended=reason)
+            finally:
+                self._end()
             return
 
     def _tell(self, **more: Any) -> None:

@@ -181,7 +181,7 @@ def test_order_is_by_number(tmp_path: Path) -> None:
     ordered = [Position(9), Position(9, 2), Position(10), Position(99, 10), Position(99, 9_999_999), Position(100)]
     for position in reversed(ordered):
         assert Position.of_file(position.file_name) == position
-        save_arrays(tmp_path / position.file_name, {}, {})
+        save_arrays(tmp_path / position.file_name, {}, {"best_epochs_done": 0})
         found = folder.newest(warn_nothing)
         assert found is not None
         assert found[0] == ordered[-1]

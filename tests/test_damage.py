@@ -17,7 +17,7 @@ from tests.conftest import SMALL_RUN
 from tests.test_loop import comparable
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.manifest import read_manifest
-from tfrecords_builder.recordio import HEADER_BYTES
+from tfrecords_builder.recordio import HEADER_BYTES, scan
 
 Damage = Callable[[str, int], str]
 """Flip a bit of the record at a position of a split; the path of its source image."""
@@ -54,7 +54,9 @@ def test_what_is_damaged_is_found_and_nothing_else(copy: Path, flip: Damage) -> 
     found = list(find_damaged(copy, manifest))
     assert {record.path for record in found} == damaged
     for record in found:
-        assert (copy / record.shard).is_file()
+        with pytest.raises(UserError) as said:
+            list(scan(copy / record.shard))
+        assert f"record {record.record} at byte {record.offset}" in str(said.value)
         assert "checksum" in record.reason
 
 
@@ -87,7 +89,9 @@ def test_the_decision_is_taken_once(copy: Path, flip: Damage, tmp_path: Path) ->
 
 def test_more_than_the_limit_is_refused_and_nothing_is_written(copy: Path, flip: Damage, tmp_path: Path) -> None:
     flip("train", 1), flip("validation", 2)
-    with pytest.raises(UserError, match=r"input\.max_damaged 1: 2 records are damaged, the first at byte \d+ of .*"):
+    with pytest.raises(
+        UserError, match=r"input\.max_damaged 1: 2 records are damaged, the first is record \d+ at byte \d+ of .*"
+    ):
         leave_out(tmp_path, copy, read_manifest(copy), 1)
     assert left_out(tmp_path) == LeftOut()
     assert not list(tmp_path.glob("*.json"))
@@ -127,3 +131,25 @@ def test_without_damage_the_key_changes_no_number(copy: Path, tmp_path: Path) ->
         assert train(copy, tmp_path / name, f"input.max_damaged={most}")["damaged_records"] == 0
         histories.append(comparable(run_folder.read_history(tmp_path / name)))
     assert histories[0] == histories[1]
+
+
+def test_a_decision_of_other_data_or_settings_is_forgotten(copy: Path, flip: Damage, tmp_path: Path) -> None:
+    """Until a checkpoint is there, a run may begin anew with others: what was left out then is whole now."""
+    run, manifest = tmp_path / "run", read_manifest(copy)
+    config = run_folder.resolve_config(load_config(None, [*SMALL_RUN, "input.max_damaged=3"]), manifest)
+    run_folder.prepare(run, config, copy, manifest)
+    flip("train", 1)
+    assert leave_out(run, copy, manifest, 3).records
+    flip("train", 1)
+    run_folder.prepare(run, run_folder.resolve_config(load_config(None, SMALL_RUN), manifest), copy, manifest)
+    assert left_out(run) == LeftOut()
+
+
+def test_later_damage_in_a_shard_with_records_left_out_has_its_right_number(copy: Path, flip: Damage) -> None:
+    manifest = read_manifest(copy)
+    first, last = flip("validation", 0), flip("validation", 11)
+    source = ShardSource(copy, manifest, "validation", [first])
+    with pytest.raises(UserError) as raised:
+        source.pixels(np.arange(source.count))
+    (found,) = (record for record in find_damaged(copy, manifest) if record.path == last)
+    assert f"record {found.record} at byte {found.offset}" in str(raised.value)

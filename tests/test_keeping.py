@@ -1,6 +1,7 @@
 """When checkpoints are written: as often as their cost allows, one after the other, and never silently not."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -82,4 +83,36 @@ def test_a_failure_reaches_the_caller(background: bool) -> None:
     with pytest.raises(OSError, match="No space"):
         write_and_wait()
     keeper.wait()  # once
+    keeper.close()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_storage_that_fails_now_and_then_is_tried_again(background: bool) -> None:
+    """Three in a row are warnings while another checkpoint follows; one that succeeds begins the count anew."""
+    warnings: list[str] = []
+    keeper = Keeper(CheckpointConfig(background=background), warn=warnings.append)
+
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
+
+    def write(*tasks: Callable[[], None]) -> None:
+        for task in tasks:
+            keeper.write(task)
+
+    def fine() -> None:
+        pass
+
+    write(fail, fail, fail, fine, fail, fail, fail, fine, fine)
+    assert len(warnings) == 6
+    assert all("Input/output error" in text for text in warnings)
+    with pytest.raises(OSError, match="Input/output"):
+        write(fail, fail, fail, fail, fine)
+    keeper.close()
+
+
+def test_what_is_no_failure_of_the_storage_is_raised_at_once() -> None:
+    keeper = Keeper(CheckpointConfig())
+    keeper.write(lambda: 1 / 0)  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError):
+        keeper.write(lambda: None)
     keeper.close()

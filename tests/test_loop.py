@@ -16,7 +16,8 @@ from tensorflow.python.framework import config as tf_config
 from cxr_dist import checkpoint, loop, run_folder, steps
 from cxr_dist.commands import run_training
 from cxr_dist.config import Config, load_config
-from cxr_dist.pace import Pace
+from cxr_dist.features import FrozenFeatures
+from cxr_dist.pace import FixedLengths, Pace
 from cxr_dist.reporting import Event, Reporter, Reporters
 from cxr_dist.strategy import prepare_devices
 from tests.conftest import SMALL_RUN
@@ -102,6 +103,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
         "stages.2.epochs=3",
         "stages.2.optimizer=adam",
         "stages.2.augment=true",
+        "stages.2.weight_average=0.9",
         "deterministic=true",
         "checkpoint.every_steps=2",
         "checkpoint.background=false",
@@ -145,6 +147,54 @@ def test_a_damaged_newest_checkpoint_is_passed_over(finished_run: Path, dataset:
     assert result["steps_computed"] == (3 - position.epochs_done) * 7 - position.step > 0
     whole, resumed = history(finished_run), history(run)
     assert [(row["stage"], row["epoch"]) for row in resumed] == [(row["stage"], row["epoch"]) for row in whole]
+    assert kept[-1].with_suffix(".damaged").stat().st_size == 1000, "it is out of the way, and still there"
+
+
+def test_a_checkpoint_whose_best_weights_are_damaged_is_passed_over(
+    finished_run: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Nobody could end a run that lost them; the checkpoint before may have others, which are whole."""
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS)
+    found = folder.newest(pytest.fail)
+    assert found is not None
+    position, arrays, state = found
+    later = checkpoint.Position(position.epochs_done + 1)
+    model = {name: value for name, value in arrays.items() if name.startswith("model/")}
+    folder.save(later, arrays, {key: value for key, value in state.items() if key != "best_epochs_done"}, 9, model)
+    folder.best(9).write_bytes(b"damaged")
+    warnings: list[str] = []
+    again = folder.newest(warnings.append, set_aside=True)
+    assert again is not None
+    assert again[0] == position
+    assert len(warnings) == 1
+    assert folder.best(9).name in warnings[0]
+    assert folder.newest_position() == position
+    assert folder.newest(pytest.fail) is not None
+
+
+def test_what_was_measured_once_is_not_measured_again(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors at a cut are rounded: a run that goes on reads what it read, however busy the machine is by then."""
+    config = small("stages.1.epochs=1", "stages.2.epochs=2", "stages.2.unfreeze_layers=3", "checkpoint.every_steps=2")
+    whole, copy = tmp_path / "whole", tmp_path / "copy"
+    monkeypatch.setattr(FrozenFeatures, "pays", lambda *_: True)
+    train_here(config, dataset, whole, CopyAfter(whole, copy, 2, 1, 4))
+    monkeypatch.setattr(FrozenFeatures, "pays", lambda *_: pytest.fail("it measures again"))
+    resumed = train_here(config, dataset, copy, Reporters([]))
+    assert resumed["resumed_from"]
+    np.testing.assert_allclose(
+        [row["loss"] for row in history(copy)], [row["loss"] for row in history(whole)], atol=1e-4
+    )
+
+
+def test_nothing_is_measured_where_runs_must_repeat(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, determinism_ends: None
+) -> None:
+    monkeypatch.setattr(FrozenFeatures, "pays", lambda *_: pytest.fail("a clock decides"))
+    config = small("stages.1.epochs=1", "stages.2.epochs=1", "stages.2.unfreeze_layers=3", "deterministic=true")
+    train_here(config, dataset, tmp_path / "run", Reporters([]))
 
 
 def test_two_mirrored_devices_through_the_whole_loop(dataset: Path, tmp_path: Path) -> None:
@@ -164,8 +214,8 @@ def test_two_mirrored_devices_through_the_whole_loop(dataset: Path, tmp_path: Pa
 def test_the_calls_of_several_workers_do_not_depend_on_their_clocks() -> None:
     """Collectives inside a loop are known by its iteration: calls of other lengths on another worker would hang."""
 
-    def lengths(seconds: list[float], by_time: bool) -> list[int]:
-        pace = Pace(by_time)
+    def lengths(seconds: list[float], fixed: int | None) -> list[int]:
+        pace = Pace(fixed)
         found = []
         for each in seconds:
             found.append(pace.steps_per_call)
@@ -173,9 +223,16 @@ def test_the_calls_of_several_workers_do_not_depend_on_their_clocks() -> None:
         return found
 
     slow, fast = [9.0, 3.0, 5.0, 2.0, 7.0], [0.9, 0.01, 0.02, 0.05, 0.01]
-    assert lengths(slow, by_time=False) == lengths(fast, by_time=False)
-    assert lengths(slow, by_time=True) == [1] * 5
-    assert lengths(fast, by_time=True)[-1] > 1
+    assert lengths(slow, fixed=8) == lengths(fast, fixed=8) == [1, 8, 8, 8, 8]
+    assert lengths(slow, fixed=None) == [1] * 5
+    assert lengths(fast, fixed=None)[-1] > 1
+
+
+def test_calls_without_a_clock_are_short_where_a_step_is_long() -> None:
+    """Two workers on two cores take ten seconds for a step of 64 images; a notice leaves 25."""
+    assert FixedLengths.of("CPU", head_alone=False) == (1, 2)
+    for kind, head_alone in (("CPU", True), ("GPU", True), ("GPU", False)):
+        assert FixedLengths.of(kind, head_alone=head_alone) == (8, 64)
 
 
 def test_the_loop_is_traced_once_in_a_stage(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -160,3 +161,33 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         store_in(tmp_path).fits(1)
     with pytest.raises(UserError, match=r"features\.folder"):
         write(store_in(tmp_path), about())
+
+
+def test_an_entry_that_another_process_removes_is_gone_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs that make room at once walk the same list."""
+    store = store_in(tmp_path)
+    for number in range(2):
+        write(store, about(number))
+    entries = store._entries()
+    assert len(entries) == 2
+    shutil.rmtree(entries[0])
+    monkeypatch.setattr(FeatureStore, "_entries", lambda _store: entries)
+    assert store.fits(1)
+    small = FeatureStore(store.folder, 1)
+    with small.computing([about(3)]):
+        small.begin(about(3), 1)
+    assert not entries[1].exists()
+
+
+def test_a_lock_is_waited_for_no_longer_than_said(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    with (
+        store.computing([about()]),
+        pytest.raises(TimeoutError),
+        FeatureStore(store.folder, 1).computing([about()], 0.1),
+    ):
+        pytest.fail("two at once")
+    with store.computing([about()], 0.1):
+        pass

@@ -5,6 +5,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from cxr_dist.watchdog import Watchdog, missing, reasons
 
 
@@ -38,3 +40,24 @@ def test_who_is_silent_is_told_by_the_clock_of_the_storage(tmp_path: Path) -> No
     assert "is silent for 100 s" in said
     assert "worker 1" not in said
     assert reasons(tmp_path, 5.0) == [said]
+
+
+def test_a_storage_that_fails_keeps_it_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one failure while all is well, nor one when the worker has to go."""
+    from cxr_dist import watchdog
+
+    ended, failures = threading.Event(), []
+
+    def fail(*_arguments: object) -> None:
+        failures.append(time.monotonic())
+        raise OSError(116, "Stale file handle")
+
+    with Watchdog(tmp_path, 0, 0.3, interval_s=0.02, end=ended.set) as dog:
+        monkeypatch.setattr(watchdog, "write_json", fail)
+        monkeypatch.setattr(watchdog, "_told", fail)
+        for _ in range(10):
+            dog.beat("stage 1, epoch 1, step 1")
+            time.sleep(0.02)
+        assert failures
+        assert not ended.is_set()
+        assert ended.wait(20)

@@ -145,21 +145,21 @@ def read_run(fd: int, places: Sequence[tuple[int, int]], shard: Path | str = "sh
         shard: Named in errors only.
     """
     first, (last, length) = places[0][0], places[-1]
-    # Views, not slices: a run is megabytes, and each record is copied once, out of it.
     run = memoryview(os.pread(fd, last + length + FRAME_BYTES - first, first))
     for offset, length in places:
         start = offset - first
-        yield _payload(bytes(run[start : start + length + FRAME_BYTES]), offset, length, shard)
+        yield _payload(run[start : start + length + FRAME_BYTES], offset, length, shard)
 
 
-def _payload(frame: bytes, offset: int, length: int, shard: Path | str) -> bytes:
+def _payload(frame: bytes | memoryview, offset: int, length: int, shard: Path | str) -> bytes:
+    """The one copy that is made of a record: a view would do, but the checksum asks for bytes."""
     if len(frame) != length + FRAME_BYTES:
         raise CorruptRecordError(shard, None, offset, "the shard ends inside the record")
-    found = _payload_length(frame[:HEADER_BYTES], shard, None, offset)
+    found = _payload_length(bytes(frame[:HEADER_BYTES]), shard, None, offset)
     if found != length:
         raise CorruptRecordError(shard, None, offset, f"it is {found} bytes long where the manifest says {length}")
-    payload = frame[HEADER_BYTES:-4]
-    _check_payload(payload, frame[-4:], shard, None, offset)
+    payload = bytes(frame[HEADER_BYTES:-4])
+    _check_payload(payload, bytes(frame[-4:]), shard, None, offset)
     return payload
 
 

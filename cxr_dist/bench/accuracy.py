@@ -1,8 +1,9 @@
 """How soon a validation accuracy is there: plain Keras's best of both its stages, and when ours has as much.
 
 Plain Keras runs all its epochs on the same images in the same split, and `cxr-dist train` its own recipe, one after the
-other, each in a process of its own. Plain Keras too has oneDNN switched on, as importing this package does. Time runs from the start of the command, and ours has building the dataset in it;
-validation counts on both sides. A validation accuracy of 637 images has a standard error of 0.011: give several seeds.
+other, each in a process of its own. Plain Keras too has oneDNN switched on, as importing this package does. Time runs
+from the start of the command, and ours has building the dataset in it; validation counts on both sides. A validation
+accuracy of 637 images has a standard error of 0.011: give several seeds.
 """
 
 import json

@@ -207,6 +207,7 @@ def launch_training(
     """
     checkpoints = CheckpointFolder(run / run_folder.CHECKPOINTS)
     lost, replaced_by = 0, 0.0
+    smaller: WorkerPlan | None = None  # from which the run has just grown
     while True:
         arguments = {
             "config": config.tree(),
@@ -224,9 +225,15 @@ def launch_training(
                 launch(_train_worker, arguments, plan, run)
             return _result(run)
         except RegroupedError:
+            lost, smaller = 0, plan
             plan = _planned_by(time.monotonic() + REPLACEMENT_LIMIT_S, plan_again)
             reporter.emit({"kind": "message", "text": f"machines have joined: going on with {plan.workers} workers"})
         except UnplacedError:
+            if smaller is not None:
+                # The plan is of all that the cluster has, and what has joined may do other work by now.
+                plan, smaller, grows = smaller, None, False
+                reporter.emit({"kind": "warning", "text": f"no room for more: going on with {plan.workers} workers"})
+                continue
             # For a while, a cluster counts a host that it has lost among those it has.
             if time.monotonic() > replaced_by:
                 raise
@@ -250,6 +257,8 @@ def _asking_to_grow(run: Path, plan: WorkerPlan, plan_again: Callable[[], Worker
 
     Going on costs a checkpoint and the start of all workers, about a minute: not for a machine that comes and goes.
     """
+    from ray.exceptions import RayError
+
     ended = threading.Event()
 
     def watch() -> None:
@@ -257,11 +266,10 @@ def _asking_to_grow(run: Path, plan: WorkerPlan, plan_again: Callable[[], Worker
         while not ended.wait(GROWTH_INTERVAL_S):
             try:
                 found = plan_again().workers
-            except UserError:
-                found = plan.workers  # there is less room than the run has: that is for whoever notices the loss
+            except (UserError, OSError, RuntimeError, RayError):
+                found = plan.workers  # less room than the run has, or no answer: for whoever notices the loss
             if found == seen > plan.workers:
                 StopRequest(run).make(for_more_workers=True)
-                return
             seen = found
 
     thread = threading.Thread(target=watch, name="growth", daemon=True)

@@ -23,6 +23,7 @@ from cxr_dist.search.trial import TIME_LIMIT_STATUS, TrialJob, compute_shared_fe
 from cxr_dist.search.watch import Jobs, Watch
 from cxr_dist.strategy import prepare_devices
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import disk_error
 from tfrecords_builder.pool import prepare_child
 
 Serve = Callable[[Connection, int, str], None]
@@ -73,18 +74,22 @@ def fill_cache(jobs: Jobs, experiment: Experiment, cores: int) -> None:
     """Compute what all trials read, in a process with all cores.
 
     Raises:
+        UserError: it met something that the user can mend.
         RuntimeError: the process failed; its log is named.
     """
     context = multiprocessing.get_context("spawn")
     log = experiment.folder / "trials" / "features.log"
-    process = context.Process(target=_fill_cache, args=(jobs.shared(), cores, log), daemon=True)
+    mendable, said = context.Pipe(duplex=False)
+    process = context.Process(target=_fill_cache, args=(jobs.shared(), cores, log, said), daemon=True)
     process.start()
     process.join()
+    if mendable.poll():
+        raise UserError(mendable.recv())
     if process.exitcode:
         raise RuntimeError(f"the features that all trials share could not be computed; see {log}")
 
 
-def _fill_cache(job: TrialJob, cores: int, log: Path) -> None:
+def _fill_cache(job: TrialJob, cores: int, log: Path, said: Connection) -> None:
     from cxr_dist.config import Config
     from cxr_dist.reporting import ConsoleReporter
 
@@ -92,9 +97,15 @@ def _fill_cache(job: TrialJob, cores: int, log: Path) -> None:
     _print_to(log)
     with _scratch():
         topology = prepare_devices(None, cores=cores)
-        compute_shared_features(
-            Config.model_validate(job.config), Path(job.dataset), Path(job.experiment), topology, ConsoleReporter()
-        )
+        try:
+            compute_shared_features(
+                Config.model_validate(job.config), Path(job.dataset), Path(job.experiment), topology, ConsoleReporter()
+            )
+        except (UserError, OSError) as error:
+            mendable = error if isinstance(error, UserError) else disk_error(error)
+            if mendable is None:
+                raise
+            said.send(str(mendable))
     os._exit(0)  # TensorFlow's iterators may take a minute to end
 
 
