@@ -36,7 +36,7 @@ class Pace:
 
     def __init__(self, fixed: int | None = None) -> None:
         """Args:
-        fixed: Steps of every call but the first; None: by time.
+        fixed: Steps of every call after the first two; None: by time.
         """
         self._fixed = fixed
         self.steps_per_call = 1
