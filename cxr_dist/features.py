@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from cxr_dist import augment, cut, steps
 from cxr_dist.config import AugmentationConfig, Config, FeaturesConfig, StageConfig
-from cxr_dist.data import ArraySource, EvaluationPlan, Slice, Source
+from cxr_dist.data import ArraySource, EvaluationPlan, ShardSource, Slice, Source
 from cxr_dist.model import IMAGENET_MEAN_BGR, POOL_NAME
 from cxr_dist.store import Description, FeatureStore, PartWriter, Rows
 from cxr_dist.strategy import Topology
@@ -51,7 +51,7 @@ class SplitImages:
     dataset: str
     """The dataset's fingerprint."""
     split: str
-    source: Source
+    source: ShardSource
 
 
 def use_of_cut(features: FeaturesConfig, stage: StageConfig, name: str) -> Literal["on", "off", "auto"]:
