@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from packaging.requirements import Requirement
+
 from cxr_dist.orchestration.preflight import Node, plan_workers
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.pool import default_workers
@@ -64,13 +66,14 @@ def table(findings: Sequence[Finding]) -> list[str]:
 
 
 def extras_of(requirements: Sequence[str]) -> dict[str, list[str]]:
-    """By extra, the distributions that it asks for, of a distribution's `requires`."""
+    """By extra but `test`, the distributions that it asks for with their own extras, of a distribution's `requires`."""
     found: dict[str, list[str]] = {}
-    for requirement in requirements:
-        matched = re.match(r"([\w.-]+)(\[[^]]*\])?.*;\s*extra == ['\"]([\w-]+)['\"]", requirement)
-        if matched and matched[3] != "test":
-            # An extra of another package is that package with more: what it brings is not said here.
-            found.setdefault(matched[3], []).append(matched[1] + (matched[2] or ""))
+    for text in requirements:
+        requirement = Requirement(text)
+        named = re.search(r"extra == ['\"]([\w-]+)['\"]", str(requirement.marker))
+        if named and named[1] != "test":
+            own = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+            found.setdefault(named[1], []).append(requirement.name + own)
     return found
 
 

@@ -201,7 +201,7 @@ class _Run:
             # Of the weights as they stand, which are those of the checkpoint where there is one.
             decay = stage.weight_average
             self.average = None if decay is None else WeightAverage(self.model.trainable_variables, decay)
-        self.loss_scale = loss_scale = steps.LossScale.create(self.precision)
+        loss_scale = steps.LossScale.create(self.precision)
         if restored is not None:
             checkpoint.restore_optimizer(optimizer, restored)
             loss_scale.restore(restored)

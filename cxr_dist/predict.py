@@ -92,18 +92,21 @@ def predict_files(
         for first in range(0, len(paths), batch_size):
             part = paths[first : first + batch_size]
             squares = list(pool.map(read, part))
-            whole = {path: square for path, square in zip(part, squares, strict=True) if isinstance(square, np.ndarray)}
-            said: dict[Path, tuple[Answer, Path | None]] = {}
+            whole = [square for square in squares if isinstance(square, np.ndarray)]
+            answers: list[Answer] = []
+            drawn: Iterator[Path | None] = itertools.repeat(None)
             if whole:
-                images = np.stack(list(whole.values()))
+                images = np.stack(whole)
                 answers = classifier.answers(images)
-                drawn = overlays.draw(list(whole), images, answers) if overlays else itertools.repeat(None)
-                said = dict(zip(whole, zip(answers, drawn, strict=False), strict=True))
+                if overlays is not None:
+                    shown = [path for path, square in zip(part, squares, strict=True) if isinstance(square, np.ndarray)]
+                    drawn = overlays.draw(shown, images, answers)
+            answered = zip(answers, drawn, strict=False)
             for path, square in zip(part, squares, strict=True):
                 if isinstance(square, ImageError):
                     yield Outcome(path, error=square.reason)
                 else:
-                    answer, overlay = said[path]
+                    answer, overlay = next(answered)
                     yield Outcome(path, answer, overlay=overlay)
 
 

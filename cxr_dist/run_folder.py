@@ -105,14 +105,15 @@ def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> No
     info = RunInfo(absolute(dataset), manifest.fingerprint, manifest.class_names, manifest.image_size)
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; give a folder for the run")
-    StopRequest(run).clear()  # of an earlier start; from here on one is of this start, however early it comes
     if (run / CONFIG).is_file() and (run / RUN).is_file():
         if (run / RESULT).exists() or any((run / CHECKPOINTS).glob("*.npz")):
             _check_same(run, config, info)
+            _forget_stop(run)
             return
     elif run.is_dir() and not _is_begun(run):
         raise UserError(f"{run}: holds something that is not a run of this program; give a new folder as --out")
     try:
+        _forget_stop(run)
         (run / DAMAGED).unlink(missing_ok=True)  # it was decided for the settings and the data of before
         write_text(run / CONFIG, config.to_yaml())
         write_json(run / RUN, asdict(info))
@@ -120,6 +121,11 @@ def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> No
         raise UserError(
             f"{run}: cannot be written ({error.strerror}); give a folder that you may write as --out"
         ) from None
+
+
+def _forget_stop(run: Path) -> None:
+    """A request of an earlier start; from here on one is of this start, however early it comes."""
+    StopRequest(run).clear()
 
 
 def _is_begun(run: Path) -> bool:

@@ -89,8 +89,8 @@ class TrainStep:
     run: Callable[..., npt.NDArray[np.float64]]
     """run(iterator, first_step, learning_rates float32 [n], totals float64 [TOTALS]) -> totals, these steps added.
 
-    n is at most MOST_STEPS_PER_CALL. Of the rows LOSS, CORRECT, ... As the sum goes on where it
-    was, step by step, it does not depend on how many steps there were in a call.
+    n is at most MOST_STEPS_PER_CALL; the rows are LOSS, CORRECT and so on. As the sum goes on where it was, step by
+    step, it does not depend on how many steps there were in a call.
     """
     traces: list[str] = field(default_factory=list)
 

@@ -154,6 +154,17 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     assert "is a file" in refused(tmp_path / "file", config())
 
 
+def test_a_request_to_stop_is_forgotten_at_a_start_and_only_in_a_run(begun: Path, tmp_path: Path) -> None:
+    (begun / "stop").touch()
+    run_folder.prepare(begun, config("stages.1.epochs=5"), DATA, manifest())
+    assert not (begun / "stop").exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("stop", "mine.txt"):
+        (foreign / name).write_text("mine")
+    refused(foreign, config())
+
+
 @pytest.mark.parametrize(
     "name", ["notes.txt", "model.keras", run_folder.RUN, run_folder.RESULT, ".hidden", run_folder.CONFIG]
 )

@@ -5,7 +5,6 @@ in a process of its own. The images are noise that is a little brighter from cla
 depend on what they show.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +74,7 @@ def table(sizes: Sequence[Size]) -> list[str]:
 
 def _measure_one(images: int, arguments: Sequence[str], folder: Path) -> Size:
     write_noise(folder / "images", images)
-    build_dataset(folder / "images", folder / "dataset", image_size=IMAGE_SIZE, workers=os.cpu_count())
+    build_dataset(folder / "images", folder / "dataset", image_size=IMAGE_SIZE)
     settings = [
         "model.weights=none",
         "features.cache=off",

@@ -259,20 +259,32 @@ def _asking_to_grow(run: Path, plan: WorkerPlan, plan_again: Callable[[], Worker
     """
     from ray.exceptions import RayError
 
+    seen = plan.workers
+
+    def look() -> None:
+        nonlocal seen
+        try:
+            found = plan_again().workers
+        except (UserError, OSError, RuntimeError, RayError):
+            found = plan.workers  # less room than the run has, or no answer: for whoever notices the loss
+        if found == seen > plan.workers:
+            StopRequest(run).make(for_more_workers=True)
+        seen = found
+
+    with _every(GROWTH_INTERVAL_S, look, "growth"):
+        yield
+
+
+@contextmanager
+def _every(interval_s: float, look: Callable[[], None], name: str) -> Iterator[None]:
+    """Call `look` in a thread called `name`, again and again, while the context lasts."""
     ended = threading.Event()
 
-    def watch() -> None:
-        seen = plan.workers
-        while not ended.wait(GROWTH_INTERVAL_S):
-            try:
-                found = plan_again().workers
-            except (UserError, OSError, RuntimeError, RayError):
-                found = plan.workers  # less room than the run has, or no answer: for whoever notices the loss
-            if found == seen > plan.workers:
-                StopRequest(run).make(for_more_workers=True)
-            seen = found
+    def run() -> None:
+        while not ended.wait(interval_s):
+            look()
 
-    thread = threading.Thread(target=watch, name="growth", daemon=True)
+    thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     try:
         yield
@@ -370,19 +382,10 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 def following(path: Path, reporter: Reporter) -> Iterator[None]:
     """Show what the chief worker writes to its event file, while it does."""
     follower = EventFollower(path, reporter)
-    stop = threading.Event()
-
-    def follow() -> None:
-        while not stop.wait(0.3):
-            follower.poll()
-
-    thread = threading.Thread(target=follow, name="event-follower", daemon=True)
-    thread.start()
     try:
-        yield
+        with _every(0.3, follower.poll, "event-follower"):
+            yield
     finally:
-        stop.set()
-        thread.join()
         follower.poll()
 
 
