@@ -63,6 +63,21 @@ def test_a_network_that_collapses_on_the_border_alone_is_found_by_the_other_two(
     assert {each.name for each in found.alarms} == {"cue_conflict", "without_border"}
 
 
+def test_a_network_that_any_change_of_the_border_upsets_is_noted_and_not_accused() -> None:
+    """Reads the lungs, and names class 0 where the rim is smooth, as it is when its border is filled."""
+    lungs = reader(*LUNGS)
+
+    def forward(images: Any) -> Any:
+        rim = images[:, :2, 8:24].astype(int)
+        smooth = (np.abs(np.diff(rim, axis=1)).max(axis=(1, 2)) == 0)[:, None]
+        return np.where(smooth, np.eye(CLASSES)[0], lungs(images))
+
+    found = run(forward, 0, True)
+    assert found.alarms == []
+    assert "without_border" in {each.name for each in found.notes}
+    assert found.numbers["occlusions"]["variants"]["without_border"]["accuracy"] == 1 / CLASSES
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_answers_at_random_do_not_alarm(seed: int) -> None:
     random = np.random.default_rng(seed)

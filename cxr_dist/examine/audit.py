@@ -5,7 +5,8 @@ class for everything when all but the border is filled (`border_only`), as it ha
 little when the border is filled, if the lungs tell it too. Under a conflict of cues it must choose: the border of an
 image of one class around an image of another (Geirhos et al., "ImageNet-trained CNNs are biased towards texture", ICLR
 2019). Beside it stands the same image in the border of another image of its own class: what differs is nothing but the
-class of the border, so what a border disturbs as such cancels out.
+class of the border, so what a border disturbs as such cancels out. Filling the border has no such control: a fall alone
+says that the change upsets the network, and is an alarm only where foreign borders draw answers too.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,7 +41,8 @@ RULES = {
     "without_lungs": "alarm: the lower 99 % bound of the accuracy (Clopper-Pearson) is over 0.1 above the share of "
     "the most frequent class, and the accuracy above the 99 % quantile of the same answers dealt at random",
     "without_border": "alarm: the accuracy falls by more than 0.1 with the 99 % bound of the paired fall, and the "
-    "exact sign test gives p < 0.01",
+    "exact sign test gives p < 0.01, and foreign borders draw answers (the sign test of the conflict of cues gives "
+    "p < 0.01, however few); a note where they do not",
     "cue_conflict": "alarm: answers follow the class of a foreign border more than 0.1 oftener than they name that "
     "class in a border of the image's own class, and the exact sign test over images gives p < 0.01",
 }
@@ -153,8 +155,8 @@ def cue_conflict(classify: Classify, images: Images, labels: Labels, classes: in
     }
 
 
-def occlusion_findings(occlusions: Mapping[str, Any]) -> list[Finding]:
-    """Alarms by `RULES`."""
+def occlusion_findings(occlusions: Mapping[str, Any], conflict: Mapping[str, Any]) -> list[Finding]:
+    """Alarms and notes by `RULES`, from what `occlusion_scores` and `cue_conflict` gave."""
     found = []
     chance, before = occlusions["chance"], occlusions["as_they_are"]["accuracy"]
     for name in WITHOUT_LUNGS:
@@ -178,13 +180,20 @@ def occlusion_findings(occlusions: Mapping[str, Any]) -> list[Finding]:
             )
     item = occlusions["variants"]["without_border"]
     if item["fall_lower"] > MARGIN and item["fall_p_value"] < P_VALUE:
+        # Without a conflict (one class alone) nothing speaks against the border.
+        told = conflict["p_value"] is None or conflict["p_value"] < P_VALUE
+        fall = (
+            f"with the outer {100 * occlusions['border_share']:.0f}% of each side filled by what lies next to it, the "
+            f"accuracy falls from {100 * before:.0f}% to {100 * item['accuracy']:.0f}%"
+        )
         found.append(
             Finding(
                 "without_border",
-                "alarm",
-                "What the network uses lies in the border: with the outer "
-                f"{100 * occlusions['border_share']:.0f}% of each side filled by what lies next to it, the accuracy "
-                f"falls from {100 * before:.0f}% to {100 * item['accuracy']:.0f}%.",
+                "alarm" if told else "note",
+                f"What the network uses lies in the border: {fall}."
+                if told
+                else f"A changed border upsets the network: {fall}. Borders of other classes do not draw its answers, "
+                "so this is no sign that the border tells the class.",
                 {"accuracy": item["accuracy"], "accuracy_before": before, "fall_lower": item["fall_lower"]},
             )
         )

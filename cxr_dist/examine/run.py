@@ -75,7 +75,7 @@ def examine(
     occlusions = audit.occlusion_scores(classify, images, labels, predicted, masks, classes, seed)
     conflict = audit.cue_conflict(classify, images, labels, classes, seed)
     curves = robustness(classify, images, labels, predicted, classes, seed)
-    findings: list[Finding] = [*audit.conflict_findings(conflict), *audit.occlusion_findings(occlusions)]
+    findings: list[Finding] = [*audit.conflict_findings(conflict), *audit.occlusion_findings(occlusions, conflict)]
     panels: list[Panel] = [
         figures.occlusion_panel(occlusions),
         figures.robustness_panel(curves, occlusions["chance"]),
