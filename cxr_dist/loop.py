@@ -5,7 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,9 @@ def train(
         if topology.workers > 1:
             folder = run / watchdog.BEATS
             beat = held.enter_context(watchdog.Watchdog(folder, topology.worker, config.worker_timeout_s)).beat
-        return _Run(config, dataset, run, topology, reporter, launcher, beat).execute()
+        one = _Run(config, dataset, run, topology, reporter, launcher, beat)
+        held.callback(one.store.close)
+        return one.execute()
 
 
 def _peak_memory_bytes() -> int:
@@ -73,7 +75,9 @@ def compute_features(config: Config, dataset: Path, run: Path, topology: Topolog
     Returns:
         Whether the stage reads from the cache; if not, nothing was computed.
     """
-    return _Run(config, dataset, run, topology, reporter, "").fill_cache()
+    one = _Run(config, dataset, run, topology, reporter, "")
+    with closing(one.store):
+        return one.fill_cache()
 
 
 class _Run:
@@ -127,11 +131,12 @@ class _Run:
             self.model = build_model(self.classes, manifest.image_size, config, dtype_policy(self.precision))
         self.iterators: list[Any] = []
         folder = Path(config.features.folder) if config.features.folder else run.parent / run_folder.FEATURE_CACHE
+        self.store = FeatureStore(folder, int(config.features.limit_gb * 1e9))
         frozen = features.FrozenFeatures(
             config,
             self.strategy,
             topology,
-            FeatureStore(folder, int(config.features.limit_gb * 1e9)),
+            self.store,
             precision=self.precision,
             xla=self.xla,
             progress=self._report_features,

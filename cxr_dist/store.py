@@ -113,7 +113,12 @@ class FeatureStore:
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self._limit = folder, limit_bytes
         self._used: list[int] = []
-        """Descriptors that hold the entries in use, until the process ends."""
+        """Descriptors that hold the entries in use."""
+
+    def close(self) -> None:
+        """Hold no entry any longer: from now on each may be removed. Rows that were found stay readable."""
+        while self._used:
+            os.close(self._used.pop())
 
     def has(self, description: Description) -> bool:
         """Whether there is such an entry, unchecked."""

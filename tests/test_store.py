@@ -147,6 +147,21 @@ def test_room_is_made_by_what_was_not_used_for_longest(tmp_path: Path) -> None:
         other.join(30)
 
 
+def test_an_entry_is_held_until_its_store_is_closed_and_read_after_that(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    write(store, about(0))
+    rows = store.find(about(0))
+    assert rows is not None
+    size = sum(path.stat().st_size for path in (store.folder / key_of(about(0))).iterdir())
+    other = FeatureStore(store.folder, size)
+    write(other, about(1))
+    assert other.has(about(0)), "it was in use"
+    store.close()
+    write(other, about(2))
+    assert [other.has(about(number)) for number in range(3)] == [False, False, True]
+    np.testing.assert_array_equal(rows[np.arange(10)], ROWS)
+
+
 def test_a_disk_that_is_too_full_is_named_before_anything_is_computed(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"features\.folder .* GB free where 1000000000\.000 GB are needed"),
