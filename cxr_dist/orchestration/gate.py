@@ -2,7 +2,9 @@
 
 `serve.batch` closes a batch when its time is over, whether or not the model is free for it. Under load that makes
 many small ones that wait in a row. Behind a gate, what comes while the model works waits in one place, and goes on
-together.
+together. The gate opens when all have left, and not when the model has ended: between the closing of a batch and the
+model's beginning some slip in, and would else be a small batch of their own for ever, with others taking the places
+of those who leave.
 """
 
 import asyncio
@@ -18,7 +20,8 @@ class Gate:
         """Args:
         room: How many may be inside.
         """
-        self._room, self._inside, self._closed = room, 0, False
+        self._room, self._inside = room, 0
+        self._open, self._working = True, False
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @asynccontextmanager
@@ -33,12 +36,12 @@ class Gate:
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """Nobody enters meanwhile."""
-        self._closed = True
+        """Nobody enters meanwhile, nor until all who are inside have left."""
+        self._open, self._working = False, True
         try:
             yield
         finally:
-            self._closed = False
+            self._working = False
             self._admit()
 
     async def _enter(self) -> None:
@@ -54,7 +57,8 @@ class Gate:
             raise
 
     def _admit(self) -> None:
-        while self._waiting and not self._closed and self._inside < self._room:
+        self._open = self._open or not (self._working or self._inside)
+        while self._waiting and self._open and self._inside < self._room:
             place = self._waiting.popleft()
             if not place.done():  # who has gone left a cancelled place
                 self._inside += 1

@@ -226,3 +226,37 @@ def test_a_gate_admits_a_batch_at_a_time_and_forgets_who_has_gone() -> None:
             pass
 
     asyncio.run(scenario())
+
+
+def test_who_slips_in_before_the_model_begins_does_not_halve_the_batches_after() -> None:
+    async def scenario() -> None:
+        gate, batches = Gate(4), []
+        waiting: list[asyncio.Event] = []
+
+        async def client() -> None:
+            for _ in range(3):
+                async with gate.passed():
+                    answered = asyncio.Event()
+                    waiting.append(answered)
+                    await answered.wait()
+
+        async def settle() -> None:
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+        clients = [asyncio.create_task(client()) for _ in range(8)]
+        await settle()
+        formed = [waiting.pop(), waiting.pop()]  # its time was over when two had come
+        while formed:
+            with gate.closed():
+                batches.append(len(formed))
+                following, waiting[:] = waiting[:4], waiting[4:]  # `serve.batch` forms it while the model works
+                await settle()
+                for answered in formed:
+                    answered.set()
+            await settle()
+            formed, waiting[:] = (following, waiting) if following else (waiting[:4], waiting[4:])
+        await asyncio.gather(*clients)
+        assert batches == [2, 2, 4, 4, 4, 4, 4]
+
+    asyncio.run(scenario())
