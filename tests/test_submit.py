@@ -148,7 +148,7 @@ def test_options_stand_anywhere_and_repeat(sent: Callable[..., argparse.Namespac
 def test_mistakes_end_before_anything_is_sent(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cxr_dist.orchestration.submit._ask_for_tokens", lambda: None)
+    monkeypatch.setattr("cxr_dist.orchestration.submit.ask_for_tokens", lambda: None)
     with pytest.raises(SystemExit) as caught:
         cli.main(["submit", *words])
     captured = capsys.readouterr()

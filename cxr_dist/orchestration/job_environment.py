@@ -8,6 +8,7 @@ from typing import Any
 
 import cxr_dist
 from cxr_dist.orchestration.job_plan import check_size
+from cxr_dist.orchestration.tokens import known_token
 from tfrecords_builder.errors import UserError, one_line
 
 _TOKEN_FILE_MAX = 1 << 16
@@ -114,15 +115,3 @@ def _check_folder(folder: Path, excludes: Sequence[str]) -> None:
     for name, size in files if token else ():
         if size <= _TOKEN_FILE_MAX and str(token).encode() in (folder / name).read_bytes():
             raise UserError(f"--working-dir {folder}: {name} holds the cluster's token; add it to .rayignore")
-
-
-def known_token() -> str | None:
-    """The token that requests will carry, found as Ray finds it; None when there is none."""
-    given = os.environ.get("RAY_AUTH_TOKEN", "").strip()
-    if given:
-        return given
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
-        return None

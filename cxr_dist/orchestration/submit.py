@@ -5,7 +5,6 @@ python -m cxr_dist train ...``; a driver that a job starts joins the job's clust
 """
 
 import os
-import secrets
 import socket
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.orchestration.job_client import Jobs
-from cxr_dist.orchestration.job_environment import job_environment, known_token
+from cxr_dist.orchestration.job_environment import job_environment
 from cxr_dist.orchestration.job_plan import (
     LOCAL,
     Decision,
@@ -27,6 +26,7 @@ from cxr_dist.orchestration.job_plan import (
     exit_status,
     made_up_id,
 )
+from cxr_dist.orchestration.tokens import ask_for_tokens, known_token
 from tfrecords_builder.errors import UserError
 
 Say = Callable[[str], None]
@@ -52,7 +52,7 @@ def prepare(request: Request, steps: Sequence[Step]) -> dict[str, Any]:
         UserError: the environment cannot be made, or something in a job is a secret.
     """
     if request.address == LOCAL:
-        _ask_for_tokens()
+        ask_for_tokens()
     environment = job_environment(request.working_dir, request.runtime_env)
     texts = [str(environment), *(step.entrypoint for step in steps)]
     check_no_secret(environment.get("env_vars") or {}, texts, known_token())
@@ -61,16 +61,6 @@ def prepare(request: Request, steps: Sequence[Step]) -> dict[str, Any]:
 
 PORT_LIMIT_S = 10.0
 """For a cluster of this machine that was just stopped to leave its port."""
-
-
-def _ask_for_tokens() -> None:
-    """Let a cluster that this process starts admit only those who know the user's token, or one made up for it.
-
-    Comes before anything imports Ray, which reads its environment once.
-    """
-    if not known_token():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def _check_agent_port() -> None:
@@ -102,7 +92,7 @@ def _check_agent_port() -> None:
 @contextmanager
 def own_cluster() -> Iterator[str]:
     """A cluster of this machine, its dashboard on the loopback interface, tokens asked for; stopped at the end."""
-    _ask_for_tokens()
+    ask_for_tokens()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # The `python` of a job is to be this one.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

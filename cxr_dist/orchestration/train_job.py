@@ -15,6 +15,7 @@ from cxr_dist.checkpoint import CheckpointFolder
 from cxr_dist.config import Config
 from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_most_workers
 from cxr_dist.orchestration.ray_metrics import RayMetrics
+from cxr_dist.orchestration.tokens import ask_for_tokens
 from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, run_reporters
 from cxr_dist.search.space import Values
 from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
@@ -48,7 +49,8 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
 
     address = resolved_address(address)
     _check_listens(address)
-
+    if address == OWN_CLUSTER:
+        ask_for_tokens()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_LOGGING", "1" if verbose else "0")
     # Inside a job Ray merges the job's variables with ours, and by itself refuses those that both name. The job's are

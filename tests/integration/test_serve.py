@@ -4,15 +4,19 @@ import asyncio
 import http.client
 import io
 import json
+import pickle
 import shutil
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -189,6 +193,43 @@ def test_pages(port: int) -> None:
 def test_an_address_in_use(port: int, run: Path) -> None:
     with pytest.raises(UserError, match=f"--port {port}"), service.serving(run, "127.0.0.1", port, LIMITS):
         pass
+
+
+class Payload:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.made,)
+
+
+def listening_ports(title: str) -> set[int]:
+    """Of processes with that title, on all interfaces."""
+    ports = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if title in " ".join(process.cmdline()):
+                found = [each for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+                ports |= {each.laddr.port for each in found if each.laddr.ip in ("::", "0.0.0.0")}
+    return ports
+
+
+def test_a_stranger_s_pickle_is_not_loaded(port: int, still_answers: None, tmp_path: Path) -> None:
+    """A replica of Ray Serve listens for other deployments on all interfaces, and unpickles what they say."""
+    from ray.serve.generated import serve_pb2, serve_pb2_grpc
+
+    ports = listening_ports("ray::ServeReplica")
+    refused = set()
+    for each in ports:
+        with grpc.insecure_channel(f"127.0.0.1:{each}") as channel:
+            request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps(Payload(tmp_path / "made")))
+            with pytest.raises(grpc.RpcError) as caught:
+                serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(request, timeout=10)
+            refused.add(caught.value.code())
+    assert not (tmp_path / "made").exists()
+    assert grpc.StatusCode.UNAUTHENTICATED in refused
 
 
 def test_a_run_that_cannot_be_served_is_refused_before_ray_starts(tmp_path: Path) -> None:
