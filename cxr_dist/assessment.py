@@ -9,25 +9,29 @@ from cxr_dist.metrics import Predictions, evaluate_predictions
 _PROPER = ("log_loss", "brier", "calibration_error")
 
 
-def assess(predictions: Predictions, calibrated: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def assess(
+    predictions: Predictions, calibrated: Mapping[str, Any] | None = None, *, test_split: bool
+) -> dict[str, Any]:
     """The content of metrics.json.
 
     Args:
         predictions: Of the evaluated images, with the probabilities as the network gives them.
         calibrated: What `calibration.fit` found on other images; None where there was nothing to find it on.
+        test_split: Whether the images are the test split of a dataset: the published result is of nothing else.
 
     Returns:
         What `evaluate_predictions` gives, and
         uncertainty: of `intervals.bootstrap`.
-        published: of `published.beside_published`; empty if the classes are not the published four.
+        published: of `published.beside_published`; empty if the images are no test split, or the classes not the
+            published four.
         calibration: None without `calibrated`; else that, with `before` and `after` (log_loss, brier and
             calibration_error with the network's probabilities and with the scaled ones), `reliability` of both,
             and `answers` (answered, coverage and accuracy at the threshold).
     """
     metrics = evaluate_predictions(predictions)
     uncertainty = intervals.bootstrap(predictions)
-    ours = set(predictions.class_names) == published.CLASSES
-    rows = published.beside_published(metrics, uncertainty) if ours else []
+    comparable = test_split and set(predictions.class_names) == published.CLASSES
+    rows = published.beside_published(metrics, uncertainty) if comparable else []
     return metrics | {
         "uncertainty": uncertainty,
         "published": rows,

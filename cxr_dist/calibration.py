@@ -3,7 +3,9 @@
 Temperature scaling (Guo et al. 2017, "On Calibration of Modern Neural Networks") divides all logits by one number,
 fitted on validation images by maximum likelihood. It changes no answer. The threshold under which the model gives none
 is that of selective prediction with guaranteed risk (Geifman and El-Yaniv 2017, algorithm 1): among images like those
-of validation, at most `risk` of the answers are wrong, with a probability of 95 % over the choice of these images.
+of validation, at most `risk` of the answers are wrong, with a probability of 95 % over the choice of these images. The
+bound counts what is independent: images that show the same, or one patient, count once, as wrong if any answer to them
+is. So where copies come in groups, the promise is about groups.
 """
 
 import math
@@ -54,8 +56,10 @@ def abstain_threshold(predictions: Predictions, risk: float = RISK) -> float | N
     Returns:
         A threshold on the answer's probability (0: always answer), or None if no answers are sure enough.
     """
-    confidence = np.sort(predictions.probabilities.max(axis=1))
-    right = (predictions.labels == predictions.predicted)[np.argsort(predictions.probabilities.max(axis=1))]
+    confidence = predictions.probabilities.max(axis=1)
+    order = np.argsort(confidence, kind="stable")
+    confidence, wrong = confidence[order], (predictions.labels != predictions.predicted)[order]
+    groups = order if predictions.groups is None else np.unique(predictions.groups, return_inverse=True)[1][order]
     low, high = 0, len(confidence)
     # Each bound that is looked at may fail, so all share what is left of the confidence.
     delta = (1 - CONFIDENCE) / max(1, math.ceil(math.log2(len(confidence) + 1)))
@@ -64,7 +68,8 @@ def abstain_threshold(predictions: Predictions, risk: float = RISK) -> float | N
         middle = (low + high) // 2
         # Images of equal probability are answered alike.
         start = int(np.searchsorted(confidence, confidence[middle]))
-        if _risk_bound(int((~right[start:]).sum()), len(right) - start, delta) <= risk:
+        failed = len(np.unique(groups[start:][wrong[start:]]))
+        if _risk_bound(failed, len(np.unique(groups[start:])), delta) <= risk:
             found, high = start, middle
         else:
             low = middle + 1

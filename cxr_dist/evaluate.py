@@ -258,17 +258,21 @@ def _calibrate(
 ) -> tuple[dict[str, Any] | None, str | None]:
     """The run's calibration, fitted on its validation images if it has none for this risk yet; else why there is none.
 
-    The test images have no part in it.
+    The test images have no part in it. With a dataset or images given, no address is opened that the run alone names.
     """
     known = read_fitted(request.run)
     if known is not None and known.get("target_risk") == request.risk:
         return known, None
-    own = Request(request.run, request.out, "validation")
+    info = network.run.info
+    own = Request(request.run, request.out, "validation", dataset=request.dataset)
     if (request.split, request.images, request.dataset) == (own.split, None, None):
         validation = predictions
     else:
         try:
-            with _source(own, network.run.info) as (source, _):
+            # Whoever asks for images asks for no dataset: somebody who sent the run may have written the address.
+            if own.dataset is None and request.images is not None and isinstance(parse_place(info.dataset), str):
+                raise UserError(f"{info.dataset}: the run names an address; give the dataset with --dataset")
+            with _source(own, info, own=True) as (source, _):
                 validation = network.predict(source)
         except UserError as error:
             kept = "none" if known is None else f"for a risk of {known['target_risk']}, as it was fitted before"
@@ -310,20 +314,29 @@ def class_probabilities(
 
 
 @contextmanager
-def _source(request: Request, info: run_folder.RunInfo) -> "Iterator[tuple[ShardSource | FolderSource, str]]":
-    """The images, and what the report calls them."""
+def _source(
+    request: Request, info: run_folder.RunInfo, own: bool = False
+) -> "Iterator[tuple[ShardSource | FolderSource, str]]":
+    """The images, and what the report calls them.
+
+    Args:
+        own: Whether a dataset that is given must be the one that the run was trained on, as it must if none is given.
+    """
     if request.images is not None:
         yield FolderSource(request.images, info.class_names, info.image_size), str(request.images)
         return
     place = request.dataset or parse_place(info.dataset)
     with local_copy(place) as dataset:
-        yield _split_source(request, info, dataset), f"{place}, split {request.split}"
+        source = _split_source(request, info, dataset, own or request.dataset is None)
+        yield source, f"{place}, split {request.split}"
 
 
-def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path) -> ShardSource:
+def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path, own: bool) -> ShardSource:
     manifest = read_manifest(dataset)
-    if request.dataset is None and manifest.fingerprint != info.fingerprint:
-        raise UserError(f"{dataset}: has changed since the run was trained; give the dataset with --dataset")
+    if own and manifest.fingerprint != info.fingerprint:
+        raise UserError(
+            f"{dataset}: is not, or no longer, what the run was trained on; give the dataset with --dataset"
+        )
     if manifest.class_names != info.class_names or manifest.image_size != info.image_size:
         raise UserError(
             f"{dataset}: has classes {', '.join(manifest.class_names)} at {manifest.image_size} pixels, the run has "
@@ -331,5 +344,5 @@ def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path) -> 
         )
     check_shards(dataset, manifest)
     # The validation images of a run are those that it had; in any other evaluation a damaged record is an error.
-    own = request.dataset is None and request.split == "validation"
-    return ShardSource(dataset, manifest, request.split, damage.left_out(request.run).paths if own else ())
+    without = damage.left_out(request.run).paths if own and request.split == "validation" else ()
+    return ShardSource(dataset, manifest, request.split, without)

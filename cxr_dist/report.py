@@ -82,7 +82,7 @@ def write_evaluation(
             history.png and the report says so.
         info: what the report tells of the run: numbers, strings, and one level of groups (a mapping becomes a
             table of its own; what is nested deeper gets dotted names). `split`, if it is train, validation or
-            test, names the images in the captions.
+            test, names the images in the captions; test alone is held against the published result.
         best_epoch: the epoch whose weights were evaluated, counted from 1 through all stages; by default the
             one of the highest validation accuracy.
         calibrated: what `calibration.fit` found on validation images; without it the report says nothing of it.
@@ -95,7 +95,7 @@ def write_evaluation(
         UserError: `out` holds something else, or cannot be written.
     """
     check_output_folder(out)
-    metrics = assess(predictions, calibrated)
+    metrics = assess(predictions, calibrated, test_split=info.get("split") == "test")
     if examination is not None:
         metrics["alarms"] = [finding.sentence for finding in examination.alarms]
     drawings = _drawings(metrics, predictions, history, _kind_of_images(info), best_epoch)

@@ -63,6 +63,36 @@ def test_the_risk_is_kept_as_often_as_promised(risk: float) -> None:
     assert broken <= 0.05 * given
 
 
+def answers_given(predictions: Predictions, risk: float) -> int:
+    """How many of 300 images are answered at the threshold that is found on `predictions`."""
+    threshold = calibration.abstain_threshold(predictions, risk)
+    return 0 if threshold is None else int((predictions.probabilities[:300].max(axis=1) >= threshold).sum())
+
+
+@pytest.mark.parametrize("risk", [0.05, 0.1])
+def test_copies_add_no_confidence(risk: float) -> None:
+    for seed in range(12):
+        once = calibrated_predictions(seed, 300, 1.0, 4)
+        rows = np.tile(np.arange(300), 10)
+        paths = [str(number) for number in range(3000)]
+        copies = replace(once, paths=paths, labels=once.labels[rows], probabilities=once.probabilities[rows])
+        grouped = replace(copies, groups=[str(row) for row in rows])
+        # More rows are looked at in more places: one may lie an image or two beside those of fewer.
+        assert answers_given(grouped, risk) <= answers_given(once, risk) + 3
+        assert answers_given(copies, risk) >= answers_given(once, risk) + 10
+
+
+def test_a_group_is_wrong_if_any_answer_to_it_is() -> None:
+    labels = np.zeros(2000, np.int64)
+    labels[:200:10] = 1  # one image in ten of 20 groups; 200 groups in all
+    probabilities = np.tile([0.9, 0.1], (2000, 1))
+    predictions = Predictions([str(row) for row in range(2000)], labels, probabilities, ("A", "B"))
+    assert calibration.abstain_threshold(predictions, 0.05) == 0.0
+    grouped = replace(predictions, groups=[str(row // 10) for row in range(2000)])
+    assert calibration.abstain_threshold(grouped, 0.05) is None
+    assert calibration.abstain_threshold(grouped, 0.25) == 0.0
+
+
 def test_thresholds_at_both_ends() -> None:
     predictions = calibrated_predictions(4, 500, 1.0)
     assert calibration.abstain_threshold(predictions, 0.9) == 0.0

@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cxr_dist import calibration, model, steps
+from cxr_dist import calibration, evaluate, model, steps
 from cxr_dist.config import load_config
 from cxr_dist.data import EvaluationPlan
 from cxr_dist.evaluate import FolderSource, Request, class_probabilities, evaluate_run, predict_run
 from cxr_dist.metrics import read_predictions
 from cxr_dist.strategy import make_strategy
 from tests.training import CLASSES, SIZE, config, images, local_topology, small_base
+from tfrecords_builder import storage
+from tfrecords_builder.build import build_dataset
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.manifest import read_manifest
 
@@ -47,6 +50,7 @@ def test_101_images_on_1_2_and_3_replicas() -> None:
 def test_a_folder_of_other_images(finished_run: Path, phantom_source: Path, tmp_path: Path) -> None:
     metrics = evaluate_run(Request(finished_run, tmp_path / "out", images=phantom_source))
     assert metrics["n"] == 80
+    assert metrics["published"] == [], "these are not the test images of anything"
     predictions = read_predictions(tmp_path / "out" / "predictions.parquet")
     assert sorted(predictions.paths) == sorted(
         str(path.relative_to(phantom_source)) for path in phantom_source.glob("*/images/*.png")
@@ -60,6 +64,7 @@ def test_a_folder_of_other_images(finished_run: Path, phantom_source: Path, tmp_
 def test_the_test_split(finished_run: Path, tmp_path: Path) -> None:
     metrics = evaluate_run(Request(finished_run, tmp_path / "out"))
     assert metrics["n"] == 12
+    assert metrics["published"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     with pytest.raises(UserError, match="other than an evaluation"):
         evaluate_run(Request(finished_run, finished_run))
@@ -122,6 +127,79 @@ def test_without_the_dataset_there_is_no_calibration_and_the_report_says_so(
     metrics = evaluate_run(Request(run, tmp_path / "out", images=phantom_source))
     assert metrics["calibration"] is None
     assert "the validation images of the run cannot be had" in (tmp_path / "out" / "report.html").read_text()
+
+
+def run_naming(finished_run: Path, place: object, folder: Path) -> Path:
+    """A copy of the run, not calibrated yet, that says it was trained on `place`."""
+    shutil.copytree(finished_run, folder)
+    (folder / "calibration.json").unlink(missing_ok=True)
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(info | {"dataset": str(place)}))
+    return folder
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
+    """The datasets that an evaluation has opened."""
+    places: list[object] = []
+
+    def recorded(place: storage.Place) -> AbstractContextManager[Path]:
+        places.append(place)
+        return storage.local_copy(place)
+
+    monkeypatch.setattr(evaluate, "local_copy", recorded)
+    monkeypatch.setenv(storage.STAGE_VARIABLE, str(tmp_path / "stage"))
+    return places
+
+
+def test_a_given_dataset_calibrates_in_place_of_the_one_that_the_run_names(
+    finished_run: Path, dataset: Path, phantom_source: Path, tmp_path: Path, opened: list[object]
+) -> None:
+    run = run_naming(finished_run, tmp_path / "gone", tmp_path / "run")
+    expected = calibration.fit(predict_run(Request(finished_run, tmp_path, "validation")))
+    opened.clear()
+    metrics = evaluate_run(Request(run, tmp_path / "out", dataset=dataset))
+    assert {key: metrics["calibration"][key] for key in expected} == expected
+    assert json.loads((run / "calibration.json").read_text()) == expected
+    (run / "calibration.json").unlink()
+    metrics = evaluate_run(Request(run, tmp_path / "out", images=phantom_source, dataset=dataset))
+    assert {key: metrics["calibration"][key] for key in expected} == expected
+    assert set(opened) == {dataset}
+
+
+def test_another_dataset_calibrates_nothing(
+    finished_run: Path, dataset: Path, phantom_source: Path, tmp_path: Path, opened: list[object]
+) -> None:
+    other = tmp_path / "other"
+    build_dataset(phantom_source, other, image_size=32, workers=1, seed=1)
+    run = run_naming(finished_run, dataset, tmp_path / "run")  # it is there, and nobody asked for it
+    metrics = evaluate_run(Request(run, tmp_path / "out", dataset=other))
+    assert metrics["calibration"] is None
+    assert "what the run was trained on" in (tmp_path / "out" / "report.html").read_text()
+    known = {"temperature": 2.0, "abstain_threshold": 0.5, "target_risk": 0.3, "fitted_on": "validation", "images": 12}
+    (run / "calibration.json").write_text(json.dumps(known))
+    metrics = evaluate_run(Request(run, tmp_path / "out", "validation", dataset=other))
+    assert {key: metrics["calibration"][key] for key in known} == known
+    assert metrics["published"] == [], "of the validation split"
+    assert "for a risk of 0.3, as it was fitted before" in (tmp_path / "out" / "report.html").read_text()
+    assert json.loads((run / "calibration.json").read_text()) == known
+    assert set(opened) == {other}
+
+
+def test_images_alone_open_no_address_that_the_run_names(
+    finished_run: Path, dataset: Path, phantom_source: Path, tmp_path: Path, opened: list[object]
+) -> None:
+    run = run_naming(finished_run, f"file://{dataset}", tmp_path / "run")
+    metrics = evaluate_run(Request(run, tmp_path / "out", images=phantom_source))
+    assert metrics["calibration"] is None
+    assert opened == []
+    assert "give the dataset with --dataset" in (tmp_path / "out" / "report.html").read_text()
+    # What the user names may be an address, and so may what they ask to be evaluated by default.
+    assert evaluate_run(Request(run, tmp_path / "out"))["calibration"] is not None
+    assert set(opened) == {f"file://{dataset}"}
+    # A path on this machine is the user's own.
+    own = run_naming(finished_run, dataset, tmp_path / "own")
+    assert evaluate_run(Request(own, tmp_path / "out", images=phantom_source))["calibration"] is not None
 
 
 def test_predictions_know_which_images_belong_together(finished_run: Path, dataset: Path, tmp_path: Path) -> None:

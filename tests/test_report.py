@@ -82,7 +82,9 @@ def test_an_evaluation_is_complete(written: tuple[Path, dict[str, Any], Predicti
     out, result, predictions = written
     assert {entry.name for entry in out.iterdir()} == set(report.FILES)
     content = json.loads((out / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert content == result == assess(metrics.read_predictions(out / "predictions.parquet"), CALIBRATED)
+    assert (
+        content == result == assess(metrics.read_predictions(out / "predictions.parquet"), CALIBRATED, test_split=True)
+    )
     assert content["n"] == len(predictions)
     for name in (report.CONFUSION, report.ROC, report.HISTORY):
         with Image.open(out / name) as image:
@@ -102,6 +104,21 @@ def test_the_page_shows_the_numbers(written: tuple[Path, dict[str, Any], Predict
         assert text in page.text
     for mistake in report.confident_mistakes(predictions):
         assert mistake["path"] in page.text
+
+
+@pytest.mark.parametrize("info", [{}, {"split": "train"}, {"split": "validation"}])
+def test_the_published_result_is_beside_the_test_split_alone(
+    written: tuple[Path, dict[str, Any], Predictions], tmp_path: Path, info: dict[str, str]
+) -> None:
+    out, result, predictions = written
+    assert [row["metric"] for row in result["published"]] == ["accuracy", "f1_macro"]
+    assert "Against the published result" in (out / "report.html").read_text()
+    other = report.write_evaluation(tmp_path / "other", predictions, [], info)
+    assert other["published"] == []
+    assert "ublished" not in (tmp_path / "other" / "report.html").read_text()
+    # The test split of other classes has none either.
+    foreign = make_predictions(("A", "B", "C", "D"))
+    assert report.write_evaluation(tmp_path / "foreign", foreign, [], {"split": "test"})["published"] == []
 
 
 def test_the_page_loads_nothing(written: tuple[Path, dict[str, Any], Predictions]) -> None:
