@@ -14,6 +14,7 @@ from tfrecords_builder.resizing import Square, squares
 from tfrecords_builder.sources import IMAGE_SUFFIXES, IMAGES_FOLDER, MASKS_FOLDER
 
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
+_SUFFIXES = IMAGE_SUFFIXES | DICOM_SUFFIXES
 MAX_FILE_BYTES = 1 << 29
 """Three times what 16-bit samples of `images.MAX_PIXELS` take: no single picture has more."""
 
@@ -22,8 +23,8 @@ def find_inputs(paths: Sequence[Path]) -> list[Path]:
     """The files that are given, and all images below the folders that are, folder by folder in the order of names.
 
     In folders, an image is what is named as PNG, JPEG or DICOM, and what begins as DICOM; hidden files and folders are
-    left out, and so are lung masks: a folder `masks` beside `images`. A file that is given itself is taken, whatever
-    it is.
+    left out, and so are lung masks: a folder `masks` beside `images`, or beside images themselves. A file that is given
+    itself is taken, whatever it is.
 
     Raises:
         UserError: a path does not exist, or a folder holds no image.
@@ -66,11 +67,12 @@ def decode_square(data: bytes, image_size: int, path: Path) -> npt.NDArray[np.ui
 
 def _images_below(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
-        drawn = {MASKS_FOLDER} if IMAGES_FOLDER in folders else set()
+        beside_images = IMAGES_FOLDER in folders or any(Path(name).suffix.lower() in _SUFFIXES for name in files)
+        drawn = {MASKS_FOLDER} if beside_images else set()
         folders[:] = [name for name in folders if not name.startswith(".") and name not in drawn]
         for name in files:
             path = Path(root, name)
-            if not name.startswith(".") and (path.suffix.lower() in IMAGE_SUFFIXES | DICOM_SUFFIXES or _begins(path)):
+            if not name.startswith(".") and (path.suffix.lower() in _SUFFIXES or _begins(path)):
                 yield path
 
 

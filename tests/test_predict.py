@@ -130,6 +130,19 @@ def test_what_is_not_there_is_said_before_anything_is_read(
     assert run(capsys, images, images)[0] == 2
 
 
+@pytest.mark.parametrize("name", ["1.png", "1.JPG", "1.dcm"])
+def test_masks_beside_images_are_no_inputs(tmp_path: Path, name: str) -> None:
+    for folder in ("COVID", "Normal"):
+        for path in (tmp_path / folder / name, tmp_path / folder / "masks" / "1.png"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+    assert inputs.find_inputs([tmp_path]) == [tmp_path / "COVID" / name, tmp_path / "Normal" / name]
+    # What is asked for itself is taken, and so is a folder of this name that lies beside nothing.
+    assert inputs.find_inputs([tmp_path / "COVID" / "masks"]) == [tmp_path / "COVID" / "masks" / "1.png"]
+    (tmp_path / "COVID" / name).unlink()
+    assert inputs.find_inputs([tmp_path / "COVID"]) == [tmp_path / "COVID" / "masks" / "1.png"]
+
+
 def test_one_batch_in_memory(finished_run: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = load_classifier(finished_run)
     read: list[Path] = []

@@ -356,14 +356,17 @@ def _fetch(remote: _Remote, content: bytes, folder: Path, stage: Stage, progress
     @_patiently
     def bring(shard: ShardInfo) -> None:
         def write(file: IO[bytes]) -> None:
-            digest = hashlib.sha256()
+            digest, left = hashlib.sha256(), shard.bytes  # no more than there was room made for
             for chunk in remote.chunks(shard.name):
+                left -= len(chunk)
+                if left < 0:
+                    break
                 digest.update(chunk)
                 file.write(chunk)
-            if digest.hexdigest() != shard.sha256:
+            if left or digest.hexdigest() != shard.sha256:
                 raise UserError(
-                    f"{remote.name}/{shard.name}: is not the file that was built (SHA-256 differs); restore it or "
-                    "build the dataset anew"
+                    f"{remote.name}/{shard.name}: is not the file that was built (size or SHA-256 differs); restore it "
+                    "or build the dataset anew"
                 )
 
         write_atomically(folder / shard.name, write)

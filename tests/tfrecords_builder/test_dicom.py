@@ -190,7 +190,9 @@ def small() -> np.ndarray:
 def test_what_is_refused() -> None:
     bomb = compressed(Image.new("L", (5000, 4000)), "JPEG")
     # One segment of runs: 2 bytes become 128.
-    runs = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\x00" * 5000
+    runs = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\x00" * 400
+    # Codes that make nothing: nothing when unpacked, and slow to walk through.
+    padding = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x80" * 5000
     cases = {
         "2 frames": dicom_bytes(small(), NumberOfFrames=2),
         "MONOCHROME1, MONOCHROME2 nor RGB": dicom_bytes(small(), "PALETTE COLOR"),
@@ -202,6 +204,7 @@ def test_what_is_refused() -> None:
         "an empty picture": dicom_bytes(small(), Rows=0),
         "another size": dicom_bytes(small(), syntax=JPEGBaseline8Bit, pixel_data=bomb),
         "unpacks to more": dicom_bytes(small(), syntax=RLELossless, pixel_data=encapsulate([runs])),
+        "unpacks to more than": dicom_bytes(small(), syntax=RLELossless, pixel_data=encapsulate([padding])),
         "more than 89,478,485": dicom_bytes(small(), Rows=65535, Columns=65535),
         "not a DICOM": b"\0" * 300,
         "damaged": dicom_bytes(small(), WindowCenter=5, WindowWidth=-3),

@@ -6,7 +6,7 @@ import random
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -252,6 +252,50 @@ def test_a_shard_that_was_damaged_there_is_named(
     bucket.write(name, data)
     with local_copy(bucket.url, elsewhere) as folder:
         assert verify_dataset(folder).records == 42
+
+
+@pytest.mark.parametrize("place", ["s3", "file"])
+def test_no_more_is_taken_than_the_manifest_says(
+    source: Path, built: Path, bucket: Bucket, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    name = "cxr-train.tfrecord-00001-of-00004"
+    data = (built / name).read_bytes() + bytes(300_000)
+    url = bucket.url
+    if place == "s3":
+        put(source, bucket, stage)
+        bucket.write(name, data)
+    else:
+        shutil.copytree(built, tmp_path / "there")
+        (tmp_path / "there" / name).write_bytes(data)
+        url = f"file://{tmp_path / 'there'}"
+    taken: Counter[str] = Counter()
+    written: dict[str, int] = {}
+    chunks, write_atomically = storage._Remote.chunks, storage.write_atomically
+
+    def counted(remote: storage._Remote, of: str) -> Iterator[bytes]:
+        for chunk in chunks(remote, of):
+            taken[of] += len(chunk)
+            yield chunk
+
+    def measured(path: Path, write: Callable[[Any], object]) -> None:
+        def write_and_tell(file: Any) -> None:
+            try:
+                write(file)
+            finally:
+                written[path.name] = file.tell()
+
+        write_atomically(path, write_and_tell)
+
+    monkeypatch.setattr(storage, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(storage, "write_atomically", measured)
+    monkeypatch.setattr(storage._Remote, "chunks", counted)
+    elsewhere = Stage(tmp_path / "elsewhere", ROOM)
+    with pytest.raises(UserError, match=f"{name}: is not the file that was built"), local_copy(url, elsewhere):
+        pass
+    said = next(shard.bytes for shard in read_manifest(built).shards if shard.name == name)
+    assert said < taken[name] <= said + 1000
+    assert written[name] <= said
+    assert not list(elsewhere.folder.glob(f"*/{MANIFEST_NAME}"))
 
 
 def test_a_fetch_that_was_killed_goes_on(
