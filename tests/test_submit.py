@@ -207,7 +207,7 @@ def test_attempts_that_were_deleted_are_not_used_again() -> None:
 
 def test_exit_statuses() -> None:
     codes = {("SUCCEEDED", 0): 0, ("FAILED", 2): 2, ("FAILED", 1): 1, ("FAILED", 137): 1, ("FAILED", None): 1}
-    codes |= {("STOPPED", None): 1, ("STOPPED", 2): 1}
+    codes |= {("STOPPED", None): 1, ("STOPPED", 2): 1, ("FAILED", 143): 143, ("FAILED", 130): 1}
     assert {key: exit_status(*key) for key in codes} == codes
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,10 +53,10 @@ def entrypoint(command: str, arguments: Sequence[str]) -> str:
 
 
 def exit_status(status: str, driver_exit_code: int | None) -> int:
-    """The exit status of the command that ran as a job: 0, 2, or 1 for all else."""
+    """The exit status of the command that ran as a job: 0, 2, 143 (stopped on request), or 1 for all else."""
     if status == "SUCCEEDED":
         return 0
-    return 2 if status == "FAILED" and driver_exit_code == 2 else 1
+    return driver_exit_code if status == "FAILED" and driver_exit_code in (2, 128 + signal.SIGTERM) else 1
 
 
 def ended(status: str) -> bool:

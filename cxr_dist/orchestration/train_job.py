@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -335,8 +336,12 @@ def launch(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], 
             ),
         ),
     )
+    interrupted = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
+    except SystemExit:
+        # Ray Train handles Ctrl-C itself, and ends this process with status 0, as if the run were complete.
+        raise KeyboardInterrupt from None
     except Exception as error:
         errors = list(_errors_in(error))
         for found in errors:
@@ -354,6 +359,9 @@ def launch(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], 
             if isinstance(found, ray.exceptions.RayActorError) or type(found).__name__ in SIGNS_OF_LOSS:
                 raise LostWorkersError(_last_line(found)) from None
         raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupted)
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ def search_with_ray(
         UserError: more is asked than the cluster has.
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial's run has its own files
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C would end the search as if it were complete
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer one prints tables whatever `verbose` says
     if resolved_address(address) == OWN_CLUSTER:
         plan_trials([this_machine()], plan.search)  # what cannot fit is refused before Ray starts, which takes a while

@@ -170,7 +170,10 @@ class _LocalSearch:
             return
         if kind == "epoch":
             row, best = told
-            slot.connection.send(self._sampler.report(trial.number, int(row["epochs_done"]), best))
+            try:
+                slot.connection.send(self._sampler.report(trial.number, int(row["epochs_done"]), best))
+            except OSError:
+                self._lost(slot)  # it ended while it waited for the answer
             return
         self._ended(slot, trial, None if kind == "done" else told[0])
         if not self._warm or slot.trials >= TRIALS_PER_PROCESS:

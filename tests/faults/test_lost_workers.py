@@ -109,6 +109,21 @@ def test_a_killed_driver_goes_on_when_it_is_started_again(
     assert result["steps_computed"] < (2 + 4) * 7
 
 
+def test_ctrl_c_is_no_success_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(dataset, run)
+    wait_until_in(run, 2, 2, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1, out
+    assert "start the same command again to go on" in out
+    assert run_folder.read_result(run) is None
+    finish(start(dataset, run))
+    result = run_folder.read_result(run)
+    assert result is not None
+    assert result["steps_computed"] < (2 + 4) * 7
+
+
 @pytest.fixture(scope="module")
 def undisturbed_s(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
     """How long a run takes, from its command to its end."""

@@ -111,6 +111,8 @@ def serve_small_trials(connection: Any, cores: int, folder: str) -> None:
             job = replace(job, config={**job.config, "stages": stages})
         if fault == "is killed":
             os.kill(os.getpid(), 9)
+        if fault == "leaves":
+            return run_trial(job, topology, _leave, launcher)
         if fault == "hangs":
             return run_trial(replace(job, time_limit_s=1.0), topology, _wait, launcher)
         return run_trial(job, topology, lambda row, best: _slowly(report, row, best), launcher)
@@ -118,6 +120,11 @@ def serve_small_trials(connection: Any, cores: int, folder: str) -> None:
     def _slowly(report: Any, row: Any, best: Any) -> Any:
         time.sleep(SECONDS_AFTER_EPOCH if row["stage"] == 2 else 0)
         return report(row, best)
+
+    def _leave(row: Any, best: Any) -> bool:
+        connection.send(("epoch", row, best))
+        connection.close()  # so that the answer finds nobody
+        os._exit(9)
 
     def _wait(row: Any, best: Any) -> bool:
         time.sleep(600)
@@ -127,7 +134,7 @@ def serve_small_trials(connection: Any, cores: int, folder: str) -> None:
     local.serve_trials(connection, cores, folder)
 
 
-FAULTS = {0.1: "raises", 0.2: "diverges", 0.3: "is killed", 0.4: "hangs"}
+FAULTS = {0.1: "raises", 0.2: "diverges", 0.3: "is killed", 0.4: "hangs", 0.15: "leaves"}
 SECONDS_AFTER_EPOCH = 0.7
 
 
