@@ -27,6 +27,8 @@ from tfrecords_builder.manifest import read_manifest
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 OURS = "cxr-dist"
 PUBLISHED_LAYERS = 100
+PUBLISHED_RATE = 1e-3
+"""Of stage 1; stage 2 has a tenth."""
 """Unfrozen in stage 2, on both sides."""
 _EPOCHS = 3
 """Of plain Keras in each stage, and of ours in stage 2. The first compiles, and is not counted."""
@@ -116,7 +118,7 @@ def plain_command(
         "weights": config.model.weights,
         "out": out,
         "batch-size": config.global_batch_size,
-        "learning-rate": config.stages[1].learning_rate,
+        "learning-rate": PUBLISHED_RATE,
         "dropout": config.model.dropout,
         "unfreeze-layers": PUBLISHED_LAYERS,
         **more,

@@ -16,6 +16,7 @@ from PIL import Image
 from cxr_dist import run_folder
 from cxr_dist.bench import child
 from tfrecords_builder.build import build_dataset
+from tfrecords_builder.manifest import read_manifest
 
 IMAGE_SIZE = 32
 EPOCHS = 3
@@ -29,13 +30,15 @@ class Size:
 
     images: int
     """For training, validation and test."""
+    trained: int
+    """Of these, for training."""
     epoch_seconds: float
     """Median, validation left out."""
     peak_memory_bytes: int
 
     @property
     def seconds_per_image(self) -> float:
-        return self.epoch_seconds / self.images
+        return self.epoch_seconds / self.trained
 
 
 def write_noise(folder: Path, images: int, seed: int = 0) -> None:
@@ -75,6 +78,7 @@ def table(sizes: Sequence[Size]) -> list[str]:
 def _measure_one(images: int, arguments: Sequence[str], folder: Path) -> Size:
     write_noise(folder / "images", images)
     build_dataset(folder / "images", folder / "dataset", image_size=IMAGE_SIZE)
+    trained = len(read_manifest(folder / "dataset").split("train"))
     settings = [
         "model.weights=none",
         "features.cache=off",
@@ -86,4 +90,4 @@ def _measure_one(images: int, arguments: Sequence[str], folder: Path) -> Size:
     if result is None:
         raise RuntimeError(f"{folder / 'run'}: ended without a result")
     history = run_folder.read_history(folder / "run")
-    return Size(images, median(row["seconds"] for row in history[1:]), result["peak_memory_bytes"])
+    return Size(images, trained, median(row["seconds"] for row in history[1:]), result["peak_memory_bytes"])

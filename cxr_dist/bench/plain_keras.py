@@ -1,15 +1,17 @@
 """The baseline: what a careful notebook does, in plain Keras, with none of this project's code.
 
 `image_dataset_from_directory`, float32, `fit`, the same model, the same images in the same split, the
-same batch size, epochs and learning rates. Best weights by validation accuracy, as a `ModelCheckpoint`
+same batch size, and the published learning rates. Best weights by validation accuracy, as a `ModelCheckpoint`
 callback keeps them. It prints one JSON line of times and figures.
 
     python -m cxr_dist.bench.plain_keras SOURCE DATASET/manifest.parquet --weights PATH --out result.json
 """
 
 import argparse
+import atexit
 import json
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -53,6 +55,7 @@ def main() -> None:
 
     keras.utils.set_random_seed(options.seed)
     work = Path(tempfile.mkdtemp(prefix="plain-keras-"))
+    atexit.register(shutil.rmtree, work, ignore_errors=True)
     classes = link_splits(options.source, options.manifest, work)
     size = (options.image_size, options.image_size)
 

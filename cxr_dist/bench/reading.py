@@ -48,6 +48,8 @@ def measure(source: Path, dataset: Path, batch_size: int, rounds: int) -> list[R
     Raises:
         RuntimeError: The two delivered different pixels.
     """
+    import keras  # noqa: F401 - before the clock of the first that needs it
+
     manifest = read_manifest(dataset)
     split = ShardSource(dataset, manifest, "train")
     count = split.count // batch_size * batch_size

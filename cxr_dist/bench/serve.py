@@ -28,6 +28,7 @@ from tfrecords_builder.errors import UserError
 
 HOST = "127.0.0.1"
 START_LIMIT_S = 180.0
+END_LIMIT_S = 60.0
 ANSWER_LIMIT_S = 120.0
 BATCHES_ON_THEIR_WAY = 2
 
@@ -136,7 +137,11 @@ def _service(run: Path, max_batch: int) -> Iterator[int]:
         yield port
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait()
+        try:
+            process.wait(END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int) -> None:
