@@ -132,7 +132,10 @@ class FeaturesConfig(_Node):
         description="where; all workers must see it, and all runs may share it. Default: feature-cache beside the run",
     )
     limit_gb: float = Field(
-        50.0, gt=0, description="most gigabytes (10^9 bytes) in the folder; what was not used for longest goes first"
+        50.0,
+        gt=0,
+        description="gigabytes (10^9 bytes) beyond which what was not used for longest leaves the folder, unless a run "
+        "uses it",
     )
 
 

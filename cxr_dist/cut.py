@@ -52,11 +52,12 @@ def frozen_cut(model: Any) -> Cut | None:
     import keras
 
     base = base_of(model)
-    found = None
+    found, computed = None, False
     for call, tensors in graph.crossing(base):
         if call.layer.trainable and call.layer.weights:
             break
-        if len(tensors) == 1 and call.inputs:
+        computed = computed or bool(call.layer.weights)  # padding alone is nothing to keep
+        if len(tensors) == 1 and computed:
             found = call.layer.name, tensors[0]
     if found is None:
         return None

@@ -106,6 +106,8 @@ class FrozenFeatures:
         self._config, self._strategy, self._topology, self._store = config, strategy, topology, store
         self._precision, self._xla, self._progress = precision, xla, progress
         self._waiting = waiting
+        self._others: tuple[int, float] | None = None
+        """Bytes that another run had written of what this one waits for, and when they were seen first."""
         self._iterators: list[Any] = []
         """Kept until the run ends: destroying one may take a minute (see `steps.distributed_batches`)."""
 
@@ -169,12 +171,16 @@ class FrozenFeatures:
                 self._compute(model, {name: entries[name] for name in missing}, images, augmentation, view)
                 found |= {name: self._store.find(entries[name]) for name in missing}
         whole = {name: rows for name, rows in found.items() if rows is not None}
-        if not steps.all_agree(self._strategy, len(whole) == len(found)):
+        self._must_agree(len(whole) == len(found))
+        return whole
+
+    def _must_agree(self, seen: bool) -> None:
+        """End the run on all workers unless each has `seen` what the others wrote."""
+        if not steps.all_agree(self._strategy, seen):
             raise UserError(
                 f"features.folder {self._store.folder}: what one worker writes there, others do not see; name a folder "
                 "that all workers share, or set features.cache=off"
             )
-        return whole
 
     def _hold(self, entries: Sequence[Description], held: ExitStack) -> bool:
         """Whether the chief could keep other runs from computing `entries`; some seconds are given to those that do."""
@@ -182,8 +188,21 @@ class FrozenFeatures:
             try:
                 held.enter_context(self._store.computing(entries, WAIT_S))
             except TimeoutError:
+                self._check_other_run(entries)
                 return False
         return True
+
+    def _check_other_run(self, entries: Sequence[Description]) -> None:
+        """End this run when the one that holds `entries` has written nothing for as long as a worker may be silent."""
+        written, now = sum(self._store.written(entry) for entry in entries), time.monotonic()
+        if self._others is None or self._others[0] != written:
+            self._others = written, now
+        limit = self._config.worker_timeout_s
+        if now - self._others[1] > limit:
+            raise UserError(
+                f"features.folder {self._store.folder}: another run holds the same features, and has written nothing "
+                f"for {limit:.0f} s; end it, name another folder, or set features.cache=off"
+            )
 
     def _compute(
         self,
@@ -202,6 +221,7 @@ class FrozenFeatures:
                 row = int(np.prod(shapes[name])) * np.dtype(dtypes[name]).itemsize
                 self._store.begin(entry, images.source.count * row)
         steps.all_agree(self._strategy, True)
+        self._must_agree(all(self._store.has_begun(entry) for entry in entries.values()))
         count, workers = images.source.count, topology.workers
         first, last = count * topology.worker // workers, count * (topology.worker + 1) // workers
         mine = Slice(images.source, first, last)

@@ -102,6 +102,7 @@ class _Run:
         self.stop = StopRequest(run)
         self.folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS, config.checkpoint.keep)
         self.keeper = Keeper(config.checkpoint, warn=self._warn)
+        self.waiting_told = False
         self.progress = Progress()
         self.best_arrays: checkpoint.Arrays = {}
         self.average: WeightAverage | None = None
@@ -140,7 +141,7 @@ class _Run:
             precision=self.precision,
             xla=self.xla,
             progress=self._report_features,
-            waiting=lambda: self.beat("features that another run computes"),
+            waiting=self._wait_for_features,
         )
         content = self.left_out.fingerprint(manifest.fingerprint)
         self.inputs = StageInputs(
@@ -300,6 +301,8 @@ class _Run:
             )
         total = progress.totals
         images = total[steps.COUNT]
+        # Resumed after its last step, an epoch has none of this process's to measure.
+        steps_per_second = pace.steps_per_second or len(rates) / progress.seconds_in_steps
         if not images:
             raise self._diverged(number, "no step was finite")
         return {
@@ -313,7 +316,7 @@ class _Run:
             "overflowed_steps": int(total[steps.OVERFLOWED]),
             "trainable_parameters": sum(int(np.prod(v.shape)) for v in self.model.trainable_variables),
             "input_wait": None if self.config.deterministic else total[steps.WAITED] / progress.seconds_in_steps,
-            "images_per_second": pace.steps_per_second * self.config.global_batch_size,
+            "images_per_second": steps_per_second * self.config.global_batch_size,
             "seconds": time.perf_counter() - started,
         }
 
@@ -333,7 +336,8 @@ class _Run:
     def _evaluation(
         self, model: Any, source: Source, steps_per_call: int, trained: Callable[[], checkpoint.Arrays]
     ) -> Callable[[], dict[str, float]]:
-        batch_size = self.plan.batch_size
+        # A part of a step, as more may not fit in the replica's memory.
+        batch_size = self.plan.batch_size // self.plan.parts
         evaluation_plan = EvaluationPlan(source.count, batch_size, self.topology.replicas)
         run_steps = steps.make_evaluation_step(self.strategy, model, self.classes, self.xla, self.average)
         iterator = self._batches(source, evaluation_plan)
@@ -506,6 +510,12 @@ class _Run:
             with saved.open("r+b") as file:
                 checkpoint.seal_archive(file)
             move_durably(saved, self.run / run_folder.MODEL)
+
+    def _wait_for_features(self) -> None:
+        self.beat("features that another run computes")
+        if not self.waiting_told:
+            self.waiting_told = True
+            self._warn("another run computes the same features; waiting for it, and using them then")
 
     def _warn(self, text: str) -> None:
         self.reporter.emit({"kind": "warning", "text": text})

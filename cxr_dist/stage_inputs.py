@@ -42,7 +42,7 @@ class StageInputs:
         frozen: Computes and finds what is cached.
         announce: Told the stage and, in words, what it reads.
         timed: Counts the seconds of a phase.
-        decided: By stage, whether it reads kept tensors, as the run remembers it; added to.
+        decided: By stage, cut and setting, whether it reads kept tensors, as the run remembers it; added to.
         """
         self._config, self._model, self._frozen = config, model, frozen
         self._train, self._validation = train, validation
@@ -80,17 +80,18 @@ class StageInputs:
         return where if where is not None and self._keeps(number, where) else None
 
     def _keeps(self, number: int, where: cut.Cut) -> bool:
-        decided = self._decided()
-        if str(number) not in decided:
-            stage = self._config.stages[number]
-            use = features.use_of_cut(self._config.features, stage, where.name)
+        decided, stage = self._decided(), self._config.stages[number]
+        use = features.use_of_cut(self._config.features, stage, where.name)
+        # By all that it was decided about: a trial may begin with the first stage of another, and end with its own.
+        key = f"{number} {where.name} {use}"
+        if key not in decided:
             images = self._train.source.count + self._validation.source.count
             # What a clock decides is not the same in every run.
             measured = use == "auto" and not self._config.deterministic
-            decided[str(number)] = use == "on" or (
+            decided[key] = use == "on" or (
                 measured and self._frozen.pays(self._model, where, self._train, images, stage.epochs)
             )
-        return decided[str(number)]
+        return decided[key]
 
     def _later_cuts(self, number: int) -> tuple[str, ...]:
         """Those of later stages that read the images as they are: one pass computes them all."""

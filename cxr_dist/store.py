@@ -183,6 +183,14 @@ class FeatureStore:
                 )
             work.mkdir()
 
+    def has_begun(self, description: Description) -> bool:
+        """Whether this process sees the work folder that `begin` made, in whichever process."""
+        return self._work(description).is_dir()
+
+    def written(self, description: Description) -> int:
+        """Bytes of an entry that is being computed; 0 of none."""
+        return bytes_below(self._work(description))
+
     def part(self, description: Description, number: int, shape: tuple[int, ...], dtype: str) -> PartWriter:
         """Where process `number` writes its rows, which follow those of the processes before it."""
         return PartWriter(self._work(description) / f"part-{number:05d}", shape, dtype)
@@ -215,8 +223,10 @@ class FeatureStore:
         """What processes left that were stopped while they computed other entries: nobody holds their locks."""
         for work in self.folder.glob(f"*{_WORK}"):
             lock = work.with_suffix(_LOCK)
-            if lock.exists() and not _is_locked(lock):
-                shutil.rmtree(work, ignore_errors=True)
+            if lock.exists():
+                with _if_free(lock) as free:  # held while it is removed, or another process could begin there
+                    if free:
+                        shutil.rmtree(work, ignore_errors=True)
 
     def _make_room(self, needed: int) -> None:
         entries = self._entries()
@@ -224,10 +234,11 @@ class FeatureStore:
         for entry in entries:
             if total + needed <= self._limit and shutil.disk_usage(self.folder).free >= needed:
                 return
-            if not _is_locked(entry / _ENTRY):
-                total -= bytes_below(entry)
-                (entry / _ENTRY).unlink(missing_ok=True)  # first: without it, it is no entry
-                shutil.rmtree(entry, ignore_errors=True)  # another process may be at it
+            with _if_free(entry / _ENTRY) as free:
+                if free:
+                    total -= bytes_below(entry)
+                    (entry / _ENTRY).unlink(missing_ok=True)  # first: without it, it is no entry
+                    shutil.rmtree(entry, ignore_errors=True)  # another process may be at it
 
 
 def _read(entry: Path, description: Description) -> Rows | None:
@@ -269,18 +280,35 @@ def _lock(descriptor: int, until: float) -> None:
             return
 
 
-def _is_locked(path: Path) -> bool:
-    """By any process that has not ended: one that reads an entry, or computes one. What is gone is held by nobody."""
+@contextmanager
+def _if_free(path: Path) -> Iterator[bool]:
+    """Whether no process holds `path`, one that reads an entry or computes one; nobody can take it meanwhile.
+
+    What is gone is held by nobody; what may not be opened is somebody else's, and counts as held.
+    """
     try:
-        file = path.open("rb")
+        # For writing too: NFS makes byte-range locks of these, and gives no exclusive one to who may only read.
+        file = path.open("r+b")
     except FileNotFoundError:
-        return False
+        yield True
+        return
+    except OSError as error:
+        if error.errno not in ENVIRONMENT_ERRORS:
+            raise
+        yield False
+        return
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return True
-    return False
+            yield False
+        else:
+            yield True
+
+
+def _is_locked(path: Path) -> bool:
+    with _if_free(path) as free:
+        return not free
 
 
 @contextmanager

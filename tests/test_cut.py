@@ -100,6 +100,13 @@ def test_gradients_are_those_of_the_layers_as_they_were(small: Any, train_batch_
             np.testing.assert_allclose(value, expected, atol=1e-3 * scale)
 
 
+@pytest.mark.parametrize("layers", [173, 174, 175])
+def test_padding_alone_is_nothing_to_keep(resnet: Any, layers: int) -> None:
+    """Below the first convolution of ResNet50 there is a layer without weights."""
+    model.set_trainable(resnet, layers, train_batch_norm=True)
+    assert cut.frozen_cut(resnet) is None
+
+
 def test_what_trains_whole_has_no_cut(small: Any) -> None:
     model.set_trainable(small, len(model.base_of(small).layers), train_batch_norm=True)
     assert cut.frozen_cut(small) is None

@@ -96,6 +96,24 @@ def test_a_second_run_computes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     np.testing.assert_array_equal(pixels_of(again)[rows], pixels_of(augmented)[rows])
 
 
+def test_another_run_is_waited_for_while_it_writes_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "WAIT_S", 0.05)
+    made, written = Features(tmp_path), iter(range(6))
+    made.config = made.frozen._config = made.config.model_copy(update={"worker_timeout_s": 0.12})
+    waits: list[int] = []
+    made.frozen._waiting = lambda: waits.append(1)
+    monkeypatch.setattr(FeatureStore, "written", lambda *_: next(written, 5))
+    entry = made.frozen._describe(made.model, "pool", made.images, None, None)
+    with (
+        FeatureStore(tmp_path, 1 << 30).computing([entry]),
+        pytest.raises(UserError, match="another run holds the same features, and has written nothing for 0 s"),
+    ):
+        made.of("pool")
+    assert len(waits) >= 6, "as long as it wrote, and then for the limit"
+
+
 @pytest.mark.parametrize("change", ["weights", "dataset", "split", "augmentation", "seed", "precision"])
 def test_what_decides_the_numbers_decides_the_entry(tmp_path: Path, change: str) -> None:
     made = Features(tmp_path)

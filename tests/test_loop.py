@@ -189,6 +189,25 @@ def test_what_was_measured_once_is_not_measured_again(
     )
 
 
+def test_a_first_stage_does_not_decide_for_another_second_one(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials share the checkpoint of a first stage, in which it may be decided already what the second reads."""
+    settings = ["stages.1.epochs=1", "stages.2.epochs=1", "checkpoint.every_steps=2"]
+    whole, copy = tmp_path / "whole", tmp_path / "copy"
+    measured: list[str] = []
+    monkeypatch.setattr(FrozenFeatures, "pays", lambda _self, _model, where, *_: measured.append(where.name) or True)
+    train_here(small(*settings, "stages.2.unfreeze_layers=3"), dataset, whole, CopyAfter(whole, copy, 1, 1, 4))
+    of_the_first, other = set(measured), tmp_path / "other"
+    manifest, config = read_manifest(dataset), small(*settings, "stages.2.unfreeze_layers=12")
+    run_folder.prepare(other, run_folder.resolve_config(config, manifest), dataset, manifest)
+    shutil.copytree(copy / run_folder.CHECKPOINTS, other / run_folder.CHECKPOINTS, dirs_exist_ok=True)
+    result = train_here(config, dataset, other, Reporters([]))
+    assert result["resumed_from"]
+    assert len(of_the_first) == 1
+    assert len(set(measured)) == 2
+
+
 def test_nothing_is_measured_where_runs_must_repeat(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, determinism_ends: None
 ) -> None:
