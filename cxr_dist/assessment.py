@@ -10,14 +10,15 @@ _PROPER = ("log_loss", "brier", "calibration_error")
 
 
 def assess(
-    predictions: Predictions, calibrated: Mapping[str, Any] | None = None, *, test_split: bool
+    predictions: Predictions, calibrated: Mapping[str, Any] | None = None, *, comparable: bool
 ) -> dict[str, Any]:
     """The content of metrics.json.
 
     Args:
         predictions: Of the evaluated images, with the probabilities as the network gives them.
         calibrated: What `calibration.fit` found on other images; None where there was nothing to find it on.
-        test_split: Whether the images are the test split of a dataset: the published result is of nothing else.
+        comparable: Whether the images are the test split of a dataset of X-rays: the published result is of nothing
+            else.
 
     Returns:
         What `evaluate_predictions` gives, and
@@ -30,7 +31,7 @@ def assess(
     """
     metrics = evaluate_predictions(predictions)
     uncertainty = intervals.bootstrap(predictions)
-    comparable = test_split and set(predictions.class_names) == published.CLASSES
+    comparable = comparable and set(predictions.class_names) == published.CLASSES
     rows = published.beside_published(metrics, uncertainty) if comparable else []
     return metrics | {
         "uncertainty": uncertainty,

@@ -315,7 +315,9 @@ def demo(options: argparse.Namespace) -> None:
     config = load_config(resolve_preset(Path("demo")))
     run_training(config, out / "dataset", out / "run", launcher=options.launcher, verbose=options.verbose)
     with progress_bar("4/4 evaluate") as progress:
-        metrics = evaluate_run(Request(out / "run", out / "evaluation", examine=DEMO_EXAMINED), progress=progress)
+        metrics = evaluate_run(
+            Request(out / "run", out / "evaluation", examine=DEMO_EXAMINED, drawn=True), progress=progress
+        )
     print_metrics(metrics)
     print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
 

@@ -108,6 +108,8 @@ class Request:
     """Share of wrong answers that the threshold to answer at all may let through."""
     examine: int = 0
     """How many of the images to examine at most, each some thirty times; 0 leaves the examination out."""
+    drawn: bool = False
+    """The images are phantoms, of which the published result says nothing."""
 
 
 def evaluate_run(
@@ -136,6 +138,7 @@ def evaluate_run(
         "run": str(request.run),
         "images": what,
         **({"split": request.split} if request.images is None else {}),
+        **({"drawn": True} if request.drawn else {}),
         "precision": network.precision,
         "replicas": network.topology.replicas,
         **({"calibration": reason} if reason else {}),

@@ -95,7 +95,7 @@ def write_evaluation(
         UserError: `out` holds something else, or cannot be written.
     """
     check_output_folder(out)
-    metrics = assess(predictions, calibrated, test_split=info.get("split") == "test")
+    metrics = assess(predictions, calibrated, comparable=info.get("split") == "test" and not info.get("drawn"))
     if examination is not None:
         metrics["alarms"] = [finding.sentence for finding in examination.alarms]
     drawings = _drawings(metrics, predictions, history, _kind_of_images(info), best_epoch)

@@ -83,7 +83,7 @@ def test_an_evaluation_is_complete(written: tuple[Path, dict[str, Any], Predicti
     assert {entry.name for entry in out.iterdir()} == set(report.FILES)
     content = json.loads((out / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert (
-        content == result == assess(metrics.read_predictions(out / "predictions.parquet"), CALIBRATED, test_split=True)
+        content == result == assess(metrics.read_predictions(out / "predictions.parquet"), CALIBRATED, comparable=True)
     )
     assert content["n"] == len(predictions)
     for name in (report.CONFUSION, report.ROC, report.HISTORY):
@@ -106,9 +106,9 @@ def test_the_page_shows_the_numbers(written: tuple[Path, dict[str, Any], Predict
         assert mistake["path"] in page.text
 
 
-@pytest.mark.parametrize("info", [{}, {"split": "train"}, {"split": "validation"}])
+@pytest.mark.parametrize("info", [{}, {"split": "train"}, {"split": "validation"}, {"split": "test", "drawn": True}])
 def test_the_published_result_is_beside_the_test_split_alone(
-    written: tuple[Path, dict[str, Any], Predictions], tmp_path: Path, info: dict[str, str]
+    written: tuple[Path, dict[str, Any], Predictions], tmp_path: Path, info: dict[str, Any]
 ) -> None:
     out, result, predictions = written
     assert [row["metric"] for row in result["published"]] == ["accuracy", "f1_macro"]

@@ -119,7 +119,7 @@ def report() -> Scenario:
         if (out / METRICS).exists():
             found = read_predictions(out / PREDICTIONS)
             told = (out / METRICS).read_text(encoding="utf-8")
-            assert told == metrics_json(assess(found, test_split=True)), "all of one evaluation"
+            assert told == metrics_json(assess(found, comparable=True)), "all of one evaluation"
             assert "</html>" in (out / "report.html").read_text(encoding="utf-8")
         write(folder, 1)
         assert {path.name for path in out.iterdir()} <= set(FILES)
