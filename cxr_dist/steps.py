@@ -159,22 +159,12 @@ def make_train_step(
     def replica_step(batch: dict[str, Any], step: Any, scale: Any) -> tuple[list[Any], Any, list[Any], Any]:
         context = tf.distribute.get_replica_context()
         place = Place(tf.constant(seed, tf.int32), step, tf.cast(context.replica_id_in_sync_group, tf.int32))
-        gradients, sums, statistics = compute(batch, place, scale, *variables.values())
-        if context.num_replicas_in_sync > 1:
-            count = len(gradients)
-            reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, [*gradients, sums, *statistics])
-            gradients, sums = reduced[:count], reduced[count]
-            statistics = [statistic / context.num_replicas_in_sync for statistic in reduced[count + 1 :]]
+        computed = compute(batch, place, scale, *variables.values())
+        gradients, sums, statistics = _over_replicas(context, *computed)
         if loss_scale.dynamic:
             gradients = [gradient / scale for gradient in gradients]
-        # One pass over each gradient serves the check and the clipping. A finite gradient above 1e19, whose
-        # square is not, counts as an overflow too.
-        norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
-        finite = tf.math.is_finite(norm) & tf.reduce_all(tf.math.is_finite(sums))
-        if stage.clip_norm:
-            factor = stage.clip_norm / tf.maximum(norm, stage.clip_norm)
-            gradients = [gradient * factor for gradient in gradients]
-        return gradients, sums, statistics, finite
+        gradients, finite = _clipped(gradients, stage.clip_norm)
+        return gradients, sums, statistics, finite & tf.reduce_all(tf.math.is_finite(sums))
 
     def apply(gradients: list[Any]) -> None:
         optimizer.apply(gradients, variables.trainable)
@@ -229,6 +219,33 @@ def make_train_step(
         return result
 
     return TrainStep(run, traces)
+
+
+def _over_replicas(
+    context: Any, gradients: list[Any], sums: Any, statistics: list[Any]
+) -> tuple[list[Any], Any, list[Any]]:
+    """Gradients and sums of all replicas together, and the mean of their BatchNorm statistics, in one reduction."""
+    import tensorflow as tf
+
+    replicas, count = context.num_replicas_in_sync, len(gradients)
+    if replicas == 1:
+        return gradients, sums, statistics
+    reduced = context.all_reduce(tf.distribute.ReduceOp.SUM, [*gradients, sums, *statistics])
+    return reduced[:count], reduced[count], [statistic / replicas for statistic in reduced[count + 1 :]]
+
+
+def _clipped(gradients: list[Any], clip_norm: float | None) -> tuple[list[Any], Any]:
+    """The gradients, of at most the global norm `clip_norm`, and whether they are finite.
+
+    One pass over each serves both. A finite gradient above 1e19, whose square is not, counts as an overflow too.
+    """
+    import tensorflow as tf
+
+    norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
+    if clip_norm:
+        factor = clip_norm / tf.maximum(norm, clip_norm)
+        gradients = [gradient * factor for gradient in gradients]
+    return gradients, tf.math.is_finite(norm)
 
 
 def _assign(variable: Any, value: Any) -> Any:
