@@ -27,8 +27,12 @@ def ask_for_tokens() -> None:
     if not known_token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_AUTH_MODE"] = "token"
-    if "ray" in sys.modules:  # it reads its environment when it is imported: now it reads it again
+    if "ray" in sys.modules:
+        from ray._private.authentication.authentication_utils import is_token_auth_enabled
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        # Ray reads its environment when it is imported; where that came first, it reads it again. Not without need:
+        # threads of a cluster that was just left may still look at what is made anew here.
+        if not is_token_auth_enabled():
+            Config.initialize("")
+            AuthenticationTokenLoader.instance().reset_cache()
