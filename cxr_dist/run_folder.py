@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -108,12 +109,12 @@ def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> No
     if (run / CONFIG).is_file() and (run / RUN).is_file():
         if (run / RESULT).exists() or any((run / CHECKPOINTS).glob("*.npz")):
             _check_same(run, config, info)
-            _forget_stop(run)
+            _tidy(run)
             return
     elif run.is_dir() and not _is_begun(run):
         raise UserError(f"{run}: holds something that is not a run of this program; give a new folder as --out")
     try:
-        _forget_stop(run)
+        _tidy(run)
         (run / DAMAGED).unlink(missing_ok=True)  # it was decided for the settings and the data of before
         write_text(run / CONFIG, config.to_yaml())
         write_json(run / RUN, asdict(info))
@@ -123,9 +124,18 @@ def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> No
         ) from None
 
 
-def _forget_stop(run: Path) -> None:
-    """A request of an earlier start; from here on one is of this start, however early it comes."""
+def _tidy(run: Path) -> None:
+    """Remove what an earlier start left: files that it was killed while it wrote, and a request to stop.
+
+    From here on such a request is of this start, however early it comes.
+    """
     StopRequest(run).clear()
+    for path in run.glob(".*"):
+        if is_temporary(path.name, (CONFIG, RUN, HISTORY, RESULT, MODEL, DAMAGED)):
+            path.unlink(missing_ok=True)
+    for path in run.glob(f".{MODEL}.*"):  # the folder in which Keras writes it
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_begun(run: Path) -> bool:

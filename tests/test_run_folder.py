@@ -154,6 +154,16 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     assert "is a file" in refused(tmp_path / "file", config())
 
 
+def test_what_a_killed_start_left_half_written_is_removed(begun: Path) -> None:
+    for name in (".history.jsonl.abcd.tmp", ".result.json.efgh.tmp", ".notes.txt.ijkl.tmp"):
+        (begun / name).write_text("half")
+    (begun / f".{run_folder.MODEL}.mnop").mkdir()
+    (begun / f".{run_folder.MODEL}.mnop" / run_folder.MODEL).write_text("half")
+    before = {path.name for path in begun.iterdir() if not path.name.startswith(".")}
+    run_folder.prepare(begun, config("stages.1.epochs=5"), DATA, manifest())
+    assert {path.name for path in begun.iterdir()} == {*before, ".notes.txt.ijkl.tmp"}
+
+
 def test_a_request_to_stop_is_forgotten_at_a_start_and_only_in_a_run(begun: Path, tmp_path: Path) -> None:
     (begun / "stop").touch()
     run_folder.prepare(begun, config("stages.1.epochs=5"), DATA, manifest())
