@@ -107,7 +107,7 @@ def test_tasks_on_a_cluster_build_what_processes_build(phantom_source: Path, dat
     assert not (tmp_path / "e").exists()
 
 
-def command(*arguments: object, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, timeout_s: float = 480) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "cxr_dist", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
