@@ -275,7 +275,7 @@ def _calibrate(
             # Whoever asks for images asks for no dataset: somebody who sent the run may have written the address.
             if own.dataset is None and request.images is not None and isinstance(parse_place(info.dataset), str):
                 raise UserError(f"{info.dataset}: the run names an address; give the dataset with --dataset")
-            with _source(own, info, own=True) as (source, _):
+            with _source(own, info, as_trained=True) as (source, _):
                 validation = network.predict(source)
         except UserError as error:
             kept = "none" if known is None else f"for a risk of {known['target_risk']}, as it was fitted before"
@@ -318,25 +318,25 @@ def class_probabilities(
 
 @contextmanager
 def _source(
-    request: Request, info: run_folder.RunInfo, own: bool = False
+    request: Request, info: run_folder.RunInfo, as_trained: bool = False
 ) -> "Iterator[tuple[ShardSource | FolderSource, str]]":
     """The images, and what the report calls them.
 
     Args:
-        own: Whether a dataset that is given must be the one that the run was trained on, as it must if none is given.
+        as_trained: Whether a dataset that is given must be the one that the run was trained on, as it must be if none is.
     """
     if request.images is not None:
         yield FolderSource(request.images, info.class_names, info.image_size), str(request.images)
         return
     place = request.dataset or parse_place(info.dataset)
     with local_copy(place) as dataset:
-        source = _split_source(request, info, dataset, own or request.dataset is None)
+        source = _split_source(request, info, dataset, as_trained or request.dataset is None)
         yield source, f"{place}, split {request.split}"
 
 
-def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path, own: bool) -> ShardSource:
+def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path, as_trained: bool) -> ShardSource:
     manifest = read_manifest(dataset)
-    if own and manifest.fingerprint != info.fingerprint:
+    if as_trained and manifest.fingerprint != info.fingerprint:
         raise UserError(
             f"{dataset}: is not, or no longer, what the run was trained on; give the dataset with --dataset"
         )
@@ -347,5 +347,5 @@ def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path, own
         )
     check_shards(dataset, manifest)
     # The validation images of a run are those that it had; in any other evaluation a damaged record is an error.
-    without = damage.left_out(request.run).paths if own and request.split == "validation" else ()
+    without = damage.left_out(request.run).paths if as_trained and request.split == "validation" else ()
     return ShardSource(dataset, manifest, request.split, without)

@@ -106,8 +106,6 @@ class FrozenFeatures:
         self._config, self._strategy, self._topology, self._store = config, strategy, topology, store
         self._precision, self._xla, self._progress = precision, xla, progress
         self._waiting = waiting
-        self._others: tuple[int, float] | None = None
-        """Bytes that another run had written of what this one waits for, and when they were seen first."""
         self._iterators: list[Any] = []
         """Kept until the run ends: destroying one may take a minute (see `steps.distributed_batches`)."""
 
@@ -163,7 +161,8 @@ class FrozenFeatures:
     ) -> dict[str, Rows]:
         entries = {name: self._describe(model, name, images, augmentation, view) for name in names}
         with ExitStack() as held:
-            while not steps.all_agree(self._strategy, self._hold(list(entries.values()), held)):
+            other = _OtherRun()
+            while not steps.all_agree(self._strategy, self._hold(list(entries.values()), held, other)):
                 self._waiting()
             found = {name: self._store.find(entry) for name, entry in entries.items()}
             missing = [name for name in names if not steps.all_agree(self._strategy, found[name] is not None)]
@@ -182,23 +181,20 @@ class FrozenFeatures:
                 "that all workers share, or set features.cache=off"
             )
 
-    def _hold(self, entries: Sequence[Description], held: ExitStack) -> bool:
+    def _hold(self, entries: Sequence[Description], held: ExitStack, other: "_OtherRun") -> bool:
         """Whether the chief could keep other runs from computing `entries`; some seconds are given to those that do."""
         if self._topology.is_chief:
             try:
                 held.enter_context(self._store.computing(entries, WAIT_S))
             except TimeoutError:
-                self._check_other_run(entries)
+                self._check(other, entries)
                 return False
         return True
 
-    def _check_other_run(self, entries: Sequence[Description]) -> None:
+    def _check(self, other: "_OtherRun", entries: Sequence[Description]) -> None:
         """End this run when the one that holds `entries` has written nothing for as long as a worker may be silent."""
-        written, now = sum(self._store.written(entry) for entry in entries), time.monotonic()
-        if self._others is None or self._others[0] != written:
-            self._others = written, now
         limit = self._config.worker_timeout_s
-        if now - self._others[1] > limit:
+        if other.silent_s(sum(self._store.written(entry) for entry in entries)) > limit:
             raise UserError(
                 f"features.folder {self._store.folder}: another run holds the same features, and has written nothing "
                 f"for {limit:.0f} s; end it, name another folder, or set features.cache=off"
@@ -295,6 +291,19 @@ class FrozenFeatures:
             if augmentation is None
             else {**augmentation.model_dump(mode="json"), "seed": self._config.seed, "number": view},
         }
+
+
+class _OtherRun:
+    """Watched while this run waits, once, for what it computes."""
+
+    def __init__(self) -> None:
+        self._written, self._since = -1, 0.0
+
+    def silent_s(self, written: int) -> float:
+        """Seconds since it was seen to have written another number of bytes than `written`."""
+        if written != self._written:
+            self._written, self._since = written, time.monotonic()
+        return time.monotonic() - self._since
 
 
 def _append(writer: PartWriter, rows: npt.NDArray[Any], name: str) -> None:

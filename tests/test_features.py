@@ -112,6 +112,11 @@ def test_another_run_is_waited_for_while_it_writes_and_no_longer(
     ):
         made.of("pool")
     assert len(waits) >= 6, "as long as it wrote, and then for the limit"
+    # The next wait is another one, however long ago that was.
+    before = len(waits)
+    with FeatureStore(tmp_path, 1 << 30).computing([entry]), pytest.raises(UserError, match="another run holds"):
+        made.of("pool")
+    assert len(waits) > before
 
 
 @pytest.mark.parametrize("change", ["weights", "dataset", "split", "augmentation", "seed", "precision"])

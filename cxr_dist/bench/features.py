@@ -27,9 +27,9 @@ from tfrecords_builder.manifest import read_manifest
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 OURS = "cxr-dist"
 PUBLISHED_LAYERS = 100
-PUBLISHED_RATE = 1e-3
-"""Of stage 1; stage 2 has a tenth."""
 """Unfrozen in stage 2, on both sides."""
+PUBLISHED_RATE = 1e-3
+"""Of plain Keras in stage 1; in stage 2 it has a tenth."""
 _EPOCHS = 3
 """Of plain Keras in each stage, and of ours in stage 2. The first compiles, and is not counted."""
 
