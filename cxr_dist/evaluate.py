@@ -323,7 +323,7 @@ def _source(
     """The images, and what the report calls them.
 
     Args:
-        as_trained: Whether a dataset that is given must be the one that the run was trained on, as it must be if none is.
+        as_trained: Whether a dataset that is given must be the one that the run was trained on, as without one.
     """
     if request.images is not None:
         yield FolderSource(request.images, info.class_names, info.image_size), str(request.images)
