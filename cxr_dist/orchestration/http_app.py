@@ -45,7 +45,9 @@ class Limits:
     max_batch: int = 16
     """Images in a step of the model."""
     batch_wait_s: float = 0.01
-    """How long the first image of a batch waits for others."""
+    """How long the first image of a batch waits for others while the model is idle."""
+    batches_at_once: int = 2
+    """In the model; the second takes what the first leaves idle."""
     max_body_bytes: int = 64 << 20
     max_waiting: int = 64
     """Requests at a time, from their first byte to their answer; 503 beyond."""
@@ -211,7 +213,9 @@ class _Metrics:
         self._batches = Histogram(
             "cxr_dist_batch_images", "Images in a step", buckets=BATCH_BUCKETS, registry=self._registry
         )
-        self._model_seconds = Counter("cxr_dist_model_seconds", "In which the model worked", registry=self._registry)
+        self._model_seconds = Counter(
+            "cxr_dist_model_seconds", "Of all steps, of which some are at once", registry=self._registry
+        )
         Gauge("cxr_dist_waiting", "Requests at this moment", registry=self._registry).set_function(waiting)
 
     def count(self, status: int, seconds: float) -> None:

@@ -1,15 +1,13 @@
 """A trained model behind HTTP: a Ray Serve application on a cluster of this machine's own.
 
-One replica holds the model. Its event loop reads requests, threads decode, `serve.batch` makes batches of what has
-been decoded, and one thread runs the model. The next batch comes together while the model works (`gate`).
+One replica holds the model. Its event loop reads requests, threads decode, and what has been decoded goes through the
+model in batches (`batcher`).
 """
 
-import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import numpy.typing as npt
 from cxr_dist import run_folder
 from cxr_dist.calibration_file import read_calibration
 from cxr_dist.classifier import Answer, Classifier, load_classifier, read_finished
-from cxr_dist.orchestration.gate import Gate
+from cxr_dist.orchestration.batcher import Batcher
 from cxr_dist.orchestration.http_app import HttpApp, Limits
 from cxr_dist.orchestration.train_job import OWN_CLUSTER, connected
 from tfrecords_builder.errors import UserError, one_line
@@ -96,26 +94,18 @@ def _application(run: Path, limits: Limits, load: Load) -> Any:
     class Service:
         def __init__(self) -> None:
             self._classifier = load(run)
-            self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
             size = self._classifier.image_size
             for count in (1, limits.max_batch):  # what is slow the first time is done before the first request
                 self._classifier.probabilities(np.zeros((count, size, size), np.uint8))
-            self._gate = Gate(limits.max_batch)
-            self._app = HttpApp(self._answer, size, self._classifier.class_names, limits)
+            batcher: Batcher[npt.NDArray[np.uint8], Answer] = Batcher(
+                self._answers, most=limits.max_batch, wait_s=limits.batch_wait_s, at_once=limits.batches_at_once
+            )
+            self._app = HttpApp(batcher.result, size, self._classifier.class_names, limits)
 
         async def __call__(self, request: Request) -> Any:
             return await self._app.respond(request)
 
-        async def _answer(self, image: npt.NDArray[np.uint8]) -> Answer:
-            async with self._gate.passed():
-                return await self._batched(image)
-
-        @serve.batch(max_batch_size=limits.max_batch, batch_wait_timeout_s=limits.batch_wait_s)
-        async def _batched(self, images: list[npt.NDArray[np.uint8]]) -> list[Answer]:
-            with self._gate.closed():
-                return await asyncio.get_running_loop().run_in_executor(self._model_thread, self._answers, images)
-
-        def _answers(self, images: list[npt.NDArray[np.uint8]]) -> list[Answer]:
+        def _answers(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Answer]:
             started = time.perf_counter()
             answers = self._classifier.answers(np.stack(images))
             self._app.count_batch(len(images), time.perf_counter() - started)

@@ -1,6 +1,5 @@
 """`cxr-dist serve` for real: one service, and all that may be sent to it."""
 
-import asyncio
 import http.client
 import io
 import json
@@ -23,7 +22,6 @@ from PIL import Image
 from cxr_dist.calibration_file import CALIBRATION
 from cxr_dist.classifier import Classifier, load_classifier
 from cxr_dist.orchestration import service
-from cxr_dist.orchestration.gate import Gate
 from cxr_dist.orchestration.http_app import Limits
 from cxr_dist.predict import predict_files
 from tests.conftest import use_small_base
@@ -235,69 +233,3 @@ def test_a_stranger_s_pickle_is_not_loaded(port: int, still_answers: None, tmp_p
 def test_a_run_that_cannot_be_served_is_refused_before_ray_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"), service.serving(tmp_path / "a", "127.0.0.1", 1, LIMITS):
         pass
-
-
-def test_a_gate_admits_a_batch_at_a_time_and_forgets_who_has_gone() -> None:
-    async def scenario() -> None:
-        gate, entered, leave = Gate(2), [], asyncio.Event()
-
-        async def visitor(name: int) -> None:
-            async with gate.passed():
-                entered.append(name)
-                await leave.wait()
-
-        async def settle() -> None:
-            for _ in range(10):
-                await asyncio.sleep(0)
-
-        with gate.closed():
-            visitors = [asyncio.create_task(visitor(name)) for name in range(6)]
-            await settle()
-            assert entered == []
-        await settle()
-        assert entered == [0, 1]
-        visitors[2].cancel()
-        visitors[0].cancel()
-        await settle()
-        assert entered == [0, 1, 3]
-        leave.set()
-        await asyncio.gather(*visitors, return_exceptions=True)
-        assert entered == [0, 1, 3, 4, 5]
-        async with asyncio.timeout(5), gate.passed():
-            pass
-
-    asyncio.run(scenario())
-
-
-def test_who_slips_in_before_the_model_begins_does_not_halve_the_batches_after() -> None:
-    async def scenario() -> None:
-        gate, batches = Gate(4), []
-        waiting: list[asyncio.Event] = []
-
-        async def client() -> None:
-            for _ in range(3):
-                async with gate.passed():
-                    answered = asyncio.Event()
-                    waiting.append(answered)
-                    await answered.wait()
-
-        async def settle() -> None:
-            for _ in range(20):
-                await asyncio.sleep(0)
-
-        clients = [asyncio.create_task(client()) for _ in range(8)]
-        await settle()
-        formed = [waiting.pop(), waiting.pop()]  # its time was over when two had come
-        while formed:
-            with gate.closed():
-                batches.append(len(formed))
-                following, waiting[:] = waiting[:4], waiting[4:]  # `serve.batch` forms it while the model works
-                await settle()
-                for answered in formed:
-                    answered.set()
-            await settle()
-            formed, waiting[:] = (following, waiting) if following else (waiting[:4], waiting[4:])
-        await asyncio.gather(*clients)
-        assert batches == [2, 2, 4, 4, 4, 4, 4]
-
-    asyncio.run(scenario())
