@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist import checkpoint, damage, features, run_folder, stages, steps, watchdog
-from cxr_dist.averaging import WeightAverage
 from cxr_dist.config import Config, StageConfig
 from cxr_dist.data import EvaluationPlan, ShardSource, Source, TrainingPlan
 from cxr_dist.keeping import Keeper
@@ -24,6 +23,7 @@ from cxr_dist.pace import FixedLengths, Pace
 from cxr_dist.progress import Best, Progress
 from cxr_dist.reporting import Reporter
 from cxr_dist.stage_inputs import StageInputs
+from cxr_dist.stage_state import StageState
 from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest
 from cxr_dist.store import FeatureStore
 from cxr_dist.strategy import Topology, dtype_policy, make_strategy, resolve_precision, resolve_xla
@@ -80,6 +80,30 @@ def compute_features(config: Config, dataset: Path, run: Path, topology: Topolog
         return one.fill_cache()
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """A stage in progress."""
+
+    number: int
+    first_step: int
+    """Of the stage, counted over all stages."""
+    rates: npt.NDArray[np.float32]
+    """Of every step of the stage."""
+    state: StageState
+    train_step: steps.TrainStep
+    batches: Any
+    pace: Pace
+    evaluation: EvaluationPlan
+    evaluation_step: Callable[[Any, int], tuple[npt.NDArray[np.int64], float]]
+    evaluation_batches: Any
+    evaluation_steps_per_call: int
+
+    def epoch_steps(self, epoch: int, steps_per_epoch: int) -> tuple[int, npt.NDArray[np.float32]]:
+        """The first step of an epoch, counted over all stages, and the rates of its steps."""
+        first = epoch * steps_per_epoch
+        return self.first_step + first, self.rates[first : first + steps_per_epoch]
+
+
 class _Run:
     """The state of one call of `train`, so that its parts need no long argument lists."""
 
@@ -105,7 +129,6 @@ class _Run:
         self.waiting_told = False
         self.progress = Progress()
         self.best_arrays: checkpoint.Arrays = {}
-        self.average: WeightAverage | None = None
         self.resumed_from: str | None = None
         self.steps_computed = 0
 
@@ -166,7 +189,7 @@ class _Run:
                 if number < self.progress.stage or not self.config.stages[number].epochs:
                     continue
                 if not self._is_finished(number):
-                    self._run_stage(number, self.config.stages[number], arrays)
+                    self._run_stage(self._begin_stage(number, self.config.stages[number], arrays))
                 self._restore_best()
                 arrays = None  # of the stage that was interrupted, and of no other
             self.keeper.wait()
@@ -195,81 +218,81 @@ class _Run:
 
     # -- stages ---------------------------------------------------------------------------------
 
-    def _run_stage(self, number: int, stage: StageConfig, restored: checkpoint.Arrays | None) -> None:
-        config, plan = self.config, self.plan
-        if self.progress.stage != number:
-            self.progress.stage, self.progress.epoch, self.progress.epochs_without_gain = number, 0, 0
-        set_trainable(self.model, stage.unfreeze_layers, trains_base_batch_norm(config))
-        inputs = self.inputs.of(number)
-        with self.strategy.scope():
-            optimizer = steps.make_optimizer(stage)
-            optimizer.build(self.model.trainable_variables)
-            # Of the weights as they stand, which are those of the checkpoint where there is one.
-            decay = stage.weight_average
-            self.average = None if decay is None else WeightAverage(self.model.trainable_variables, decay)
-        loss_scale = steps.LossScale.create(self.precision)
-        if restored is not None:
-            checkpoint.restore_optimizer(optimizer, restored)
-            loss_scale.restore(restored)
-            if self.average is not None:
-                self.average.restore(restored)
-        train_step = steps.make_train_step(
-            self.strategy,
-            inputs.network,
-            optimizer,
-            stage,
-            global_batch_size=config.global_batch_size,
-            classes=self.classes,
-            seed=config.seed,
-            augmentation=config.augmentation if stage.augment and not inputs.from_cut else None,
-            class_weights=stages.class_weights(self.train_source.labels, self.classes) if stage.class_weights else None,
-            loss_scale=loss_scale,
-            xla=self.xla,
-            accumulation_steps=config.accumulation_steps,
-            measure_wait=not config.deterministic,
-            average=self.average,
-        )
-        rates = stages.learning_rates(stage, plan.steps_per_epoch)
-        # Counted from the planned ends of earlier stages, so that an early stop changes no later order.
-        first_epoch = sum(self.config.stages[earlier].epochs for earlier in range(1, number))
-        start = (first_epoch + self.progress.epoch) * plan.steps_per_epoch + self.progress.step
-        iterator = self._batches(inputs.train, replace(plan, views=inputs.train.count // plan.count), start)
-        head_alone = inputs.from_cut and not stage.unfreeze_layers
-        lengths = FixedLengths.of(self.topology.kind, head_alone=head_alone)
-        pace = Pace(lengths.training if self.topology.workers > 1 else None)
-
-        def trained() -> checkpoint.Arrays:
-            average = {} if self.average is None else self.average.arrays()
-            kept = checkpoint.model_arrays(self.model) | checkpoint.optimizer_arrays(optimizer)
-            return kept | loss_scale.arrays() | average
-
-        evaluate = self._evaluation(inputs.network, inputs.validation, lengths.validation, trained)
-        while not self._is_finished(number):
-            epoch = self.progress.epoch
-            rate = rates[epoch * plan.steps_per_epoch : (epoch + 1) * plan.steps_per_epoch]
-            first_step = (first_epoch + epoch) * plan.steps_per_epoch
-            row = self._train_epoch(number, train_step, iterator, first_step, rate, pace, trained)
+    def _run_stage(self, stage: _Stage) -> None:
+        while not self._is_finished(stage.number):
+            row = self._train_epoch(stage)
             with self.progress.timed("validation"):
-                row |= evaluate()
+                row |= self._evaluate(stage)
             self._count_time()
             row["run_seconds"] = self.progress.seconds["total"]
-            self._end_epoch(row)
-            if self._is_finished(number) or self.keeper.is_due(0):
-                self._keep(trained)
+            self._end_epoch(row, stage.state)
+            if self._is_finished(stage.number) or self.keeper.is_due(0):
+                self._keep(stage.state)
             self.reporter.emit({"kind": "epoch", "row": row})
         self.keeper.wait()
 
-    def _train_epoch(
-        self,
-        number: int,
-        train_step: steps.TrainStep,
-        iterator: Any,
-        first_step: int,
-        rates: npt.NDArray[np.float32],
-        pace: Pace,
-        trained: Callable[[], checkpoint.Arrays],
-    ) -> dict[str, Any]:
-        progress = self.progress
+    def _begin_stage(self, number: int, settings: StageConfig, restored: checkpoint.Arrays | None) -> _Stage:
+        """Make all that the stage needs, as it stands at the run's progress.
+
+        Args:
+            restored: Of a checkpoint within this stage, whose weights the model has.
+        """
+        config, plan = self.config, self.plan
+        if self.progress.stage != number:
+            self.progress.stage, self.progress.epoch, self.progress.epochs_without_gain = number, 0, 0
+        set_trainable(self.model, settings.unfreeze_layers, trains_base_batch_norm(config))
+        inputs = self.inputs.of(number)
+        state = StageState.create(self.strategy, self.model, settings, self.precision)
+        if restored is not None:
+            state.restore(restored)
+        train_step = steps.make_train_step(
+            self.strategy,
+            inputs.network,
+            state.optimizer,
+            settings,
+            global_batch_size=config.global_batch_size,
+            classes=self.classes,
+            seed=config.seed,
+            augmentation=config.augmentation if settings.augment and not inputs.from_cut else None,
+            class_weights=(
+                stages.class_weights(self.train_source.labels, self.classes) if settings.class_weights else None
+            ),
+            loss_scale=state.loss_scale,
+            xla=self.xla,
+            accumulation_steps=config.accumulation_steps,
+            measure_wait=not config.deterministic,
+            average=state.average,
+        )
+        # Counted from the planned ends of earlier stages, so that an early stop changes no later order.
+        first_step = sum(config.stages[earlier].epochs for earlier in range(1, number)) * plan.steps_per_epoch
+        start = first_step + self.progress.epoch * plan.steps_per_epoch + self.progress.step
+        lengths = FixedLengths.of(self.topology.kind, head_alone=inputs.from_cut and not settings.unfreeze_layers)
+        # A part of a step, as more may not fit in the replica's memory.
+        evaluation = EvaluationPlan(inputs.validation.count, plan.batch_size // plan.parts, self.topology.replicas)
+        return _Stage(
+            number=number,
+            first_step=first_step,
+            rates=stages.learning_rates(settings, plan.steps_per_epoch),
+            state=state,
+            train_step=train_step,
+            batches=self._batches(inputs.train, replace(plan, views=inputs.train.count // plan.count), start),
+            pace=Pace(lengths.training if self.topology.workers > 1 else None),
+            evaluation=evaluation,
+            evaluation_step=steps.make_evaluation_step(
+                self.strategy, inputs.network, self.classes, self.xla, state.average
+            ),
+            evaluation_batches=self._batches(inputs.validation, evaluation),
+            evaluation_steps_per_call=lengths.validation,
+        )
+
+    def _train_epoch(self, stage: _Stage) -> dict[str, Any]:
+        """Train to the end of the epoch that the progress is in.
+
+        Returns:
+            Its row of the history, without validation.
+        """
+        progress, pace = self.progress, stage.pace
+        first_step, rates = stage.epoch_steps(progress.epoch, self.plan.steps_per_epoch)
         started = time.perf_counter()
         pace.start_epoch()
         while progress.step < len(rates):
@@ -277,32 +300,42 @@ class _Run:
             due = self.keeper.steps_until_due(done) or len(rates)
             count = min(pace.steps_per_call, len(rates) - done, due)
             begun = time.perf_counter()
-            totals = train_step.run(iterator, first_step + done, rates[done : done + count], np.array(progress.totals))
+            totals = stage.train_step.run(
+                stage.batches, first_step + done, rates[done : done + count], np.array(progress.totals)
+            )
             spent = time.perf_counter() - begun
             pace.record(count, spent)
-            progress.totals, progress.step = totals.tolist(), done + count
-            progress.seconds_in_steps += spent
-            progress.seconds[f"stage_{number}"] = progress.seconds.get(f"stage_{number}", 0.0) + spent
-            self.steps_computed += count
-            self._check_finite(number)
-            self.beat(f"stage {number}, epoch {progress.epoch + 1}, step {progress.step}")
-            self._end_if_asked(trained)
+            self._count_steps(stage.number, count, totals, spent)
+            self._check_finite(stage.number)
+            self.beat(f"stage {stage.number}, epoch {progress.epoch + 1}, step {progress.step}")
+            self._end_if_asked(stage.state)
             if progress.step < len(rates) and self.keeper.is_due(progress.step):
-                self._keep(trained)
+                self._keep(stage.state)
             self.reporter.emit(
                 {
                     "kind": "progress",
-                    "stage": number,
-                    "epoch": self.progress.epoch + 1,
+                    "stage": stage.number,
+                    "epoch": progress.epoch + 1,
                     "step": progress.step,
                     "steps": len(rates),
                     "images_per_second": pace.steps_per_second * self.config.global_batch_size,
                 }
             )
-        total = progress.totals
-        images = total[steps.COUNT]
         # Resumed after its last step, an epoch has none of this process's to measure.
         steps_per_second = pace.steps_per_second or len(rates) / progress.seconds_in_steps
+        return self._row(stage.number, float(rates[-1]), steps_per_second, time.perf_counter() - started)
+
+    def _count_steps(self, number: int, count: int, totals: npt.NDArray[np.float64], spent: float) -> None:
+        """Take `count` steps of `spent` seconds into the progress, after which the epoch's sums are `totals`."""
+        progress = self.progress
+        progress.totals, progress.step = totals.tolist(), progress.step + count
+        progress.seconds_in_steps += spent
+        progress.seconds[f"stage_{number}"] = progress.seconds.get(f"stage_{number}", 0.0) + spent
+        self.steps_computed += count
+
+    def _row(self, number: int, rate: float, steps_per_second: float, seconds: float) -> dict[str, Any]:
+        progress, total = self.progress, self.progress.totals
+        images = total[steps.COUNT]
         if not images:
             raise self._diverged(number, "no step was finite")
         return {
@@ -311,13 +344,13 @@ class _Run:
             "epochs_done": progress.epochs_done + 1,
             "loss": total[steps.LOSS] / images,
             "accuracy": total[steps.CORRECT] / images,
-            "learning_rate": float(rates[-1]),
+            "learning_rate": rate,
             "skipped_steps": int(total[steps.SKIPPED] - total[steps.OVERFLOWED]),
             "overflowed_steps": int(total[steps.OVERFLOWED]),
             "trainable_parameters": sum(int(np.prod(v.shape)) for v in self.model.trainable_variables),
             "input_wait": None if self.config.deterministic else total[steps.WAITED] / progress.seconds_in_steps,
             "images_per_second": steps_per_second * self.config.global_batch_size,
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
         }
 
     def _check_finite(self, number: int) -> None:
@@ -333,28 +366,19 @@ class _Run:
             f"{self.progress.step}; lower stages.{number}.learning_rate"
         )
 
-    def _evaluation(
-        self, model: Any, source: Source, steps_per_call: int, trained: Callable[[], checkpoint.Arrays]
-    ) -> Callable[[], dict[str, float]]:
-        # A part of a step, as more may not fit in the replica's memory.
-        batch_size = self.plan.batch_size // self.plan.parts
-        evaluation_plan = EvaluationPlan(source.count, batch_size, self.topology.replicas)
-        run_steps = steps.make_evaluation_step(self.strategy, model, self.classes, self.xla, self.average)
-        iterator = self._batches(source, evaluation_plan)
-
-        def evaluate() -> dict[str, float]:
-            confusion, loss = np.zeros([self.classes] * 2, np.int64), 0.0
-            for first in range(0, evaluation_plan.steps, steps_per_call):
-                part = run_steps(iterator, min(steps_per_call, evaluation_plan.steps - first))
-                confusion, loss = confusion + part[0], loss + part[1]
-                self.beat(f"the validation after epoch {self.progress.epoch + 1} of the stage, step {first}")
-                self._end_if_asked(trained)
-            if confusion.sum() != source.count:
-                raise RuntimeError(f"{confusion.sum()} images were counted, of {source.count}")
-            measured = {f"val_{key}": value for key, value in counts_metrics(confusion).items()}
-            return {"val_loss": loss / source.count, **measured}
-
-        return evaluate
+    def _evaluate(self, stage: _Stage) -> dict[str, float]:
+        """The validation's part of an epoch's row."""
+        confusion, loss = np.zeros([self.classes] * 2, np.int64), 0.0
+        planned, at_once = stage.evaluation, stage.evaluation_steps_per_call
+        for first in range(0, planned.steps, at_once):
+            part = stage.evaluation_step(stage.evaluation_batches, min(at_once, planned.steps - first))
+            confusion, loss = confusion + part[0], loss + part[1]
+            self.beat(f"the validation after epoch {self.progress.epoch + 1} of the stage, step {first}")
+            self._end_if_asked(stage.state)
+        if confusion.sum() != planned.count:
+            raise RuntimeError(f"{confusion.sum()} images were counted, of {planned.count}")
+        measured = {f"val_{key}": value for key, value in counts_metrics(confusion).items()}
+        return {"val_loss": loss / planned.count, **measured}
 
     def _is_finished(self, number: int) -> bool:
         """Whether the current stage is `number` and has done its epochs or stops early."""
@@ -381,7 +405,7 @@ class _Run:
 
     # -- what is kept ---------------------------------------------------------------------------
 
-    def _end_epoch(self, row: dict[str, Any]) -> None:
+    def _end_epoch(self, row: dict[str, Any], state: StageState) -> None:
         progress = self.progress
         if not np.isfinite(row["val_loss"]):
             raise self._diverged(row["stage"], "the validation loss is not finite")
@@ -392,31 +416,26 @@ class _Run:
         progress.history.append(row)
         if row["best"]:
             progress.best = Best(**{known.name: row[known.name] for known in fields(Best)})
-            average = {} if self.average is None else self.average.model_arrays()
-            self.best_arrays = checkpoint.model_arrays(self.model) | average
+            self.best_arrays = state.evaluated_arrays()
         if self.topology.is_chief:
             run_folder.write_history(self.run, progress.history)
 
-    def _keep(self, trained: Callable[[], checkpoint.Arrays]) -> None:
+    def _keep(self, state: StageState) -> None:
         """Begin to write a checkpoint of this moment; the chief alone does."""
         if not self.topology.is_chief:
             return
         with self.progress.timed("checkpoint"):
             self._count_time()
-            state = asdict(self.progress)
-            position, arrays, best, best_arrays = (
-                self.progress.position,
-                trained(),
-                self.progress.best.epochs_done,
-                self.best_arrays,
-            )
-            self.keeper.write(lambda: self.folder.save(position, arrays, state, best, best_arrays))
+            # All of it as it is now: it is written while the training goes on.
+            position, progress = self.progress.position, asdict(self.progress)
+            arrays, best, best_arrays = state.arrays(), self.progress.best.epochs_done, self.best_arrays
+            self.keeper.write(lambda: self.folder.save(position, arrays, progress, best, best_arrays))
 
-    def _end_if_asked(self, trained: Callable[[], checkpoint.Arrays]) -> None:
+    def _end_if_asked(self, state: StageState) -> None:
         """The chief ends the run at once when it was asked to; the other workers end with it."""
         if not (self.topology.is_chief and self.stop.is_made()):
             return
-        self._keep(trained)
+        self._keep(state)
         self.keeper.wait()
         kind = RegroupedError if self.stop.is_for_more_workers() else StoppedError
         self.stop.clear()

@@ -1,0 +1,52 @@
+"""What the training of a stage changes, beside its progress: a checkpoint holds all of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cxr_dist import checkpoint, steps
+from cxr_dist.averaging import WeightAverage
+from cxr_dist.config import StageConfig
+
+
+@dataclass(frozen=True)
+class StageState:
+    """The model, and what a stage keeps from step to step to train it."""
+
+    model: Any
+    optimizer: Any
+    loss_scale: steps.LossScale
+    average: WeightAverage | None
+    """Of the trainable weights; None where the stage asks for none."""
+
+    @classmethod
+    def create(cls, strategy: Any, model: Any, stage: StageConfig, precision: str) -> "StageState":
+        """As it is before the stage's first step, of the weights as they stand. What trains is set on `model`."""
+        with strategy.scope():
+            optimizer = steps.make_optimizer(stage)
+            optimizer.build(model.trainable_variables)
+            decay = stage.weight_average
+            average = None if decay is None else WeightAverage(model.trainable_variables, decay)
+        return cls(model, optimizer, steps.LossScale.create(precision), average)
+
+    def arrays(self) -> checkpoint.Arrays:
+        """What a checkpoint holds of it."""
+        average = {} if self.average is None else self.average.arrays()
+        kept = checkpoint.model_arrays(self.model) | checkpoint.optimizer_arrays(self.optimizer)
+        return kept | self.loss_scale.arrays() | average
+
+    def restore(self, arrays: checkpoint.Arrays) -> None:
+        """Assign what `arrays` gave; the model's weights were restored before the state was made.
+
+        Raises:
+            KeyError: something is not there.
+            ValueError: a variable of the optimizer is not there, or has another shape.
+        """
+        checkpoint.restore_optimizer(self.optimizer, arrays)
+        self.loss_scale.restore(arrays)
+        if self.average is not None:
+            self.average.restore(arrays)
+
+    def evaluated_arrays(self) -> checkpoint.Arrays:
+        """The weights that validation measures: the averages where there are some, by the names of `model_arrays`."""
+        average = {} if self.average is None else self.average.model_arrays()
+        return checkpoint.model_arrays(self.model) | average
