@@ -421,7 +421,10 @@ def worker_batches(
 
     options = tf.data.Options()
     options.autotune.enabled = False  # there is nothing to tune, and its thread holds up the end of an iterator
-    batches = tf.data.Dataset.counter().map(load, num_parallel_calls=2, deterministic=True)
+    # Not `Dataset.counter`, which leaves a function in TensorFlow's global graph each time: memory that no one frees.
+    # Repeated, although nobody counts so far, as a distributed iterator asks a dataset that may end before every batch.
+    counter = tf.data.Dataset.range(tf.int64.max).repeat()
+    batches = counter.map(load, num_parallel_calls=2, deterministic=True)
     batches = batches.prefetch(2 * local_replicas).with_options(options)
     batches.kept = (source, elements)  # as long as the dataset, which its iterators hold
     return batches
