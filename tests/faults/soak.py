@@ -3,6 +3,7 @@
 python -m tests.faults.soak DATASET FOLDER SECONDS
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -20,14 +21,38 @@ from tests.conftest import SMALL_RUN, use_small_base
 RUNS_PER_SEARCH = 8
 
 
+class MallocInfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc (mallinfo(3)): bytes, in size_t."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def allocated_bytes() -> int:
+    """What the process has allocated and not freed, of all arenas, after free memory went back to the system."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.malloc_trim(0)
+    libc.mallinfo2.restype = MallocInfo
+    found = libc.mallinfo2()
+    return int(found.uordblks + found.hblkhd)
+
+
 def held() -> dict[str, int]:
-    """Open files, resident KiB, threads, child processes, and entries of the folder for temporary files."""
+    """Allocated and resident KiB, objects, open files, threads, children, entries of the folder for temporary files."""
     gc.collect()  # what is no one's any more may still wait for the collector
+    allocated = allocated_bytes()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return {
         "files": len(list(Path("/proc/self/fd").iterdir())),
-        "memory": int(status["VmRSS"].split()[0]),
+        "allocated": allocated // 1024,
+        "resident": int(status["VmRSS"].split()[0]),
+        "objects": len(gc.get_objects()),
         "threads": threading.active_count(),
         "children": len(children),
         "temporary": len(list(Path(tempfile.gettempdir()).iterdir())),
