@@ -21,7 +21,9 @@ from cxr_dist.search.record import BEST, Experiment, Outcome, Trial, best_outcom
 from cxr_dist.search.sampling import Finished, Sampler
 from cxr_dist.search.shared import FirstStages, first_stage_key
 from cxr_dist.search.space import Parameter, SearchConfig, SearchPlan, from_tree, load_search
+from cxr_dist.search.watch import Jobs
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.manifest import read_manifest
 
 DROPOUT, RATE, DEPTH = "model.dropout", "stages.1.learning_rate", "stages.2.unfreeze_layers"
 SPACE = {DROPOUT: {"low": 0.0, "high": 0.5}, RATE: {"low": 1e-4, "high": 1e-2, "log": True}}
@@ -246,6 +248,17 @@ def test_a_search_goes_on_with_more_trials_and_not_with_other_settings_or_data(t
     (out / BEST).write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         best_run(out)
+
+
+def test_a_trial_finds_the_dataset_from_a_folder_of_its_own(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Tune starts each trial in another working folder than the command's."""
+    monkeypatch.chdir(dataset.parent)
+    given = Path(dataset.name)
+    plan = plan_of({"model.dropout": {"choices": [0.1]}})
+    job = Jobs(Experiment(tmp_path / "search"), plan, read_manifest(given), given, given).of(0, {"model.dropout": 0.1})
+    assert (Path(job.dataset), Path(job.place)) == (dataset, dataset)
 
 
 def test_first_stages_are_equal_only_where_all_that_decides_them_is() -> None:

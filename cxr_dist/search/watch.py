@@ -36,7 +36,7 @@ class Jobs:
             number,
             values,
             str(self.experiment.folder),
-            str(self.dataset),
+            absolute(self.dataset),  # a trial under Ray works in a folder of its own
             absolute(self.place),
             config.tree(),
             self.plan.search.time_limit_s,

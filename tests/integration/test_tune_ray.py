@@ -42,18 +42,20 @@ def _search(dataset: Path, out: Path, address: str, **changes: object) -> Experi
     return experiment
 
 
-def test_trials_of_two_workers_on_two_machines(dataset: Path, tmp_path: Path) -> None:
+def test_trials_of_two_workers_on_two_machines(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
+    monkeypatch.chdir(dataset.parent)  # Ray starts trials in other working folders
+    given = Path(dataset.name)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=1)
         started = time.monotonic()
         with pytest.raises(UserError, match=r"2 workers of 1 CPU each, and the cluster .* has room for 1"):
-            _search(dataset, tmp_path / "more", cluster.address, concurrent=2)
+            _search(given, tmp_path / "more", cluster.address, concurrent=2)
         assert time.monotonic() - started < 60, "it is refused at once, and does not wait"
-        experiment = _search(dataset, tmp_path / "experiment", cluster.address)
+        experiment = _search(given, tmp_path / "experiment", cluster.address)
         trials = experiment.trials()
         assert [trial.state for trial in trials] == ["complete", "complete"]
         for trial in trials:
