@@ -15,6 +15,7 @@ from tfrecords_builder.errors import UserError
 from tfrecords_builder.manifest import read_manifest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_stopped")]
+ROOT = Path(__file__).parents[2]
 
 
 def _search(dataset: Path, out: Path, address: str, **changes: object) -> Experiment:
@@ -46,6 +47,7 @@ def test_trials_of_two_workers_on_two_machines(dataset: Path, tmp_path: Path, mo
     import ray
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(dataset.parent)  # Ray starts trials in other working folders
     given = Path(dataset.name)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
