@@ -377,8 +377,10 @@ class _Elements:
 def weakly(method: Callable[P, R]) -> Callable[P, R]:
     """The bound `method` for `tf.numpy_function`, which keeps what it is given in a list of the default graph for ever.
 
-    Its object must be kept by who reads: one that is gone raises RuntimeError.
+    Its object must be kept by who reads: one that is gone raises RuntimeError, and its function leaves that list.
     """
+    import tensorflow as tf
+
     reference = weakref.WeakMethod(method)
 
     def call(*arguments: P.args, **named: P.kwargs) -> R:
@@ -387,7 +389,22 @@ def weakly(method: Callable[P, R]) -> Callable[P, R]:
             raise RuntimeError("the source of these batches is gone")
         return found(*arguments, **named)
 
+    graph = tf.compat.v1.get_default_graph()  # now: that of the thread in which the object goes may be another
+    while (outer := getattr(graph, "outer_graph", graph)) is not graph:
+        graph = outer
+    weakref.finalize(method.__self__, _forget, graph, call)  # type: ignore[attr-defined]  # bound, for WeakMethod
     return call
+
+
+def _forget(graph: Any, function: Callable[..., Any]) -> None:
+    """Take `function` out of the list of `graph` in which TensorFlow keeps all that `tf.numpy_function` was given.
+
+    Else a process of many runs grows by each of their datasets. There is no public way; where TensorFlow keeps them
+    elsewhere (`ops/script_ops.py`, `_internal_py_func`), nothing is found and nothing is done.
+    """
+    kept = getattr(graph, "_py_funcs_used_in_graph", [])
+    wrapper = getattr(function, "ag_dnc_wrapper__", None)
+    kept[:] = [each for each in kept if each is not wrapper]
 
 
 def worker_batches(
@@ -411,6 +428,7 @@ def worker_batches(
     batch_size = plan.batch_size
     elements = _Elements(plan, source.labels, first_replica, local_replicas, start_step)
 
+    @tf.autograph.experimental.do_not_convert  # nothing in it needs that, nor in what sources do
     def load(counter: Any) -> dict[str, Any]:
         types = [tf.int64, tf.int32, tf.float32, tf.int32]
         positions, label, mask, slot = tf.numpy_function(weakly(elements.at), [counter], types)

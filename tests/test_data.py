@@ -157,6 +157,22 @@ def test_a_pipeline_that_starts_later_goes_on_identically() -> None:
             np.testing.assert_array_equal(value, after[key])
 
 
+def test_batches_that_were_read_leave_nothing_behind() -> None:
+    """TensorFlow keeps functions that a dataset calls, and graphs of its own, in its default graph."""
+
+    def objects_after(runs: int) -> int:
+        for _ in range(runs):
+            plan = TrainingPlan(50, 12, 1, seed=1)
+            batches = worker_batches(array_source(50), plan, first_replica=0, local_replicas=1)
+            list(batches.take(2).as_numpy_iterator())
+        del batches
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = objects_after(5)
+    assert objects_after(20) - before < 20 * 5
+
+
 @pytest.mark.parametrize(("replicas", "batch"), [(1, 8), (2, 8), (3, 5), (4, 40)])
 def test_evaluation_batches_mask_their_padding(replicas: int, batch: int) -> None:
     source = array_source(101)
