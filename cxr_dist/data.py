@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -402,9 +402,9 @@ def _forget(graph: Any, function: Callable[..., Any]) -> None:
     Else a process of many runs grows by each of their datasets. There is no public way; where TensorFlow keeps them
     elsewhere (`ops/script_ops.py`, `_internal_py_func`), nothing is found and nothing is done.
     """
-    kept = getattr(graph, "_py_funcs_used_in_graph", [])
-    wrapper = getattr(function, "ag_dnc_wrapper__", None)
-    kept[:] = [each for each in kept if each is not wrapper]
+    with suppress(AttributeError, ValueError):
+        # One call, as another thread may add to the list at this moment.
+        graph._py_funcs_used_in_graph.remove(function.ag_dnc_wrapper__)  # type: ignore[attr-defined]
 
 
 def worker_batches(
