@@ -292,7 +292,7 @@ def _add_use(command: Command) -> None:
         type=_positive,
         default=10,
         metavar="MS",
-        help="how long the first image of a batch waits for others (default: %(default)s)",
+        help="how long the first image of a batch waits for others while the model is idle (default: %(default)s)",
     )
     serve.add_argument(
         "--max-body-mb", type=_positive, default=64, metavar="MB", help="of an image; 413 beyond (default: %(default)s)"

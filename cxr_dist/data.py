@@ -377,7 +377,7 @@ class _Elements:
 def weakly(method: Callable[P, R]) -> Callable[P, R]:
     """The bound `method` for `tf.numpy_function`, which keeps what it is given in a list of the default graph for ever.
 
-    Its object must be kept by who reads: one that is gone raises RuntimeError, and its function leaves that list.
+    Its object must be kept by who reads: the function of one that is gone raises RuntimeError, and leaves that list.
     """
     import tensorflow as tf
 
@@ -392,7 +392,8 @@ def weakly(method: Callable[P, R]) -> Callable[P, R]:
     graph = tf.compat.v1.get_default_graph()  # now: that of the thread in which the object goes may be another
     while (outer := getattr(graph, "outer_graph", graph)) is not graph:
         graph = outer
-    weakref.finalize(method.__self__, _forget, graph, call)  # type: ignore[attr-defined]  # bound, for WeakMethod
+    left = weakref.finalize(method.__self__, _forget, graph, call)  # type: ignore[attr-defined]  # bound: WeakMethod
+    left.atexit = False  # iterators may still read then
     return call
 
 

@@ -52,7 +52,10 @@ class Batcher(Generic[Item, Result]):
         """Args:
         waited: Whether the first in line has waited its moment.
         """
+        first = self._waiting[0] if self._waiting else None
         self._waiting = deque(each for each in self._waiting if not each[1].done())  # who is done was cancelled
+        if not waited and not (self._waiting and self._waiting[0] is first):
+            self._stop_timer()  # it was of one who has left
         while len(self._waiting) >= self._most and len(self._working) < self._at_once:
             self._begin()
         if not self._waiting or self._working:
@@ -88,10 +91,12 @@ class Batcher(Generic[Item, Result]):
             results = await loop.run_in_executor(self._threads, self._work, items)
             if len(results) != len(items):
                 raise RuntimeError(f"{len(results)} results for {len(items)} items")
-        except Exception as error:  # noqa: BLE001 - it is for those who wait to handle
+        except BaseException as error:
             for place in places:
-                if not place.done():
-                    place.set_exception(error)
+                if not place.done():  # for those who wait to handle; what ends the process is not theirs
+                    place.set_exception(error if isinstance(error, Exception) else RuntimeError("the work was ended"))
+            if not isinstance(error, Exception):
+                raise
         else:
             for place, result in zip(places, results, strict=True):
                 if not place.done():

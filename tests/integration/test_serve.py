@@ -32,7 +32,7 @@ from tfrecords_builder.errors import UserError
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
-LIMITS = Limits(max_batch=4, max_body_bytes=1 << 20, max_waiting=6, body_timeout_s=2.0, answer_timeout_s=30.0)
+LIMITS = Limits(max_batch=2, max_body_bytes=1 << 20, max_waiting=6, body_timeout_s=2.0, answer_timeout_s=30.0)
 
 
 def load_small(run: Path) -> Classifier:
@@ -95,14 +95,14 @@ def still_answers(port: int, phantoms: list[Path]) -> Iterator[None]:
 
 
 def test_the_same_as_predict(port: int, run: Path, phantoms: list[Path], small_network: None, tmp_path: Path) -> None:
-    """Of all types, alone and in batches with others."""
+    """Of all types, alone, and in batches with others and beside others."""
     pixels = np.asarray(Image.open(phantoms[0]).convert("L"))
     (tmp_path / "a.dcm").write_bytes(dicom_bytes(255 - pixels, "MONOCHROME1"))
     Image.fromarray(pixels).save(tmp_path / "a.jpg")
     paths = [*phantoms, tmp_path / "a.dcm", tmp_path / "a.jpg"]
     kinds = {".png": "image/png", ".dcm": "application/dicom", ".jpg": "image/jpeg; charset=binary"}
     expected = list(predict_files(load_classifier(run), paths, workers=1))
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(LIMITS.max_waiting) as pool:
         together = list(pool.map(lambda path: ask(port, path.read_bytes(), kinds[path.suffix]), paths))
     alone = [ask(port, path.read_bytes(), kinds[path.suffix]) for path in paths[-3:]]
     for (status, found), outcome in zip([*together, *alone], [*expected, *expected[-3:]], strict=True):
