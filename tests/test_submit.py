@@ -55,10 +55,10 @@ HOSTILE = [
 
 
 @pytest.fixture(autouse=True)
-def no_cluster_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+def no_cluster_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The token of all tests stays: Ray read it when it was imported, maybe by an earlier test of this process.
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "no-token"))
 
 
 # What is sent
@@ -327,6 +327,7 @@ def test_secrets_do_not_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     code = tmp_path / "code"
     code.mkdir()
     write(code / "auth_token", TOKEN)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(code / "auth_token"))
     request = Request("http://h:1", "1", working_dir=code)
     with pytest.raises(UserError, match="auth_token holds the cluster's token") as caught:
