@@ -12,16 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SECONDS = float(os.environ.get("CXR_SOAK_SECONDS", 1800))
 LIMITS_PER_RUN = {
-    "allocated": 48,
+    "allocated": 128,
     "resident": 512,
-    "objects": 100,
+    "objects": 20,
     "files": 0.05,
     "threads": 0.05,
     "children": 0.05,
     "temporary": 0.05,
 }
-"""Of the slopes; memory in KiB. What TensorFlow once kept of each run's datasets was 310 KiB and 1,000 objects; a kept
-model would be megabytes. What is resident also rises and falls with the allocator's needs."""
+"""Of the slopes; memory in KiB. No Python object stays (six graphs of functions a run once did: 1,000 objects, 310 KiB).
+Some 60 KiB a run stay in TensorFlow's own C++; a plain Keras model of this size, fitted, saved, loaded and cleared with
+`clear_session`, leaves 19,800 and 43,000 objects. What is resident also rises and falls with the allocator's needs."""
 
 
 @pytest.mark.fault
