@@ -20,7 +20,7 @@ LIMITS_PER_RUN = {
     "children": 0.05,
     "temporary": 0.05,
 }
-"""Of the slopes; memory in KiB. No Python object stays (six graphs of functions a run once did: 1,000 objects, 310 KiB).
+"""Of the slopes; memory in KiB. No Python object stays (six graphs of functions a run once did: 1,000 and 310 KiB).
 Some 60 KiB a run stay in TensorFlow's own C++; a plain Keras model of this size, fitted, saved, loaded and cleared with
 `clear_session`, leaves 19,800 and 43,000 objects. What is resident also rises and falls with the allocator's needs."""
 
