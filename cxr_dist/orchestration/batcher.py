@@ -10,7 +10,6 @@ small ones that wait in a row.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
@@ -33,7 +32,8 @@ class Batcher(Generic[Item, Result]):
         """
         self._work, self._most, self._wait_s, self._at_once = work, most, wait_s, at_once
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="model")
-        self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._waiting: dict[asyncio.Future[Result], Item] = {}
+        """By the place of each, in the order in which they came."""
         self._working: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -44,30 +44,25 @@ class Batcher(Generic[Item, Result]):
             Exception: what `work` raised, for all of the batch.
         """
         place: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, place))
+        self._waiting[place] = item
         self._begin_what_may()
-        return await place
+        try:
+            return await place
+        finally:
+            self._waiting.pop(place, None)  # of one who was cancelled
 
-    def _begin_what_may(self, *, waited: bool = False) -> None:
-        """Args:
-        waited: Whether the first in line has waited its moment.
-        """
-        first = self._waiting[0] if self._waiting else None
-        self._waiting = deque(each for each in self._waiting if not each[1].done())  # who is done was cancelled
-        if not waited and not (self._waiting and self._waiting[0] is first):
-            self._stop_timer()  # it was of one who has left
+    def _begin_what_may(self) -> None:
         while len(self._waiting) >= self._most and len(self._working) < self._at_once:
             self._begin()
-        if not self._waiting or self._working:
+        if self._working or not self._waiting:
             self._stop_timer()
-        elif waited:
-            self._begin()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._wait_s, self._time_is_over)
 
     def _time_is_over(self) -> None:
         self._timer = None
-        self._begin_what_may(waited=True)
+        if self._waiting:  # or all have left meanwhile
+            self._begin()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -75,7 +70,7 @@ class Batcher(Generic[Item, Result]):
             self._timer = None
 
     def _begin(self) -> None:
-        batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
+        batch = {place: self._waiting.pop(place) for place in list(self._waiting)[: self._most]}
         task = asyncio.get_running_loop().create_task(self._run(batch))
         self._working.add(task)
         task.add_done_callback(self._end)
@@ -84,20 +79,19 @@ class Batcher(Generic[Item, Result]):
         self._working.discard(task)
         self._begin_what_may()
 
-    async def _run(self, batch: Sequence[tuple[Item, "asyncio.Future[Result]"]]) -> None:
-        items, places = [item for item, _ in batch], [place for _, place in batch]
-        loop = asyncio.get_running_loop()
+    async def _run(self, batch: dict["asyncio.Future[Result]", Item]) -> None:
+        items, loop = list(batch.values()), asyncio.get_running_loop()
         try:
             results = await loop.run_in_executor(self._threads, self._work, items)
             if len(results) != len(items):
                 raise RuntimeError(f"{len(results)} results for {len(items)} items")
-        except BaseException as error:
-            for place in places:
-                if not place.done():  # for those who wait to handle; what ends the process is not theirs
-                    place.set_exception(error if isinstance(error, Exception) else RuntimeError("the work was ended"))
-            if not isinstance(error, Exception):
-                raise
-        else:
-            for place, result in zip(places, results, strict=True):
+            for place, result in zip(batch, results, strict=True):
                 if not place.done():
                     place.set_result(result)
+        except Exception as error:  # noqa: BLE001 - it is for those who wait to handle
+            for place in batch:
+                if not place.done():
+                    place.set_exception(error)
+        finally:
+            for place in batch:
+                place.cancel()  # where it has come to neither: nobody waits for ever

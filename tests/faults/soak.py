@@ -3,10 +3,8 @@
 python -m tests.faults.soak DATASET FOLDER SECONDS
 """
 
-import ctypes
 import gc
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -14,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import SMALL_RUN, use_small_base
@@ -21,40 +20,18 @@ from tests.conftest import SMALL_RUN, use_small_base
 RUNS_PER_SEARCH = 8
 
 
-class MallocInfo(ctypes.Structure):
-    """`struct mallinfo2` of glibc (mallinfo(3)): bytes, in size_t."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
-    ]
-
-
-def allocated_bytes() -> int:
-    """What the process has allocated and not freed, of all arenas, after free memory went back to the system."""
-    libc = ctypes.CDLL("libc.so.6")
-    libc.malloc_trim(0)
-    libc.mallinfo2.restype = MallocInfo
-    found = libc.mallinfo2()
-    return int(found.uordblks + found.hblkhd)
-
-
 def held() -> dict[str, int]:
     """Allocated and resident KiB, objects, open files, threads, children, entries of the folder for temporary files."""
     gc.collect()  # what is no one's any more may still wait for the collector
-    allocated = allocated_bytes()
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    psutil.heap_trim()  # nor is what the allocator keeps for later
+    heap, process = psutil.heap_info(), psutil.Process()
     return {
-        "files": len(list(Path("/proc/self/fd").iterdir())),
-        "allocated": allocated // 1024,
-        "resident": int(status["VmRSS"].split()[0]),
+        "allocated": (heap.heap_used + heap.mmap_used) // 1024,
+        "resident": process.memory_info().rss // 1024,
         "objects": len(gc.get_objects()),
+        "files": process.num_fds(),
         "threads": threading.active_count(),
-        "children": len(children),
+        "children": len(process.children()),
         "temporary": len(list(Path(tempfile.gettempdir()).iterdir())),
     }
 
