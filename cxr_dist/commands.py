@@ -204,9 +204,9 @@ def run_training(
 ) -> dict[str, Any]:
     """Check all that can be checked, prepare the run's folder, and train through the launcher."""
     from cxr_dist.damage import leave_out
-    from cxr_dist.data import TrainingPlan
     from cxr_dist.model import check_weights
     from cxr_dist.orchestration.train_job import train_locally, train_with_ray
+    from cxr_dist.plans import TrainingPlan
     from tfrecords_builder.manifest import check_shards, read_manifest
 
     if launcher == "local" and ((workers or (1, 1))[1] > 1 or address):

@@ -13,12 +13,13 @@ import numpy.typing as npt
 from cxr_dist import calibration, cut, damage, run_folder, steps
 from cxr_dist.calibration_file import CALIBRATION, read_fitted
 from cxr_dist.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
-from cxr_dist.data import ArraySource, EvaluationPlan, Positions, ShardSource, Source, weakly
 from cxr_dist.examine import run as examine_run
 from cxr_dist.examine.result import Examination
 from cxr_dist.examine.scores import balanced_sample
 from cxr_dist.metrics import Predictions
+from cxr_dist.plans import EvaluationPlan, Positions
 from cxr_dist.report import check_output_folder, write_evaluation
+from cxr_dist.sources import ArraySource, ShardSource, Source, weakly
 from cxr_dist.strategy import Topology, make_strategy, prepare_devices, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import write_json

@@ -25,8 +25,9 @@ import numpy.typing as npt
 
 from cxr_dist import augment, cut, steps
 from cxr_dist.config import AugmentationConfig, Config, FeaturesConfig, StageConfig
-from cxr_dist.data import ArraySource, EvaluationPlan, ShardSource, Slice, Source
 from cxr_dist.model import IMAGENET_MEAN_BGR, POOL_NAME
+from cxr_dist.plans import EvaluationPlan
+from cxr_dist.sources import ArraySource, ShardSource, Slice, Source
 from cxr_dist.store import Description, FeatureStore, PartWriter, Rows
 from cxr_dist.strategy import Topology
 from tfrecords_builder.errors import UserError

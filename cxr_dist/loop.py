@@ -15,13 +15,14 @@ import numpy.typing as npt
 
 from cxr_dist import checkpoint, damage, features, run_folder, stages, steps, watchdog
 from cxr_dist.config import Config, StageConfig
-from cxr_dist.data import EvaluationPlan, ShardSource, Source, TrainingPlan
 from cxr_dist.keeping import Keeper
 from cxr_dist.metrics import counts_metrics
 from cxr_dist.model import build_model, load_base_weights, set_trainable, trains_base_batch_norm
 from cxr_dist.pace import FixedLengths, Pace
+from cxr_dist.plans import EvaluationPlan, TrainingPlan
 from cxr_dist.progress import Best, Progress
 from cxr_dist.reporting import Reporter
+from cxr_dist.sources import ShardSource, Source
 from cxr_dist.stage_inputs import StageInputs
 from cxr_dist.stage_state import StageState
 from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest

@@ -23,8 +23,10 @@ import numpy.typing as npt
 from cxr_dist import augment
 from cxr_dist.averaging import WeightAverage
 from cxr_dist.config import AugmentationConfig, StageConfig
-from cxr_dist.data import EvaluationPlan, Source, TrainingPlan, worker_batches
+from cxr_dist.data import worker_batches
 from cxr_dist.gradients import Place, Variables, in_parts, make_gradient
+from cxr_dist.plans import EvaluationPlan, TrainingPlan
+from cxr_dist.sources import Source
 from cxr_dist.strategy import Topology
 
 MOST_STEPS_PER_CALL = 100

@@ -11,8 +11,8 @@ from cxr_dist import run_folder
 from cxr_dist.commands import run_training
 from cxr_dist.config import load_config
 from cxr_dist.damage import LeftOut, find_damaged, leave_out, left_out
-from cxr_dist.data import ShardSource
 from cxr_dist.evaluate import Request, predict_run
+from cxr_dist.sources import ShardSource
 from tests.conftest import SMALL_RUN
 from tests.test_loop import comparable
 from tfrecords_builder.errors import UserError

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxr_dist.data import PADDING, ArraySource, EvaluationPlan, ShardSource, TrainingPlan, epoch_order, worker_batches
+from cxr_dist import sources
+from cxr_dist.data import worker_batches
+from cxr_dist.plans import PADDING, EvaluationPlan, TrainingPlan, epoch_order
+from cxr_dist.sources import ArraySource, MemorySource, ShardSource
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.images import load_gray
@@ -134,7 +138,7 @@ def test_elements_come_as_planned(
         "mask": ([batch], np.float32),
         "slot": ([batch], np.int32),
     }
-    for number, element in enumerate(batches.take(6 * local_replicas).as_numpy_iterator()):
+    for number, element in enumerate(batches.take(70 * local_replicas).as_numpy_iterator()):
         step, local = divmod(number, local_replicas)
         replica = first_replica + local
         expected = plan.positions(start_step + step, replica)
@@ -190,6 +194,39 @@ def test_evaluation_batches_mask_their_padding(replicas: int, batch: int) -> Non
 def test_arrays_of_different_lengths_are_a_defect() -> None:
     with pytest.raises(ValueError, match="3 inputs and 2 labels"):
         ArraySource(np.zeros((3, 1)), np.zeros(2, np.int32))
+    with pytest.raises(ValueError, match=r"3 inputs at .* and 2 labels"):
+        MemorySource(MemorySource.empty((3, 1), np.dtype(np.uint8)), np.zeros(2, np.int32))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_memory_gives_rows_as_arrays_do_and_is_given_back(dtype: Any) -> None:
+    arrays = array_source(50, dtype)
+    plan = TrainingPlan(50, 12, 2, seed=4)
+
+    def elements(source: Any) -> list[dict[str, Any]]:
+        batches = worker_batches(source, plan, first_replica=0, local_replicas=2, start_step=3)
+        return list(batches.take(130).as_numpy_iterator())
+
+    inputs = MemorySource.empty((50, 3, 2), np.dtype(dtype))
+    inputs[:] = np.arange(50)[:, None, None]
+    memory = weakref.ref(inputs.base)
+    source = MemorySource(inputs, arrays.labels)
+    del inputs
+    for left, right in zip(elements(arrays), elements(source), strict=True):
+        for name, value in left.items():
+            np.testing.assert_array_equal(value, right[name], err_msg=name)
+            assert value.dtype == right[name].dtype
+    del source, left, right
+    gc.collect()
+    assert memory() is None
+
+
+def test_memory_that_tensorflow_would_not_bear_is_refused() -> None:
+    """It ends the process there."""
+    inputs = MemorySource.empty((65,), np.dtype(np.uint8))
+    MemorySource(inputs, np.zeros(65, np.int32))
+    with pytest.raises(ValueError, match="64 inputs at "):
+        MemorySource(inputs[1:], np.zeros(64, np.int32))
 
 
 # Shards
@@ -215,7 +252,11 @@ def test_shards_give_the_images_of_their_paths(split: str, dataset: Path, phanto
 
 
 @pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
-def test_a_split_in_memory_is_the_split(encoding: str, phantom_source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("run_bytes", [1, 3000, 1 << 20])
+def test_a_split_in_memory_is_the_split(
+    encoding: str, run_bytes: int, phantom_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_RUN_BYTES", run_bytes)  # one record at a time, some, a shard
     build_dataset(phantom_source, tmp_path / "dataset", image_size=32, encoding=encoding, workers=1)
     source = ShardSource(tmp_path / "dataset", read_manifest(tmp_path / "dataset"), "train")
     plan = EvaluationPlan(source.count, 7, 1)

@@ -8,7 +8,8 @@ import pytest
 
 from cxr_dist import augment, cut, features, model
 from cxr_dist.config import AugmentationConfig, Config, FeaturesConfig, StageConfig
-from cxr_dist.data import ArraySource, TrainingPlan
+from cxr_dist.plans import TrainingPlan
+from cxr_dist.sources import ArraySource
 from cxr_dist.store import FeatureStore
 from cxr_dist.strategy import make_strategy
 from tests.training import CLASSES, SIZE, config, images, local_topology, pixels_of, small_base

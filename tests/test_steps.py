@@ -11,7 +11,7 @@ import pytest
 
 from cxr_dist import model
 from cxr_dist.config import StageConfig
-from cxr_dist.data import TrainingPlan
+from cxr_dist.plans import TrainingPlan
 from tests import training
 from tests.training import Trace, Training
 from tfrecords_builder.errors import UserError

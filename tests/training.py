@@ -8,7 +8,8 @@ import numpy as np
 
 from cxr_dist import model, steps
 from cxr_dist.config import Config, ModelConfig, StageConfig
-from cxr_dist.data import ArraySource, EvaluationPlan, TrainingPlan
+from cxr_dist.plans import EvaluationPlan, TrainingPlan
+from cxr_dist.sources import ArraySource
 from cxr_dist.strategy import Topology, dtype_policy, make_strategy
 
 CLASSES = 4

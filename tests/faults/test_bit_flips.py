@@ -10,8 +10,8 @@ import pytest
 
 from cxr_dist import run_folder
 from cxr_dist.checkpoint import CheckpointFolder
-from cxr_dist.data import ShardSource
 from cxr_dist.evaluate import Request, evaluate_run
+from cxr_dist.sources import ShardSource
 from cxr_dist.store import FeatureStore
 from tests.conftest import use_small_base
 from tfrecords_builder.errors import UserError
