@@ -19,11 +19,13 @@ import numpy.typing as npt
 from cxr_dist.plans import Positions
 from tfrecords_builder import recordio, schema
 from tfrecords_builder.manifest import Manifest
+from tfrecords_builder.pool import default_workers
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_READERS = 2
+_READERS = 8
+"""At most, of a split that is read into memory; no more than processors, as each decodes what it reads."""
 _RUN_BYTES = 1 << 19
 """What a sequential pass reads at once: it stays in the processor's cache until it is checked and copied."""
 
@@ -112,9 +114,9 @@ class ShardSource:
         return [row.source for row in rows], [row.group for row in rows]
 
     def in_memory(self, limit_bytes: int) -> "Source":
-        """All images, read now and in the order in which they lie on the disk; this source if they take too much."""
+        """All images, read now as they lie on the disk; this source if they are too many, or none."""
         size = self._manifest.image_size
-        if self.count * size * size > limit_bytes:
+        if not 0 < self.count * size * size <= limit_bytes:
             return self
         images = MemorySource.empty((self.count, size, size, 1), np.dtype(np.uint8))
 
@@ -125,7 +127,7 @@ class ShardSource:
         order = np.lexsort((self._index.offset, self._index.shard))
         shards = np.split(order, np.flatnonzero(np.diff(self._index.shard[order])) + 1)
         # Each thread reads a shard from its beginning to its end, so that the system reads ahead of it.
-        with ThreadPoolExecutor(_READERS) as threads:
+        with ThreadPoolExecutor(min(_READERS, default_workers())) as threads:
             for _ in threads.map(read, shards):
                 pass
         return MemorySource(images, self.labels)
