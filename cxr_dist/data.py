@@ -79,9 +79,10 @@ def worker_batches(
     options.autotune.enabled = False  # there is nothing to tune, and its thread holds up the end of an iterator
     options.experimental_optimization.apply_default_optimizations = False  # nor to rewrite, which it searches for
     # Not `Dataset.counter`, which leaves a function in TensorFlow's global graph each time: memory that no one frees.
-    # Repeated, although nobody counts so far, as a distributed iterator asks a dataset that may end before every batch.
-    counter = tf.data.Dataset.range(tf.int64.max // _CHUNK).repeat()
-    batches = counter.flat_map(chunk).map(load, num_parallel_calls=2, deterministic=True)
+    counter = tf.data.Dataset.range(tf.int64.max // _CHUNK)
+    # Repeated, although nobody counts so far: of a dataset that may end, as `flat_map` says of its own, a distributed
+    # iterator asks all workers before every batch.
+    batches = counter.flat_map(chunk).repeat().map(load, num_parallel_calls=2, deterministic=True)
     batches = batches.prefetch(2 * local_replicas).with_options(options)
     batches.kept = (source, elements)  # as long as the dataset, which its iterators hold
     return batches

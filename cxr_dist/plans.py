@@ -4,8 +4,8 @@ The order is a function of (seed, epoch) and the place in it a function of the s
 the same set of images for any number of workers and replicas, and a run that goes on from a step needs nothing else.
 """
 
-import threading
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -89,13 +89,9 @@ class EvaluationPlan:
         return np.where(positions < self.count, positions, PADDING)
 
 
-_orders = threading.local()
-
-
+@lru_cache(maxsize=1)
 def _cached_order(count: int, seed: int, epoch: int) -> Positions:
-    """The last order of this thread: it is asked for at every step and changes once an epoch."""
-    key = (count, seed, epoch)
-    if getattr(_orders, "key", None) != key:
-        _orders.key, _orders.value = key, epoch_order(count, seed, epoch)
-    value: Positions = _orders.value
-    return value
+    """The last order: it is asked for at every step and changes once an epoch."""
+    order = epoch_order(count, seed, epoch)
+    order.setflags(write=False)
+    return order

@@ -120,16 +120,23 @@ class ShardSource:
             return self
         images = MemorySource.empty((self.count, size, size, 1), np.dtype(np.uint8))
 
+        ended = threading.Event()
+
         def read(shard: Positions) -> None:
             for position, payload in zip(shard, self._sequential(shard), strict=True):
+                if ended.is_set():
+                    return
                 images[position] = self._pixels(payload)
 
         order = np.lexsort((self._index.offset, self._index.shard))
         shards = np.split(order, np.flatnonzero(np.diff(self._index.shard[order])) + 1)
         # Each thread reads a shard from its beginning to its end, so that the system reads ahead of it.
         with ThreadPoolExecutor(min(_READERS, default_workers())) as threads:
-            for _ in threads.map(read, shards):
-                pass
+            try:
+                for _ in threads.map(read, shards):
+                    pass
+            finally:  # damage, or Ctrl-C: the other threads need not come to the end of theirs
+                ended.set()
         return MemorySource(images, self.labels)
 
     def _pixels(self, payload: bytes) -> npt.NDArray[np.uint8]:

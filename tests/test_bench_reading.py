@@ -20,8 +20,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_both_ways_deliver_the_same_pixels(source: Path) -> None:
-    rates = reading.measure(source, source.parent / "dataset", batch_size=8, rounds=2)
+@pytest.mark.parametrize("memory_bytes", [0, 1 << 30])
+def test_both_ways_deliver_the_same_pixels(source: Path, memory_bytes: int) -> None:
+    rates = reading.measure(source, source.parent / "dataset", batch_size=8, rounds=2, memory_bytes=memory_bytes)
     assert [rate.name for rate in rates] == ["image_dataset_from_directory", "cxr-dist"]
     assert len({rate.pixel_sum for rate in rates}) == 1
     assert all(len(figures) == 2 and min(figures) > 0 for rate in rates for figures in (rate.cold, rate.warm))
@@ -35,4 +36,4 @@ def test_other_pixels_are_no_comparison(source: Path, tmp_path: Path) -> None:
     for path in other.rglob("images/*.png"):
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
     with pytest.raises(RuntimeError, match="different pixels"):
-        reading.measure(other, source.parent / "dataset", batch_size=8, rounds=1)
+        reading.measure(other, source.parent / "dataset", batch_size=8, rounds=1, memory_bytes=1 << 30)

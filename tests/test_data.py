@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxr_dist import sources
+from cxr_dist import plans, sources
 from cxr_dist.data import worker_batches
 from cxr_dist.plans import PADDING, EvaluationPlan, TrainingPlan, epoch_order
 from cxr_dist.sources import ArraySource, MemorySource, ShardSource
@@ -148,6 +148,31 @@ def test_elements_come_as_planned(
         np.testing.assert_array_equal(element["slot"], replica * batch + np.arange(batch))
 
 
+@pytest.mark.parametrize("plan", [TrainingPlan(50, 12, 1, seed=4), EvaluationPlan(50, 12, 1)])
+def test_pipelines_say_that_they_never_end(plan: Any) -> None:
+    """Of another, a distributed iterator of several workers asks all of them before every batch who has data left."""
+    import tensorflow as tf
+
+    batches = worker_batches(array_source(50), plan, first_replica=0, local_replicas=1)
+    assert batches.cardinality() == tf.data.INFINITE_CARDINALITY
+
+
+def test_an_epoch_s_order_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although TensorFlow calls into Python from threads that are new each time."""
+    epochs: list[int] = []
+
+    def counted(count: int, seed: int, epoch: int) -> Any:
+        epochs.append(epoch)
+        return epoch_order(count, seed, epoch)
+
+    monkeypatch.setattr(plans, "epoch_order", counted)
+    plan = TrainingPlan(1000, 2, 1, seed=77)
+    batches = worker_batches(array_source(1000, np.int32), plan, first_replica=0, local_replicas=1)
+    list(batches.take(2 * plan.steps_per_epoch).as_numpy_iterator())
+    assert epochs[:2] == [0, 1]
+    assert len(epochs) <= 3, "the pipeline may be ahead by an epoch"
+
+
 def test_a_pipeline_that_starts_later_goes_on_identically() -> None:
     plan = TrainingPlan(50, 12, 2, seed=1)
 
@@ -184,11 +209,11 @@ def test_evaluation_batches_mask_their_padding(replicas: int, batch: int) -> Non
     counted: Counter[int] = Counter()
     for replica in range(replicas):
         batches = worker_batches(source, plan, first_replica=replica, local_replicas=1)
-        for element in batches.take(plan.steps).as_numpy_iterator():
+        for element in batches.take(20 * plan.steps).as_numpy_iterator():
             real = element["mask"] == 1
             assert set(element["mask"].tolist()) <= {0.0, 1.0}
             counted.update(element["inputs"][real, 0, 0].tolist())
-    assert counted == Counter(range(101))
+    assert counted == Counter(dict.fromkeys(range(101), 20)), "each time it begins again"
 
 
 def test_arrays_of_different_lengths_are_a_defect() -> None:
@@ -273,6 +298,21 @@ def test_a_split_in_memory_is_the_split(
     ):
         for name, value in left.items():
             np.testing.assert_array_equal(value, right[name], err_msg=name)
+
+
+def test_what_is_left_out_or_empty_is_not_read_into_memory(dataset: Path) -> None:
+    manifest = read_manifest(dataset)
+    whole = ShardSource(dataset, manifest, "train")
+    for left_out in (whole.paths[:3], whole.paths[::4], whole.paths[-2:], [whole.paths[7]]):
+        source = ShardSource(dataset, manifest, "train", left_out)
+        kept = source.in_memory(1 << 30)
+        plan = EvaluationPlan(kept.count, 1, 1)
+        batches = worker_batches(kept, plan, first_replica=0, local_replicas=1).take(plan.steps).as_numpy_iterator()
+        for position, element in enumerate(batches):
+            np.testing.assert_array_equal(element["inputs"][..., 0], source.pixels(np.array([position])))
+    empty = ShardSource(dataset, manifest, "train", whole.paths)
+    assert empty.count == 0
+    assert empty.in_memory(1 << 30) is empty
 
 
 @pytest.mark.parametrize("place", ["header", "payload"])

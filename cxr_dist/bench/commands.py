@@ -38,7 +38,7 @@ def bench_build(options: argparse.Namespace) -> None:
 
 def bench_input(options: argparse.Namespace) -> None:
     """On labelled images at the size that they have, or on phantoms of the network's size."""
-    batch_size = load_config(resolve_preset(options.config), options.overrides).global_batch_size
+    config = load_config(resolve_preset(options.config), options.overrides)
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = Path(folder)
         source = options.dataset or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
@@ -48,7 +48,8 @@ def bench_input(options: argparse.Namespace) -> None:
                 f"{source}: {first.path} has {first.width} x {first.height} pixels; give images of "
                 f"{BENCH_IMAGE_SIZE}, which neither way of reading has to resize"
             )
-        rates = reading.measure(source, work / "dataset", batch_size, options.rounds)
+        memory_bytes = int(config.input.memory_gb * 1e9)
+        rates = reading.measure(source, work / "dataset", config.global_batch_size, options.rounds, memory_bytes)
     if options.json:
         print(json.dumps([vars(rate) for rate in rates]))
         return
