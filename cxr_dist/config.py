@@ -146,7 +146,8 @@ class InputConfig(_Node):
         2.0,
         ge=0,
         description="a split that takes no more gigabytes (10^9 bytes, one a pixel) than this is read once and kept in "
-        "each worker's memory for the stages that train on images",
+        "each worker's memory for the stages that train on images; with deterministic, a stage takes as much again for "
+        "a moment at its start",
     )
     max_damaged: int = Field(
         0,
