@@ -255,10 +255,9 @@ class ArraySource:
         return self._inputs[positions]
 
 
-class MemorySource:
-    """Inputs in memory, [N, ...], of which TensorFlow takes rows without a call into Python, and labels int32 [N]."""
+class MemorySource(ArraySource):
+    """Inputs in memory, [N, ...], of which TensorFlow takes rows itself, without a call into Python for each batch."""
 
-    failure: Exception | None = None
     _ALIGNMENT = 64
     """Bytes; TensorFlow ends the process where it finds other memory (`EIGEN_MAX_ALIGN_BYTES`)."""
 
@@ -268,10 +267,10 @@ class MemorySource:
         """
         import tensorflow as tf
 
-        if len(inputs) != len(labels) or inputs.ctypes.data % self._ALIGNMENT:
-            raise ValueError(f"{len(inputs)} inputs at {inputs.ctypes.data:#x} and {len(labels)} labels")
-        self._labels = labels
-        self._inputs = tf.experimental.dlpack.from_dlpack(inputs.__dlpack__())
+        super().__init__(inputs, labels)
+        if inputs.ctypes.data % self._ALIGNMENT:
+            raise ValueError(f"inputs at {inputs.ctypes.data:#x}: not aligned to {self._ALIGNMENT} bytes")
+        self._tensor = tf.experimental.dlpack.from_dlpack(inputs.__dlpack__())
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -281,18 +280,10 @@ class MemorySource:
         first = -memory.ctypes.data % cls._ALIGNMENT
         return memory[first : first + size].view(dtype).reshape(shape)
 
-    @property
-    def count(self) -> int:
-        return len(self._labels)
-
-    @property
-    def labels(self) -> npt.NDArray[np.int32]:
-        return self._labels
-
     def batches(self, positions: Any) -> Any:
         import tensorflow as tf
 
-        return tf.gather(self._inputs, positions)
+        return tf.gather(self._tensor, positions)
 
 
 class Slice:

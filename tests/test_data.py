@@ -219,7 +219,7 @@ def test_evaluation_batches_mask_their_padding(replicas: int, batch: int) -> Non
 def test_arrays_of_different_lengths_are_a_defect() -> None:
     with pytest.raises(ValueError, match="3 inputs and 2 labels"):
         ArraySource(np.zeros((3, 1)), np.zeros(2, np.int32))
-    with pytest.raises(ValueError, match=r"3 inputs at .* and 2 labels"):
+    with pytest.raises(ValueError, match="3 inputs and 2 labels"):
         MemorySource(MemorySource.empty((3, 1), np.dtype(np.uint8)), np.zeros(2, np.int32))
 
 
@@ -250,7 +250,7 @@ def test_memory_that_tensorflow_would_not_bear_is_refused() -> None:
     """It ends the process there."""
     inputs = MemorySource.empty((65,), np.dtype(np.uint8))
     MemorySource(inputs, np.zeros(65, np.int32))
-    with pytest.raises(ValueError, match="64 inputs at "):
+    with pytest.raises(ValueError, match="not aligned to 64 bytes"):
         MemorySource(inputs[1:], np.zeros(64, np.int32))
 
 
