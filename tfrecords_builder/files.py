@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from tfrecords_builder.errors import UserError
+
+R = TypeVar("R")
 
 ENVIRONMENT_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS))
 """A disk that is full or not to be written: the user's to mend, wherever it is met."""
@@ -26,21 +28,37 @@ def disk_error(error: BaseException) -> UserError | None:
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """`write` fills a temporary file (and may read it) that then takes the name `path`. Folders are made as needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
+    write_whole(path, write)
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], R], *, durable: bool = True) -> R:
+    """As `write_atomically`, in a folder that exists; what `write` returned.
+
+    Every call has a temporary file of its own, so several processes may write the same file at once. The mode is the
+    one that the umask gives to any new file.
+
+    Args:
+        path: A file that is there already is replaced.
+        write: Gets the temporary file, open for writing and reading.
+        durable: Whether the content and the name survive a power cut once this returns.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "w+b") as file:
-            write(file)
+        # By `os.open`, as the kernel then applies the umask: to read it, a process must change it for all its threads.
+        with os.fdopen(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), "w+b") as file:
+            result = write(file)
             file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)  # a write does not say which file it was for
         raise
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
+    return result
 
 
 def move_durably(source: Path, target: Path) -> None:

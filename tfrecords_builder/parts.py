@@ -2,7 +2,8 @@
 
 A part is two files in the work folder: the data (encoded images with their masks, then thumbnails), and beside it what
 is in it, with a checksum of the data, which is written last. A build that was killed finds the parts that it had
-finished; one whose source files or settings are others, or whose data is damaged, is made again.
+finished; one whose source files or settings are others, or whose data is damaged, is made again. Several attempts at
+one part, one after another or at the same time, leave the same bytes.
 """
 
 import os
@@ -16,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder.audit import THUMBNAIL_SIZE
+from tfrecords_builder.files import write_whole
 from tfrecords_builder.seal import read_sealed_json, sealed_json
 
 IMAGES_PER_PART = 32
 MOST_PARTS = 4096
+_PART, _INDEX = "part-", ".json"
 _THUMBNAIL_BYTES = THUMBNAIL_SIZE * THUMBNAIL_SIZE
 
 
@@ -72,7 +75,7 @@ def images_per_part(count: int) -> int:
 
 def part_name(number: int) -> str:
     """Name of the data; what is in it has `.json` behind."""
-    return f"part-{number:05d}"
+    return f"{_PART}{number:05d}"
 
 
 def write_part(
@@ -87,11 +90,10 @@ def write_part(
         "bytes": len(data),
         "crc32c": google_crc32c.value(data),
     }
-    for target, content in ((path, data), (_index_of(path), sealed_json(index))):
-        # No fsync: after a power cut the checksum tells whether the data arrived.
-        temporary = target.with_name(f"{target.name}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(target)
+    sealed = sealed_json(index)
+    # After a power cut the checksum tells whether the data arrived.
+    write_whole(path, lambda file: file.write(data), durable=False)
+    write_whole(_index_of(path), lambda file: file.write(sealed), durable=False)
     return Part(path, tuple(images))
 
 
@@ -115,11 +117,17 @@ def read_part(folder: Path, number: int, key: str, sources: Sequence[SourceFile]
 
 
 def remove_other_parts(folder: Path, count: int) -> None:
-    """Remove parts beyond the first `count`, and what a killed process left."""
-    known = {name for number in range(count) for name in (part_name(number), f"{part_name(number)}.json")}
+    """Remove parts beyond the first `count`."""
+    known = {name for number in range(count) for name in (part_name(number), f"{part_name(number)}{_INDEX}")}
     for entry in os.scandir(folder):
-        if entry.name.startswith("part-") and entry.name not in known:
+        if entry.name.startswith(_PART) and entry.name not in known:
             Path(entry.path).unlink()
+
+
+def bytes_of_parts(folder: Path) -> int:
+    """What the parts in a work folder take; 0 when none of them is whole."""
+    sizes = {path.name: path.stat().st_size for path in folder.glob(f"{_PART}*")}
+    return sum(sizes.values()) if any(name.endswith(_INDEX) for name in sizes) else 0
 
 
 def _plain(sources: Sequence[SourceFile]) -> list[list[Any]]:
@@ -128,4 +136,4 @@ def _plain(sources: Sequence[SourceFile]) -> list[list[Any]]:
 
 
 def _index_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
+    return path.with_name(f"{path.name}{_INDEX}")

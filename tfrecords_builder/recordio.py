@@ -10,7 +10,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import IO
 
 import google_crc32c
 
@@ -55,14 +55,10 @@ def masked_crc(data: bytes) -> int:
 
 
 class RecordWriter:
-    """Writes one shard; afterwards knows its size and SHA-256, and that its bytes are on the disk.
+    """Writes the records of one shard to `file`; knows their size and SHA-256."""
 
-    A context manager. The file must not exist yet. On an error inside the `with` block it is left as it
-    is: the caller wrote it under a temporary name.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("xb")
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
         self._sha256 = hashlib.sha256()
         self.bytes_written = 0
 
@@ -82,19 +78,6 @@ class RecordWriter:
     def sha256(self) -> str:
         """Hexadecimal SHA-256 of what was written so far."""
         return self._sha256.hexdigest()
-
-    def __enter__(self) -> "RecordWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
 
 
 def scan(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -8,8 +8,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from tfrecords_builder import images, parts, recordio, resizing, schema
+from tfrecords_builder import files, images, parts, recordio, resizing, schema
 from tfrecords_builder.audit import THUMBNAIL_SIZE
 
 # Whole factors by means of squares, the rest by interpolation: a tenth of the time of interpolation alone.
@@ -30,6 +31,9 @@ class IngestTask:
     image_size: int
     encoding: str
     stop_at_reject: bool
+
+    def __str__(self) -> str:
+        return f"the images {self.source / self.files[0].path} to {self.source / self.files[-1].path}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,9 @@ class ShardTask:
     items: Sequence[ShardItem]
     no_mask: bytes | None
     """What the records of images without a mask hold in its place; None in a dataset without masks."""
+
+    def __str__(self) -> str:
+        return f"the shard {self.folder / self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,10 @@ def ingest(task: IngestTask) -> IngestedImages:
     made = parts.read_part(task.folder, task.number, task.key, task.files)
     if made is not None and not (task.stop_at_reject and any(image.reason for image in made.images)):
         return IngestedImages(made, made.images)
+    return _decode(task)
+
+
+def _decode(task: IngestTask) -> IngestedImages:
     done: list[parts.PartImage] = []
     encoded: list[bytes] = []
     thumbnails: list[bytes] = []
@@ -168,27 +179,34 @@ def _read_image(task: IngestTask, file: parts.SourceFile) -> _ReadImage:
 
 
 def write_shard(task: ShardTask) -> WrittenShard:
-    """Write one shard from the parts; on return its bytes are on the disk."""
+    """Write one shard from the parts; on return its bytes are on the disk.
+
+    Several attempts, one after another or at the same time, leave the same bytes.
+    """
+    return files.write_whole(task.folder / task.name, lambda file: _write_records(task, file))
+
+
+def _write_records(task: ShardTask, file: IO[bytes]) -> WrittenShard:
     offsets: list[int] = []
     lengths: list[int] = []
     folder = str(task.folder)
-    with recordio.RecordWriter(task.folder / task.name) as writer:
-        for item in task.items:
-            # Opened anew for each image: there are more parts than a process may have open files.
-            descriptor = os.open(f"{folder}/{item.part}", os.O_RDONLY)
-            try:
-                content = os.pread(descriptor, item.length + item.mask_length, item.offset)
-            finally:
-                os.close(descriptor)
-            if len(content) != item.length + item.mask_length:
-                raise OSError(f"{folder}/{item.part}: ends early")
-            payload = schema.encode_example(
-                image=content[: item.length],
-                label=item.label,
-                path=item.path,
-                index=item.index,
-                mask=task.no_mask and (content[item.length :] or task.no_mask),
-            )
-            offsets.append(writer.write(payload))
-            lengths.append(len(payload))
+    writer = recordio.RecordWriter(file)
+    for item in task.items:
+        # Opened anew for each image: there are more parts than a process may have open files.
+        descriptor = os.open(f"{folder}/{item.part}", os.O_RDONLY)
+        try:
+            content = os.pread(descriptor, item.length + item.mask_length, item.offset)
+        finally:
+            os.close(descriptor)
+        if len(content) != item.length + item.mask_length:
+            raise OSError(f"{folder}/{item.part}: ends early")
+        payload = schema.encode_example(
+            image=content[: item.length],
+            label=item.label,
+            path=item.path,
+            index=item.index,
+            mask=task.no_mask and (content[item.length :] or task.no_mask),
+        )
+        offsets.append(writer.write(payload))
+        lengths.append(len(payload))
     return WrittenShard(task.name, writer.bytes_written, writer.sha256, tuple(offsets), tuple(lengths))

@@ -37,16 +37,34 @@ class FullAfter:
         return len(data)
 
 
-def test_content_name_and_rights(tmp_path: Path) -> None:
+def test_content_and_name(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file.bin"
     files.write_bytes(path, OLD)
     assert path.read_bytes() == OLD
     files.write_bytes(path, NEW)
     assert path.read_bytes() == NEW
     assert names(path.parent) == ["file.bin"]
-    assert path.stat().st_mode & 0o777 == 0o644, "others may read it, as with any file, unlike a temporary one"
     files.write_text(path, "Röntgen\n")
     assert path.read_bytes() == "Röntgen\n".encode()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002, 0o027])
+def test_the_mode_is_that_of_any_new_file(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        files.write_bytes(tmp_path / "a" / "ours", OLD)
+        (tmp_path / "theirs").write_bytes(OLD)
+        files.write_bytes(tmp_path / "theirs-replaced", OLD)
+    finally:
+        os.umask(before)
+    plain = (tmp_path / "theirs").stat().st_mode
+    assert [(tmp_path / name).stat().st_mode for name in ("a/ours", "theirs-replaced")] == [plain, plain]
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_the_umask_of_other_threads_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("it belongs to the whole process"))
+    files.write_bytes(tmp_path / "file", OLD)
 
 
 @pytest.mark.parametrize("existing", [True, False])

@@ -25,8 +25,8 @@ def rewrite(dataset: Path, change: Callable[[list[Record]], list[Record]]) -> No
     """Write a shard anew, with good checksums, and tell the manifest its new size and SHA-256."""
     path = dataset / SHARD
     records = change([decode_example(payload) for _, payload in scan(path)])
-    path.unlink()
-    with RecordWriter(path) as writer:
+    with path.open("wb") as file:
+        writer = RecordWriter(file)
         for record in records:
             writer.write(encode_example(image=record.image, label=record.label, path=record.path, index=record.index))
     manifest = read_manifest(dataset)
