@@ -10,6 +10,8 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +30,7 @@ DECODERS = {"pillow": PIL.__version__, "kornia-rs": kornia_rs.__version__}
 """Versions of the libraries that made the pixels."""
 MAX_PIXELS = 89_478_485
 """A file of a few kilobytes can claim billions; detectors of X-rays have 20 million at most. The limit is Pillow's,
-which only warns of it (and stops at twice as many), so the warning says nothing beside our error."""
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+which only warns of it (and raises an error at twice as many), so the warning adds nothing to our error."""
 
 # What Pillow raises on damaged input. SyntaxError is its own for a broken PNG chunk.
 _DECODE_ERRORS = (
@@ -96,6 +97,17 @@ def read_bytes(path: Path) -> bytes:
         raise ImageError(path, f"cannot be read ({error.strerror})") from error
 
 
+@contextmanager
+def quiet_decoding() -> Iterator[None]:
+    """Without Pillow's warning of large images, which `decode_gray` rejects anyway.
+
+    For the main thread of a process that decodes: filters of warnings belong to the process.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """An image of its own size."""
@@ -134,7 +146,7 @@ def _decode_any(data: bytes, path: Path) -> tuple[Image.Image, tuple[int, int]]:
         raise ImageError(path, "is empty")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the second where warnings are errors
         raise TooLargeError(path, f"has more than {MAX_PIXELS:,} pixels") from None
     except _DECODE_ERRORS as error:
         raise ImageError(path, "is not a PNG or JPEG image") from error

@@ -115,7 +115,8 @@ def ingest(task: IngestTask) -> IngestedImages:
     made = parts.read_part(task.folder, task.number, task.key, task.files)
     if made is not None and not (task.stop_at_reject and any(image.reason for image in made.images)):
         return IngestedImages(made, made.images)
-    return _decode(task)
+    with images.quiet_decoding(), resizing.kept_memory():
+        return _decode(task)
 
 
 def _decode(task: IngestTask) -> IngestedImages:

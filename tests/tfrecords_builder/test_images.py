@@ -1,6 +1,9 @@
 import contextlib
 import io
 import pickle
+import subprocess
+import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tfrecords_builder.errors import UserError
-from tfrecords_builder.images import ImageError, load_gray
+from tfrecords_builder.images import ImageError, TooLargeError, decode_gray, load_gray, quiet_decoding
 
 SIZE = 24
 GRAY = np.random.default_rng(1).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
@@ -278,3 +281,29 @@ def test_a_thousand_malformed_files(tmp_path: Path) -> None:
             continue
         np.testing.assert_array_equal(loaded, expected, err_msg=f"{number}: taken for something else")
     assert refused > 1000
+
+
+IMPORTS = """
+import sys, warnings
+import kornia_rs, numpy, pyarrow.fs, pyarrow.parquet, tqdm
+from PIL import Image
+before = list(warnings.filters), Image.core.get_blocks_max()
+import tfrecords_builder.build
+sys.exit((list(warnings.filters), Image.core.get_blocks_max()) != before)
+"""
+
+
+def test_importing_the_builder_changes_nothing_of_the_process() -> None:
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_decoding_is_quiet_and_leaves_no_filter() -> None:
+    before = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as caught, quiet_decoding(), pytest.raises(TooLargeError):
+        decode_gray(claiming(9_500, 9_500), Path("x.png"))
+    assert not caught
+    assert warnings.filters == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TooLargeError):
+            decode_gray(claiming(9_500, 9_500), Path("x.png"))
