@@ -1,11 +1,9 @@
 """A run's folder: who may write there, and what says what the run is."""
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,10 @@ from typing import Any
 from cxr_dist.config import Config, load_config
 from cxr_dist.stopping import STOP, StopRequest
 from cxr_dist.watchdog import BEATS
+from tfrecords_builder import locks
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import is_temporary, write_json, write_text
+from tfrecords_builder.locks import LOCK
 from tfrecords_builder.manifest import Manifest
 from tfrecords_builder.storage import Place, absolute
 
@@ -75,24 +75,15 @@ def locked(run: Path) -> Iterator[None]:
     """
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; give a folder for the run")
-    made = not run.exists()
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        folder = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise UserError(
-            f"{run}: cannot be made ({error.strerror}); give a folder that you may write as --out"
-        ) from None
-    try:
+    with ExitStack() as held:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run}: another process is training into it; wait for it, or give another --out") from None
+            busy = "another process is training into it; wait for it, or give another --out"
+            held.enter_context(locks.held_folder(run, busy))
+        except OSError as error:
+            raise UserError(
+                f"{run}: cannot be made ({error.strerror}); give a folder that you may write as --out"
+            ) from None
         yield
-    finally:
-        os.close(folder)
-        if made and not any(run.iterdir()):
-            run.rmdir()
 
 
 def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> None:
@@ -143,7 +134,7 @@ def _is_begun(run: Path) -> bool:
     if (run / CONFIG).is_file() and not _is_resolved(run / CONFIG):
         return False  # a configuration that somebody wrote
     return all(
-        entry.name in (CONFIG, EVENTS, STOP, BEATS) or is_temporary(entry.name, (CONFIG, RUN))
+        entry.name in (CONFIG, EVENTS, STOP, BEATS, LOCK) or is_temporary(entry.name, (CONFIG, RUN))
         for entry in run.iterdir()
     )
 

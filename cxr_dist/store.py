@@ -7,15 +7,13 @@ holds a lock, and so does using one, which keeps it from being removed to make r
 """
 
 import errno
-import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +22,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from tfrecords_builder import locks
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import ENVIRONMENT_ERRORS, bytes_below, sync, write_bytes, write_json
 from tfrecords_builder.seal import read_sealed_json, sealed_json
@@ -33,7 +32,6 @@ Description = Mapping[str, Any]
 """What decides every byte of an entry, as plain data."""
 
 _ENTRY = "entry.json"
-_POLL_S = 0.2
 _WORK = ".work"
 _LOCK = ".lock"
 _CHUNK = 1 << 24
@@ -128,10 +126,11 @@ class FeatureStore:
         """The entry, every byte of it checked; None when there is none, or none that is whole."""
         entry = self.folder / key_of(description)
         try:
-            descriptor = os.open(entry / _ENTRY, os.O_RDONLY)
+            descriptor = locks.acquire(entry / _ENTRY, shared=True, create=False, wait_s=locks.FOREVER)
         except OSError:
             return None
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if descriptor is None:
+            raise RuntimeError("a lock was not waited for")
         rows = _read(entry, description)
         if rows is None:
             os.close(descriptor)
@@ -141,7 +140,7 @@ class FeatureStore:
         return rows
 
     @contextmanager
-    def computing(self, descriptions: Sequence[Description], limit_s: float = math.inf) -> Iterator[None]:
+    def computing(self, descriptions: Sequence[Description], limit_s: float = locks.FOREVER) -> Iterator[None]:
         """Held by the one process, of all that use the store, that makes these entries or waits until another has.
 
         Raises:
@@ -153,8 +152,10 @@ class FeatureStore:
             try:
                 # In one order everywhere, or two processes could wait for each other.
                 for key in sorted(key_of(description) for description in descriptions):
-                    held.append(os.open(self.folder / f"{key}{_LOCK}", os.O_RDWR | os.O_CREAT, 0o644))
-                    _lock(held[-1], until)
+                    lock = locks.acquire(self.folder / f"{key}{_LOCK}", wait_s=max(until - time.monotonic(), 0.0))
+                    if lock is None:
+                        raise TimeoutError("another process computes the same features")
+                    held.append(lock)
                 yield
             finally:
                 for descriptor in held:
@@ -268,42 +269,24 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _lock(descriptor: int, until: float) -> None:
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise TimeoutError("another process computes the same features") from None
-            time.sleep(_POLL_S)
-        else:
-            return
-
-
 @contextmanager
 def _if_free(path: Path) -> Iterator[bool]:
     """Whether no process holds `path`, one that reads an entry or computes one; nobody can take it meanwhile.
 
     What is gone is held by nobody; what may not be opened is somebody else's, and counts as held.
     """
-    try:
-        # For writing too: NFS makes byte-range locks of these, and gives no exclusive one to who may only read.
-        file = path.open("r+b")
-    except FileNotFoundError:
-        yield True
-        return
-    except OSError as error:
-        if error.errno not in ENVIRONMENT_ERRORS:
-            raise
-        yield False
-        return
-    with file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
+            descriptor = stack.enter_context(locks.held(path, create=False))
+        except FileNotFoundError:
             yield True
+            return
+        except OSError as error:
+            if error.errno not in ENVIRONMENT_ERRORS:
+                raise
+            yield False
+            return
+        yield descriptor is not None
 
 
 def _is_locked(path: Path) -> bool:

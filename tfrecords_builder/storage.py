@@ -9,7 +9,6 @@ Every byte is checked: shards against the SHA-256 in the manifest when they come
 them back. The manifest goes up last, and comes into its place last.
 """
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -26,6 +25,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs
 
+from tfrecords_builder import locks
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.files import bytes_below, intended_name, move_durably, write_atomically
 from tfrecords_builder.manifest import MANIFEST_NAME, ShardInfo, read_manifest
@@ -100,7 +100,7 @@ class Stage:
         for folder in sorted(held, key=_last_used):
             if used + needed <= self.limit and needed <= shutil.disk_usage(self.folder).free:
                 return
-            with _lock(folder, fcntl.LOCK_EX) as mine:
+            with _lock(folder) as mine:
                 if mine:
                     # First what says that the rest is whole, should this be stopped half-way.
                     (folder / MANIFEST_NAME).unlink(missing_ok=True)
@@ -143,11 +143,11 @@ def local_copy(place: Place, stage: Stage | None = None, progress: Progress | No
     folder = stage.folder / f"{_key(place)}-{hashlib.sha256(content).hexdigest()[:16]}"
     deadline = time.monotonic() + SECONDS_TO_WAIT
     while True:
-        with _lock(folder, fcntl.LOCK_SH) as mine:
+        with _lock(folder, shared=True) as mine:
             if mine and (folder / MANIFEST_NAME).is_file():
                 yield folder
                 return
-        with _lock(folder, fcntl.LOCK_EX) as mine:
+        with _lock(folder) as mine:
             if mine and not (folder / MANIFEST_NAME).is_file():
                 _fetch(remote, content, folder, stage, progress)
         if not mine:
@@ -180,10 +180,11 @@ def staged_output(
     remote.check_ours()
     stage = stage or Stage.from_environment()
     folder = stage.folder / f"{_key(url)}-build"
-    with _lock(folder, fcntl.LOCK_EX) as mine:
+    with _lock(folder) as mine:
         if not mine:
             raise UserError(f"{remote.name}: another process of this machine is building it; wait for it")
-        if not folder.is_dir() or not any(folder.iterdir()):
+        if not folder.is_dir() or locks.is_empty(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # with the lock file of a build that was killed at its start
             stage.make_room(needed, remote.name)
             if remote.read(MANIFEST_NAME) is None:
                 folder.mkdir(exist_ok=True)
@@ -194,7 +195,7 @@ def staged_output(
         _put(folder, remote, progress)
         content = (folder / MANIFEST_NAME).read_bytes()
         final = stage.folder / f"{_key(url)}-{hashlib.sha256(content).hexdigest()[:16]}"
-        with _lock(final, fcntl.LOCK_EX) as free:
+        with _lock(final) as free:
             # Readers on this machine need not fetch what was built here.
             if free and not final.exists():
                 folder.rename(final)
@@ -443,18 +444,13 @@ def _key(url: str) -> str:
 
 
 @contextmanager
-def _lock(folder: Path, kind: int) -> Iterator[bool]:
+def _lock(folder: Path, *, shared: bool = False) -> Iterator[bool]:
     """Whether the folder's lock could be had; beside the folder, as that comes and goes. Used now, if so."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("a") as file:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        if kind == fcntl.LOCK_SH:
-            os.utime(file.fileno())
-        yield True
+    with locks.held(folder.with_name(f"{folder.name}.lock"), shared=shared) as descriptor:
+        if descriptor is not None and shared:
+            os.utime(descriptor)
+        yield descriptor is not None
 
 
 def _last_used(folder: Path) -> float:

@@ -26,6 +26,7 @@ from cxr_dist.search.sampling import Finished
 from cxr_dist.search.space import SearchPlan, Values, from_tree
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import is_temporary, write_json, write_text
+from tfrecords_builder.locks import LOCK
 from tfrecords_builder.manifest import Manifest
 from tfrecords_builder.storage import Place, absolute
 
@@ -107,7 +108,10 @@ class Experiment:
             UserError: it cannot be made, another search is using it, or it holds something else.
         """
         with run_folder.locked(self.folder):
-            foreign = [each for each in self.folder.iterdir() if not is_temporary(each.name, (SEARCH, EXPERIMENT))]
+            ours = (SEARCH, EXPERIMENT)
+            foreign = [
+                path for path in self.folder.iterdir() if path.name != LOCK and not is_temporary(path.name, ours)
+            ]
             if not (self.folder / SEARCH).exists() and foreign:
                 raise UserError(
                     f"{self.folder}: holds something that is not a search of this program; give a new folder as --out"

@@ -4,7 +4,6 @@ A checkpoint decides all that follows. So the trial that runs the stage copies i
 equal settings copies it into its own run, where the loop goes on from it as from any other.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from cxr_dist import run_folder
 from cxr_dist.checkpoint import CheckpointFolder, Position
 from cxr_dist.config import Config
 from cxr_dist.reporting import Event
+from tfrecords_builder import locks
 from tfrecords_builder.files import sync
 
 
@@ -49,10 +49,9 @@ class FirstStages:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         entry = self._folder / key
-        lock = os.open(self._folder / f"{key}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        lock = locks.acquire(self._folder / f"{key}.lock", wait_s=locks.FOREVER)
         publisher = Publisher(run, entry, lock)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # held by a process, so a trial that is killed gives it up
             if entry.is_dir():
                 _copy(entry, checkpoints)
                 publisher.give_up_lock()
@@ -89,7 +88,7 @@ class Publisher:
         work = entry.with_name(f".{entry.name}.{os.getpid()}")
         work.mkdir()
         for path in (checkpoints / position.file_name, best):
-            shutil.copy2(path, work / path.name)
+            shutil.copyfile(path, work / path.name)
             sync(work / path.name)
         work.rename(entry)
         sync(entry.parent)
@@ -105,5 +104,5 @@ def _copy(entry: Path, checkpoints: Path) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
     for path in sorted(entry.iterdir(), key=lambda path: Position.of_file(path.name) is not None):
         copied = checkpoints / f".{path.name}.copy"
-        shutil.copy2(path, copied)
+        shutil.copyfile(path, copied)
         copied.rename(checkpoints / path.name)
