@@ -386,6 +386,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os.environ.setdefault("ABSL_MIN_LOG_LEVEL", "3")
         options.action(options)
     except UserError as error:
+        for note in getattr(error, "__notes__", ()):
+            print(f"note: {note}", file=sys.stderr)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:

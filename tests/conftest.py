@@ -77,7 +77,8 @@ settings.load_profile("untimed")
 
 
 _RAY_FILES = tuple(f"tests/integration/test_{name}.py" for name in ("ray", "serve", "submit", "tune_ray"))
-RAY_FILES = (*_RAY_FILES, "tests/faults/test_lost_workers.py", "tests/faults/test_partition.py")
+_FAULT_FILES = tuple(f"tests/faults/test_{name}.py" for name in ("killed_builds", "lost_workers", "partition"))
+RAY_FILES = (*_RAY_FILES, *_FAULT_FILES)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,63 +1,57 @@
 """The output folder of a build: held against other builds, put together under other names, published in one order.
 
 While it is built, a dataset is a folder with `.cxr-build` in it and no manifest (or, when another dataset is replaced,
-with the manifest of that one, which stays whole until the new shards are complete). A build that was stopped is
-therefore never taken for a dataset, and the next one into the same folder knows what it may use or remove.
+with the manifest of that one, which stays whole until the new shards are complete). A build that was stopped or failed
+is therefore never taken for a dataset, and the next one into the same folder knows what it may use or remove.
 """
 
-import fcntl
+import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tfrecords_builder import locks
 from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import ENVIRONMENT_ERRORS, is_temporary, sync, write_bytes
+from tfrecords_builder.files import ENVIRONMENT_ERRORS, intended_name, is_temporary, sync, write_bytes
+from tfrecords_builder.locks import LOCK
 from tfrecords_builder.manifest import MANIFEST_NAME, Manifest, write_manifest
+from tfrecords_builder.parts import bytes_of_parts
 from tfrecords_builder.sharding import is_shard_name
 from tfrecords_builder.tfds_files import FILES, tfds_files
 
 WORK_FOLDER = ".cxr-build"
 """Holds a build in progress, inside the output folder."""
+_ATTEMPTS = 5
 
 
 @contextmanager
 def locked_folder(dataset: Path) -> Iterator[None]:
     """The output folder, made if need be, held against other builds; gone again if a failed build made it."""
-    created = not dataset.exists()
-    with explained(dataset):
+    with explained(dataset), ExitStack() as held:
+        busy = "another build is writing here; wait for it or give another output folder"
         try:
-            dataset.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locks.held_folder(dataset, busy))
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(f"{dataset}: is not a folder; give another output folder") from error
-        descriptor = os.open(dataset, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"{dataset}: another build is writing here; wait for it or give another output folder"
-                ) from error
-            yield
-        finally:
-            os.close(descriptor)
-            if created and not any(dataset.iterdir()):
-                dataset.rmdir()
+        yield
 
 
 @contextmanager
 def work_folder(dataset: Path) -> Iterator[Path]:
-    """The work folder, with the parts of a build that was stopped, if there was one.
+    """The work folder, with the parts of an earlier build that did not come to its end, if there was one.
 
-    It is removed at the end, and on an error with all that this build made. Whoever stops the process, by a signal or
-    Ctrl-C, finds it again.
+    It is removed at the end. On an error its parts are kept, whatever the error: parts are keyed and checksummed, so
+    the next build uses those that are right. Everything else that this build made is removed, and so is a work folder
+    without parts. The error gets a note that names the folder. A process that is stopped by a signal or Ctrl-C leaves
+    the folder as it is.
 
     Raises:
         UserError: The output folder holds what no build left.
     """
     work = dataset / WORK_FOLDER
-    names = {path.name for path in dataset.iterdir()}
+    names = {path.name for path in dataset.iterdir()} - {LOCK}
     replaces = MANIFEST_NAME in names
     if not replaces:
         # Without the work folder, even a file with a shard's name was not left by a build that was stopped.
@@ -68,15 +62,23 @@ def work_folder(dataset: Path) -> Iterator[Path]:
             )
         _remove_published(dataset)
     work.mkdir(exist_ok=True)
-    _remove_published(work)
+    _remove_unfinished(work)
     try:
         yield work
-    except Exception:
+    except Exception as error:
         if not (dataset / MANIFEST_NAME).exists():
             _remove_published(dataset)
-        shutil.rmtree(work)
+        size = bytes_of_parts(work)
+        if size:
+            _remove_unfinished(work)
+            error.add_note(
+                f"{work}: keeps the images that were decoded ({size / 1e9:.3f} GB); the next build into {dataset} uses "
+                "them; remove the folder if there is none"
+            )
+        else:
+            remove_work(dataset)
         raise
-    shutil.rmtree(work)
+    remove_work(dataset)
 
 
 def publish(dataset: Path, work: Path, manifest: Manifest) -> None:
@@ -97,9 +99,19 @@ def publish(dataset: Path, work: Path, manifest: Manifest) -> None:
 
 
 def remove_work(dataset: Path) -> None:
-    """Remove what a build left that was stopped after its manifest."""
-    if (dataset / WORK_FOLDER).exists():
-        shutil.rmtree(dataset / WORK_FOLDER)
+    """Remove the work folder, if there is one."""
+    work = dataset / WORK_FOLDER
+    for _ in range(_ATTEMPTS):
+        try:
+            shutil.rmtree(work)
+        except FileNotFoundError:
+            pass  # of a file: a task that was given up, on a machine that is out of reach, renames its own
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+        if not work.exists():
+            return
+    raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(work))
 
 
 def _is_ours(name: str) -> bool:
@@ -112,14 +124,25 @@ def _remove_published(folder: Path) -> None:
             path.unlink()
 
 
+def _remove_unfinished(work: Path) -> None:
+    """Remove all but the parts: shards, and temporary files of tasks that were killed."""
+    for path in list(work.iterdir()):
+        if is_shard_name(path.name) or intended_name(path.name) is not None:
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def explained(dataset: Path) -> Iterator[None]:
-    """Turn what the user can mend about the output folder into a `UserError`."""
+    """Turn what the user can mend about the output folder into a `UserError`, with the notes of the error."""
     try:
         yield
     except OSError as error:
-        if error.errno in ENVIRONMENT_ERRORS:
-            raise UserError(
-                f"{dataset}: cannot be written ({error.strerror}); mend that or give another output folder"
-            ) from error
-        raise
+        if error.errno not in ENVIRONMENT_ERRORS:
+            raise
+        fix = "mend that or give another output folder"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "make room on that disk and start the same command again to resume"
+        told = UserError(f"{dataset}: cannot be written ({error.strerror}); {fix}")
+        for note in getattr(error, "__notes__", ()):
+            told.add_note(note)
+        raise told from error

@@ -15,6 +15,9 @@ from tfrecords_builder.errors import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+ATTEMPTS = 3
+"""At a task whose process is killed while it runs alone: a process may be killed for no fault of its task."""
+
 
 def default_workers() -> int:
     """Processors that this process may use."""
@@ -31,29 +34,36 @@ class Pool:
     def __init__(self, workers: int) -> None:
         if workers < 1:
             raise UserError(f"workers: must be at least 1, not {workers}")
-        self._executor: ProcessPoolExecutor | None = None
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_child)
+        self._workers = workers
+        self._executor = _executor(workers) if workers > 1 else None
 
     def map(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[Result]:
         """`function(task)` for each task, in order; `function` must be importable by name.
 
+        When a process is killed, which of the tasks in progress it was for is not known. So the first of them runs
+        again alone: it ends, or it is to blame. Then the rest goes on in new processes. Every loss is followed by a
+        task that ends, so the number of losses is bounded.
+
         Raises:
-            UserError: A worker process was killed.
+            UserError: A task's process was killed ATTEMPTS times while it ran alone.
         """
         if self._executor is None:
             yield from map(function, tasks)
             return
         futures: list[Future[Any]] = []
         try:
-            futures = [self._executor.submit(function, task) for task in tasks]
-            for future in futures:
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "workers: a worker process ended early, perhaps killed for want of memory; try again with --workers 1"
-            ) from error
+            futures = [_submit(self._executor, function, task) for task in tasks]
+            for number, task in enumerate(tasks):
+                try:
+                    result = futures[number].result()
+                except BrokenProcessPool:
+                    self._executor.shutdown()
+                    result = _run_alone(function, task)
+                    self._executor = _executor(self._workers)
+                    for later in range(number + 1, len(tasks)):
+                        if not _is_done(futures[later]):
+                            futures[later] = _submit(self._executor, function, tasks[later])
+                yield result
         finally:
             for future in futures:
                 future.cancel()
@@ -66,6 +76,44 @@ class Pool:
     ) -> None:
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def lost_task(task: object, attempts: int, why: str) -> UserError:
+    """What to tell the user when no attempt at a task came to its end."""
+    return UserError(
+        f"{task}: the process was lost {attempts} times ({why}); if a file is to blame, replace it; what was "
+        "decoded is kept: start the same command again to resume"
+    )
+
+
+def _executor(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=prepare_child)
+
+
+def _submit(executor: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Any]:
+    """The future of a task, also where the pool is broken already."""
+    try:
+        return executor.submit(function, task)
+    except BrokenProcessPool as error:
+        lost: Future[Any] = Future()
+        lost.set_exception(error)
+        return lost
+
+
+def _run_alone(function: Callable[[Task], Result], task: Task) -> Result:
+    """`function(task)`, in a process of its own while no other runs."""
+    for _ in range(ATTEMPTS):
+        with _executor(1) as executor:
+            try:
+                return executor.submit(function, task).result()
+            except BrokenProcessPool:
+                continue
+    raise lost_task(task, ATTEMPTS, "killed while it ran alone, perhaps for want of memory")
+
+
+def _is_done(future: Future[Any]) -> bool:
+    """Whether a future of a broken pool has a result, or an error of the task's own."""
+    return future.done() and not future.cancelled() and not isinstance(future.exception(), BrokenProcessPool)
 
 
 def prepare_child() -> None:

@@ -31,28 +31,45 @@ class Scenario:
 
 
 def build(source: Path) -> Scenario:
+    from tfrecords_builder import images, parts
     from tfrecords_builder.build import build_dataset
     from tfrecords_builder.manifest import read_manifest
+    from tfrecords_builder.output import WORK_FOLDER
     from tfrecords_builder.verify import verify_dataset
 
-    whole = ""
+    total, in_part, decoded = 32, 16, 0
+    parts.IMAGES_PER_PART = in_part
+    decode_gray = images.decode_gray
+
+    def decode(data: bytes, path: Path) -> images.Decoded:
+        nonlocal decoded
+        decoded += 1
+        return decode_gray(data, path)
+
+    images.decode_gray = decode
 
     def prepare(_folder: Path) -> None:
         pass
 
     def act(folder: Path) -> None:
-        build_dataset(source, folder / "dataset", image_size=8, workers=1)
+        build_dataset(source, folder / "dataset", image_size=8, workers=1, masks="ignore")
 
     def check(folder: Path, ended_well: bool) -> None:
-        nonlocal whole
+        nonlocal decoded
         dataset = folder / "dataset"
         try:
             read_manifest(dataset)
         except UserError:
             assert not ended_well
+            kept = len(list((dataset / WORK_FOLDER).glob("part-*.json")))
+            assert kept >= decoded // in_part - 1, "all parts but the one that could not be written"
+            left = total - in_part * kept
         else:
+            left = 0
             verify_dataset(dataset)
+        decoded = 0
         act(folder)  # with room again, the same command makes the same dataset
+        assert decoded == left, "what was decoded is not decoded again"
         verify_dataset(dataset)
         assert not list(dataset.glob(".*")), list(dataset.glob(".*"))
 

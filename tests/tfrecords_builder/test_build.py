@@ -1,14 +1,17 @@
 import errno
-import fcntl
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import pytest
@@ -16,18 +19,23 @@ import tensorflow as tf
 from PIL import Image
 
 from tests.tfrecords_builder.conftest import COUNTS, write_images
+from tests.tfrecords_builder.poisoned import POISON, poisoned_ingest
 from tfrecords_builder import build as build_module
 from tfrecords_builder import images, output, parts
 from tfrecords_builder.build import BuildSummary, build_dataset
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.images import ImageError, load_gray
+from tfrecords_builder.locks import LOCK
 from tfrecords_builder.manifest import MANIFEST_NAME, read_manifest
 from tfrecords_builder.output import WORK_FOLDER
 from tfrecords_builder.recordio import read_at
 from tfrecords_builder.schema import decode_image, encode_image, parse_batch
 from tfrecords_builder.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
+from tfrecords_builder.writer import IngestedImages, IngestTask, ShardTask, WrittenShard, ingest, write_shard
 
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 SIZE = 16
 TOTAL = sum(COUNTS.values())
 
@@ -43,6 +51,32 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def mutable(source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "source"))
+
+
+def left_parts(dataset: Path) -> int:
+    """Parts that a failed build left; nothing else is left but the dataset that it was to replace."""
+    work = dataset / WORK_FOLDER
+    names = {path.name for path in work.iterdir()}
+    parts_ = {name for name in names if re.fullmatch(r"part-\d{5}", name)}
+    assert names == parts_ | {f"{name}.json" for name in parts_}
+    if not (dataset / MANIFEST_NAME).exists():
+        assert [path.name for path in dataset.iterdir()] == [WORK_FOLDER]
+    return len(parts_)
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Images that this process decodes, in order; a part holds 8 of them."""
+    paths: list[Path] = []
+    real_decode = images.decode_gray
+
+    def decode(data: bytes, path: Path) -> images.Decoded:
+        paths.append(path)
+        return real_decode(data, path)
+
+    monkeypatch.setattr(images, "decode_gray", decode)
+    monkeypatch.setattr(parts, "IMAGES_PER_PART", 8)
+    return paths
 
 
 # What a build makes
@@ -179,8 +213,14 @@ def test_a_failed_rebuild_leaves_the_earlier_dataset(mutable: Path, built: Path,
     damage(mutable)
     with pytest.raises(ImageError):
         build(mutable, dataset)
-    assert content(dataset) == content(built)
+    assert content(dataset) == content(built), "no part was whole, so no work folder is left"
     verify_dataset(dataset)
+    with pytest.raises(UserError, match="has no image for the train split"):
+        build(mutable, dataset, on_error="skip", split_file=one_image(tmp_path))
+    assert left_parts(dataset) == 2
+    verify_dataset(dataset)
+    shutil.rmtree(dataset / WORK_FOLDER)
+    assert content(dataset) == content(built)
 
 
 def test_a_dataset_that_lost_a_shard_is_not_called_complete(source: Path, built: Path, tmp_path: Path) -> None:
@@ -215,12 +255,12 @@ def test_output_that_cannot_be(source: Path, tmp_path: Path) -> None:
 
 
 def test_two_builds_into_one_folder(source: Path, tmp_path: Path) -> None:
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another build is writing here"):
-        build(source, tmp_path)
-    os.close(descriptor)
-    build(source, tmp_path)
+    with output.locked_folder(tmp_path / "d"):
+        with pytest.raises(UserError, match="another build is writing here"):
+            build(source, tmp_path / "d")
+        assert [path.name for path in (tmp_path / "d").iterdir()] == [LOCK]
+    assert not (tmp_path / "d").exists()
+    build(source, tmp_path / "d")
 
 
 # Bad input
@@ -253,6 +293,13 @@ def test_too_few_images_or_classes(tmp_path: Path) -> None:
     assert build(enough, tmp_path / "d").manifest.counts["validation"] == {"A": 1, "B": 1}
 
 
+def one_image(folder: Path) -> Path:
+    """A split file with which no dataset can be built."""
+    file = folder / "split.csv"
+    file.write_text("path,split\nCOVID/images/COVID-1.png,test\n")
+    return file
+
+
 def damage(source: Path) -> list[str]:
     """Truncate two images and replace one by text; their paths, in order."""
     victims = ["COVID/images/COVID-3.png", "COVID/images/COVID-7.png", "Normal/images/Normal-2.png"]
@@ -266,14 +313,33 @@ def damage(source: Path) -> list[str]:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_stop_names_the_first_damaged_file(mutable: Path, tmp_path: Path, workers: int) -> None:
     first = damage(mutable)[0]
-    with pytest.raises(ImageError, match="truncated") as caught:
-        build(mutable, tmp_path / "d", workers=workers)
-    assert caught.value.path == mutable / first
-    assert not (tmp_path / "d").exists()
     (tmp_path / "e").mkdir()
-    with pytest.raises(ImageError):
-        build(mutable, tmp_path / "e", workers=workers)
-    assert list((tmp_path / "e").iterdir()) == []
+    for name in "de":
+        with pytest.raises(ImageError, match="truncated") as caught:
+            build(mutable, tmp_path / name, workers=workers)
+        assert caught.value.path == mutable / first
+        if workers == 1:  # another process may have decoded the second part meanwhile
+            assert (tmp_path / name).exists() == (name == "e"), "a folder that the build made is gone again"
+            assert list((tmp_path / name).glob("*")) == []
+
+
+def test_what_was_decoded_before_a_damaged_file_is_not_decoded_again(
+    mutable: Path, built: Path, tmp_path: Path, decoded: list[Path]
+) -> None:
+    last = mutable / "Viral Pneumonia/images/Viral Pneumonia-8.png"
+    whole = last.read_bytes()
+    last.write_bytes(b"no image")
+    with pytest.raises(ImageError, match="is not a PNG or JPEG") as caught:
+        build(mutable, tmp_path / "d")
+    kept = left_parts(tmp_path / "d")
+    assert kept == TOTAL // 8
+    [note] = caught.value.__notes__
+    assert note.startswith(f"{tmp_path / 'd' / WORK_FOLDER}: keeps the images that were decoded")
+    last.write_bytes(whole)
+    decoded.clear()
+    build(mutable, tmp_path / "d")
+    assert len(decoded) == TOTAL - 8 * kept
+    assert content(tmp_path / "d") == content(built)
 
 
 def test_skip_lists_damaged_files_and_splits_the_rest_exactly(mutable: Path, tmp_path: Path) -> None:
@@ -306,7 +372,7 @@ def test_too_few_whole_images(tmp_path: Path) -> None:
         (source / f"B/images/B-{number}.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"class 'B' has 6 images \(without 3 rejected\)"):
         build(source, tmp_path / "d", on_error="skip")
-    assert not (tmp_path / "d").exists()
+    assert left_parts(tmp_path / "d") == 1
 
 
 def test_mixed_kinds_of_images(tmp_path: Path) -> None:
@@ -326,19 +392,8 @@ def test_mixed_kinds_of_images(tmp_path: Path) -> None:
 # A build that does not come to its end
 
 
-def test_an_interrupted_build_goes_on(
-    source: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_build_goes_on(source: Path, built: Path, tmp_path: Path, decoded: list[Path]) -> None:
     """What was decoded before is not decoded again, and nothing is taken for a dataset in between."""
-    monkeypatch.setattr(parts, "IMAGES_PER_PART", 8)
-    decoded: list[Path] = []
-
-    def decode(data: bytes, path: Path) -> images.Decoded:
-        decoded.append(path)
-        return real_decode(data, path)
-
-    real_decode = images.decode_gray
-    monkeypatch.setattr(images, "decode_gray", decode)
 
     def interrupt(done: int, total: int) -> None:
         if done == 24:
@@ -381,27 +436,141 @@ def test_what_an_interrupted_build_left_is_used_only_when_it_is_right(
     assert content(tmp_path / "d") == content(tmp_path / "new")
 
 
-@pytest.mark.parametrize("step", ["write_shard", "sync", "write_manifest"])
-def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("step", ["ingest", "write_shard", "sync", "write_manifest"])
+def test_a_full_disk_costs_no_decoding(
+    source: Path,
+    built: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    decoded: list[Path],
+    step: str,
+    replaced: bool,
+) -> None:
+    dataset = tmp_path / "d"
+    if replaced:
+        build(source, dataset, seed=1)
+        decoded.clear()
+    before = content(dataset)
+
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module if step == "write_shard" else output, step, fail)
-        with pytest.raises(UserError, match=r"d: cannot be written \(No space left on device\)"):
-            build(source, tmp_path / "d")
-    assert not (tmp_path / "d").exists()
+        patch.setattr(build_module if step in ("ingest", "write_shard") else output, step, fail)
+        with pytest.raises(UserError, match=r"d: cannot be written \(No space left on device\); make room") as caught:
+            build(source, dataset)
+    if step == "ingest":
+        assert content(dataset) == before, "without parts nothing is left"
+        assert dataset.exists() == replaced
+    else:
+        assert left_parts(dataset) == -(-TOTAL // 8)
+        assert str(dataset / WORK_FOLDER) in caught.value.__notes__[0], "what may be removed to make room"
+        if step == "write_shard":
+            assert content(dataset).items() >= before.items()
+    build(source, dataset)
+    assert len(decoded) == len(set(decoded)) == TOTAL
+    assert content(dataset) == content(built)
 
 
-def test_a_killed_worker_ends_the_build(source: Path, tmp_path: Path) -> None:
+def test_what_is_left_of_a_task_that_was_given_up_is_removed(source: Path, built: Path, tmp_path: Path) -> None:
+    work = tmp_path / "d" / WORK_FOLDER
+    work.mkdir(parents=True)
+    for name in (".part-00000.0a1b.tmp", ".cxr-train.tfrecord-00000-of-00004.0a1b.tmp", "part-00099", "part-00000"):
+        (work / name).write_bytes(b"begun")
+    (work / "cxr-train.tfrecord-00000-of-00004").write_bytes(b"begun")
+    build(source, tmp_path / "d")
+    assert content(tmp_path / "d") == content(built)
+
+
+@pytest.mark.parametrize("lock", [b"", b"left"])
+def test_the_lock_file_of_a_killed_build_does_no_harm(source: Path, built: Path, tmp_path: Path, lock: bytes) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / LOCK).write_bytes(lock)
+    build(source, tmp_path / "d")
+    assert content(tmp_path / "d") == content(built)
+    (tmp_path / "d" / LOCK).write_bytes(lock)
+    verify_dataset(tmp_path / "d")
+    assert build(source, tmp_path / "d").reused
+    assert content(tmp_path / "d") == content(built)
+
+
+# Worker processes that are lost
+
+
+def kill_children() -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+
+
+def test_a_build_survives_killed_workers(
+    source: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "IMAGES_PER_PART", 8)
+    killed: list[int] = []
+
     def kill(done: int, total: int) -> None:
-        for child in multiprocessing.active_children():
-            child.kill()
-            child.join()
+        killed.append(done)
+        kill_children()
 
-    with pytest.raises(UserError, match="workers: a worker process ended early"):
-        build(source, tmp_path / "d", workers=2, progress=kill)
-    assert not (tmp_path / "d").exists()
+    build(source, tmp_path / "d", workers=2, progress=kill)
+    assert len(killed) == -(-TOTAL // 8), "at every part"
+    assert content(tmp_path / "d") == content(built)
+
+
+def test_an_image_that_kills_its_process_is_named(
+    source: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "IMAGES_PER_PART", 8)
+    monkeypatch.setenv(POISON, "Normal-3.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "ingest", poisoned_ingest)
+        with pytest.raises(UserError, match=r"^the images .* to .*: the process was lost 3 times \(killed") as caught:
+            build(source, tmp_path / "d", workers=2)
+    first, last = re.findall(r"[^/]*\.png", str(caught.value))[:2]
+    order = [row.path.rpartition("/")[2] for row in read_manifest(built).rows]
+    assert order.index(first) <= order.index("Normal-3.png") <= order.index(last)
+    assert "start the same command again to resume" in str(caught.value)
+    assert left_parts(tmp_path / "d") > 0
+    build(source, tmp_path / "d", workers=2)
+    assert content(tmp_path / "d") == content(built)
+
+
+def test_attempts_at_one_task_at_the_same_time_leave_the_same_bytes(
+    source: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one of them is killed in the middle."""
+    monkeypatch.setattr(build_module, "ingest", ingest_often)
+    monkeypatch.setattr(build_module, "write_shard", write_shard_often)
+    build(source, tmp_path / "d")
+    assert content(tmp_path / "d") == content(built)
+
+
+def ingest_often(task: IngestTask) -> IngestedImages:
+    parts.write_part(task.folder, task.number, "of other settings", task.files, [], b"other content")
+    return often(ingest, task)
+
+
+def write_shard_often(task: ShardTask) -> WrittenShard:
+    (task.folder / task.name).write_bytes(b"what an attempt without a temporary file left")
+    return often(write_shard, task)
+
+
+def often(function: Callable[[Task], Result], task: Task) -> Result:
+    """Two attempts at once, and one after them; of the first one, writing stops in the middle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            function(task)
+    with ThreadPoolExecutor(2) as threads:
+        attempts = [*threads.map(function, [task, task]), function(task)]
+    assert attempts[0] == attempts[1] == attempts[2]
+    return attempts[0]
+
+
+def interrupted(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 SLOW_BUILD = """

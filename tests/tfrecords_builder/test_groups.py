@@ -11,7 +11,7 @@ from PIL import Image
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import BuildSummary, build_dataset
 from tfrecords_builder.errors import UserError
-from tfrecords_builder.manifest import Manifest
+from tfrecords_builder.manifest import MANIFEST_NAME, Manifest
 from tfrecords_builder.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
 
@@ -111,7 +111,7 @@ def test_a_given_split(source: Path, tmp_path: Path) -> None:
 def test_a_split_file_that_cannot_be_used(source: Path, tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(source, tmp_path / "d", split_file=split_file(tmp_path, [line]))
-    assert not (tmp_path / "d").exists()
+    assert not (tmp_path / "d" / MANIFEST_NAME).exists()
 
 
 def test_split_files_that_are_none(source: Path, tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""The tasks of a build, slowed down, with a line in a log for everything that they do: what a killer goes by.
+
+A line is `PID WHAT NUMBER-OR-NAME`: `decode` (an image of the part), `whole` (the part is on the disk), `record` (of
+the shard). The log lies beside the dataset.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tfrecords_builder import images, parts, recordio, writer
+
+LOG = "log.txt"
+SLOW_S = 0.01
+
+
+def ingest(task: writer.IngestTask) -> writer.IngestedImages:
+    log = Log(task.folder)
+    decode, write = images.decode_gray, parts.write_part
+
+    def slow_decode(data: bytes, path: Path) -> images.Decoded:
+        log.add("decode", task.number)
+        return decode(data, path)
+
+    def logged_write(*arguments: Any) -> parts.Part:
+        part = write(*arguments)
+        log.add("whole", task.number)
+        return part
+
+    with mock.patch.object(images, "decode_gray", slow_decode), mock.patch.object(parts, "write_part", logged_write):
+        return writer.ingest(task)
+
+
+def write_shard(task: writer.ShardTask) -> writer.WrittenShard:
+    log = Log(task.folder)
+    write = recordio.RecordWriter.write
+
+    def slow_write(self: recordio.RecordWriter, payload: bytes) -> int:
+        log.add("record", task.name)
+        self._file.flush()  # so that a kill leaves a part of the shard
+        return write(self, payload)
+
+    with mock.patch.object(recordio.RecordWriter, "write", slow_write):
+        return writer.write_shard(task)
+
+
+class Log:
+    """Of the build with this work folder."""
+
+    def __init__(self, work: Path) -> None:
+        self._path = work.parent.parent / LOG
+
+    def add(self, what: str, which: object) -> None:
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(descriptor, f"{os.getpid()} {what} {which}\n".encode())
+        os.close(descriptor)
+        time.sleep(SLOW_S)
+
+    def lines(self) -> list[list[str]]:
+        text = self._path.read_text() if self._path.exists() else ""
+        return [line.split() for line in text.splitlines()]
+
+
+@contextmanager
+def logged_tasks() -> Iterator[None]:
+    """Builds in this block do these tasks."""
+    from tfrecords_builder import build
+
+    with mock.patch.object(build, "ingest", ingest), mock.patch.object(build, "write_shard", write_shard):
+        yield
