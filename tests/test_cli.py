@@ -15,6 +15,7 @@ from PIL import Image
 
 from cxr_dist import cli, run_folder
 from cxr_dist.config import load_config
+from tfrecords_builder.errors import UserError
 from tfrecords_builder.manifest import read_manifest
 
 COMMANDS = (
@@ -477,3 +478,21 @@ def test_compare(command: Command, finished_run: Path, phantom_source: Path, tmp
     assert "not complete" in command.fails("compare", tmp_path / "first", tmp_path / "second")
     assert "no such folder" in command.fails("compare", tmp_path / "none", tmp_path / "second")
     assert "--risk 2.0" in command.fails("evaluate", finished_run, "--out", tmp_path / "out", "--risk", "2")
+
+
+def test_notes_of_an_error_are_printed_before_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        error = UserError("dataset: full; make room")
+        error.add_note("dataset/.cxr-build: keeps the images that were decoded")
+        raise error
+
+    monkeypatch.setattr(cli.commands, "verify", fail)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["verify", "dataset"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "note: dataset/.cxr-build: keeps the images that were decoded",
+        "error: dataset: full; make room",
+    ]
