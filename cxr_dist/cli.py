@@ -109,13 +109,13 @@ def _add_datasets(command: Command) -> None:
         "--split",
         choices=["leak-free", "published"],
         default="leak-free",
-        help="both 70/15/15 of each class; leak-free keeps images that show the same together (default: %(default)s)",
+        help="70/15/15 of each class; leak-free keeps near-duplicates and patients together (default: %(default)s)",
     )
     rule.add_argument("--split-file", type=Path, metavar="CSV", help="columns path and split, instead of a rule")
     build.add_argument(
         "--conflicts",
         choices=["exclude", "keep"],
-        help="images that show the same in several classes (default: exclude; keep with --split published)",
+        help="near-duplicates in several classes (default: exclude; keep with --split published)",
     )
     build.add_argument(
         "--masks",
@@ -133,7 +133,10 @@ def _add_datasets(command: Command) -> None:
         "--address", metavar="ADDRESS", help="of a Ray cluster (default: $RAY_ADDRESS, or one of its own)"
     )
     build.add_argument(
-        "--on-error", choices=["stop", "skip"], default="stop", help="what a damaged file does (default: %(default)s)"
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="what a damaged file does, and a class that would lose over 1 %% of its pictures (default: %(default)s)",
     )
 
     verify = command("verify", commands.verify, "read a dataset back: every record, checksum and count")

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from tfrecords_builder.errors import UserError
 
 if TYPE_CHECKING:
     from tfrecords_builder.build import Workers
-    from tfrecords_builder.manifest import Manifest
+    from tfrecords_builder.manifest import Manifest, Row
     from tfrecords_builder.storage import Place
 
 
@@ -46,6 +46,7 @@ def download(options: argparse.Namespace) -> None:
 
 def build(options: argparse.Namespace) -> None:
     from tfrecords_builder.build import build_dataset
+    from tfrecords_builder.file_kinds import not_taken_lines
 
     with _builders(options) as pool, _output_folder(options) as dataset, progress_bar("build") as progress:
         summary = build_dataset(
@@ -68,12 +69,16 @@ def build(options: argparse.Namespace) -> None:
         print(f"built anew: {change}")
     for path, reason in [*manifest.rejected, *manifest.excluded]:
         print(f"left out: {path}: {reason}")
+    for line in not_taken_lines(manifest.not_taken):
+        print(line)
+    for note in manifest.notes:
+        print(f"{'warning' if note.warning else 'note'}: {note.text}")
     width = max(len(name) for name in [*manifest.class_names, "class"])
     print(f"{'class':{width}}" + "".join(f"{split:>12}" for split in manifest.counts))
     for name in manifest.class_names:
         print(f"{name:{width}}" + "".join(f"{counts[name]:12,}" for counts in manifest.counts.values()))
     print(f"{'all':{width}}" + "".join(f"{sum(counts.values()):12,}" for counts in manifest.counts.values()))
-    print(_duplicates_words(manifest))
+    print("\n".join(_group_lines(manifest)))
     left_out = len(manifest.rejected) + len(manifest.excluded)
     if summary.reused:
         print(f"{options.dataset}: was complete already")
@@ -87,14 +92,14 @@ def build(options: argparse.Namespace) -> None:
 @contextmanager
 def _output_folder(options: argparse.Namespace) -> Iterator[Path]:
     """Where a build writes: the folder that was given, or a local one that goes up at the end."""
-    from tfrecords_builder.sources import find_images
+    from tfrecords_builder.sources import list_source
     from tfrecords_builder.storage import staged_output
 
     if isinstance(options.dataset, Path):
         yield options.dataset
         return
     # For a while the disk holds the images twice; raw is the largest encoding.
-    needed = 2 * len(find_images(options.source)) * options.image_size**2
+    needed = 2 * len(list_source(options.source, options.on_error).images) * options.image_size**2
     with progress_bar("upload") as progress, staged_output(options.dataset, needed, progress=progress) as folder:
         yield folder
 
@@ -125,16 +130,26 @@ def _builders(options: argparse.Namespace) -> "Iterator[Workers | None]":
         yield RayPool()
 
 
-def _duplicates_words(manifest: "Manifest") -> str:
-    groups = manifest.groups
-    if not groups:
-        return "no image shows the same as another"
+def _group_lines(manifest: "Manifest") -> list[str]:
+    """Near-duplicates and patients with several images, and whether each group is in one split."""
+    copies, patients = manifest.near_duplicates, manifest.patients
+    lines = ["no image is a near-duplicate of another"]
+    if copies:
+        lines = [
+            f"{sum(map(len, copies.values())):,} images are near-duplicates of others, in {len(copies):,} groups "
+            f"(the largest has {max(map(len, copies.values()))}); {_split_words(copies, 'group')}"
+        ]
+    if patients:
+        several = "1 patient has" if len(patients) == 1 else f"{len(patients):,} patients have"
+        lines.append(f"{several} several images; {_split_words(patients, 'patient')}")
+    return lines
+
+
+def _split_words(groups: "Mapping[str, Sequence[Row]]", noun: str) -> str:
     straddling = sum(len({row.split for row in rows} - {None}) > 1 for rows in groups.values())
-    where = f"{straddling} of the groups are in more than one split" if straddling else "each group is in one split"
-    return (
-        f"{sum(map(len, groups.values())):,} images show the same as another, in {len(groups):,} groups "
-        f"(the largest has {max(map(len, groups.values()))}); {where}"
-    )
+    if not straddling:
+        return f"each {noun} is in one split"
+    return f"warning: {straddling:,} {noun}{' is' if straddling == 1 else 's are'} in more than one split"
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -162,11 +177,14 @@ def eda(options: argparse.Namespace) -> None:
         f"the largest class, {counts['largest']}, is {counts['imbalance']:.2f} times the smallest, {counts['smallest']}"
     )
     print(
-        f"{duplicates['pairs']:,} pairs show the same: {duplicates['images']:,} images in {duplicates['groups']:,} "
-        f"groups, {duplicates['straddling_splits']:,} of them in more than one split"
+        f"{duplicates['pairs']:,} pairs of near-duplicates: {duplicates['images']:,} images in "
+        f"{duplicates['groups']:,} groups, {duplicates['straddling_splits']:,} of them in more than one split"
     )
     left_out = numbers["left_out"]
     print(f"{left_out['rejected']['images']:,} files rejected, {left_out['excluded']['images']:,} excluded")
+    folder = numbers["source_folder"]
+    others = folder["files"] - folder["images"] - folder["masks"]
+    print(f"{others:,} of {folder['files']:,} files of the source folder are neither image nor mask")
     for text in numbers["warnings"]:
         print(f"warning: {text}")
     print(f"page: {options.out / PAGE}")

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from tfrecords_builder.dicom import HEAD, decode_dicom, is_dicom
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.file_kinds import IMAGE_SUFFIXES, IMAGES_FOLDER, MASKS_FOLDER
 from tfrecords_builder.images import ImageError, TooLargeError, decode_gray, read_bytes
 from tfrecords_builder.resizing import Square, squares
-from tfrecords_builder.sources import IMAGE_SUFFIXES, IMAGES_FOLDER, MASKS_FOLDER
 
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
 _SUFFIXES = IMAGE_SUFFIXES | DICOM_SUFFIXES

@@ -2,8 +2,8 @@
 
 Two parallel passes. The first decodes, resizes and encodes every image once, into parts in the work folder
 (`parts`); the second copies the encoded images from the parts into shards. Between them every image is known: which
-are whole, which show the same, and so which goes where. Copying costs a fraction of decoding, and for a while the disk
-holds the images twice.
+are whole, which are near-duplicates, and so which goes where. Copying costs a fraction of decoding, and for a while the
+disk holds the images twice.
 
 The bytes of the dataset depend on the source and the settings alone: not on the number of workers, and not on how
 often the build was stopped and started again.
@@ -38,11 +38,12 @@ from tfrecords_builder.manifest import (
     check_shards,
     compute_fingerprint,
     read_manifest,
+    write_manifest,
 )
-from tfrecords_builder.metadata import Metadata, metadata_digest, read_metadata
+from tfrecords_builder.metadata import Metadata, examine_metadata, metadata_digest
 from tfrecords_builder.pool import Pool, default_workers
 from tfrecords_builder.schema import ENCODINGS
-from tfrecords_builder.sources import SourceImage, class_counts, find_images, read_split_file
+from tfrecords_builder.sources import SourceImage, class_counts, list_source, read_split_file
 from tfrecords_builder.writer import IngestTask, ingest, write_shard
 
 ON_ERROR = ("stop", "skip")
@@ -70,7 +71,7 @@ class BuildSummary:
     images_per_second: float
     """Source images decoded per second of the whole build; 0 when there was nothing to do."""
     reused: bool
-    """True when the folder already held this dataset, so that nothing was written."""
+    """True when the folder already held this dataset, so that no shard was written."""
     changes: tuple[str, ...]
     """Why the dataset that the folder held was built anew; empty when it held none."""
 
@@ -98,18 +99,19 @@ def build_dataset(
     else in the folder is an error and is not touched.
 
     Args:
-        source: Holds one folder per class; see `sources.find_images`.
+        source: Holds one folder per class; see `sources.list_source`.
         dataset: The output folder: absent, empty, or of an earlier build.
         image_size: Side of the stored images in pixels.
         encoding: raw, png or jpeg; see `schema`.
         workers: Processes; None is one per processor.
         seed: Of the split and the order of records.
-        split: leak-free (images that show the same stay in one split) or published (each image for itself).
+        split: leak-free (near-duplicates and images of a patient stay in one split) or published (image by image).
         split_file: CSV with the columns path and split, in place of a rule.
-        conflicts: What becomes of images that show the same in several classes: exclude or keep. None excludes them
+        conflicts: What becomes of near-duplicates in several classes: exclude or keep. None excludes them
             unless `split` is published.
         masks: What becomes of lung masks: read or ignore.
-        on_error: What a file that is no whole image does: "stop" ends the build, "skip" lists the file.
+        on_error: What a file that is no whole image does: "stop" ends the build, "skip" lists the file. With "skip",
+            a class may also lose more than 1 % of its pictures to other formats and the like; see `list_source`.
         progress: Called with (images decoded, images in all), from the calling thread.
         pool: Where the work is done, in place of processes of this machine.
 
@@ -120,32 +122,34 @@ def build_dataset(
     started = time.perf_counter()
     conflicts = conflicts or ("keep" if split == "published" else "exclude")
     _check_options(image_size, encoding, workers, split, conflicts, masks, on_error)
-    found = find_images(source)
-    if masks == "ignore":
-        found = [replace(image, mask=None) for image in found]
+    listing = list_source(source, on_error, masks)
+    found = listing.images
     classes = class_counts(found)
     _check_classes(source, classes)
     given, rule = None, split
     if split_file is not None:
         given, digest = read_split_file(split_file, {image.path for image in found})
         rule = f"file:{digest}"
-    metadata = read_metadata(source, found)
+    metadata, notes = examine_metadata(source, found)
     has_masks = any(image.mask for image in found)
     settings = Settings(image_size, encoding, seed, rule, conflicts, has_masks, metadata_digest(metadata))
     with output.locked_folder(dataset):
         present, changes = _existing(source, dataset, settings, found)
         if present is not None and not changes:
-            manifest = present
-            if on_error == "stop" and manifest.rejected:
-                path, reason = manifest.rejected[0]
+            if on_error == "stop" and present.rejected:
+                path, reason = present.rejected[0]
                 raise ImageError(source / path, reason)
             output.remove_work(dataset)
+            manifest = replace(present, not_taken=listing.not_taken, notes=(*listing.notes, *notes))
+            if (manifest.not_taken, manifest.notes) != (present.not_taken, present.notes):
+                write_manifest(dataset, manifest)  # the same dataset, of a folder that holds other files beside it
         else:
             with output.work_folder(dataset) as work:
                 tasks = _ingest_tasks(source, work, settings, found, on_error)
                 with _workers(pool, min(workers or default_workers(), len(tasks))) as used:
                     known, thumbnails = _ingest(source, tasks, found, metadata, used, progress)
                     manifest = _write(source, work, settings, known, thumbnails, given, used)
+                manifest = replace(manifest, not_taken=listing.not_taken, notes=(*listing.notes, *notes))
                 output.publish(dataset, work, manifest)
     reused = present is not None and not changes
     seconds = time.perf_counter() - started
@@ -294,8 +298,8 @@ def _check_splits(source: Path, known: Sequence[plan.Known], decision: plan.Deci
         for split in splits.SPLITS:
             if (name, split) not in present:
                 raise UserError(
-                    f"{source}: class '{name}' has no image for the {split} split (images that show the same stay "
-                    "together, and what is excluded does not count); add images or give another split"
+                    f"{source}: class '{name}' has no image for the {split} split (near-duplicates and a patient's "
+                    "images stay together, and excluded images do not count); add images or give another split"
                 )
 
 

@@ -32,6 +32,8 @@ MAX_PIXELS = 89_478_485
 """A file of a few kilobytes can claim billions; detectors of X-rays have 20 million at most. The limit is Pillow's,
 which only warns of it (and raises an error at twice as many), so the warning adds nothing to our error."""
 
+_LFS_POINTER = b"version https://git-lfs"
+
 # What Pillow raises on damaged input. SyntaxError is its own for a broken PNG chunk.
 _DECODE_ERRORS = (
     OSError,
@@ -149,7 +151,9 @@ def _decode_any(data: bytes, path: Path) -> tuple[Image.Image, tuple[int, int]]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the second where warnings are errors
         raise TooLargeError(path, f"has more than {MAX_PIXELS:,} pixels") from None
     except _DECODE_ERRORS as error:
-        raise ImageError(path, "is not a PNG or JPEG image") from error
+        pointer = data.startswith(_LFS_POINTER)
+        reason = "is a Git LFS pointer (fetch the images: git lfs pull)" if pointer else "is not a PNG or JPEG image"
+        raise ImageError(path, reason) from error
     size = width, height = image.size
     if width * height > MAX_PIXELS:
         raise TooLargeError(path, f"has {width} x {height} pixels, more than {MAX_PIXELS:,} in all")

@@ -19,14 +19,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tfrecords_builder.audit import group_of
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.file_kinds import Note, NotTaken, Reason
 from tfrecords_builder.files import write_atomically
 from tfrecords_builder.seal import UNSEALED, check_seal, seal
 from tfrecords_builder.sharding import is_shard_name
 from tfrecords_builder.splits import SPLITS
 
 MANIFEST_NAME = "manifest.parquet"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MAX_IMAGE_SIZE = 4096
 """Largest side of stored images in pixels."""
 ACCEPTED = "ok"
@@ -71,7 +73,7 @@ class Row:
     split: str | None
     """train, validation or test; None when the image is excluded."""
     group: str
-    """The path of the first image that shows the same or is of the same patient; its own when no earlier one is."""
+    """The path of the first image of its group (near-duplicates, and images of a patient), which may be its own."""
     source: str | None
     """Where the image came from, as the collection says."""
     patient: str | None
@@ -122,7 +124,7 @@ class Settings:
     split_rule: str
     """leak-free, published, or `file:` and the SHA-256 of the file that says it."""
     conflicts: str
-    """Images that show the same in several classes: exclude or keep."""
+    """Near-duplicates in several classes: exclude or keep."""
     masks: bool = False
     """Whether records hold lung masks."""
     metadata: str | None = None
@@ -191,9 +193,13 @@ class Manifest:
     rows: Sequence[Row]
     """In the order of their paths; a record's `index` key is a position here."""
     duplicates: tuple[tuple[int, int, float], ...] = ()
-    """Pairs of rows that show the same, and how alike they are; see `audit.find_duplicates`."""
+    """Pairs of rows that are near-duplicates, and how alike they are; see `audit.find_duplicates`."""
     created_with: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that decoded the images: information, not part of the fingerprint."""
+    not_taken: tuple[NotTaken, ...] = ()
+    """The files of the source folder that are neither an image nor a mask of the rows: information too."""
+    notes: tuple[Note, ...] = ()
+    """What else was said of the source folder."""
 
     @property
     def image_size(self) -> int:
@@ -230,13 +236,23 @@ class Manifest:
         return self._with_status(EXCLUDED)
 
     @cached_property
-    def groups(self) -> dict[str, list[Row]]:
-        """The groups of more than one whole image, by the path of their first."""
+    def near_duplicates(self) -> dict[str, list[Row]]:
+        """The groups of images that are near-duplicates, whoever the patients are, by the path of their first."""
+        root = group_of(len(self.rows), ((first, second) for first, second, _ in self.duplicates))
+        return self._several(self.rows[position].path for position in root)
+
+    @cached_property
+    def patients(self) -> dict[str, list[Row]]:
+        """The patients with more than one whole image."""
+        return self._several(row.patient for row in self.rows)
+
+    def _several(self, keys: Iterable[str | None]) -> dict[str, list[Row]]:
+        """The whole images by their keys (one for each row), where more than one has the same."""
         groups: dict[str, list[Row]] = {}
-        for row in self.rows:
-            if row.status != REJECTED:
-                groups.setdefault(row.group, []).append(row)
-        return {path: rows for path, rows in groups.items() if len(rows) > 1}
+        for key, row in zip(keys, self.rows, strict=True):
+            if key is not None and row.status != REJECTED:
+                groups.setdefault(key, []).append(row)
+        return {key: rows for key, rows in groups.items() if len(rows) > 1}
 
     def _with_status(self, status: str) -> list[tuple[str, str]]:
         return [(row.path, row.reason or "") for row in self.rows if row.status == status]
@@ -299,6 +315,8 @@ def write_manifest(dataset: Path, manifest: Manifest) -> None:
         "shards": [asdict(shard) for shard in manifest.shards],
         "duplicates": manifest.duplicates,
         "created_with": manifest.created_with,
+        "not_taken": [asdict(item) for item in manifest.not_taken],
+        "notes": [asdict(note) for note in manifest.notes],
     }
     table = _table(manifest.rows).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata), _SEAL_KEY: UNSEALED})
 
@@ -384,6 +402,8 @@ def _from_table(table: pa.Table, metadata: dict[str, Any]) -> Manifest:
         rows=_TableRows(table),
         duplicates=tuple((int(i), int(j), float(score)) for i, j, score in metadata["duplicates"]),
         created_with=metadata["created_with"],
+        not_taken=tuple(NotTaken(**{**item, "reason": Reason(item["reason"])}) for item in metadata["not_taken"]),
+        notes=tuple(Note(**note) for note in metadata["notes"]),
     )
 
 

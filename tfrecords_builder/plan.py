@@ -34,7 +34,7 @@ class Decision:
     """What becomes of every source file; positions are those of the manifest's rows."""
 
     groups: tuple[str, ...]
-    """Of each row: the path of the first image that shows the same or is of the same patient."""
+    """Of each row: the path of the first image of its group: near-duplicates, and images of a patient."""
     split_of: dict[str, str]
     """By path, of every image that is in the dataset."""
     excluded: dict[str, str]
@@ -70,7 +70,7 @@ def decide(
         for row in whole:
             if looks[row] in classes:
                 names = " and ".join(classes[looks[row]])
-                excluded[paths[row]] = f"shows the same as images of another class ({names})"
+                excluded[paths[row]] = f"is a near-duplicate of an image of another class ({names})"
     if given is not None:
         excluded |= {paths[row]: "is not in the split file" for row in whole if paths[row] not in given}
     classes_of = {paths[row]: known[row].class_name for row in whole if paths[row] not in excluded}

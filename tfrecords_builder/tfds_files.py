@@ -20,7 +20,7 @@ FILES = (DATASET_INFO, FEATURES, LABELS)
 
 VERSION = "1.0.0"
 DESCRIPTION = (
-    "Chest X-rays, each a gray square of {size} pixels. Images that show the same are in one group, and a group is in "
+    "Chest X-rays, each a gray square of {size} pixels. Near-duplicates are in one group, and a group is in "
     "one split unless the split rule says otherwise (here: {rule}); manifest.parquet has a row for every source file. "
     "Not for diagnosis."
 )

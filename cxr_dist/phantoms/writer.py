@@ -17,7 +17,7 @@ from PIL import Image
 from cxr_dist.phantoms.drawing import draw_phantom
 from cxr_dist.phantoms.signs import CLASS_FOLDERS
 from tfrecords_builder.errors import UserError
-from tfrecords_builder.sources import IMAGES_FOLDER, MASKS_FOLDER
+from tfrecords_builder.file_kinds import IMAGES_FOLDER, MASKS_FOLDER
 
 SMALLEST_SIZE = 32
 LARGEST_SIZE = 4096

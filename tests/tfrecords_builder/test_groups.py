@@ -1,4 +1,4 @@
-"""Images that show the same, through a whole build: kept together, left out, or left alone, as it was asked."""
+"""Near-duplicates, through a whole build: kept together, left out, or left alone, as it was asked."""
 
 import shutil
 from collections import Counter
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cxr_dist import cli
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import BuildSummary, build_dataset
 from tfrecords_builder.errors import UserError
-from tfrecords_builder.manifest import MANIFEST_NAME, Manifest
+from tfrecords_builder.manifest import MANIFEST_NAME, Manifest, read_manifest
 from tfrecords_builder.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
 
@@ -48,7 +49,7 @@ def splits_of(manifest: Manifest, paths: set[str]) -> Counter[str | None]:
 def test_leak_free_keeps_groups_together_and_leaves_conflicts_out(repeated: Path, tmp_path: Path) -> None:
     for seed in range(6):
         manifest = build(repeated, tmp_path / str(seed), seed=seed).manifest
-        assert {row.path for row in manifest.groups["COVID/images/COVID-1.png"]} == GROUP
+        assert {row.path for row in manifest.near_duplicates["COVID/images/COVID-1.png"]} == GROUP
         assert len(splits_of(manifest, GROUP)) == 1
         assert {path for path, _ in manifest.excluded} == CONFLICT
         assert all("COVID and Normal" in reason for _, reason in manifest.excluded)
@@ -72,7 +73,9 @@ def test_published_is_the_plain_rule(repeated: Path, tmp_path: Path) -> None:
     assert any(len(splits_of(manifest, GROUP)) > 1 for manifest in manifests), "copies straddle the splits"
     for manifest in manifests:
         assert manifest.excluded == []
-        assert {row.path for rows in manifest.groups.values() for row in rows} >= GROUP, "and are still reported"
+        assert {row.path for rows in manifest.near_duplicates.values() for row in rows} >= GROUP, (
+            "and are still reported"
+        )
     verify_dataset(tmp_path / "0")
 
 
@@ -96,6 +99,47 @@ def test_a_given_split(source: Path, tmp_path: Path) -> None:
     changed = build(source, tmp_path / "d", split_file=file)
     assert not changed.reused
     assert "split_rule file:" in changed.changes[0]
+
+
+def printed(capsys: pytest.CaptureFixture[str], source: Path, dataset: Path, *options: str) -> list[str]:
+    cli.main(["build", str(source), str(dataset), "--image-size", "16", "--workers", "1", *options])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_near_duplicates_and_patients_are_counted_apart(
+    repeated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = sorted(path.relative_to(repeated).as_posix() for path in repeated.glob("*/images/*"))
+    patients = [f"{path},{number // 2}" for number, path in enumerate(paths) if path not in GROUP | CONFLICT]
+    lines = printed(capsys, repeated, tmp_path / "a")
+    assert (
+        "6 images are near-duplicates of others, in 2 groups (the largest has 4); each group is in one split" in lines
+    )
+    assert not any("patient" in line for line in lines)
+    (repeated / "metadata.csv").write_text("\n".join(["path,patient", *patients]))
+    several = Counter(line.rpartition(",")[2] for line in patients)
+    count = sum(number > 1 for number in several.values())
+    lines = printed(capsys, repeated, tmp_path / "a")
+    assert (
+        "6 images are near-duplicates of others, in 2 groups (the largest has 4); each group is in one split" in lines
+    )
+    assert f"{count} patients have several images; each patient is in one split" in lines
+
+    # A split file may put them apart, and is told so.
+    group = sorted(GROUP)
+    of = {path: SPLITS[number % 3] for number, path in enumerate(paths) if path not in GROUP} | dict(
+        zip(group, ["train", "train", "test", "train"], strict=True)
+    )
+    file = split_file(tmp_path, [f"x,{path},{split}" for path, split in of.items()])
+    lines = printed(capsys, repeated, tmp_path / "b", "--split-file", str(file))
+    rows = read_manifest(tmp_path / "b").rows
+    apart = sum(len({row.split for row in rows if row.patient == patient}) > 1 for patient in several)
+    assert apart > 1
+    assert lines[-3:-1] == [
+        "6 images are near-duplicates of others, in 2 groups (the largest has 4); "
+        "warning: 1 group is in more than one split",
+        f"{count} patients have several images; warning: {apart} patients are in more than one split",
+    ]
 
 
 @pytest.mark.parametrize(
