@@ -8,7 +8,7 @@ the manifest, memory does not grow with the number of images.
 import hashlib
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,30 +17,33 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder import recordio, schema, shortcuts
-from tfrecords_builder.manifest import ACCEPTED, Manifest, Row, check_shards, read_manifest
+from tfrecords_builder.eda_counts import (
+    QUANTILES,
+    accepted,
+    category_numbers,
+    count_numbers,
+    duplicate_numbers,
+    largest_groups,
+    patient_numbers,
+    quantiles,
+    size_numbers,
+    source_folder_numbers,
+)
+from tfrecords_builder.manifest import Manifest, Row, check_shards, read_manifest
 from tfrecords_builder.shortcuts import Features, Gray
-from tfrecords_builder.splits import SPLITS, TRAIN_PERCENT, VALIDATION_PERCENT
 
 FORMAT_VERSION = 1
 KIND = "exploratory analysis of a dataset"
 """What `eda.json` says that it is."""
 SAMPLES_PER_CLASS = 12
-GROUPS_SHOWN = 6
 IMAGES_SHOWN_PER_GROUP = 6
 PICTURE_SIDE = 128
 """Samples and duplicates are shown at this side or less, in pixels."""
-SIZES_LISTED = 10
 SAMPLE_LIMIT = 20_000
 """Images of a split, at most, that the shortcuts are fitted or judged on."""
 BIN_WIDTH = 0.25
 """Of the histograms that quantiles are taken from, in gray levels."""
 
-TARGET_SHARES = {
-    "train": TRAIN_PERCENT / 100,
-    "validation": VALIDATION_PERCENT / 100,
-    "test": (100 - TRAIN_PERCENT - VALIDATION_PERCENT) / 100,
-}
-QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 FEATURES = {
     "brightness": "mean brightness",
     "contrast": "standard deviation of the pixels",
@@ -176,7 +179,7 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
     manifest = read_manifest(dataset)
     check_shards(dataset, manifest)
     samples = choose_samples(manifest)
-    shown = [row.path for rows in _largest_groups(manifest) for row in rows[:IMAGES_SHOWN_PER_GROUP]]
+    shown = [row.path for rows in largest_groups(manifest) for row in rows[:IMAGES_SHOWN_PER_GROUP]]
     wanted = {path for paths in samples.values() for path in paths} | set(shown)
     statistics = PixelStatistics(len(manifest.class_names), manifest.image_size)
     levels = SourceLevels()
@@ -193,7 +196,6 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
         if progress is not None:
             progress(done, total)
     found = measure_shortcuts(trivial["train"], trivial["validation"])
-    duplicates = duplicate_numbers(manifest)
     numbers = {
         "kind": KIND,
         "format_version": FORMAT_VERSION,
@@ -208,7 +210,9 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
         "pixels": _pixel_numbers(manifest, statistics),
         "sources": source_numbers(manifest, levels),
         "samples": samples,
-        "duplicates": duplicates,
+        "duplicates": duplicate_numbers(manifest),
+        "patients": patient_numbers(manifest),
+        "source_folder": source_folder_numbers(manifest),
         "left_out": {
             status: {
                 "images": len(items),
@@ -223,101 +227,21 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
     return Analysis(numbers, statistics.means, statistics.deviations, pictures)
 
 
-def count_numbers(manifest: Manifest) -> dict[str, Any]:
-    """Images by class, by split and class with the distance from 70/15/15, and how uneven the classes are."""
-    by_split = manifest.counts
-    classes = {name: sum(counts[name] for counts in by_split.values()) for name in manifest.class_names}
-    largest, smallest = max(classes, key=classes.__getitem__), min(classes, key=classes.__getitem__)
-    return {
-        "images": sum(classes.values()),
-        "source_files": len(manifest.rows),
-        "classes": classes,
-        "largest": largest,
-        "smallest": smallest,
-        "imbalance": classes[largest] / classes[smallest],
-        "splits": {
-            split: {
-                name: {
-                    "images": counts[name],
-                    "share": counts[name] / classes[name],
-                    "deviation": counts[name] / classes[name] - TARGET_SHARES[split],
-                }
-                for name in manifest.class_names
-            }
-            for split, counts in by_split.items()
-        },
-    }
-
-
-def size_numbers(manifest: Manifest) -> dict[str, Any]:
-    """Width and height of the source images by class, and which pairs are commonest."""
-    of_class: dict[str, list[tuple[int, int]]] = {name: [] for name in manifest.class_names}
-    for row in _accepted(manifest):
-        if row.width is not None and row.height is not None:
-            of_class[row.class_name].append((row.width, row.height))
-    pairs = {name: Counter(sizes) for name, sizes in of_class.items()}
-    together = sum(pairs.values(), Counter[tuple[int, int]]())
-    common = sorted(together.items(), key=lambda item: (-item[1], item[0]))
-    return {
-        "distinct": len(common),
-        "commonest": [
-            {
-                "width": width,
-                "height": height,
-                "images": {name: pairs[name][width, height] for name in manifest.class_names},
-            }
-            for (width, height), _ in common[:SIZES_LISTED]
-        ],
-        "classes": {
-            name: {
-                side: _quantiles([size[position] for size in sizes])
-                for position, side in enumerate(("width", "height"))
-            }
-            for name, sizes in of_class.items()
-        },
-    }
-
-
-def category_numbers(manifest: Manifest, of: Callable[[Row], str]) -> dict[str, dict[str, int]]:
-    """Images by category, then by class; the commonest category first."""
-    counts: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(manifest.class_names, 0))
-    for row in _accepted(manifest):
-        counts[of(row)][row.class_name] += 1
-    return dict(sorted(counts.items(), key=lambda item: (-sum(item[1].values()), item[0])))
-
-
 def source_numbers(manifest: Manifest, levels: SourceLevels) -> dict[str, dict[str, Any]]:
     """Size, brightness and contrast of the images of each source, the commonest first; empty when none is known."""
     rows_of: dict[str, list[Row]] = defaultdict(list)
-    for row in _accepted(manifest):
+    for row in accepted(manifest):
         if row.source is not None:
             rows_of[row.source].append(row)
     return {
         source: {
             "images": len(rows),
-            "width": _quantiles([row.width for row in rows if row.width is not None]),
-            "height": _quantiles([row.height for row in rows if row.height is not None]),
+            "width": quantiles([row.width for row in rows if row.width is not None]),
+            "height": quantiles([row.height for row in rows if row.height is not None]),
             "brightness": levels.brightness[source].numbers(),
             "contrast": levels.contrast[source].numbers(),
         }
         for source, rows in sorted(rows_of.items(), key=lambda item: (-len(item[1]), item[0]))
-    }
-
-
-def duplicate_numbers(manifest: Manifest) -> dict[str, Any]:
-    """Pairs and groups of images that show the same, as the build found them."""
-    groups = manifest.groups
-    largest = _largest_groups(manifest)
-    return {
-        "pairs": len(manifest.duplicates),
-        "groups": len(groups),
-        "images": sum(map(len, groups.values())),
-        "sizes": {str(size): n for size, n in sorted(Counter(map(len, groups.values())).items())},
-        "straddling_splits": sum(len(_splits_of(rows)) > 1 for rows in groups.values()),
-        "straddling_classes": sum(len({row.class_name for row in rows}) > 1 for rows in groups.values()),
-        "largest": [
-            [{"path": row.path, "class_name": row.class_name, "split": row.split} for row in rows] for rows in largest
-        ],
     }
 
 
@@ -356,8 +280,14 @@ def warnings_of(numbers: Mapping[str, Any]) -> list[str]:
     duplicates = numbers["duplicates"]
     if straddling := duplicates["straddling_splits"]:
         found.append(
-            f"Copies across splits: {straddling:,} of {duplicates['groups']:,} groups of images that show the same "
+            f"Copies across splits: {straddling:,} of {duplicates['groups']:,} groups of near-duplicates "
             "are in more than one split, so what was learned by heart counts as recognised."
+        )
+    patients = numbers["patients"]
+    if straddling := patients["straddling_splits"]:
+        found.append(
+            f"Patients across splits: {straddling:,} of {patients['several_images']:,} patients with several images "
+            "are in more than one split, so a patient who was learned by heart counts as recognised."
         )
     return found
 
@@ -455,33 +385,3 @@ def _bounded_sample(manifest: Manifest, split: str) -> list[str]:
 def _least_hashes(paths: Iterable[str], count: int) -> list[str]:
     """`count` of `paths` at most, as if drawn at random; the draw depends on each path alone."""
     return heapq.nsmallest(count, paths, key=lambda path: (hashlib.sha256(f"eda\0{path}".encode()).digest(), path))
-
-
-def _largest_groups(manifest: Manifest) -> list[list[Row]]:
-    """The largest groups first; of equal ones those with more images in the dataset, then by path."""
-    order = sorted(
-        manifest.groups.items(),
-        key=lambda item: (-len(item[1]), -sum(row.shard is not None for row in item[1]), item[0]),
-    )
-    return [rows for _, rows in order[:GROUPS_SHOWN]]
-
-
-def _splits_of(rows: Sequence[Row]) -> list[str]:
-    present = {row.split for row in rows}
-    return [split for split in SPLITS if split in present]
-
-
-def _accepted(manifest: Manifest) -> Iterator[Row]:
-    return (row for row in manifest.rows if row.status == ACCEPTED)
-
-
-def _quantiles(values: Sequence[int]) -> dict[str, int]:
-    """Least, greatest and quantiles of whole numbers: each is one of them."""
-    ordered = np.sort(np.array(values, np.int64))
-    if not len(ordered):
-        return {}
-    return {
-        "least": int(ordered[0]),
-        **{name: int(np.quantile(ordered, q, method="inverted_cdf")) for name, q in QUANTILES.items()},
-        "greatest": int(ordered[-1]),
-    }

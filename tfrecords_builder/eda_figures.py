@@ -55,7 +55,7 @@ def display_name(class_name: str) -> str:
 
 
 def counts_figure(counts: Mapping[str, Any]) -> Figure:
-    """Images of each class, its bar divided into the splits; `counts` as `eda.count_numbers` gives them."""
+    """Images of each class, its bar divided into the splits; `counts` as `eda_counts.count_numbers` gives them."""
     names = list(counts["classes"])
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.0, 1.3 + 0.55 * len(names)), layout="constrained")

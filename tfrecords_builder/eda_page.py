@@ -282,7 +282,7 @@ def group_sizes_caption(duplicates: Mapping[str, Any]) -> str:
     """Pairs, groups, and how many straddle splits or classes."""
     straddling = duplicates["straddling_splits"]
     text = (
-        f"{_count(duplicates['pairs'], 'pair')} that show the same join {_count(duplicates['images'])} into "
+        f"{_count(duplicates['pairs'], 'pair')} of near-duplicates join {_count(duplicates['images'])} into "
         f"{_count(duplicates['groups'], 'group')}, the largest of {max(map(int, duplicates['sizes']))}; "
     )
     if straddling:

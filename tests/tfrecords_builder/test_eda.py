@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.tfrecords_builder import eda_images
 from tests.tfrecords_builder.eda_images import CONFLICT, PAIR, REJECTED, TRIPLE, build, draw, draw_varied, read_all
-from tfrecords_builder import eda
+from tfrecords_builder import eda, eda_counts
 from tfrecords_builder.eda import Analysis, PixelStatistics, analyse
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.manifest import read_manifest, write_manifest
@@ -125,7 +125,7 @@ def test_sizes_and_kinds_are_those_of_the_source_files(analysis: Analysis, sourc
     together = Counter(sizes.values())
     assert [
         sum(item["images"].values()) for item in numbers["commonest"]
-    ] == [count for _, count in together.most_common(eda.SIZES_LISTED)]  # fmt: skip
+    ] == [count for _, count in together.most_common(eda_counts.SIZES_LISTED)]  # fmt: skip
     for item in numbers["commonest"]:
         for name in NAMES:
             of = [row for row in rows if row.class_name == name and sizes[row.path] == (item["width"], item["height"])]
@@ -204,6 +204,47 @@ def test_copies_across_splits_are_counted_and_warned_of(source: Path, tmp_path: 
         assert all(f"{expected} of 3 groups" in text for text in warned)
         seen.add(expected > 0)
     assert True in seen
+
+
+def test_patients_across_splits_are_counted_and_warned_of(source: Path, tmp_path: Path, analysis: Analysis) -> None:
+    assert analysis.numbers["patients"] == {"several_images": 0, "images": 0, "straddling_splits": 0}
+    copy = Path(shutil.copytree(source, tmp_path / "s"))
+    paths = sorted(path.relative_to(copy).as_posix() for path in copy.glob("*/images/*"))
+    lines = [f"{path},{number // 3}" for number, path in enumerate(paths)]
+    (copy / "metadata.csv").write_text("\n".join(["path,patient", *lines]))
+    for split in ("leak-free", "published"):
+        dataset = build(copy, tmp_path / split, split=split)
+        splits: dict[str | None, set[str | None]] = {}
+        for row in read_manifest(dataset).rows:
+            splits.setdefault(row.patient, set()).add(row.split)
+        expected = sum(len(of - {None}) > 1 for of in splits.values())
+        numbers = analyse(dataset).numbers
+        assert numbers["patients"]["several_images"] == len(splits)
+        assert numbers["patients"]["straddling_splits"] == expected
+        assert (expected > 0) == (split == "published")
+        assert numbers["duplicates"]["groups"] == 3, "a patient's images are no near-duplicates"
+        warned = [text for text in numbers["warnings"] if text.startswith("Patients across splits")]
+        assert len(warned) == (expected > 0)
+
+
+def test_the_files_of_the_source_folder_add_up(source: Path, tmp_path: Path, analysis: Analysis) -> None:
+    images = sum(eda_images.COUNTS.values()) + 5
+    assert analysis.numbers["source_folder"] == {
+        "files": images, "images": images, "masks": 0, "not_taken": [], "notes": []
+    }  # fmt: skip
+    copy = Path(shutil.copytree(source, tmp_path / "s"))
+    (copy / "COVID/masks").mkdir()
+    for name in ("COVID-7", "COVID-8", "stranger"):
+        shutil.copy(copy / "COVID/images/COVID-7.png", copy / f"COVID/masks/{name}.png")
+    (copy / "COVID/images/x.tif").write_bytes(b"")
+    for masks, used in (("read", 2), ("ignore", 0)):
+        dataset = build(copy, tmp_path / masks, masks=masks)
+        numbers = json.loads(json.dumps(analyse(dataset).numbers["source_folder"]))
+        assert (numbers["files"], numbers["images"], numbers["masks"]) == (images + 4, images, used)
+        files = {item["reason"]: item["files"] for item in numbers["not_taken"]}
+        assert files["images in another format"] == 1
+        assert sum(files.values()) == 4 - used
+        assert [note["text"] for note in numbers["notes"]] == ["41 of 43 images of COVID have no mask"][: used // 2]
 
 
 def test_what_was_left_out_is_listed_with_its_reason(analysis: Analysis, dataset: Path) -> None:

@@ -128,9 +128,9 @@ def test_the_page_lists_duplicates_and_what_was_left_out(out: Path, plain_out: P
     text = Page((out / PAGE).read_text()).text
     for path in (*TRIPLE, *CONFLICT, "COVID/images/damaged.png"):
         assert path in text
-    assert "shows the same as images of another class (COVID and Normal)" in text
+    assert "is a near-duplicate of an image of another class (COVID and Normal)" in text
     assert {"groups.svg", "group_sizes.svg"} <= set(numbers_of(out)["figures"])
-    assert "No image shows the same as another." in Page((plain_out / PAGE).read_text()).text
+    assert "No image is a near-duplicate of another." in Page((plain_out / PAGE).read_text()).text
     assert not {"groups.svg", "group_sizes.svg"} & set(numbers_of(plain_out)["figures"])
 
 
@@ -244,7 +244,7 @@ def test_the_captions_of_duplicates() -> None:
         "straddling_classes": 2, "largest": [["a", "b", "c"], ["d", "e"]],
     }  # fmt: skip
     text = eda_page.group_sizes_caption(numbers)
-    assert "5 pairs that show the same join 8 images into 3 groups, the largest of 3" in text
+    assert "5 pairs of near-duplicates join 8 images into 3 groups, the largest of 3" in text
     assert "1 group lies in more than one split, and 2 in more than one class" in text
     none = eda_page.group_sizes_caption(numbers | {"straddling_splits": 0, "straddling_classes": 0})
     assert none.endswith("no group lies in more than one split or class.")
@@ -423,6 +423,19 @@ def test_a_dataset_that_is_none_makes_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_page_lists_the_other_files_of_the_source_folder(plain_out: Path, tmp_path: Path) -> None:
+    text = " ".join(Page((plain_out / PAGE).read_text()).text.split())
+    assert "Of 81 files of the source folder, those that are neither image nor mask." in text
+    assert "(none)metadata of the images.csv1" in text
+    source = draw(tmp_path / "source", {"A": 12, "B": 12})
+    (source / "A" / "<i>.tif").write_bytes(b"")
+    (source / "A" / "empty").mkdir()
+    write_analysis(build(source, tmp_path / "d"), tmp_path / "out")
+    text = " ".join(Page((tmp_path / "out" / PAGE).read_text()).text.split())
+    assert "Aimages in another format.tif1" in text
+    assert "empty folders: A/empty" in text
+
+
 # The command
 
 
@@ -440,8 +453,9 @@ def test_the_command_says_what_was_found(
     assert lines[0].split() == ["class", "train", "validation", "test", "all"]
     assert lines[1].split() == ["COVID", "28", "6", "7", "41"]
     assert "the largest class, COVID, is 2.05 times the smallest, Viral_Pneumonia" in lines
-    assert "4 pairs show the same: 7 images in 3 groups, 0 of them in more than one split" in lines
+    assert "4 pairs of near-duplicates: 7 images in 3 groups, 0 of them in more than one split" in lines
     assert "1 files rejected, 2 excluded" in lines
+    assert "0 of 95 files of the source folder are neither image nor mask" in lines
     warnings = numbers_of(plain_out)["warnings"]
     assert warnings
     cli.main(["eda", str(plain), "--out", str(tmp_path / "b")])
