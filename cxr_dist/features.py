@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import augment, cut, steps
+from cxr_dist import augment, cut, steps, streams
 from cxr_dist.config import AugmentationConfig, Config, FeaturesConfig, StageConfig
 from cxr_dist.model import IMAGENET_MEAN_BGR, POOL_NAME
 from cxr_dist.plans import EvaluationPlan
@@ -38,8 +38,8 @@ WAIT_S = 10.0
 """For another run that computes the same; then all workers hear of it, and wait on."""
 _PROBE_BYTES = 1 << 26
 
-VERSION = 1
-"""Of what is computed: raised with every change of the network below a cut or of the augmentation."""
+VERSION = 2
+"""Of what is computed: raised with every change of the network below a cut, of the augmentation or of its draws."""
 
 Progress = Callable[[int, int, float], None]
 """Told the images done and their number, of this worker, and the images per second of all workers."""
@@ -317,8 +317,7 @@ def _append(writer: PartWriter, rows: npt.NDArray[Any], name: str) -> None:
 
 def view_draws(count: int, seed: int, view: int) -> npt.NDArray[np.float32]:
     """The augmentation's draws of each image in a view: float32 [count, augment.DRAWS], -1 to 1."""
-    generator = np.random.Generator(np.random.PCG64([seed, view, VERSION]))
-    return generator.uniform(-1.0, 1.0, (count, augment.DRAWS)).astype(np.float32)
+    return streams.uniform((count, augment.DRAWS), "augmented view", seed, view)
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:

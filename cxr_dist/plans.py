@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from cxr_dist import streams
 from tfrecords_builder.errors import UserError
 
 Positions = npt.NDArray[np.int64]
@@ -19,7 +20,7 @@ PADDING = -1
 
 def epoch_order(count: int, seed: int, epoch: int) -> Positions:
     """A permutation of the `count` images for the epoch (counted from 0 over the whole run)."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count).astype(np.int64)
+    return streams.permutation(count, "epoch order", seed, epoch)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from cxr_dist import streams
+
 Images = npt.NDArray[np.uint8]
 Change = Callable[[Images, float, int], Images]
 """Images, strength, seed -> images."""
@@ -65,7 +67,7 @@ def contrasted(images: Images, factor: float, _seed: int = 0) -> Images:
 
 def noisy(images: Images, deviation: float, seed: int = 0) -> Images:
     """Gaussian noise of that standard deviation in gray levels; the same draws, scaled, at every strength."""
-    noise = np.random.default_rng([seed, 3]).standard_normal(images.shape)
+    noise = streams.generator("noise on images", seed).standard_normal(images.shape)
     return _bytes(images + deviation * noise)
 
 
