@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from cxr_dist.versions import FORMAT, FormatError, check_format
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.files import intended_name, write_atomically
 from tfrecords_builder.seal import UNSEALED, check_seal, seal
@@ -41,7 +42,7 @@ def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], state: Mappi
     for name, array in arrays.items():
         if array.dtype.kind in "OV":
             raise ValueError(f"{name}: cannot be saved as {array.dtype}")
-    described = {"arrays": sorted(arrays), "state": state}
+    described = {"format": FORMAT, "arrays": sorted(arrays), "state": state}
     encoded = np.frombuffer(json.dumps(described).encode(), dtype=np.uint8)
     members: dict[str, Any] = {_STATE: encoded, **arrays}
 
@@ -63,6 +64,7 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
     """Read what `save_arrays` wrote, after its checksum.
 
     Raises:
+        FormatError: the file is of another format.
         UserError: the file is missing, damaged, or something else.
     """
     with _explained(path):
@@ -72,6 +74,7 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
                 member.filename.removesuffix(".npy"): _read_member(archive, member) for member in archive.infolist()
             }
         described = json.loads(arrays.pop(_STATE).tobytes())
+        check_format(path, described)
         state = described["state"]
         if described["arrays"] != sorted(arrays):
             raise ValueError("arrays are missing")
@@ -82,11 +85,26 @@ def load_state(path: Path) -> dict[str, Any]:
     """The JSON state alone, of a file as `save_arrays` writes it.
 
     Raises:
+        FormatError: the file is of another format.
         UserError: the file is missing, damaged, or something else.
     """
     with _explained(path), zipfile.ZipFile(path) as archive:
-        state: dict[str, Any] = json.loads(_read_member(archive, archive.getinfo(f"{_STATE}.npy")).tobytes())["state"]
+        described = json.loads(_read_member(archive, archive.getinfo(f"{_STATE}.npy")).tobytes())
+        check_format(path, described)
+        state: dict[str, Any] = described["state"]
     return state
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """The errors of restoring a whole checkpoint into what does not take it, as words for people."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: does not fit this version of the program ({one_line(error)}); use the version that wrote it, or "
+            "train into a new --out"
+        ) from error
 
 
 @contextmanager
@@ -224,6 +242,8 @@ class CheckpointFolder:
         """
         try:
             return load_arrays(self.best(epochs_done))[0]
+        except FormatError:
+            raise
         except UserError as error:
             raise UserError(
                 f"{error}".split(";")[0] + "; the run lost its best weights: train into a new --out"
@@ -248,6 +268,7 @@ class CheckpointFolder:
                 place of a whole one.
 
         Raises:
+            FormatError: one is of another format.
             UserError: there are some, and none of them can be read. To start anew would overwrite what is left.
         """
         positions = self._positions()
@@ -257,6 +278,8 @@ class CheckpointFolder:
                 arrays, state = self.load(position)
                 if state[_BEST_OF]:
                     self.load_best(state[_BEST_OF])
+            except FormatError:
+                raise  # nothing is wrong with the file
             except UserError as error:
                 warn(str(error))
                 passed.append(self._folder / position.file_name)

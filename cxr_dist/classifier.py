@@ -36,7 +36,7 @@ def read_finished(run: Path) -> FinishedRun:
     Raises:
         UserError: the folder is that of no run, or of one that has not ended.
     """
-    config, info, result = run_folder.read_config(run), run_folder.read_info(run), run_folder.read_result(run)
+    info, config, result = run_folder.read_info(run), run_folder.read_config(run), run_folder.read_result(run)
     if result is None or not (run / run_folder.MODEL).is_file():
         raise UserError(f"{run}: the run is not finished; start it again with train to go on")
     return FinishedRun(run, config, info, result)

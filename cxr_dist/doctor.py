@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
+from cxr_dist import versions
 from cxr_dist.orchestration.preflight import Node, plan_workers
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.pool import default_workers
 
-DISTRIBUTION = "cxr-dist"
 GIB = 1 << 30
 LEAST_MEMORY_GIB, LEAST_DISK_GIB, LEAST_SHARED_GIB = 4.0, 5.0, 0.5
 """Below these, what most runs need is not there: a process with TensorFlow and ResNet50 at batch 32 takes 3 GiB, a
@@ -82,12 +83,22 @@ def _environment() -> list[Finding]:
     fits = (3, 11) <= sys.version_info[:2] <= (3, 13)
     fix = "" if fits else "; TensorFlow has no wheels for it: take 3.11, 3.12 or 3.13"
     findings = [Finding("Python", "ok" if fits else "missing", f"{version}{fix}")]
-    for name in ("tensorflow", "keras", "ray", "optuna", "pyarrow"):
-        try:
-            findings.append(Finding(name, "ok", importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding(name, "missing", "not installed: pip install -c constraints.txt -e ."))
+    declared = versions.declared()
+    shown = ("tensorflow", "keras", "ray", "optuna", "pyarrow")
+    for name in (*shown, *(name for name in declared if name not in shown)):
+        finding = _package(name, declared.get(name, SpecifierSet()))
+        if name in shown or finding.state != "ok":
+            findings.append(finding)
     return findings
+
+
+def _package(name: str, wanted: SpecifierSet) -> Finding:
+    found, fix = versions.version_of(name), "pip install -c constraints.txt -e ."
+    if found == versions.NOT_INSTALLED:
+        return Finding(name, "missing", f"{found}: {fix}")
+    if not wanted.contains(found, prereleases=True):
+        return Finding(name, "note", f"{found}, and this program supports {wanted}: {fix}")
+    return Finding(name, "ok", found)
 
 
 def _hardware() -> list[Finding]:
@@ -141,7 +152,7 @@ def _extras() -> list[Finding]:
 
 
 def _requirements() -> list[str]:
-    return importlib.metadata.distribution(DISTRIBUTION).requires or []
+    return importlib.metadata.distribution(versions.DISTRIBUTION).requires or []
 
 
 _BROUGHT: dict[str, Callable[[], bool]] = {

@@ -113,25 +113,16 @@ def dashboards(options: argparse.Namespace) -> None:
 def _request(options: argparse.Namespace) -> "Request":
     from cxr_dist.orchestration.job_plan import dashboard_address
     from cxr_dist.orchestration.submit import Request
+    from cxr_dist.versions import DISTRIBUTION, version_of
 
     return Request(
         address=dashboard_address(options.address, os.environ),
-        version=_version(),
+        version=version_of(DISTRIBUTION),
         submission_id=options.submission_id,
         working_dir=options.working_dir,
         runtime_env=options.runtime_env,
         timeout_s=options.timeout,
     )
-
-
-def _version() -> str:
-    """Of this program, as it was installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("cxr-dist")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _jobs(options: argparse.Namespace) -> "Jobs":

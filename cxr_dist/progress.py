@@ -49,9 +49,15 @@ class Progress:
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> "Progress":
-        """What `dataclasses.asdict` and JSON made of one; an earlier version's knew fewer totals."""
-        missing = [0.0] * (steps.TOTALS - len(state["totals"]))
-        return cls(**state | {"best": Best(**state["best"]), "totals": state["totals"] + missing})
+        """What `dataclasses.asdict` and JSON made of one.
+
+        Raises:
+            KeyError, TypeError, ValueError: the state is not one of this version.
+        """
+        progress = cls(**state | {"best": Best(**state["best"])})
+        if len(progress.totals) != steps.TOTALS:
+            raise ValueError(f"{len(progress.totals)} totals, not {steps.TOTALS}")
+        return progress
 
     @property
     def position(self) -> checkpoint.Position:

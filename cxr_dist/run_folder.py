@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from cxr_dist.config import Config, load_config
 from cxr_dist.stopping import STOP, StopRequest
+from cxr_dist.versions import FORMAT, check_format, differences
 from cxr_dist.watchdog import BEATS
 from tfrecords_builder import locks
 from tfrecords_builder.errors import UserError
@@ -108,7 +109,7 @@ def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> No
         _tidy(run)
         (run / DAMAGED).unlink(missing_ok=True)  # it was decided for the settings and the data of before
         write_text(run / CONFIG, config.to_yaml())
-        write_json(run / RUN, asdict(info))
+        write_json(run / RUN, {"format": FORMAT, **asdict(info), "made_with": []})
     except OSError as error:
         raise UserError(
             f"{run}: cannot be written ({error.strerror}); give a folder that you may write as --out"
@@ -148,14 +149,20 @@ def _is_resolved(path: Path) -> bool:
 
 
 def _check_same(run: Path, config: Config, info: RunInfo) -> None:
+    trained = read_info(run)
     earlier = read_config(run)
     if earlier != config:
         key, before, now = _first_difference(earlier.tree(), config.tree())
         raise UserError(
             f"{run}: holds a run with {key} {before}, not {now}; give another --out, or the same settings to go on"
         )
-    if read_info(run).fingerprint != info.fingerprint:
-        raise UserError(f"{run}: holds a run on another dataset ({read_info(run).dataset}); give another --out")
+    if trained.fingerprint != info.fingerprint:
+        raise UserError(f"{run}: holds a run on {other_dataset(trained.dataset, info.dataset)}; give another --out")
+
+
+def other_dataset(before: str, now: str) -> str:
+    """In words, a dataset at `before` that differs from the one at `now`: both are absolute paths, or addresses."""
+    return f"the dataset {now} as it was before it was rebuilt" if before == now else f"another dataset ({before})"
 
 
 def _first_difference(before: Any, now: Any, prefix: str = "") -> tuple[str, Any, Any]:
@@ -176,10 +183,45 @@ def read_config(run: Path) -> Config:
 
 
 def read_info(run: Path) -> RunInfo:
+    """What run.json says of the dataset.
+
+    Raises:
+        FormatError: the run is of another format.
+        UserError: there is no run, or its file is damaged.
+    """
+    with _whole(run) as raw:
+        return RunInfo(raw["dataset"], raw["fingerprint"], tuple(raw["class_names"]), int(raw["image_size"]))
+
+
+def record_versions(run: Path, versions: Mapping[str, str]) -> list[str]:
+    """Add the versions that a run is trained with to `made_with` in run.json, where they differ from the last ones.
+
+    Args:
+        run: Its folder, as `prepare` made it.
+        versions: Of `versions.made_with`.
+
+    Returns:
+        What differs from the last ones, for people.
+
+    Raises:
+        UserError: as `read_info`.
+    """
+    with _whole(run) as raw:
+        last = raw["made_with"][-1] if raw["made_with"] else {}
+        changed = differences(last, versions)
+    if last != versions:
+        write_json(run / RUN, raw | {"made_with": [*raw["made_with"], versions]})
+    return changed
+
+
+@contextmanager
+def _whole(run: Path) -> Iterator[dict[str, Any]]:
+    """The object in run.json; what goes wrong with it in the block, in words for people."""
     _require(run, RUN)
     try:
         raw = json.loads((run / RUN).read_text(encoding="utf-8"))
-        return RunInfo(raw["dataset"], raw["fingerprint"], tuple(raw["class_names"]), int(raw["image_size"]))
+        check_format(run / RUN, raw)
+        yield raw
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run / RUN}: damaged ({error}); train the run again") from None
 

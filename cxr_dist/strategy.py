@@ -7,6 +7,7 @@ growth can only be set before the runtime starts.
 import ctypes
 import functools
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -205,12 +206,30 @@ def dtype_policy(precision: str) -> str:
     return "float32" if precision == "float32" else f"mixed_{precision}"
 
 
+def hardware(kind: DeviceKind) -> dict[str, str]:
+    """Names of what computes: the processor, and of GPUs the first one and the CUDA that TensorFlow was built for."""
+    names = {"processor": _cpu_info("model name") or platform.machine(), "device": kind}
+    if kind == "GPU":
+        import tensorflow as tf
+
+        details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
+        names["device"] = str(details.get("device_name", kind))
+        names["cuda"] = str(tf.sysconfig.get_build_info().get("cuda_version", "unknown"))
+    return names
+
+
 def _cpu_flags() -> frozenset[str]:
+    return frozenset(_cpu_info("flags").split())
+
+
+def _cpu_info(key: str) -> str:
+    """What Linux says of the first processor; empty elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
-        return frozenset()  # no such file outside Linux: the safe answer is that nothing special is there
+        return ""
     for line in text.splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.split(":", 1)[1].split())
-    return frozenset()
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""

@@ -196,6 +196,27 @@ def test_the_state_is_read_alone(tmp_path: Path) -> None:
         load_state(tmp_path / "one.npz")
 
 
+def test_a_checkpoint_of_another_format_is_neither_passed_over_nor_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is wrong with it: another version of the program can go on from it."""
+    folder = CheckpointFolder(tmp_path)
+    folder.save(Position(1), arrays(), {})
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    folder.save(Position(2), arrays(), {}, 2, arrays())
+    monkeypatch.undo()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    readers = (lambda: folder.newest(warn_nothing, set_aside=True), lambda: folder.load_best(2))
+    files = ("epoch-00002.npz", "best-00002.npz")
+    for read, name in zip(readers, files, strict=True):
+        with pytest.raises(UserError, match=f"{name}: has format 99, .*; use the version that wrote it") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="has format 99"):
+        load_state(tmp_path / files[0])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     folder.save(Position(1), arrays(), {}, 1, arrays())

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
-from cxr_dist import doctor
+from cxr_dist import doctor, versions
 from cxr_dist.cli import main
 from cxr_dist.orchestration.preflight import Node
 
@@ -49,6 +50,21 @@ def test_gpus_that_tensorflow_does_not_see(monkeypatch: pytest.MonkeyPatch) -> N
     (found,) = [finding for finding in doctor.examine_machine() if finding.what == "devices"]
     assert found.state == "missing"
     assert ".[gpu]" in found.said
+
+
+def test_a_package_of_another_version_than_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that are always shown, and of any other that the metadata name."""
+    wanted = {"keras": SpecifierSet(">=3.15,<3.17"), "pillow": SpecifierSet(">=11"), "tqdm": SpecifierSet(">=4")}
+    installed = {"keras": "3.17.0rc1", "pillow": "10.0", "tqdm": "4.66"}
+    version_of = versions.version_of
+    monkeypatch.setattr(versions, "declared", lambda: wanted)
+    monkeypatch.setattr(versions, "version_of", lambda name: installed.get(name) or version_of(name))
+    found = {finding.what: finding for finding in doctor.examine_machine()}
+    assert found["keras"].state == found["pillow"].state == "note"
+    assert "3.17.0rc1, and this program supports" in found["keras"].said
+    assert "-c constraints.txt" in found["keras"].said
+    assert found["tensorflow"].state == "ok"
+    assert "tqdm" not in found
 
 
 def test_an_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

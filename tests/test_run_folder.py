@@ -7,6 +7,7 @@ import pytest
 
 from cxr_dist import run_folder
 from cxr_dist.config import Config, load_config
+from cxr_dist.versions import FORMAT
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.manifest import Manifest, Settings
 
@@ -33,7 +34,7 @@ def refused(run: Path, settings: Config, data: Manifest | None = None) -> str:
         run_folder.prepare(run, settings, DATA, data or manifest())
     assert (content(run) if run.is_dir() else run.read_bytes()) == before
     message = str(caught.value)
-    assert message.startswith(f"{run}: ")
+    assert message.startswith((f"{run}: ", f"{run / run_folder.RUN}: "))
     assert "--out" in message or "folder" in message
     assert "\n" not in message
     return message
@@ -143,10 +144,36 @@ def test_the_first_of_several_differences_is_always_the_same(begun: Path) -> Non
     assert " model.dropout 0.3, not 0.1" in message
 
 
-def test_another_dataset_is_refused(begun: Path) -> None:
+def test_a_rebuilt_dataset_and_another_one_are_refused(begun: Path) -> None:
     message = refused(begun, config("stages.1.epochs=5"), manifest("0" * 64))
-    assert "another dataset" in message
-    assert str(DATA.resolve()) in message
+    assert f"the dataset {DATA.resolve()} as it was before it was rebuilt" in message
+    assert "another" not in message.split(";")[0], "it is the same folder"
+    with pytest.raises(UserError, match=f"a run on another dataset \\({DATA.resolve()}\\); give another --out"):
+        run_folder.prepare(begun, config("stages.1.epochs=5"), Path("another/dataset"), manifest("0" * 64))
+
+
+def test_the_versions_of_a_run_are_listed_in_the_order_of_its_starts(begun: Path) -> None:
+    first, second = {"keras": "3.15.1", "numpy": "2.4.6"}, {"keras": "3.16.0", "numpy": "2.4.6"}
+    starts = [(first, []), (first, []), (second, ["keras 3.15.1 -> 3.16.0"]), (second, [])]
+    for versions, changed in starts:
+        assert run_folder.record_versions(begun, versions) == changed
+    written = json.loads((begun / run_folder.RUN).read_text())
+    assert written["format"] == FORMAT
+    assert written["made_with"] == [first, second]
+    assert run_folder.read_info(begun).fingerprint == "f" * 64
+    run_folder.prepare(begun, config("stages.1.epochs=5"), DATA, manifest())
+    assert json.loads((begun / run_folder.RUN).read_text()) == written
+
+
+def test_a_run_of_another_format_is_neither_read_nor_replaced(begun: Path) -> None:
+    """Said before its configuration is read, which may be of another version too."""
+    path = begun / run_folder.RUN
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": FORMAT + 1}))
+    (begun / run_folder.CONFIG).write_text("unknown: 1")
+    assert f"has format {FORMAT + 1}" in refused(begun, config("stages.1.epochs=5"))
+    for read in (run_folder.read_info, lambda run: run_folder.record_versions(run, {})):
+        with pytest.raises(UserError, match="use the version that wrote it"):
+            read(begun)
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:

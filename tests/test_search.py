@@ -17,7 +17,17 @@ from cxr_dist.config import resolve_preset
 from cxr_dist.orchestration.preflight import Node, plan_trials
 from cxr_dist.search.figures import Point, best_so_far, position
 from cxr_dist.search.page import importance, render
-from cxr_dist.search.record import BEST, Experiment, Outcome, Trial, best_outcome, best_run
+from cxr_dist.search.record import (
+    BEST,
+    EXPERIMENT,
+    SEARCH,
+    TRIALS,
+    Experiment,
+    Outcome,
+    Trial,
+    best_outcome,
+    best_run,
+)
 from cxr_dist.search.sampling import Finished, Sampler
 from cxr_dist.search.shared import FirstStages, first_stage_key
 from cxr_dist.search.space import Parameter, SearchConfig, SearchPlan, from_tree, load_search
@@ -231,8 +241,8 @@ def test_a_folder_of_something_else_is_no_search(tmp_path: Path) -> None:
 def test_a_search_goes_on_with_more_trials_and_not_with_other_settings_or_data(tmp_path: Path) -> None:
     out = tmp_path / "search"
 
-    def begin(plan: SearchPlan, fingerprint: str = "a") -> None:
-        with Experiment(out).begun(plan, tmp_path, SimpleNamespace(fingerprint=fingerprint)):  # type: ignore[arg-type]
+    def begin(plan: SearchPlan, fingerprint: str = "a", data: Path = tmp_path) -> None:
+        with Experiment(out).begun(plan, data, SimpleNamespace(fingerprint=fingerprint)):  # type: ignore[arg-type]
             pass
 
     begin(plan_of(trials=4))
@@ -241,13 +251,48 @@ def test_a_search_goes_on_with_more_trials_and_not_with_other_settings_or_data(t
         begin(plan_of(seed=3))
     with pytest.raises(UserError, match=r"config\.seed"):
         begin(plan_of(layer={"seed": 5}))
-    with pytest.raises(UserError, match="another dataset"):
+    with pytest.raises(UserError, match=f"the dataset {tmp_path} as it was before it was rebuilt; give another --out"):
         begin(plan_of(), "b")
+    with pytest.raises(UserError, match=rf"another dataset \({tmp_path}\); give another --out"):
+        begin(plan_of(), "b", tmp_path / "other")
     with pytest.raises(UserError, match="no trial of the search is complete"):
         best_run(out)
     (out / BEST).write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         best_run(out)
+
+
+def test_a_search_or_a_trial_of_another_format_is_one_line(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path / "search")
+    data = SimpleNamespace(fingerprint="a")
+
+    def begin() -> None:
+        with experiment.begun(plan_of(), tmp_path, data):  # type: ignore[arg-type]
+            pass
+
+    begin()
+    experiment.begin(0, {"model.dropout": 0.1})
+    trial = experiment.folder / TRIALS / "00000.json"
+    as_written = json.loads(trial.read_text())
+    for change, words in (
+        ({"format": 2}, "has format 2"),
+        ({"unknown": 1}, "damaged .*unknown.*; remove it to run the trial anew"),
+    ):
+        trial.write_text(json.dumps(as_written | change))
+        for read in (experiment.trials, lambda: experiment.begin(0, {})):
+            with pytest.raises(UserError, match=words) as caught:
+                read()
+            assert str(caught.value).startswith(f"{trial}: ")
+            assert "\n" not in str(caught.value)
+    trial.write_text("[]")
+    with pytest.raises(UserError, match="damaged"):
+        experiment.trials()
+    trial.write_text(json.dumps(as_written))
+    assert experiment.trials()[0].values == {"model.dropout": 0.1}
+    (experiment.folder / EXPERIMENT).write_text(json.dumps(experiment.info() | {"format": 2}))
+    (experiment.folder / SEARCH).write_text("of: another version")
+    with pytest.raises(UserError, match=rf"{EXPERIMENT}: has format 2, .*; use the version that wrote it"):
+        begin()
 
 
 def test_a_trial_finds_the_dataset_from_a_folder_of_its_own(

@@ -24,6 +24,7 @@ from cxr_dist.checkpoint import CheckpointFolder
 from cxr_dist.config import read_yaml
 from cxr_dist.search.sampling import Finished
 from cxr_dist.search.space import SearchPlan, Values, from_tree
+from cxr_dist.versions import FORMAT, check_format
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import is_temporary, write_json, write_text
 from tfrecords_builder.locks import LOCK
@@ -116,7 +117,7 @@ class Experiment:
                 raise UserError(
                     f"{self.folder}: holds something that is not a search of this program; give a new folder as --out"
                 )
-            written = {"dataset": absolute(dataset), "fingerprint": manifest.fingerprint}
+            written = {"format": FORMAT, "dataset": absolute(dataset), "fingerprint": manifest.fingerprint}
             if (self.folder / SEARCH).exists() and (self.folder / EXPERIMENT).exists():
                 self._check_same(plan, written)
             else:
@@ -125,7 +126,8 @@ class Experiment:
                 (self.folder / TRIALS).mkdir(exist_ok=True)
             yield
 
-    def _check_same(self, plan: SearchPlan, written: dict[str, str]) -> None:
+    def _check_same(self, plan: SearchPlan, written: dict[str, Any]) -> None:
+        searched = self.info()
         earlier = self.plan().tree()
         now = plan.tree()
         for name in ("search", "config"):
@@ -139,10 +141,9 @@ class Experiment:
                         f"{self.folder}: holds a search with another {name}.{key}; give another --out, or the same "
                         "settings to go on"
                     )
-        if self.info()["fingerprint"] != written["fingerprint"]:
-            raise UserError(
-                f"{self.folder}: holds a search on another dataset ({self.info()['dataset']}); give another --out"
-            )
+        if searched["fingerprint"] != written["fingerprint"]:
+            other = run_folder.other_dataset(searched["dataset"], written["dataset"])
+            raise UserError(f"{self.folder}: holds a search on {other}; give another --out")
 
     def plan(self) -> SearchPlan:
         self._require(SEARCH)
@@ -151,10 +152,9 @@ class Experiment:
         except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{self.folder / SEARCH}: damaged ({str(error).splitlines()[0]})") from None
 
-    def info(self) -> dict[str, str]:
+    def info(self) -> dict[str, Any]:
         self._require(EXPERIMENT)
-        read: dict[str, str] = _read_json(self.folder / EXPERIMENT)
-        return read
+        return _read_formatted(self.folder / EXPERIMENT)
 
     def _require(self, name: str) -> None:
         if not (self.folder / name).is_file():
@@ -174,7 +174,7 @@ class Experiment:
         return self.folder / TRIALS / f"{number:05d}.failure.txt"
 
     def write(self, trial: Trial) -> None:
-        write_json(self._file(trial.number), asdict(trial))
+        write_json(self._file(trial.number), {"format": FORMAT, **asdict(trial)})
 
     def _file(self, number: int) -> Path:
         return self.folder / TRIALS / f"{number:05d}.json"
@@ -183,15 +183,12 @@ class Experiment:
         """All that were begun, in order."""
         found = []
         for path in sorted((self.folder / TRIALS).glob("?????.json")):
-            try:
-                found.append(Trial(**_read_json(path)))
-            except TypeError as error:
-                raise UserError(f"{path}: damaged ({error}); remove it to run the trial anew") from None
+            found.append(_read_trial(path))
         return found
 
     def begin(self, number: int, values: Values) -> Trial:
         """Write that a trial starts, for the first time or again."""
-        earlier = Trial(**_read_json(self._file(number))) if self._file(number).is_file() else None
+        earlier = _read_trial(self._file(number)) if self._file(number).is_file() else None
         trial = replace(earlier, attempts=earlier.attempts + 1) if earlier else Trial(number, values)
         self.failure(number).unlink(missing_ok=True)
         self.write(trial)
@@ -323,6 +320,23 @@ def _cell(value: Any, *, mixed: bool) -> Any:
     if not mixed or value is None:
         return value
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _read_formatted(path: Path) -> dict[str, Any]:
+    raw = _read_json(path)
+    try:
+        check_format(path, raw)
+    except TypeError as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    return dict(raw)
+
+
+def _read_trial(path: Path) -> Trial:
+    raw = _read_formatted(path)
+    try:
+        return Trial(**{key: value for key, value in raw.items() if key != "format"})
+    except TypeError as error:
+        raise UserError(f"{path}: damaged ({error}); remove it to run the trial anew") from None
 
 
 def _read_json(path: Path) -> Any:
