@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cxr_dist import checkpoint, steps
+from cxr_dist import checkpoint, optimizers, steps
 from cxr_dist.averaging import WeightAverage
 from cxr_dist.config import StageConfig
 
@@ -20,9 +20,14 @@ class StageState:
 
     @classmethod
     def create(cls, strategy: Any, model: Any, stage: StageConfig, precision: str) -> "StageState":
-        """As it is before the stage's first step, of the weights as they stand. What trains is set on `model`."""
+        """As it is before the stage's first step, of the weights as they stand. What trains is set on `model`.
+
+        Raises:
+            UserError: the installed Keras makes other updates than the optimizer's formulas.
+        """
+        optimizers.check_updates(strategy, stage)
         with strategy.scope():
-            optimizer = steps.make_optimizer(stage)
+            optimizer = optimizers.make_optimizer(stage)
             optimizer.build(model.trainable_variables)
             decay = stage.weight_average
             average = None if decay is None else WeightAverage(model.trainable_variables, decay)

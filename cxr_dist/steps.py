@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import augment
+from cxr_dist import augment, optimizers
 from cxr_dist.averaging import WeightAverage
 from cxr_dist.config import AugmentationConfig, StageConfig
 from cxr_dist.data import worker_batches
@@ -97,27 +97,6 @@ class TrainStep:
     traces: list[str] = field(default_factory=list)
 
 
-def make_optimizer(stage: StageConfig) -> Any:
-    """The stage's Keras optimizer, which leaves the reduction of gradients to the step.
-
-    The learning rate is set by the step; call under the strategy's scope.
-    """
-    import keras
-
-    decay = stage.weight_decay or None
-    if stage.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(momentum=stage.momentum, weight_decay=decay)
-    elif stage.optimizer == "adamw":
-        optimizer = keras.optimizers.AdamW(weight_decay=stage.weight_decay)
-    else:
-        optimizer = keras.optimizers.Adam()
-    if decay:
-        optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
-    # The gradients are reduced, checked and clipped before they come here: a second sum would multiply them.
-    optimizer._all_reduce_sum_gradients = list
-    return optimizer
-
-
 def make_train_step(
     strategy: Any,
     model: Any,
@@ -168,9 +147,6 @@ def make_train_step(
         gradients, finite = _clipped(gradients, stage.clip_norm)
         return gradients, sums, statistics, finite & tf.reduce_all(tf.math.is_finite(sums))
 
-    def apply(gradients: list[Any]) -> None:
-        optimizer.apply(gradients, variables.trainable)
-
     def now() -> Any:
         # A clock is no deterministic operation: TensorFlow refuses it where those alone are allowed.
         return tf.timestamp() if measure_wait else tf.constant(0.0, tf.float64)
@@ -196,8 +172,14 @@ def make_train_step(
             mendable = loss_scale.may_be_at_fault()
             loss_scale.update(finite)
             if finite:
-                optimizer.learning_rate.assign(learning_rates[index])
-                strategy.run(apply, args=(gradients,))
+                optimizers.update(
+                    strategy,
+                    optimizer,
+                    variables.trainable,
+                    gradients,
+                    learning_rate=learning_rates[index],
+                    weight_decay=stage.weight_decay,
+                )
                 if average is not None:
                     average.update(strategy)
                 for position, statistic in zip(variables.statistics, statistics, strict=True):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cxr_dist import model, steps
+from cxr_dist import model, optimizers, steps
 from cxr_dist.config import Config, ModelConfig, StageConfig
 from cxr_dist.plans import EvaluationPlan, TrainingPlan
 from cxr_dist.sources import ArraySource
@@ -107,7 +107,7 @@ class Training:
         trace = trace or Trace()
         model.set_trainable(self.model, row.unfreeze_layers, model.trains_base_batch_norm(self.config))
         with self.strategy.scope():
-            optimizer = steps.make_optimizer(row)
+            optimizer = optimizers.make_optimizer(row)
             optimizer.build(self.model.trainable_variables)
         self.loss_scale = steps.LossScale.create(self.precision, loss_scale)
         train_step = steps.make_train_step(
