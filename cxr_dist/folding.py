@@ -24,8 +24,9 @@ def folded_convolution() -> Any:
 
     class FoldedConvolution(keras.layers.Layer):
         def __init__(self, convolution: Any, batch_norm: Any) -> None:
-            # Without autocast: the scale is formed in float32 and rounded once, with the kernel.
-            super().__init__(name=f"{convolution.name}_folded", dtype=convolution.dtype_policy, autocast=False)
+            # The scale is formed in float32 and rounded once, with the kernel. A mixed policy would round the variables
+            # first, unless a model around the layer has one too: Keras then obeys `autocast`.
+            super().__init__(name=f"{convolution.name}_folded", dtype="float32", autocast=False)
             self.convolution, self.batch_norm = convolution, batch_norm
             self.built = True
 
@@ -36,7 +37,7 @@ def folded_convolution() -> Any:
             bias = norm.beta - norm.moving_mean * scale
             if convolution.use_bias:
                 bias += convolution.bias * scale
-            dtype = self.compute_dtype
+            dtype = convolution.compute_dtype
             kernel = tf.cast(convolution.kernel * scale, dtype)
             padding = convolution.padding.upper()
             # `bias_add` and no plain sum: with the activation behind it TensorFlow runs the three as one kernel.

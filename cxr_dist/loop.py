@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import checkpoint, damage, features, run_folder, stages, steps, watchdog
+from cxr_dist import checkpoint, damage, features, run_folder, stages, steps, versions, watchdog
 from cxr_dist.config import Config, StageConfig
 from cxr_dist.keeping import Keeper
 from cxr_dist.metrics import counts_metrics
@@ -27,7 +27,7 @@ from cxr_dist.stage_inputs import StageInputs
 from cxr_dist.stage_state import StageState
 from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest
 from cxr_dist.store import FeatureStore
-from cxr_dist.strategy import Topology, dtype_policy, make_strategy, resolve_precision, resolve_xla
+from cxr_dist.strategy import Topology, dtype_policy, hardware, make_strategy, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import move_durably, write_json
 from tfrecords_builder.manifest import read_manifest
@@ -39,7 +39,8 @@ def train(
     """Train all stages and leave the best model; goes on from the run's newest checkpoint.
 
     Every worker calls this with equal arguments; the chief writes. The folder was prepared by
-    `run_folder.prepare`, and `config` is resolved.
+    `run_folder.prepare`, and `config` is resolved. Of the process's global state there stay changed: the seeds of
+    TensorFlow and Keras and, with `config.deterministic`, TensorFlow's switch for deterministic operations.
 
     Returns:
         What result.json holds.
@@ -118,7 +119,6 @@ class _Run:
         launcher: str,
         beat: Callable[[str], None] = _ignore,
     ) -> None:
-        import keras
         import tensorflow as tf
 
         self.started = self.counted = time.perf_counter()
@@ -148,12 +148,12 @@ class _Run:
             parts=config.accumulation_steps,
         )
 
-        keras.utils.set_random_seed(config.seed)
         if config.deterministic:
             tf.config.experimental.enable_op_determinism()
         self.strategy = make_strategy(topology, config.all_reduce)
         with self.strategy.scope():
-            self.model = build_model(self.classes, manifest.image_size, config, dtype_policy(self.precision))
+            policy = dtype_policy(self.precision)
+            self.model = build_model(self.classes, manifest.image_size, config, policy, seed=config.seed)
         self.iterators: list[Any] = []
         folder = Path(config.features.folder) if config.features.folder else run.parent / run_folder.FEATURE_CACHE
         self.store = FeatureStore(folder, int(config.features.limit_gb * 1e9))
@@ -184,6 +184,8 @@ class _Run:
             listed = self.run / run_folder.DAMAGED
             self._warn(f"{len(self.left_out.records)} damaged records are left out; {listed} lists them")
         arrays = self._restore()
+        if self.topology.is_chief:
+            self._record_versions()
         self.progress.seconds["start"] = self.progress.seconds.get("start", 0.0) + time.perf_counter() - self.started
         try:
             for number in sorted(self.config.stages):
@@ -245,7 +247,8 @@ class _Run:
         inputs = self.inputs.of(number)
         state = StageState.create(self.strategy, self.model, settings, self.precision)
         if restored is not None:
-            state.restore(restored)
+            with checkpoint.fitting(self._resumed_path):
+                state.restore(restored)
         train_step = steps.make_train_step(
             self.strategy,
             inputs.network,
@@ -458,16 +461,28 @@ class _Run:
             return None
         position = checkpoint.Position(epochs_done, step)
         arrays, state = found[1:] if found else self.folder.load(position)
-        state.pop("best_epochs_done")
-        checkpoint.restore_model(self.model, arrays)
-        self.progress = Progress.of_state(state)
+        self.resumed_from = position.file_name
+        with checkpoint.fitting(self._resumed_path):
+            state.pop("best_epochs_done")
+            checkpoint.restore_model(self.model, arrays)
+            self.progress = Progress.of_state(state)
         if self.progress.best.epochs_done:
             self.best_arrays = self.folder.load_best(self.progress.best.epochs_done)
-        self.resumed_from = position.file_name
-        self.reporter.emit(
-            {"kind": "message", "text": f"going on from {self.run / run_folder.CHECKPOINTS / position.file_name}"}
-        )
+        self.reporter.emit({"kind": "message", "text": f"going on from {self._resumed_path}"})
         return arrays
+
+    @property
+    def _resumed_path(self) -> Path:
+        return self.run / run_folder.CHECKPOINTS / str(self.resumed_from)
+
+    def _record_versions(self) -> None:
+        """Add this process's versions to the run's; say which differ from those that the run was trained with."""
+        changed = run_folder.record_versions(self.run, versions.made_with(hardware(self.topology.kind), self.launcher))
+        if changed:
+            self._warn(
+                f"{self.run}: resumed under other versions ({', '.join(changed)}); the results can differ from those "
+                "of a run under one version"
+            )
 
     def _count_time(self) -> None:
         """Add what has passed since it was last added to the total, so that the total survives an interruption."""

@@ -6,11 +6,13 @@ The preprocessing (three equal channels, minus the ImageNet mean) is part of the
 parameters, so `model.keras` takes gray pixels as they are. With four classes: 24,122,500 parameters.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cxr_dist.config import Config
+from cxr_dist.versions import unsupported
 from tfrecords_builder.errors import UserError, one_line
 
 PARAMETERS_FOUR_CLASSES = 24_122_500
@@ -46,7 +48,12 @@ def resnet50(image_size: int) -> Any:
 
 
 def build_model(
-    classes: int, image_size: int, config: Config, policy: str, make_base: Callable[[int], Any] = resnet50
+    classes: int,
+    image_size: int,
+    config: Config,
+    policy: str,
+    make_base: Callable[[int], Any] = resnet50,
+    seed: int | None = None,
 ) -> Any:
     """The classifier with fresh weights, a `keras.Model`; load weights with `load_base_weights`.
 
@@ -57,24 +64,67 @@ def build_model(
         image_size: S, pixels.
         policy: Keras dtype policy of base and head; the logits are float32 always.
         make_base: image size -> a model named BASE_NAME, [B, S, S, 3] -> [B, h, w, 2048].
+        seed: Of the fresh weights; None takes the process's own random numbers.
+
+    Raises:
+        UserError: the installed Keras does not take the settings of BatchNorm.
     """
     import keras
 
-    keras.config.set_dtype_policy(policy)
-    base = make_base(image_size)
-    head = _head(keras, classes, config.model.dropout)
-    image = keras.Input((image_size, image_size, 1), name=IMAGE_NAME, dtype="float32")
-    # In float32 under every policy: bfloat16 has too few bits for a pixel minus a mean.
-    x = keras.layers.Concatenate(name=TO_BGR_NAME, dtype="float32")([image, image, image])
-    x = keras.layers.Rescaling(1.0, offset=[-mean for mean in IMAGENET_MEAN_BGR], name=MEAN_NAME, dtype="float32")(x)
-    pooled = keras.layers.GlobalAveragePooling2D(name=POOL_NAME, dtype="float32")(base(x))
-    model = keras.Model(image, head(pooled), name="cxr_classifier")
+    with _process_state(policy, seed):
+        base = make_base(image_size)
+        head = _head(keras, classes, config.model.dropout)
+        image = keras.Input((image_size, image_size, 1), name=IMAGE_NAME, dtype="float32")
+        # In float32 under every policy: bfloat16 has too few bits for a pixel minus a mean.
+        x = keras.layers.Concatenate(name=TO_BGR_NAME, dtype="float32")([image, image, image])
+        x = keras.layers.Rescaling(1.0, offset=[-mean for mean in IMAGENET_MEAN_BGR], name=MEAN_NAME, dtype="float32")(
+            x
+        )
+        pooled = keras.layers.GlobalAveragePooling2D(name=POOL_NAME, dtype="float32")(base(x))
+        model = keras.Model(image, head(pooled), name="cxr_classifier")
     if config.model.weights == "none":
         _start_residual_blocks_as_identity(base)
-    for layer in batch_norm_layers(model):
-        layer.momentum = config.model.batch_norm_momentum
-        layer.synchronized = config.model.synchronize_batch_norm
+    _set_batch_norm(model, config.model.batch_norm_momentum, config.model.synchronize_batch_norm)
     return model
+
+
+def _set_batch_norm(model: Any, momentum: float, synchronized: bool) -> None:
+    """Set what Keras's ResNet50 takes no argument for.
+
+    Raises:
+        UserError: the layers do not take the settings over. They would train with those of Keras.
+    """
+    wanted = {"momentum": momentum, "synchronized": synchronized}
+    for layer in batch_norm_layers(model):
+        layer.momentum, layer.synchronized = momentum, synchronized
+        taken = layer.get_config()
+        for name, value in wanted.items():
+            if taken.get(name) != value:
+                raise unsupported("keras", f"BatchNormalization has {name} {taken.get(name)} where {value} was set")
+
+
+@contextmanager
+def _process_state(policy: str, seed: int | None) -> Iterator[None]:
+    """Keras's policy, and the random seed if one is given, for the layers that are made in the block.
+
+    Afterwards the policy and the global generators of Python and NumPy are what they were before. The seeds of
+    TensorFlow and Keras stay set: there is no public way to read what they were.
+    """
+    import random
+
+    import keras
+    import numpy as np
+
+    before = keras.config.dtype_policy(), random.getstate(), np.random.get_state()
+    keras.config.set_dtype_policy(policy)
+    if seed is not None:
+        keras.utils.set_random_seed(seed)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
 
 
 def _start_residual_blocks_as_identity(base: Any) -> None:

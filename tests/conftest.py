@@ -4,6 +4,7 @@ import functools
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ def logical_cpus() -> None:
     from cxr_dist.strategy import prepare_devices
 
     prepare_devices(LOGICAL_CPUS)
+
+
+@pytest.fixture(autouse=True)
+def keras_policy_stays() -> Iterator[None]:
+    """Whatever a test does with models, Keras's global policy is afterwards what it was."""
+    yield
+    if keras := sys.modules.get("keras"):
+        assert keras.config.dtype_policy().name == "float32"
 
 
 @pytest.fixture(scope="session")

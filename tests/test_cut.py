@@ -112,6 +112,22 @@ def test_what_trains_whole_has_no_cut(small: Any) -> None:
     assert cut.frozen_cut(small) is None
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_folded_numbers_do_not_depend_on_the_policy_of_the_process(precision: str) -> None:
+    """The scale is rounded once, whatever model the layer is called in."""
+    import keras
+
+    network = randomized(model.build_model(CLASSES, SIZE, config(), f"mixed_{precision}", small_base))
+    model.set_trainable(network, 0, train_batch_norm=False)
+    found = [np.asarray(cut.whole_network(network)(PIXELS))]
+    keras.config.set_dtype_policy(f"mixed_{precision}")
+    try:
+        found.append(np.asarray(cut.whole_network(network)(PIXELS)))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    np.testing.assert_array_equal(*found)
+
+
 def test_a_convolution_that_others_read_is_not_folded() -> None:
     import keras
 

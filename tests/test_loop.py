@@ -4,8 +4,9 @@ On a small residual base; `integration/test_ray.py` runs the commands on ResNet5
 """
 
 import json
+import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 from tensorflow.python.framework import config as tf_config
 
-from cxr_dist import checkpoint, loop, run_folder, steps
+from cxr_dist import checkpoint, loop, run_folder, steps, versions
+from cxr_dist.classifier import load_model, read_finished
 from cxr_dist.commands import run_training
 from cxr_dist.config import Config, load_config
+from cxr_dist.export import export_run
 from cxr_dist.features import FrozenFeatures
 from cxr_dist.pace import FixedLengths, Pace
 from cxr_dist.reporting import Event, Reporter, Reporters
@@ -171,6 +174,89 @@ def test_a_checkpoint_whose_best_weights_are_damaged_is_passed_over(
     assert folder.best(9).name in warnings[0]
     assert folder.newest_position() == position
     assert folder.newest(pytest.fail) is not None
+
+
+class Listener:
+    """The warnings of a run."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def emit(self, event: Event) -> None:
+        if event["kind"] == "warning":
+            self.warnings.append(event["text"])
+
+
+def test_a_run_names_its_versions_and_warns_when_it_is_resumed_under_others(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: the next start under the same versions has nothing to say."""
+    settings = ["stages.1.epochs=1", "stages.2.epochs=1", "checkpoint.every_steps=2", "checkpoint.background=false"]
+    config = small(*settings)
+    whole, middle, late = tmp_path / "whole", tmp_path / "middle", tmp_path / "late"
+    train_here(config, dataset, whole, CopyAfter(whole, middle, 1, 1, 4))
+    (made_with,) = json.loads((whole / run_folder.RUN).read_text())["made_with"]
+    assert {"cxr-dist", "python", "numpy", "tensorflow", "keras", "processor", "device"} <= made_with.keys()
+    version_of = versions.version_of
+    monkeypatch.setattr(versions, "version_of", lambda name: "9.9" if name == "numpy" else version_of(name))
+    told, told_later = Listener(), Listener()
+    train_here(config, dataset, middle, Reporters([CopyAfter(middle, late, 2, 1, 4), told]))
+    (warning,) = told.warnings
+    assert f"{middle}: resumed under other versions (numpy {version_of('numpy')} -> 9.9)" in warning
+    assert json.loads((middle / run_folder.RUN).read_text())["made_with"] == [made_with, made_with | {"numpy": "9.9"}]
+    train_here(config, dataset, late, told_later)
+    assert told_later.warnings == []
+
+
+CHANGES: dict[str, list[Callable[[dict[str, Any], dict[str, Any]], Any]]] = {
+    "float32": [
+        lambda arrays, state: state.update(unknown=1),
+        lambda arrays, state: state["best"].update(unknown=1),
+        lambda arrays, state: state.pop("best"),
+        lambda arrays, state: state["totals"].pop(),
+        lambda arrays, state: arrays.pop("model/head_dense/kernel"),
+        lambda arrays, state: arrays.pop("optimizer/2"),
+    ],
+    "float16": [lambda arrays, state: arrays.pop("loss_scale")],
+}
+
+
+@pytest.mark.parametrize("precision", CHANGES)
+def test_a_state_that_does_not_fit_is_one_line_that_names_the_checkpoint(
+    dataset: Path, tmp_path: Path, precision: str
+) -> None:
+    settings = ["stages.1.epochs=1", "stages.2.epochs=0", "checkpoint.every_steps=2", "checkpoint.background=false"]
+    config = small(*settings, f"precision={precision}")
+    copy = tmp_path / "copy"
+    train_here(config, dataset, tmp_path / "whole", CopyAfter(tmp_path / "whole", copy, 1, 1, 4))
+    path = copy / run_folder.CHECKPOINTS / "epoch-00000-step-0000004.npz"
+    whole = path.read_bytes()
+    for change in CHANGES[precision]:
+        path.write_bytes(whole)
+        arrays, state = checkpoint.load_arrays(path)
+        change(arrays, state)
+        checkpoint.save_arrays(path, arrays, state)
+        with pytest.raises(UserError, match=r"does not fit this version of the program .*; use the version") as caught:
+            train_here(config, dataset, copy, Reporters([]))
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_run_leaves_the_state_of_the_process_as_it_was(dataset: Path, tmp_path: Path) -> None:
+    """A program that uses this one as a library goes on with its own random numbers and its own policy."""
+    import keras
+
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        config = small("stages.1.epochs=1", "stages.2.epochs=0", "precision=bfloat16")
+        train_here(config, dataset, tmp_path / "run", Reporters([]))
+        load_model(read_finished(tmp_path / "run"), "bfloat16")
+        export_run(tmp_path / "run", tmp_path / "export", "savedmodel")
+        assert keras.config.dtype_policy().name == "mixed_float16"
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
 def test_what_was_measured_once_is_not_measured_again(
@@ -330,7 +416,8 @@ def test_a_run_that_diverges_ends_and_says_where(dataset: Path, tmp_path: Path, 
     manifest = read_manifest(dataset)
     run_folder.prepare(broken, run_folder.resolve_config(config, manifest), dataset, manifest)
     shutil.copytree(run / run_folder.CHECKPOINTS, broken / run_folder.CHECKPOINTS)
-    checkpoint.CheckpointFolder(broken / run_folder.CHECKPOINTS).save(position, poisoned, state)
+    best = state.pop("best_epochs_done")  # whichever epoch it is, its weights are kept
+    checkpoint.CheckpointFolder(broken / run_folder.CHECKPOINTS).save(position, poisoned, state, best)
     with pytest.raises(UserError, match=rf"diverged: {said}.* in stage 1, epoch 3, until step {min(most + 1, 7)};"):
         train_here(config, dataset, broken, Reporters([]))
     assert run_folder.read_result(broken) is None

@@ -1,5 +1,6 @@
 """The network: its size, what trains, and that training touches nothing else. On real weights where they are."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from cxr_dist import model
 from cxr_dist.config import Config, ModelConfig, StageConfig
-from tests.training import CLASSES, SIZE, Training, config
+from tests.training import CLASSES, SIZE, Training, config, small_base
 from tfrecords_builder.errors import UserError
 
 
@@ -31,6 +32,61 @@ def test_logits_are_float32_and_preprocessing_is_keras_own(fresh: Any) -> None:
     prepared = keras.Model(fresh.input, fresh.get_layer("subtract_mean").output)(pixels)
     expected = keras.applications.resnet50.preprocess_input(np.repeat(pixels, 3, axis=-1).copy())
     np.testing.assert_allclose(np.asarray(prepared), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_policy_of_a_model_is_its_own(policy: str, fails: bool) -> None:
+    """Keras has one for the process, which other models of the process would take over."""
+    import keras
+
+    def base(size: int) -> Any:
+        if fails:
+            raise RuntimeError("no base")
+        return small_base(size)
+
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        if fails:
+            with pytest.raises(RuntimeError, match="no base"):
+                model.build_model(CLASSES, SIZE, config(), policy, base)
+        else:
+            built = model.build_model(CLASSES, SIZE, config(), policy, base)
+            assert model.head_of(built).get_layer("head_dense").dtype_policy.name == policy
+            assert model.base_of(built).layers[1].dtype_policy.name == policy
+            assert keras.layers.Dense(1).dtype_policy.name == "mixed_float16"
+        assert keras.config.dtype_policy().name == "mixed_float16"
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_fresh_weights_depend_on_the_seed_and_leave_other_random_numbers_alone() -> None:
+    np.random.seed(5)
+    random.seed(5)
+    before = np.random.random(), random.random()
+    np.random.seed(5)
+    random.seed(5)
+    kernels = [
+        np.asarray(model.head_of(built).get_layer("head_dense").kernel)
+        for seed in (1, 1, 2)
+        for built in [model.build_model(CLASSES, SIZE, config(), "float32", small_base, seed=seed)]
+    ]
+    assert (np.random.random(), random.random()) == before
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    assert (kernels[0] != kernels[2]).any()
+
+
+@pytest.mark.parametrize("name", ["momentum", "synchronized"])
+def test_a_batch_norm_that_does_not_take_a_setting_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a Keras that keeps it under another name: the attribute that is set then changes nothing."""
+    import keras
+
+    kind = keras.layers.BatchNormalization
+    own = kind.get_config
+    monkeypatch.setattr(kind, "get_config", lambda self: own(self) | {name: own(kind())[name]})
+    settings = config(synchronize_batch_norm=True, batch_norm_momentum=0.5)
+    with pytest.raises(UserError, match=rf"^keras .*BatchNormalization has {name} .* was set\); install keras"):
+        model.build_model(CLASSES, SIZE, settings, "float32", small_base)
 
 
 @pytest.mark.parametrize("unfreeze", [0, 1, 30, 100, 175])
