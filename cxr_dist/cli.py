@@ -1,6 +1,7 @@
 """`cxr-dist`: the command line. TensorFlow, Ray and matplotlib are imported by the commands that need them.
 
-Exit status: 0 done; 2 something the user can mend, said in one line that begins with `error: `; 1 anything else.
+Exit status: 0 done; 2 something the user can mend, said in one line that begins with `error: `; 130 interrupted by
+Ctrl-C; 141 nobody reads the output; 143 stopped on request; 1 anything else.
 """
 
 import argparse
@@ -11,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cxr_dist import commands, evaluation_commands, job_options, model_commands, search_commands
+from cxr_dist import commands, evaluation_commands, job_options, model_commands, search_commands, terminal
 from cxr_dist.stopping import StoppedError
+from cxr_dist.strategy import QUIET, check_backend
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import disk_error
 from tfrecords_builder.storage import parse_place
@@ -150,7 +152,7 @@ def _add_datasets(command: Command) -> None:
 
 
 def _add_training(command: Command) -> None:
-    train = command("train", commands.train, "train both stages; started again with the same --out it goes on")
+    train = command("train", commands.train, "train both stages; started again with the same --out it resumes")
     train.add_argument("dataset", type=parse_place, metavar="DATASET", help=DATASET_HELP)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     train.add_argument(
@@ -178,7 +180,7 @@ def _add_training(command: Command) -> None:
 
 
 def _add_search(command: Command) -> None:
-    tune = command("tune", search_commands.tune, "search settings; started again with the same --out it goes on")
+    tune = command("tune", search_commands.tune, "search settings; started again with the same --out it resumes")
     tune.add_argument("dataset", type=parse_place, metavar="DATASET", help=DATASET_HELP)
     tune.add_argument("--out", type=Path, required=True, metavar="EXPERIMENT", help="the search's folder")
     tune.add_argument(
@@ -381,31 +383,43 @@ def _add_jobs(command: Command, commands: Mapping[str, argparse.ArgumentParser])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `cxr-dist`."""
-    try:
-        options = build_parser().parse_args(arguments)
-        if not options.verbose:
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-            os.environ.setdefault("ABSL_MIN_LOG_LEVEL", "3")
-        options.action(options)
-    except UserError as error:
-        for note in getattr(error, "__notes__", ()):
-            print(f"note: {note}", file=sys.stderr)
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        explained = disk_error(error)
-        if explained is None:
-            raise
-        print(f"error: {explained}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except StoppedError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from None
-    except KeyboardInterrupt:
-        print("stopped; start the same command again to go on", file=sys.stderr)
-        raise SystemExit(1) from None
+    """Run one command.
+
+    Raises:
+        SystemExit: with the status of this module's docstring, unless it is 0.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    with terminal.manners(given):
+        try:
+            try:
+                _run(given)
+            except SystemExit:
+                terminal.flush()  # of --help
+                raise
+            terminal.flush()
+        except UserError as error:
+            _fail(error)
+        except OSError as error:
+            explained = disk_error(error)
+            if explained is None:
+                raise
+            _fail(explained)
+        except StoppedError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(128 + signal.SIGTERM) from None
 
 
-if __name__ == "__main__":
-    main()
+def _run(arguments: Sequence[str]) -> None:
+    options = build_parser().parse_args(arguments)
+    check_backend()
+    if not options.verbose:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+    options.action(options)
+
+
+def _fail(error: UserError) -> NoReturn:
+    for note in getattr(error, "__notes__", ()):
+        print(f"note: {note}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2) from None

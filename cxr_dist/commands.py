@@ -123,8 +123,8 @@ def _builders(options: argparse.Namespace) -> "Iterator[Workers | None]":
         return
     if options.workers is not None:
         raise UserError("--workers: with --launcher ray the cluster decides; leave it out")
+    from cxr_dist.orchestration.connection import connected
     from cxr_dist.orchestration.ray_pool import RayPool
-    from cxr_dist.orchestration.train_job import connected
 
     with connected(options.address, options.verbose):
         yield RayPool()
@@ -277,8 +277,8 @@ def doctor(options: argparse.Namespace) -> None:
     from cxr_dist import doctor as findings_of
 
     if options.address:
+        from cxr_dist.orchestration.connection import connected
         from cxr_dist.orchestration.preflight import cluster_nodes
-        from cxr_dist.orchestration.train_job import connected
 
         with connected(options.address, options.verbose):
             findings = findings_of.examine_cluster(cluster_nodes())

@@ -25,7 +25,7 @@ from cxr_dist.reporting import Reporter
 from cxr_dist.sources import ShardSource, Source
 from cxr_dist.stage_inputs import StageInputs
 from cxr_dist.stage_state import StageState
-from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest
+from cxr_dist.stopping import StoppedError, StopRequest
 from cxr_dist.store import FeatureStore
 from cxr_dist.strategy import Topology, dtype_policy, hardware, make_strategy, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError
@@ -441,9 +441,8 @@ class _Run:
             return
         self._keep(state)
         self.keeper.wait()
-        kind = RegroupedError if self.stop.is_for_more_workers() else StoppedError
-        self.stop.clear()
-        raise kind(f"{self.run}: stopped, with a checkpoint; start the same command again to go on")
+        kind = self.stop.take() or StoppedError
+        raise kind(f"{self.run}: stopped, with a checkpoint; start the same command again to resume")
 
     def _restore(self) -> checkpoint.Arrays | None:
         """Load the newest checkpoint, or the pretrained weights of a new run.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config import Config, load_config
-from cxr_dist.stopping import STOP, StopRequest
+from cxr_dist.stopping import REGROUP, STOP, StopRequest
 from cxr_dist.versions import FORMAT, check_format, differences
 from cxr_dist.watchdog import BEATS
 from tfrecords_builder import locks
@@ -135,7 +135,7 @@ def _is_begun(run: Path) -> bool:
     if (run / CONFIG).is_file() and not _is_resolved(run / CONFIG):
         return False  # a configuration that somebody wrote
     return all(
-        entry.name in (CONFIG, EVENTS, STOP, BEATS, LOCK) or is_temporary(entry.name, (CONFIG, RUN))
+        entry.name in (CONFIG, EVENTS, STOP, REGROUP, BEATS, LOCK) or is_temporary(entry.name, (CONFIG, RUN))
         for entry in run.iterdir()
     )
 

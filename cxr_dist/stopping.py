@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from tfrecords_builder.files import write_text
-
 STOP = "stop"
 """The file in a run's folder that asks for the end; whoever may write there may ask, from any machine."""
+REGROUP = "regroup"
+"""The file that asks for the end so that the run can resume with more workers.
+
+A file of its own, because then neither request can overwrite the other, nor be removed with it unseen."""
 NOTICE_LIMIT_S = 25
 """In which a run that was asked must have ended; clusters and clouds kill 30 s after their notice, or later."""
+RESUME = "start the same command again to resume"
+"""What a user is told where that is so."""
 
 
 class StoppedError(Exception):
@@ -20,39 +24,45 @@ class StoppedError(Exception):
 
 
 class RegroupedError(StoppedError):
-    """It was asked to so that it can go on with more workers."""
-
-
-_MORE_WORKERS = "more workers"
+    """It was asked to so that it can resume with more workers."""
 
 
 class StopRequest:
     """Whether somebody has asked a run to end."""
 
     def __init__(self, run: Path) -> None:
-        self._path = run / STOP
+        self._stop, self._regroup = run / STOP, run / REGROUP
 
     def make(self, *, for_more_workers: bool = False) -> None:
-        """Ask; whoever wants the end is heard before who wants more workers."""
-        if not for_more_workers:
-            self._path.write_text("")
-        elif not self.is_made():
-            write_text(self._path, _MORE_WORKERS)  # whole, or an empty file would be seen: a stop
+        """Ask for the end, or for the end and a new start with more workers."""
+        (self._regroup if for_more_workers else self._stop).touch()
 
     def is_made(self) -> bool:
-        return self._path.exists()
+        """Whether there is a request of either kind."""
+        return self._stop.exists() or self._regroup.exists()
 
-    def is_for_more_workers(self) -> bool:
-        """Whether that is all that was asked for."""
-        return self._path.read_text() == _MORE_WORKERS
+    def take(self) -> type[StoppedError] | None:
+        """Remove the requests there are and say what they ask for; a stop comes before more workers.
+
+        A stop that comes after the look stays, and ends the run that resumes.
+        """
+        for path, kind in ((self._stop, StoppedError), (self._regroup, RegroupedError)):
+            if path.exists():
+                path.unlink(missing_ok=True)
+                return kind
+        return None
 
     def clear(self) -> None:
-        self._path.unlink(missing_ok=True)
+        """Forget what was asked of an earlier start."""
+        self._stop.unlink(missing_ok=True)
+        self._regroup.unlink(missing_ok=True)
 
 
 @contextmanager
 def stopped_by_sigterm(run: Path) -> Iterator[None]:
-    """While it lasts SIGTERM asks the run to end; one that has not by then is ended as it stands.
+    """While it lasts SIGTERM asks the run to end; one that has not by `NOTICE_LIMIT_S` is ended as it stands.
+
+    No timer signal is used: a process has one of each kind, and it may be somebody else's.
 
     Raises:
         StoppedError: it did not end by itself.
@@ -60,18 +70,33 @@ def stopped_by_sigterm(run: Path) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # Python has signals handled by its main thread alone
         return
+    timer: threading.Timer | None = None
+    is_late = is_over = False
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
+    def be_late() -> None:
+        nonlocal is_late
+        is_late = True
+        # A signal, as it also wakes a main thread that waits in a system call.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    def on_sigterm(_number: int, _frame: FrameType | None) -> None:
+        nonlocal timer
+        if is_over:
+            return
+        if is_late:
+            raise StoppedError(f"{run}: stopped without a checkpoint of this moment; {RESUME}")
+        if timer is None:
+            timer = threading.Timer(NOTICE_LIMIT_S, be_late)
+            timer.daemon = True
+            timer.start()
         StopRequest(run).make()
-        signal.alarm(NOTICE_LIMIT_S)
 
-    def end(_number: int, _frame: FrameType | None) -> None:
-        raise StoppedError(f"{run}: stopped without a checkpoint of this moment; start the same command again to go on")
-
-    before = signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGALRM, end)
+    before = signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGALRM, before[1])
+        is_over = True
+        if timer is not None:
+            timer.cancel()
+            timer.join()  # before the handler goes: what the timer sends is for it
+        signal.signal(signal.SIGTERM, before)

@@ -23,6 +23,8 @@ from tfrecords_builder.pool import default_workers
 # Options of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE", "ABSL_MIN_LOG_LEVEL": "3"}
+"""Variables that keep C++ libraries from writing to stderr, where they are set before their imports."""
 DeviceKind = Literal["CPU", "GPU"]
 
 
@@ -58,8 +60,9 @@ def prepare_devices(
     workers share a machine. Each would else start a thread for every core, and they would take turns.
 
     Raises:
-        UserError: more GPUs are asked for than there are; names `option`.
+        UserError: more GPUs are asked for than there are, naming `option`; or Keras has another backend.
     """
+    check_backend()
     with muted_stderr():
         import tensorflow as tf
 
@@ -80,6 +83,17 @@ def prepare_devices(
     if wanted > 1 and len(present or ()) < wanted:
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * wanted)
     return Topology(workers, worker, "CPU", tuple(f"CPU:{index}" for index in range(wanted)))
+
+
+def check_backend() -> None:
+    """Refuse another backend of Keras than TensorFlow, before anything of it is imported.
+
+    Raises:
+        UserError: names the variable that chose it.
+    """
+    chosen = os.environ.get("KERAS_BACKEND") or "tensorflow"
+    if chosen != "tensorflow":
+        raise UserError(f"KERAS_BACKEND {chosen}: only TensorFlow is supported; unset it, or set it to tensorflow")
 
 
 def keep_freed_memory() -> None:

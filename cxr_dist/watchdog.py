@@ -15,8 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tfrecords_builder.files import write_json
-
 BEATS = "workers"
 """The folder in a run's folder with a file for each worker, which tells that it lives and where it is."""
 EXIT_STATUS = 75
@@ -76,8 +74,17 @@ class Watchdog:
             return
 
     def _tell(self, **more: Any) -> None:
-        told = {"rank": self._rank, "host": socket.gethostname(), "process": os.getpid(), "where": self._where, **more}
-        write_json(self._folder / f"{self._rank:04d}.json", told)
+        beat = {"rank": self._rank, "host": socket.gethostname(), "process": os.getpid(), "where": self._where, **more}
+        _write_beat(self._folder / f"{self._rank:04d}.json", beat)
+
+
+def _write_beat(path: Path, beat: dict[str, Any]) -> None:
+    """Renamed, so that it is read whole; not synced: every worker writes one every 2 s, and none outlives its run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A worker that was given up may still live and have the same rank.
+    temporary = path.with_name(f".{path.stem}.{beat['host']}.{beat['process']}.tmp")
+    temporary.write_text(json.dumps(beat), encoding="utf-8")
+    temporary.replace(path)
 
 
 def missing(folder: Path, rank: int, interval_s: float) -> str:

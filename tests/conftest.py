@@ -85,7 +85,7 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
-_RAY_FILES = tuple(f"tests/integration/test_{name}.py" for name in ("ray", "serve", "submit", "tune_ray"))
+_RAY_FILES = tuple(f"tests/integration/test_{name}.py" for name in ("connection", "ray", "serve", "submit", "tune_ray"))
 _FAULT_FILES = tuple(f"tests/faults/test_{name}.py" for name in ("killed_builds", "lost_workers", "partition"))
 RAY_FILES = (*_RAY_FILES, *_FAULT_FILES)
 

@@ -15,7 +15,7 @@ EIGHT = [Node(64, 8)]
 def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
     import socket
 
-    from cxr_dist.orchestration.train_job import connected
+    from cxr_dist.orchestration.connection import connected
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

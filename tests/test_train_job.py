@@ -10,7 +10,7 @@ from cxr_dist.config import load_config
 from cxr_dist.orchestration import train_job
 from cxr_dist.orchestration.preflight import WorkerPlan
 from cxr_dist.orchestration.train_job import LostWorkersError, UnplacedError, launch_training
-from cxr_dist.stopping import RegroupedError, StopRequest
+from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest
 from tfrecords_builder.errors import UserError
 
 Launch = Callable[..., tuple[list[int], list[str]]]
@@ -92,12 +92,36 @@ def test_it_asks_until_it_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert time.monotonic() < until
             time.sleep(0.01)
 
-    with train_job._asking_to_grow(tmp_path, plan_of(2), plan_again):
+    with train_job._asking_to_grow(tmp_path, plan_of(2), plan_again, Heard()):
         wait_for_a_request()
         assert not any(seen[:5])
-        assert stop.is_for_more_workers()
-        stop.clear()
+        assert stop.take() is RegroupedError
         wait_for_a_request()
         stop.make()
         time.sleep(0.1)
-        assert not stop.is_for_more_workers(), "whoever wants the end is heard"
+        assert stop.take() is StoppedError, "whoever wants the end is heard"
+
+
+def test_a_look_that_fails_is_told_once_and_tried_again() -> None:
+    """Without an end of its thread, whatever the failure, and also where telling it fails."""
+    import threading
+
+    enough, heard, calls = threading.Event(), Heard(), 0
+
+    def look() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            enough.set()
+        if calls in (5, 8):
+            return
+        raise KeyError("other" if calls > 8 else "missing")
+
+    with train_job._every(0.001, look, "growth", heard):
+        assert enough.wait(20)
+    missing, other = "growth: KeyError: 'missing'; trying again", "growth: KeyError: 'other'; trying again"
+    assert heard.texts == [missing, missing, other]
+    calls = 0
+    enough.clear()
+    with train_job._every(0.001, look, "growth", None):  # type: ignore[arg-type]
+        assert enough.wait(20)

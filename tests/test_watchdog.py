@@ -53,7 +53,7 @@ def test_a_storage_that_fails_keeps_it_from_nothing(tmp_path: Path, monkeypatch:
         raise OSError(116, "Stale file handle")
 
     with Watchdog(tmp_path, 0, 0.3, interval_s=0.02, end=ended.set) as dog:
-        monkeypatch.setattr(watchdog, "write_json", fail)
+        monkeypatch.setattr(watchdog, "_write_beat", fail)
         monkeypatch.setattr(watchdog, "_told", fail)
         for _ in range(10):
             dog.beat("stage 1, epoch 1, step 1")
@@ -61,3 +61,18 @@ def test_a_storage_that_fails_keeps_it_from_nothing(tmp_path: Path, monkeypatch:
         assert failures
         assert not ended.is_set()
         assert ended.wait(20)
+
+
+def test_heartbeats_wait_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of workers beat every two seconds; each beat is whole, and none is synced."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with Watchdog(tmp_path / "run" / "workers", 3, 60.0, interval_s=0.005) as dog:
+        until, modified = time.monotonic() + 20, set[int]()
+        while len(modified) < 5:
+            assert time.monotonic() < until, "it does not beat"
+            dog.beat("step 1")
+            modified.add((tmp_path / "run" / "workers" / "0003.json").stat().st_mtime_ns)
+            assert "worker 3 is alive, at " in missing(tmp_path / "run" / "workers", 0, 60.0)
+    assert synced == []
+    assert [path.name for path in (tmp_path / "run" / "workers").iterdir()] == ["0003.json"]

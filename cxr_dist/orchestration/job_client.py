@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cxr_dist.orchestration.job_environment import quiet_ray
 from cxr_dist.orchestration.job_plan import ADDRESS_VARIABLES, Row, ended
+from cxr_dist.orchestration.tokens import HOW_TO_SET
 from tfrecords_builder.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -266,9 +267,8 @@ class _Output:
 
 
 def _about_token(address: str, text: str) -> str:
-    how = "set RAY_AUTH_MODE=token and its token as $RAY_AUTH_TOKEN, or the token's file as $RAY_AUTH_TOKEN_PATH"
     if text.startswith("Authentication failed"):
-        return f"--address {address}: the cluster has another token (403); {how}"
+        return f"--address {address}: the cluster has another token (403); {HOW_TO_SET}"
     if text.startswith("Authentication required"):
-        return f"--address {address}: the cluster asks for a token (401); {how}"
-    return f"--address {address}: RAY_AUTH_MODE is token, and there is none; {how}"
+        return f"--address {address}: the cluster asks for a token (401); {HOW_TO_SET}"
+    return f"--address {address}: RAY_AUTH_MODE is token, and there is none; {HOW_TO_SET}"

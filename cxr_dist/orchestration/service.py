@@ -19,8 +19,8 @@ from cxr_dist import run_folder
 from cxr_dist.calibration_file import read_calibration
 from cxr_dist.classifier import Answer, Classifier, load_classifier, read_finished
 from cxr_dist.orchestration.batcher import Batcher
+from cxr_dist.orchestration.connection import OWN_CLUSTER, connected
 from cxr_dist.orchestration.http_app import HttpApp, Limits
-from cxr_dist.orchestration.train_job import OWN_CLUSTER, connected
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.seal import check_seal
 

@@ -9,6 +9,19 @@ import secrets
 import sys
 from pathlib import Path
 
+HOW_TO_SET = "set RAY_AUTH_MODE=token, and its token as RAY_AUTH_TOKEN or a file that holds it as RAY_AUTH_TOKEN_PATH"
+
+
+def token_sent(*, is_looked_up: bool) -> str | None:
+    """The token that Ray sends to a cluster it is to join; None when it sends none.
+
+    Args:
+        is_looked_up: Whether Ray finds the cluster itself on this machine. To one whose address it is given it sends
+            none unless $RAY_AUTH_MODE says so.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "token" if is_looked_up else "")
+    return known_token() if mode.lower() == "token" else None
+
 
 def known_token() -> str | None:
     """The token that requests will carry; None when there is none."""

@@ -1,108 +1,31 @@
 """Training through Ray Train: the same loop on every worker, in bundles that the cluster can place."""
 
-import os
 import shutil
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from cxr_dist import run_folder
 from cxr_dist.checkpoint import CheckpointFolder
 from cxr_dist.config import Config
+from cxr_dist.orchestration.connection import connected
 from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_most_workers
 from cxr_dist.orchestration.ray_metrics import RayMetrics
-from cxr_dist.orchestration.tokens import ask_for_tokens
 from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, run_reporters
 from cxr_dist.search.space import Values
-from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
+from cxr_dist.stopping import RESUME, RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
 from cxr_dist.strategy import muted_stderr, prepare_devices
 from cxr_dist.watchdog import BEATS, reasons
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.files import disk_error
 from tfrecords_builder.storage import Place, absolute, local_copy, parse_place
 
-WORKER_ENVIRONMENT = {"TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")}
 Prepare = Callable[[int], bool]
 """Makes the run's folder for so many replicas; False when nothing is left to do."""
-QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE", "ABSL_MIN_LOG_LEVEL": "3"}
-
-
-OWN_CLUSTER = "local"
-
-
-def resolved_address(address: str | None) -> str:
-    """The address that was given, or $RAY_ADDRESS, or `OWN_CLUSTER`.
-
-    Said outright: without an address, Ray would join whatever cluster was last started on this machine.
-    """
-    return address or os.environ.get("RAY_ADDRESS") or OWN_CLUSTER
-
-
-@contextmanager
-def connected(address: str | None, verbose: bool) -> Iterator[None]:
-    """Connected to the cluster at `address` or $RAY_ADDRESS, or to one of our own on this machine."""
-    import logging
-
-    address = resolved_address(address)
-    _check_listens(address)
-    if address == OWN_CLUSTER:
-        ask_for_tokens()
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_LOGGING", "1" if verbose else "0")
-    # Inside a job Ray merges the job's variables with ours, and by itself refuses those that both name. The job's are
-    # part of this process's environment, so that what `_worker_environment` gives of them is what the job says.
-    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    import ray
-
-    level = logging.INFO if verbose else logging.ERROR
-    try:
-        ray.init(
-            address=address,
-            log_to_driver=verbose,
-            logging_level=level,
-            include_dashboard=False if address == OWN_CLUSTER else None,
-            runtime_env={"env_vars": _worker_environment(verbose)},
-        )
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = one_line(error)
-        raise UserError(f"--address {address}: the Ray cluster there cannot be used ({reason})") from None
-    if not verbose:
-        for name in ("ray", "ray.train", "ray.data", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _worker_environment(verbose: bool) -> dict[str, str]:
-    quiet = {} if verbose else {name: os.environ.get(name, value) for name, value in QUIET.items()}
-    return WORKER_ENVIRONMENT | quiet
-
-
-def _check_listens(address: str) -> None:
-    """Refuse at once an address at which nothing listens: Ray itself would try for many minutes.
-
-    Raises:
-        UserError: nothing accepts a connection at HOST:PORT or ray://HOST:PORT.
-    """
-    host, found, port = address.removeprefix("ray://").rpartition(":")
-    if not found or not port.isdecimal():
-        return  # `local` and `auto`, which Ray looks up itself
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"--address {address}: nothing answers there ({one_line(error)}); give the address of a running Ray cluster"
-        ) from None
-
-
-CONNECT_TIMEOUT_S = 10.0
 GROWTH_INTERVAL_S = 30.0
 """Between two looks at whether a run of `--workers MIN:MAX` could have more."""
 MOST_LOSSES = 3
@@ -224,7 +147,7 @@ def launch_training(
         before = checkpoints.newest_position()
         shutil.rmtree(run / BEATS, ignore_errors=True)
         try:
-            with _asking_to_grow(run, plan, plan_again) if grows else nullcontext():
+            with _asking_to_grow(run, plan, plan_again, reporter) if grows else nullcontext():
                 launch(_train_worker, arguments, plan, run)
             return _result(run)
         except RegroupedError:
@@ -247,7 +170,7 @@ def launch_training(
             if lost > MOST_LOSSES:
                 raise UserError(
                     f"{run}: workers were lost {lost} times with no checkpoint between ({said}); look at the machines, "
-                    "and start the same command again to go on"
+                    f"and {RESUME}"
                 ) from None
             reporter.emit({"kind": "warning", "text": f"workers were lost ({said}); going on with those there are"})
             replaced_by = time.monotonic() + REPLACEMENT_LIMIT_S
@@ -255,7 +178,9 @@ def launch_training(
 
 
 @contextmanager
-def _asking_to_grow(run: Path, plan: WorkerPlan, plan_again: Callable[[], WorkerPlan]) -> Iterator[None]:
+def _asking_to_grow(
+    run: Path, plan: WorkerPlan, plan_again: Callable[[], WorkerPlan], reporter: Reporter
+) -> Iterator[None]:
     """While it lasts, ask the run to stop for more workers once there has been room for them twice in a row.
 
     Going on costs a checkpoint and the start of all workers, about a minute: not for a machine that comes and goes.
@@ -274,18 +199,30 @@ def _asking_to_grow(run: Path, plan: WorkerPlan, plan_again: Callable[[], Worker
             StopRequest(run).make(for_more_workers=True)
         seen = found
 
-    with _every(GROWTH_INTERVAL_S, look, "growth"):
+    with _every(GROWTH_INTERVAL_S, look, "growth", reporter):
         yield
 
 
 @contextmanager
-def _every(interval_s: float, look: Callable[[], None], name: str) -> Iterator[None]:
-    """Call `look` in a thread called `name`, again and again, while the context lasts."""
+def _every(interval_s: float, look: Callable[[], None], name: str, reporter: Reporter) -> Iterator[None]:
+    """Call `look` in a thread called `name`, again and again, while the context lasts.
+
+    A call that fails is a warning, the same failure in a row only once: the run itself does not need it.
+    """
     ended = threading.Event()
 
     def run() -> None:
+        last = ""
         while not ended.wait(interval_s):
-            look()
+            try:
+                look()
+                last = ""
+            except Exception as error:  # noqa: BLE001 - whatever it is, the thread must not end without a word
+                failure = f"{name}: {type(error).__name__}: {one_line(error)}"
+                if failure != last:
+                    last = failure
+                    with suppress(Exception):  # the reporter may be what fails, as when nobody reads its output
+                        reporter.emit({"kind": "warning", "text": f"{failure}; trying again"})
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
@@ -393,7 +330,7 @@ def following(path: Path, reporter: Reporter) -> Iterator[None]:
     """Show what the chief worker writes to its event file, while it does."""
     follower = EventFollower(path, reporter)
     try:
-        with _every(0.3, follower.poll, "event-follower"):
+        with _every(0.3, follower.poll, "event-follower", reporter):
             yield
     finally:
         follower.poll()

@@ -15,9 +15,10 @@ from typing import Any
 
 from cxr_dist import run_folder
 from cxr_dist.config import Config
+from cxr_dist.orchestration.connection import OWN_CLUSTER, connected, resolved_address
 from cxr_dist.orchestration.preflight import TrialPlan, WorkerPlan, cluster_nodes, plan_trials, this_machine
 from cxr_dist.orchestration.ray_metrics import CountingWatch, RayMetrics
-from cxr_dist.orchestration.train_job import OWN_CLUSTER, connected, following, launch_training, resolved_address
+from cxr_dist.orchestration.train_job import following, launch_training
 from cxr_dist.reporting import ConsoleReporter, Reporter, Reporters
 from cxr_dist.search.record import TUNE, Experiment, Trial
 from cxr_dist.search.sampling import Sampler
