@@ -1,11 +1,11 @@
 """`python -m cxr_dist` is `cxr-dist`."""
 
-from cxr_dist import terminal
+from cxr_dist.interrupt import exit_on_interrupt
 
 
 def main() -> None:
     """Entry point of `cxr-dist`."""
-    terminal.exit_on_interrupt()
+    exit_on_interrupt()
     from cxr_dist.cli import main as run
 
     run()

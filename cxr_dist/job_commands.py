@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from cxr_dist.interrupt import INTERRUPTED
 from tfrecords_builder.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def pipeline(options: argparse.Namespace) -> None:
     if options.detach:
         raise UserError(
             "--detach: a pipeline needs someone to send its next job; start it inside tmux or nohup (the same command "
-            "with its --submission-id goes on)"
+            "with its --submission-id resumes)"
         )
     _note_relative(options.places)
     environment = submission.prepare(request, steps)
@@ -58,7 +59,7 @@ def pipeline(options: argparse.Namespace) -> None:
     own = request.address == "local"
     with (
         submission.cluster(request.address, request.timeout_s) as jobs,
-        _left_by_ctrl_c(jobs, own, f"To go on with the pipeline: the same command with --submission-id {name}"),
+        _left_by_ctrl_c(jobs, own, f"To resume the pipeline: the same command with --submission-id {name}"),
     ):
         code = submission.run_pipeline(jobs, environment, request.version, steps, name, _write, _say)
     _exit(code)
@@ -146,8 +147,8 @@ def _left_by_ctrl_c(jobs: "Jobs", own: bool, how: str) -> Iterator[None]:
         if own:
             _say("stopped: the cluster of --address local ends with this command, and the job with it")
         else:
-            _say(f"no longer following; the job goes on at {jobs.address}. {how}")
-        raise SystemExit(1) from None
+            _say(f"no longer following; the job still runs at {jobs.address}. {how}")
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _how_to_follow(submission_id: str, jobs: "Jobs") -> str:

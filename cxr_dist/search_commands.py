@@ -15,6 +15,7 @@ from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan, load_search
 from cxr_dist.search.watch import Jobs, Watch
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.interrupts import interrupts_held
 from tfrecords_builder.pool import default_workers
 
 
@@ -128,6 +129,12 @@ def evaluate_apart(experiment: Path) -> None:
     """
     out = experiment / EVALUATION
     command = [sys.executable, "-m", "cxr_dist", "evaluate", str(experiment), "--out", str(out)]
-    status = subprocess.run(command, check=False).returncode  # noqa: S603 - our own command
+    with interrupts_held():  # this process answers Ctrl-C, and ends the other one
+        process = subprocess.Popen(command)  # noqa: S603 - our own command
+    try:
+        status = process.wait()
+    finally:
+        process.terminate()
+        process.wait()
     if status:
         raise UserError(f"the evaluation ended with status {status}; run it again: {' '.join(command[2:])}")

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from cxr_dist.interrupt import RESUME
+
 STOP = "stop"
 """The file in a run's folder that asks for the end; whoever may write there may ask, from any machine."""
 REGROUP = "regroup"
@@ -15,8 +17,6 @@ REGROUP = "regroup"
 A file of its own, because then neither request can overwrite the other, nor be removed with it unseen."""
 NOTICE_LIMIT_S = 25
 """In which a run that was asked must have ended; clusters and clouds kill 30 s after their notice, or later."""
-RESUME = "start the same command again to resume"
-"""What a user is told where that is so."""
 
 
 class StoppedError(Exception):

@@ -113,7 +113,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def muted_stderr() -> Iterator[None]:
-    """Hold back what C++ code writes to stderr, unless TensorFlow's log level was lowered or the block raises.
+    """Hold back what C++ code writes to stderr, unless TensorFlow's log level was lowered or the block fails.
 
     TensorFlow logs the search for CUDA before its own log level is read, on every machine without a GPU.
     """
@@ -126,6 +126,8 @@ def muted_stderr() -> Iterator[None]:
         os.dup2(held.fileno(), 2)
         try:
             yield
+        except KeyboardInterrupt:
+            raise  # no failure
         except BaseException:
             os.dup2(saved, 2)
             held.seek(0)

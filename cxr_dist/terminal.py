@@ -1,9 +1,5 @@
-"""How a command ends at a terminal or in a pipe: Ctrl-C, a closed pipe, and a locale that lacks letters.
+"""How a command ends at a terminal or in a pipe: Ctrl-C, a closed pipe, and a locale that lacks letters."""
 
-Imports next to nothing, as it has to be in place before what takes long to import.
-"""
-
-import _thread
 import io
 import os
 import select
@@ -15,40 +11,10 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TextIO
 
-from cxr_dist.stopping import RESUME
+from cxr_dist.interrupt import INTERRUPTED, exit_now, exit_silently, say_interrupted
 
-INTERRUPTED = 128 + signal.SIGINT
 CLOSED_PIPE = 128 + signal.SIGPIPE
-"""As a shell says it of a program that the signal has killed."""
-RESUMED = frozenset({"build", "demo", "download", "train", "tune"})
-"""Commands that resume when they are started again."""
-
-
-def exit_on_interrupt() -> None:
-    """Let Ctrl-C end this process at once: for times at which nothing needs to be cleaned up, such as imports.
-
-    An exception would not do: what it becomes depends on where it meets the code, and some of it swallows all.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _exit)
-
-
-def _exit(_number: int, _frame: FrameType | None) -> None:
-    _say_interrupted(sys.argv[1:])
-    os._exit(INTERRUPTED)
-
-
-_is_said = False
-
-
-def _say_interrupted(arguments: Sequence[str]) -> None:
-    global _is_said
-    if not _is_said:
-        _is_said = True
-        command = next((word for word in arguments if not word.startswith("-")), "")
-        # Not by way of `sys.stderr`: a signal may come while it is being written.
-        with suppress(OSError):
-            os.write(2, f"interrupted{f'; {RESUME}' if command in RESUMED else ''}\n".encode())
+"""Exit status, as a shell gives it of a program that the signal has killed."""
 
 
 @contextmanager
@@ -61,27 +27,32 @@ def manners(arguments: Sequence[str]) -> Iterator[None]:
     Raises:
         SystemExit: for the one or the other.
     """
-    global _is_said
-    _is_said = is_interrupted = False
+    is_interrupted = False
+    timers: list[threading.Timer] = []
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         nonlocal is_interrupted
         is_interrupted = True
         raise KeyboardInterrupt
 
+    def resend() -> None:
+        main = threading.main_thread().ident or 0
+        timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, signal.SIGINT))  # when that has returned
+        timer.daemon = True
+        timers.append(timer)
+        timer.start()
+
     def unraisable(failure: "sys.UnraisableHookArgs") -> None:
         if is_interrupted and issubclass(failure.exc_type, KeyboardInterrupt):
-            _thread.interrupt_main()  # it met a destructor or the like, which swallows it: once more
+            resend()  # it met a destructor or the like, which swallows it
         else:
             hook(failure)
 
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_streams()
     hook, sys.unraisablehook = sys.unraisablehook, unraisable
     before = signal.getsignal(signal.SIGINT)
     # Left alone where it is ignored (nohup, a job in the background) and where another program has its own.
-    takes = threading.current_thread() is threading.main_thread() and before in (signal.default_int_handler, _exit)
+    takes = threading.current_thread() is threading.main_thread() and before in (signal.default_int_handler, exit_now)
     if takes:
         signal.signal(signal.SIGINT, interrupt)
     try:
@@ -90,15 +61,27 @@ def manners(arguments: Sequence[str]) -> Iterator[None]:
         if is_interrupted or isinstance(error, KeyboardInterrupt):
             if takes:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
-            _say_interrupted(arguments)
+                before = exit_silently if before is exit_now else before
+            say_interrupted(list(arguments))
             raise SystemExit(INTERRUPTED) from None
         if isinstance(error, BrokenPipeError) and _silence_closed():
             raise SystemExit(CLOSED_PIPE) from None
         raise
     finally:
         sys.unraisablehook = hook
+        for timer in timers:
+            timer.cancel()
         if takes:
             signal.signal(signal.SIGINT, before)
+
+
+def _prepare_streams() -> None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed (`>&-`): the next file would get its number, and C++ would write there
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - as long as it runs
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def flush() -> None:
@@ -110,6 +93,8 @@ def flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
+        except BrokenPipeError:
+            raise  # for `manners`, which looks whose pipe it is
         except OSError:
             _silence(stream)
             raise

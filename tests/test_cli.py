@@ -449,19 +449,6 @@ def test_a_disk_that_cannot_be_written_is_the_users_to_mend(
         cli.main(["verify", str(tmp_path)])
 
 
-def test_an_interrupt_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_arguments: object, **_options: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("tfrecords_builder.verify.verify_dataset", interrupted)
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["verify", str(tmp_path)])
-    assert caught.value.code == 1
-    assert capsys.readouterr().err == "stopped; start the same command again to go on\n"
-
-
 @pytest.mark.usefixtures("small_network")
 def test_compare(command: Command, finished_run: Path, phantom_source: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):

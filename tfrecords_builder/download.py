@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.files import bytes_below
+from tfrecords_builder.interrupts import interrupts_held
 from tfrecords_builder.sources import find_images
 
 HANDLE = "tawsifurrahman/covid19-radiography-database"
@@ -80,7 +81,8 @@ def _run_kagglehub(work: Path) -> Path:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_download, args=(work, sys.stderr.isatty(), sender), daemon=True)
-    process.start()
+    with interrupts_held():
+        process.start()
     sender.close()
     seen, since = -1, time.monotonic()
     try:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.interrupts import interrupts_held
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -93,7 +94,8 @@ def _executor(workers: int) -> ProcessPoolExecutor:
 def _submit(executor: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Any]:
     """The future of a task, also where the pool is broken already."""
     try:
-        return executor.submit(function, task)
+        with interrupts_held():  # submitting starts processes
+            return executor.submit(function, task)
     except BrokenProcessPool as error:
         lost: Future[Any] = Future()
         lost.set_exception(error)
@@ -105,7 +107,7 @@ def _run_alone(function: Callable[[Task], Result], task: Task) -> Result:
     for _ in range(ATTEMPTS):
         with _executor(1) as executor:
             try:
-                return executor.submit(function, task).result()
+                return _submit(executor, function, task).result()
             except BrokenProcessPool:
                 continue
     raise lost_task(task, ATTEMPTS, "killed while it ran alone, perhaps for want of memory")

@@ -194,7 +194,7 @@ def run_pipeline(
         say(f"{decision.submission_id}: {step.command} " + ("runs already" if decision.action == "attach" else "sent"))
         code = follow(jobs, decision.submission_id, write, say)
         if code:
-            say(f"to go on from here: the same command with --submission-id {name}")
+            say(f"to resume from here: the same command with --submission-id {name}")
             return code
     return 0
 

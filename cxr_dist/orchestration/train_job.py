@@ -12,12 +12,13 @@ from typing import Any
 from cxr_dist import run_folder
 from cxr_dist.checkpoint import CheckpointFolder
 from cxr_dist.config import Config
+from cxr_dist.interrupt import RESUME
 from cxr_dist.orchestration.connection import connected
 from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_most_workers
 from cxr_dist.orchestration.ray_metrics import RayMetrics
 from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, run_reporters
 from cxr_dist.search.space import Values
-from cxr_dist.stopping import RESUME, RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
+from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
 from cxr_dist.strategy import muted_stderr, prepare_devices
 from cxr_dist.watchdog import BEATS, reasons
 from tfrecords_builder.errors import UserError, one_line

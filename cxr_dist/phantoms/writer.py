@@ -18,6 +18,8 @@ from cxr_dist.phantoms.drawing import draw_phantom
 from cxr_dist.phantoms.signs import CLASS_FOLDERS
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.file_kinds import IMAGES_FOLDER, MASKS_FOLDER
+from tfrecords_builder.interrupts import interrupts_held
+from tfrecords_builder.pool import prepare_child
 
 SMALLEST_SIZE = 32
 LARGEST_SIZE = 4096
@@ -100,9 +102,12 @@ def _run(
         _count(map(draw, jobs), len(jobs), progress)
         return
     # Spawned, not forked: the caller may have started threads (TensorFlow has), and a fork would copy their locks.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_child)
     try:
-        _count(pool.map(draw, jobs, chunksize=_CHUNK), len(jobs), progress)
+        with interrupts_held():
+            drawn = pool.map(draw, jobs, chunksize=_CHUNK)
+        _count(drawn, len(jobs), progress)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -24,6 +24,7 @@ from cxr_dist.search.watch import Jobs, Watch
 from cxr_dist.strategy import prepare_devices
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import disk_error
+from tfrecords_builder.interrupts import interrupts_held
 from tfrecords_builder.pool import prepare_child
 
 Serve = Callable[[Connection, int, str], None]
@@ -81,7 +82,8 @@ def fill_cache(jobs: Jobs, experiment: Experiment, cores: int) -> None:
     log = experiment.folder / "trials" / "features.log"
     mendable, said = context.Pipe(duplex=False)
     process = context.Process(target=_fill_cache, args=(jobs.shared(), cores, log, said), daemon=True)
-    process.start()
+    with interrupts_held():
+        process.start()
     process.join()
     if mendable.poll():
         raise UserError(mendable.recv())
@@ -153,7 +155,8 @@ class _LocalSearch:
     def _new_slot(self) -> _Slot:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=self._serve, args=(theirs, self._cores, str(self._experiment.folder)))
-        process.start()
+        with interrupts_held():
+            process.start()
         theirs.close()  # so that its end closes the connection
         slot = _Slot(process, ours)
         self._slots.append(slot)

@@ -115,8 +115,8 @@ def test_ctrl_c_is_no_success_and_says_how_to_go_on(dataset: Path, tmp_path: Pat
     wait_until_in(run, 2, 2, process)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 1, out
-    assert "start the same command again to go on" in out
+    assert process.returncode == 130, out
+    assert "start the same command again to resume" in out
     assert run_folder.read_result(run) is None
     finish(start(dataset, run))
     result = run_folder.read_result(run)
