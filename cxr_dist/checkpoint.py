@@ -3,8 +3,12 @@
 A checkpoint is one `.npz` file (NumPy's zip): arrays only, so loading one executes nothing. It is written under a
 temporary name, sealed with a checksum of all its bytes, flushed to disk and renamed. One member is JSON: the state,
 and the names of all arrays.
+
+Most weights of a stage are frozen. So the weights of the base that a run starts from have a file of their own, written
+once, and a checkpoint holds only the arrays that differ from it.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -26,9 +30,12 @@ from tfrecords_builder.seal import UNSEALED, check_seal, seal
 
 Arrays = dict[str, npt.NDArray[Any]]
 _STATE = "state.json"
-_EPOCH, _BEST = "epoch-", "best-"
+_EPOCH, _BEST, _BASE = "epoch-", "best-", "base-"
 _NAME = re.compile(rf"{_EPOCH}(?P<epochs>\d+)(?:-step-(?P<step>\d+))?\.npz")
-_BEST_OF = "best_epochs_done"
+_BASE_NAME = re.compile(rf"{_BASE}[0-9a-f]{{32}}\.npz")
+BASE_PATTERN = f"{_BASE}*.npz"
+"""Of files of base weights, for `Path.glob`."""
+_BEST_OF, _BASE_OF = "best_epochs_done", "base"
 KEPT = 2
 """How many checkpoints are kept: the newest, and the one before in case the newest is damaged."""
 
@@ -189,6 +196,35 @@ class Position:
 DAMAGED_SUFFIX = ".damaged"
 
 
+@dataclass(frozen=True)
+class _Base:
+    """The weights that a run starts from, under a name that follows from their bits."""
+
+    name: str
+    arrays: Arrays
+
+    @classmethod
+    def of(cls, arrays: Arrays) -> "_Base":
+        digest = hashlib.sha256()
+        for key, array in sorted(arrays.items()):
+            digest.update(f"{key} {array.dtype.str} {array.shape} ".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return cls(f"{_BASE}{digest.hexdigest()[:32]}.npz", arrays)
+
+    def changed(self, arrays: Arrays) -> Arrays:
+        """Those that are not, to the bit, what the base has under their name."""
+        return {key: array for key, array in arrays.items() if not _same_bits(array, self.arrays.get(key))}
+
+
+def _same_bits(array: npt.NDArray[Any], other: npt.NDArray[Any] | None) -> bool:
+    """Equality of numbers is another one: of zeros with different signs, and of NaN."""
+    return (
+        other is not None
+        and (array.dtype, array.shape) == (other.dtype, other.shape)
+        and array.tobytes() == other.tobytes()
+    )
+
+
 class CheckpointFolder:
     """The checkpoints of one run: the newest few, and of each the weights that were best until then.
 
@@ -198,6 +234,11 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, keep: int = KEPT) -> None:
         self._folder, self._keep = folder, keep
+        self._base: _Base | None = None
+
+    def start_from(self, arrays: Arrays) -> None:
+        """Name the weights that a new run starts from; `save` writes them once, and then what differs from them."""
+        self._base = _Base.of(arrays)
 
     def save(
         self,
@@ -216,15 +257,42 @@ class CheckpointFolder:
             best_epochs_done: Which epoch left the best weights, over all stages; 0 while there are none.
             best_arrays: Those weights.
         """
+        if self._base is not None and not (self._folder / self._base.name).exists():
+            save_arrays(self._folder / self._base.name, self._base.arrays, {})
         if best_epochs_done and best_arrays is not None and not self.best(best_epochs_done).exists():
-            save_arrays(self.best(best_epochs_done), best_arrays, {"epochs_done": best_epochs_done})
-        save_arrays(self._folder / position.file_name, arrays, {_BEST_OF: best_epochs_done, **state})
+            self._save_changed(self.best(best_epochs_done), best_arrays, {"epochs_done": best_epochs_done})
+        self._save_changed(self._folder / position.file_name, arrays, {_BEST_OF: best_epochs_done, **state})
         kept = self._positions()[-self._keep :]
         for path in self._folder.glob("*.npz"):
             found = Position.of_file(path.name)
-            if found is not None and found not in kept:
+            other_base = self._base is not None and path.name != self._base.name and _BASE_NAME.fullmatch(path.name)
+            if (found is not None and found not in kept) or other_base:
                 path.unlink(missing_ok=True)
         self._remove_unused_best(best_epochs_done)
+
+    def _save_changed(self, path: Path, arrays: Arrays, state: Mapping[str, Any]) -> None:
+        base = self._base
+        changed = arrays if base is None else base.changed(arrays)
+        save_arrays(path, changed, {_BASE_OF: base.name if base else None, **state})
+
+    def _load_whole(self, path: Path) -> tuple[Arrays, dict[str, Any]]:
+        """What `_save_changed` wrote, with the arrays of its base; further checkpoints then have the same base."""
+        arrays, state = load_arrays(path)
+        name = state.pop(_BASE_OF, None)
+        if name is None:
+            self._base = None
+        elif self._base is None or self._base.name != name:
+            self._base = self._load_base(path, str(name))
+        return arrays if self._base is None else self._base.arrays | arrays, state
+
+    def _load_base(self, path: Path, name: str) -> _Base:
+        if not _BASE_NAME.fullmatch(name):  # a checkpoint must not name files elsewhere
+            raise UserError(f"{path}: damaged checkpoint (no name of base weights: {name[:80]})")
+        try:
+            return _Base(name, load_arrays(self._folder / name)[0])
+        except UserError as error:
+            reason = f"{error}".split(";")[0]
+            raise UserError(f"{reason}; every checkpoint of the run needs it: train into a new --out") from None
 
     def best(self, epochs_done: int) -> Path:
         """The file of the weights that the epoch left."""
@@ -240,8 +308,16 @@ class CheckpointFolder:
         Raises:
             UserError: they are missing or damaged, and cannot be had again without training.
         """
+        return self.load_best_file(self.best(epochs_done))
+
+    def load_best_file(self, path: Path) -> Arrays:
+        """The weights in a file of this folder that `best` or `newest_best` names.
+
+        Raises:
+            UserError: as of `load_best`.
+        """
         try:
-            return load_arrays(self.best(epochs_done))[0]
+            return self._load_whole(path)[0]
         except FormatError:
             raise
         except UserError as error:
@@ -255,7 +331,7 @@ class CheckpointFolder:
         Raises:
             UserError: it is missing or damaged.
         """
-        return load_arrays(self._folder / position.file_name)
+        return self._load_whole(self._folder / position.file_name)
 
     def newest(
         self, warn: Callable[[str], None], *, set_aside: bool = False
@@ -301,6 +377,37 @@ class CheckpointFolder:
         for path in self._folder.glob(".*"):
             if (intended_name(path.name) or "").endswith(".npz"):
                 path.unlink(missing_ok=True)
+
+    def files_of(self, position: Position) -> list[Path]:
+        """The files that a checkpoint needs, in the order in which they must come into another folder: itself last.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        path = self._folder / position.file_name
+        state = load_state(path)
+        base, best = state.get(_BASE_OF), state[_BEST_OF]
+        return [*([self._folder / base] if base else []), *([self.best(best)] if best else []), path]
+
+    def keep_best_alone(self) -> None:
+        """Remove all that a finished run does not need to restore its best weights; nothing where they are damaged."""
+        best = self.newest_best()
+        try:
+            base = load_state(best).get(_BASE_OF) if best else None
+        except UserError:
+            return
+        self._remove_all_but({best.name if best else "", base or ""})
+
+    def remove_all(self) -> None:
+        """Remove every checkpoint; the folder stays."""
+        self._remove_all_but(set())
+
+    def _remove_all_but(self, names: set[str]) -> None:
+        for pattern in ("*.npz", f"*{DAMAGED_SUFFIX}"):
+            for path in self._folder.glob(pattern):
+                if path.name not in names:
+                    path.unlink(missing_ok=True)
+        self.clean()
 
     def _remove_unused_best(self, newest: int) -> None:
         """Those that no checkpoint of the folder refers to; the older ones' references are read from the files."""

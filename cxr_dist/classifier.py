@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from cxr_dist import cut, run_folder
 from cxr_dist.calibration_file import Calibration, read_calibration
+from cxr_dist.checkpoint import CheckpointFolder, restore_model
 from cxr_dist.config import Config
 from cxr_dist.model import build_model, set_trainable
 from cxr_dist.strategy import dtype_policy, prepare_devices, resolve_precision
@@ -37,9 +38,15 @@ def read_finished(run: Path) -> FinishedRun:
         UserError: the folder is that of no run, or of one that has not ended.
     """
     info, config, result = run_folder.read_info(run), run_folder.read_config(run), run_folder.read_result(run)
-    if result is None or not (run / run_folder.MODEL).is_file():
+    if result is None or weights_file(run) is None:
         raise UserError(f"{run}: the run is not finished; start it again with train to go on")
     return FinishedRun(run, config, info, result)
+
+
+def weights_file(run: Path) -> Path | None:
+    """`model.keras`, or the best weights of a trial whose model was removed (`search.keep`); None where neither is."""
+    model = run / run_folder.MODEL
+    return model if model.is_file() else CheckpointFolder(run / run_folder.CHECKPOINTS).newest_best()
 
 
 def load_model(run: FinishedRun, precision: str) -> Any:
@@ -52,10 +59,13 @@ def load_model(run: FinishedRun, precision: str) -> Any:
         UserError: the weights are damaged, or of another network.
     """
     model = build_model(len(run.info.class_names), run.info.image_size, run.config, dtype_policy(precision))
-    path = run.folder / run_folder.MODEL
+    path = weights_file(run.folder) or run.folder / run_folder.MODEL
     try:
         check_seal(path)  # Keras does not read the zip's members to their ends, where their CRCs are
-        model.load_weights(path)
+        if path.name == run_folder.MODEL:
+            model.load_weights(path)
+        else:
+            restore_model(model, CheckpointFolder(path.parent).load_best_file(path))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = one_line(error)
         raise UserError(f"{path}: cannot be loaded ({reason}); train the run again") from None

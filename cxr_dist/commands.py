@@ -251,18 +251,31 @@ def run_training(
             TrainingPlan(count, config.global_batch_size, replicas, config.seed, parts=parts)
 
         if launcher == "local":
-            return train_locally(config, folder, run, reporter, prepare=prepare, devices_per_worker=devices_per_worker)
-        return train_with_ray(
-            config,
-            dataset,
-            run,
-            reporter,
-            prepare=prepare,
-            workers=workers,
-            devices_per_worker=devices_per_worker,
-            address=address,
-            verbose=verbose,
-        )
+            result = train_locally(
+                config, folder, run, reporter, prepare=prepare, devices_per_worker=devices_per_worker
+            )
+        else:
+            result = train_with_ray(
+                config,
+                dataset,
+                run,
+                reporter,
+                prepare=prepare,
+                workers=workers,
+                devices_per_worker=devices_per_worker,
+                address=address,
+                verbose=verbose,
+            )
+        remove_checkpoints(run)
+        return result
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Of a finished run that has its model, which is all that other commands read."""
+    from cxr_dist.checkpoint import CheckpointFolder
+
+    if run_folder.read_result(run) is not None and (run / run_folder.MODEL).is_file():
+        CheckpointFolder(run / run_folder.CHECKPOINTS).remove_all()
 
 
 def _finished(run: Path) -> dict[str, Any] | None:

@@ -17,7 +17,14 @@ from cxr_dist import checkpoint, damage, features, run_folder, stages, steps, ve
 from cxr_dist.config import Config, StageConfig
 from cxr_dist.keeping import Keeper
 from cxr_dist.metrics import counts_metrics
-from cxr_dist.model import build_model, load_base_weights, set_trainable, trains_base_batch_norm
+from cxr_dist.model import (
+    base_of,
+    build_model,
+    load_base_weights,
+    name_what_older_keras_knows,
+    set_trainable,
+    trains_base_batch_norm,
+)
 from cxr_dist.pace import FixedLengths, Pace
 from cxr_dist.plans import EvaluationPlan, TrainingPlan
 from cxr_dist.progress import Best, Progress
@@ -457,6 +464,8 @@ class _Run:
         epochs_done, step = steps.chiefs(self.strategy, self.topology, (position.epochs_done, position.step))
         if epochs_done < 0:
             load_base_weights(self.model, self.config.model.weights)
+            if self.topology.is_chief:
+                self.folder.start_from(checkpoint.model_arrays(base_of(self.model)))
             return None
         position = checkpoint.Position(epochs_done, step)
         arrays, state = found[1:] if found else self.folder.load(position)
@@ -538,6 +547,7 @@ class _Run:
             raise ValueError("the configuration was not resolved")
         portable = build_model(self.classes, size, self.config, "float32")
         checkpoint.restore_model(portable, self.best_arrays)
+        name_what_older_keras_knows(portable)
         with tempfile.TemporaryDirectory(prefix=f".{run_folder.MODEL}.", dir=self.run) as folder:
             saved = Path(folder, run_folder.MODEL)
             portable.save(saved)

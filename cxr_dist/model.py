@@ -8,6 +8,7 @@ parameters, so `model.keras` takes gray pixels as they are. With four classes: 2
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,32 @@ def batch_norm_layers(model: Any) -> list[Any]:
         for layer in part.layers
         if isinstance(layer, keras.layers.BatchNormalization)
     ]
+
+
+NEW_KEYS = {
+    "renorm": ("renorm", "renorm_clipping", "renorm_momentum"),
+    "quantization_config": ("quantization_config",),
+}
+"""By the switch that is off here: what Keras before 3.15 does not know in a layer's config."""
+
+
+def name_what_older_keras_knows(model: Any) -> None:
+    """Leave out of a trained model's config what Keras before 3.15 refuses to load, before the model is saved.
+
+    Initializers (`input_axes` is new) serve training from scratch alone; the other new keys say what is not done.
+    """
+    import keras
+
+    zeros = keras.initializers.serialize(keras.initializers.Zeros())
+    for part in (base_of(model), head_of(model)):
+        for layer in part.layers:
+            config = layer.get_config()
+            if "kernel_initializer" in config:
+                config["kernel_initializer"] = zeros
+            for switch, keys in NEW_KEYS.items():
+                if not config.get(switch):
+                    config = {key: value for key, value in config.items() if key not in keys}
+            layer.get_config = partial(dict, config)
 
 
 def set_trainable(model: Any, unfreeze_layers: int, train_batch_norm: bool) -> None:

@@ -3,6 +3,7 @@
 import functools
 import os
 import secrets
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -150,13 +151,24 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def finished_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs of stage 1 and one of stage 2 of the small network. Do not change it."""
-    from cxr_dist.commands import run_training
+def run_with_checkpoints(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `finished_run`, killed before its checkpoints were removed. Do not change it."""
+    from cxr_dist import commands
     from cxr_dist.config import load_config
 
     run = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:
         use_small_base(patch)
-        run_training(load_config(None, SMALL_RUN), dataset, run, launcher="local")
+        patch.setattr(commands, "remove_checkpoints", lambda _run: None)
+        commands.run_training(load_config(None, SMALL_RUN), dataset, run, launcher="local")
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(run_with_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs of stage 1 and one of stage 2 of the small network. Do not change it."""
+    from cxr_dist.commands import remove_checkpoints
+
+    run = Path(shutil.copytree(run_with_checkpoints, tmp_path_factory.mktemp("finished") / "run"))
+    remove_checkpoints(run)
     return run

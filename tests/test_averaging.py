@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import checkpoint, run_folder
+from cxr_dist import checkpoint, commands, run_folder
 from cxr_dist.averaging import WeightAverage
 from cxr_dist.commands import run_training
 from cxr_dist.config import load_config
@@ -69,8 +69,11 @@ def test_what_is_kept_of_it_goes_on() -> None:
 
 
 @pytest.mark.usefixtures("small_network")
-def test_the_loop_validates_and_keeps_the_average(dataset: Path, tmp_path: Path) -> None:
+def test_the_loop_validates_and_keeps_the_average(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A decay of 0 is the weights themselves; with another, the model of the run is the one that was validated."""
+    monkeypatch.setattr(commands, "remove_checkpoints", lambda _run: None)
     settings = [*SMALL_RUN, "stages.1.epochs=1", "stages.2.epochs=2", "stages.2.learning_rate=3e-3"]
     rows = {}
     for name, decay in (("plain", None), ("none", 0.0), ("averaged", 0.9)):

@@ -176,6 +176,58 @@ def test_the_newest_few_are_kept_with_the_best_weights_of_their_time(tmp_path: P
     assert KEPT >= 2, "else there is none before a damaged one"
 
 
+def weights(*signs: float) -> dict[str, np.ndarray[Any, Any]]:
+    """Arrays that compare equal and differ in bits, and one with NaN."""
+    return {"model/a": np.array(signs, np.float32), "model/b": np.array([np.nan, 1], np.float32)}
+
+
+def test_what_equals_the_base_is_written_once_and_comes_back_to_the_bit(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.start_from(weights(0.0, 1.0))
+    for done, changed in ((1, weights(0.0, 1.0)), (2, weights(-0.0, 1.0))):
+        folder.save(Position(done), changed | {"optimizer/0": np.arange(3)}, {}, done, changed)
+    (base,) = tmp_path.glob(checkpoint.BASE_PATTERN)
+    stored = [set(load_arrays(tmp_path / Position(done).file_name)[0]) for done in (1, 2)]
+    assert stored == [{"optimizer/0"}, {"optimizer/0", "model/a"}]
+    for done, expected in ((1, weights(0.0, 1.0)), (2, weights(-0.0, 1.0))):
+        fresh = CheckpointFolder(tmp_path)
+        arrays, state = fresh.load(Position(done))
+        best = fresh.load_best(done)
+        for name, value in expected.items():
+            assert arrays[name].tobytes() == best[name].tobytes() == value.tobytes()
+        assert state == {"best_epochs_done": done}
+        fresh.save(Position(9), arrays, {}, done)  # a run that resumes goes on with the same base
+        assert list(tmp_path.glob(checkpoint.BASE_PATTERN)) == [base]
+        (tmp_path / Position(9).file_name).unlink()
+
+
+def test_a_lost_base_is_named_and_no_other_file_is_read_in_its_place(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "run")
+    folder.start_from(weights(1.0))
+    folder.save(Position(1), weights(2.0), {})
+    (base,) = (tmp_path / "run").glob(checkpoint.BASE_PATTERN)
+    base.rename(tmp_path / base.name)
+    with pytest.raises(UserError, match=rf"{base.name}: no such checkpoint; every checkpoint of the run needs it"):
+        CheckpointFolder(tmp_path / "run").load(Position(1))
+    save_arrays(tmp_path / "run" / Position(2).file_name, {}, {"base": f"../{base.name}", "best_epochs_done": 0})
+    with pytest.raises(UserError, match="damaged checkpoint"):
+        CheckpointFolder(tmp_path / "run").load(Position(2))
+
+
+def test_what_a_finished_run_keeps(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.start_from(weights(1.0))
+    folder.save(Position(1), weights(2.0), {}, 1, weights(3.0))
+    folder.save(Position(2), weights(4.0), {}, 2, weights(5.0))
+    (tmp_path / "epoch-00000.damaged").write_bytes(b"")
+    folder.keep_best_alone()
+    (base,) = tmp_path.glob(checkpoint.BASE_PATTERN)
+    assert {path.name for path in tmp_path.iterdir()} == {base.name, "best-00002.npz"}
+    assert CheckpointFolder(tmp_path).load_best(2)["model/a"].tolist() == [5.0]
+    CheckpointFolder(tmp_path).remove_all()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_order_is_by_number(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     ordered = [Position(9), Position(9, 2), Position(10), Position(99, 10), Position(99, 9_999_999), Position(100)]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorflow.python.framework import config as tf_config
 
-from cxr_dist import checkpoint, loop, run_folder, steps, versions
+from cxr_dist import checkpoint, commands, loop, run_folder, steps, versions
 from cxr_dist.classifier import load_model, read_finished
 from cxr_dist.commands import run_training
 from cxr_dist.config import Config, load_config
@@ -47,6 +47,41 @@ def test_what_a_run_leaves(finished_run: Path) -> None:
     assert (result["best"]["stage"], result["best"]["epoch"]) == (best["stage"], best["epoch"])
     assert load_config(finished_run / "config.yaml").stages[2].learning_rate == 1e-4
     assert not list(finished_run.rglob("*.tmp*"))
+
+
+def test_a_finished_run_keeps_its_model_and_no_checkpoint(
+    run_with_checkpoints: Path, finished_run: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """A process that was killed before it had removed them leaves that to the next start."""
+    assert list((run_with_checkpoints / run_folder.CHECKPOINTS).iterdir())
+    assert not list((finished_run / run_folder.CHECKPOINTS).iterdir())
+    run = Path(shutil.copytree(run_with_checkpoints, tmp_path / "run"))
+    (run / run_folder.RESULT).rename(tmp_path / "result.json")
+    commands.remove_checkpoints(run)
+    assert list((run / run_folder.CHECKPOINTS).iterdir()), "the run is not finished"
+    (tmp_path / "result.json").rename(run / run_folder.RESULT)
+    run_training(small(), dataset, run, launcher="local")
+    assert not list((run / run_folder.CHECKPOINTS).iterdir())
+    assert (run / run_folder.MODEL).read_bytes() == (finished_run / run_folder.MODEL).read_bytes()
+
+
+def test_checkpoints_hold_what_training_changed(dataset: Path, tmp_path: Path) -> None:
+    """And with the base weights' file, which is written once, they hold all."""
+    train_here(small("stages.1.epochs=1", "stages.2.unfreeze_layers=3"), dataset, tmp_path / "run", Reporters([]))
+    folder = tmp_path / "run" / run_folder.CHECKPOINTS
+    (base,) = folder.glob(checkpoint.BASE_PATTERN)
+    frozen, _ = checkpoint.load_arrays(base)
+    position = checkpoint.CheckpointFolder(folder).newest_position()
+    assert position is not None
+    written, _ = checkpoint.load_arrays(folder / position.file_name)
+    whole, _ = checkpoint.CheckpointFolder(folder).load(position)
+    of_model = {name for name in whole if name.startswith("model/")}
+    assert of_model == frozen.keys() | {name for name in written if name.startswith("model/")}
+    assert any(name not in written for name in frozen)
+    for name in frozen.keys() & written.keys():
+        assert frozen[name].tobytes() != written[name].tobytes()
+    for name, value in whole.items():
+        assert value.tobytes() == (written[name] if name in written else frozen[name]).tobytes()
 
 
 def test_a_finished_run_is_left_alone(finished_run: Path, dataset: Path) -> None:
@@ -134,9 +169,12 @@ def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 CLOCKS = {"images_per_second", "input_wait", "run_seconds", "seconds"}
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(finished_run: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    run_with_checkpoints: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "remove_checkpoints", lambda _run: None)
     run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
+    shutil.copytree(run_with_checkpoints, run)
     for name in ("result.json", "model.keras", "history.jsonl"):
         (run / name).unlink()
     kept = sorted((run / "checkpoints").glob("epoch-*.npz"))
@@ -148,16 +186,16 @@ def test_a_damaged_newest_checkpoint_is_passed_over(finished_run: Path, dataset:
     assert position is not None
     assert result["resumed_from"] == position.file_name
     assert result["steps_computed"] == (3 - position.epochs_done) * 7 - position.step > 0
-    whole, resumed = history(finished_run), history(run)
+    whole, resumed = history(run_with_checkpoints), history(run)
     assert [(row["stage"], row["epoch"]) for row in resumed] == [(row["stage"], row["epoch"]) for row in whole]
     assert kept[-1].with_suffix(".damaged").stat().st_size == 1000, "it is out of the way, and still there"
 
 
 def test_a_checkpoint_whose_best_weights_are_damaged_is_passed_over(
-    finished_run: Path, dataset: Path, tmp_path: Path
+    run_with_checkpoints: Path, dataset: Path, tmp_path: Path
 ) -> None:
     """Nobody could end a run that lost them; the checkpoint before may have others, which are whole."""
-    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    run = Path(shutil.copytree(run_with_checkpoints, tmp_path / "run"))
     folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS)
     found = folder.newest(pytest.fail)
     assert found is not None

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import run_folder
 from cxr_dist.calibration_file import read_calibration
-from cxr_dist.classifier import Answer, Classifier, load_classifier, read_finished
+from cxr_dist.classifier import Answer, Classifier, load_classifier, read_finished, weights_file
 from cxr_dist.orchestration.batcher import Batcher
 from cxr_dist.orchestration.connection import OWN_CLUSTER, connected
 from cxr_dist.orchestration.http_app import HttpApp, Limits
@@ -119,7 +118,7 @@ def _check_run(run: Path) -> None:
     """What the replica would fail at, minutes and retries later."""
     found = read_finished(run)
     read_calibration(run)
-    model = found.folder / run_folder.MODEL
+    model = weights_file(found.folder) or found.folder
     try:
         check_seal(model)
     except (OSError, ValueError) as error:

@@ -98,6 +98,7 @@ class Experiment:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
+        self._keep: int | None = None
 
     # -- the search -------------------------------------------------------------------------------
 
@@ -124,6 +125,7 @@ class Experiment:
                 write_text(self.folder / SEARCH, yaml.safe_dump(plan.tree(), sort_keys=False))
                 write_json(self.folder / EXPERIMENT, written)
                 (self.folder / TRIALS).mkdir(exist_ok=True)
+            self._keep = plan.search.keep
             yield
 
     def _check_same(self, plan: SearchPlan, written: dict[str, Any]) -> None:
@@ -132,8 +134,8 @@ class Experiment:
         now = plan.tree()
         for name in ("search", "config"):
             for key in sorted(earlier[name].keys() | now[name].keys()):
-                # More trials, or more at a time, are the same search; so is a longer patience.
-                if (name, key) in (("search", "trials"), ("search", "concurrent"), ("search", "time_limit_s")):
+                # What changes no trial's result may change: how many, how many at a time, how long, how many are kept.
+                if name == "search" and key in ("trials", "concurrent", "time_limit_s", "keep"):
                     continue
                 before, after = earlier[name].get(key), now[name].get(key)
                 if before != after:
@@ -210,7 +212,26 @@ class Experiment:
             trial, state=state, reason=reason or "" if state == "failed" else "", seconds=trial.seconds + seconds
         )
         self.write(ended)
+        self._reduce(ended)
+        self._reduce_models()
         return self.outcome(ended)
+
+    def _reduce(self, trial: Trial) -> None:
+        """Keep of an ended trial what its result needs: the best weights where it is complete, else no weights."""
+        checkpoints = CheckpointFolder(self.run(trial.number) / run_folder.CHECKPOINTS)
+        if trial.state == "complete":
+            checkpoints.keep_best_alone()
+        else:
+            checkpoints.remove_all()
+
+    def _reduce_models(self) -> None:
+        """Remove `model.keras` of all trials but the best `search.keep` so far: who leaves them is beaten for good."""
+        models = [path.parent for path in (self.folder / TRIALS).glob(f"?????/{run_folder.MODEL}")]
+        if self._keep is None:
+            self._keep = self.plan().search.keep
+        whole = [self.outcome(each) for each in self.trials() if self.run(each.number) in models]
+        for outcome in ranked(whole)[self._keep :]:
+            (self.run(outcome.trial.number) / run_folder.MODEL).unlink(missing_ok=True)
 
     def outcome(self, trial: Trial) -> Outcome:
         run = self.run(trial.number)
@@ -219,8 +240,10 @@ class Experiment:
     def settle(self) -> tuple[list[Outcome], list[Trial]]:
         """What an earlier process left: the trials that ended, and those to go on with."""
         ended, open_ = [], []
+        self._reduce_models()
         for trial in self.trials():
             if trial.state in ENDED:
+                self._reduce(trial)  # the search may have been killed before it had done so
                 ended.append(self.outcome(trial))
             elif run_folder.read_result(self.run(trial.number)) is not None:
                 ended.append(self.end(trial, 0.0))  # it was done, and the search was killed before it heard of it
@@ -266,10 +289,15 @@ class Experiment:
         }
 
 
-def best_outcome(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The complete trial with the best validation: accuracy, then loss, then the earlier."""
+def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The complete trials, best first: by accuracy, then by loss, then the earlier."""
     complete = [each for each in outcomes if each.trial.state == "complete" and each.best_row]
-    return max(complete, key=_rank, default=None)
+    return sorted(complete, key=_rank, reverse=True)
+
+
+def best_outcome(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The first of `ranked`."""
+    return next(iter(ranked(outcomes)), None)
 
 
 def best_run(folder: Path) -> Path:

@@ -1,23 +1,79 @@
-"""A first stage that several trials have in common runs once: the others begin with what it left.
+"""What trials have in common on the disk: base weights, and first stages.
 
-A checkpoint decides all that follows. So the trial that runs the stage copies its last one aside, and a trial with
-equal settings copies it into its own run, where the loop goes on from it as from any other.
+A first stage that several trials have in common runs once. A checkpoint decides all that follows. So the trial that
+runs the stage puts its last one aside, and a trial with equal settings takes it into its own run, where the loop
+resumes from it as from any other.
+
+Files are shared by hard links: they are never changed in place, and each run's folder stays complete by itself.
 """
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cxr_dist import run_folder
-from cxr_dist.checkpoint import CheckpointFolder, Position
+from cxr_dist.checkpoint import BASE_PATTERN, CheckpointFolder, Position
 from cxr_dist.config import Config
 from cxr_dist.reporting import Event
 from tfrecords_builder import locks
-from tfrecords_builder.files import sync
+from tfrecords_builder.files import move_durably, sync
+
+
+class SharedBase:
+    """Listens to a run, and lets the trials of a search have one file of the base weights that they start from."""
+
+    def __init__(self, folder: Path, run: Path) -> None:
+        self._folder, self._checkpoints = folder, run / run_folder.CHECKPOINTS
+        self._is_shared = False
+
+    @contextmanager
+    def used(self) -> Iterator["SharedBase"]:
+        """Give the run what other trials have written; the run keeps what has the name of its own weights."""
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob(BASE_PATTERN):
+            if not (self._checkpoints / path.name).exists():
+                _link(path, self._checkpoints / path.name)
+        try:
+            yield self
+        finally:
+            self._share()
+
+    def emit(self, event: Event) -> None:
+        if event["kind"] == "epoch" and not self._is_shared:
+            self._share()
+
+    def _share(self) -> None:
+        """Give others what the run has written; of two that wrote the same, the first is kept."""
+        for path in self._checkpoints.glob(BASE_PATTERN):
+            shared = self._folder / path.name
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._is_shared = path.samefile(shared) if shared.exists() else _link(path, shared)
+            if not self._is_shared:
+                self._is_shared = _link(shared, path)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Give a whole file a second name, in place of what has that name; False where the file system has no links."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        os.link(source, temporary)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return False
+        raise
+    temporary.replace(target)
+    sync(target.parent)
+    return True
+
+
+_NO_LINKS = frozenset((errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.ENOENT))
+"""ENOENT: another trial removed the file meanwhile."""
 
 
 def first_stage_key(config: Config, fingerprint: str, replicas: int) -> str | None:
@@ -44,7 +100,7 @@ class FirstStages:
         A run that has checkpoints goes on from its own.
         """
         checkpoints = run / run_folder.CHECKPOINTS
-        if key is None or any(checkpoints.glob("*.npz")):
+        if key is None or CheckpointFolder(checkpoints).newest_position() is not None:
             yield Publisher()
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +109,7 @@ class FirstStages:
         publisher = Publisher(run, entry, lock)
         try:
             if entry.is_dir():
-                _copy(entry, checkpoints)
+                _take(entry, checkpoints)
                 publisher.give_up_lock()
             yield publisher
         finally:
@@ -83,13 +139,10 @@ class Publisher:
         # Heard of from another process the event may be late, and the newest checkpoint of the stage after.
         if found is None or found[2]["stage"] != stage or entry.exists():
             return
-        position, _, state = found
-        best = folder.best(state["best"]["epochs_done"])
         work = entry.with_name(f".{entry.name}.{os.getpid()}")
         work.mkdir()
-        for path in (checkpoints / position.file_name, best):
-            shutil.copyfile(path, work / path.name)
-            sync(work / path.name)
+        for path in folder.files_of(found[0]):
+            _copy(path, work / path.name)
         work.rename(entry)
         sync(entry.parent)
 
@@ -99,10 +152,17 @@ class Publisher:
             self._lock = None
 
 
-def _copy(entry: Path, checkpoints: Path) -> None:
-    """The best weights first: a checkpoint is looked for by its own name, and needs them."""
+def _take(entry: Path, checkpoints: Path) -> None:
+    """The checkpoint last: it is looked for by its own name, and needs the other files."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     for path in sorted(entry.iterdir(), key=lambda path: Position.of_file(path.name) is not None):
-        copied = checkpoints / f".{path.name}.copy"
-        shutil.copyfile(path, copied)
-        copied.rename(checkpoints / path.name)
+        _copy(path, checkpoints / path.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """By a link where the file system has them."""
+    if _link(source, target):
+        return
+    copied = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    shutil.copyfile(source, copied)
+    move_durably(copied, target)

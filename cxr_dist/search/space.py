@@ -97,6 +97,12 @@ class SearchConfig(_Node):
         None, ge=0, description="of each worker, fractions for one worker alone; by default 1 where there are any"
     )
     time_limit_s: float | None = Field(None, gt=0, description="of one trial; one that exceeds it has failed")
+    keep: int = Field(
+        1,
+        ge=1,
+        description="how many of the best trials keep their model.keras; the others keep the weights that training "
+        "changed, from which evaluate, predict and export rebuild the model",
+    )
     parameters: dict[str, Parameter] = Field(min_length=1, description="by dotted config key")
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from cxr_dist.config import Config
 from cxr_dist.damage import leave_out
 from cxr_dist.reporting import Event, Reporter, Reporters, run_reporters
 from cxr_dist.search.record import SHARED, Experiment
-from cxr_dist.search.shared import FirstStages, first_stage_key
+from cxr_dist.search.shared import FirstStages, SharedBase, first_stage_key
 from cxr_dist.search.space import Values
 from cxr_dist.strategy import Topology
 from tfrecords_builder.errors import UserError, one_line
@@ -123,8 +123,9 @@ def prepared(
                 return finished
             left_out = leave_out(run, Path(job.dataset), manifest, config.input.max_damaged)
             key = first_stage_key(config, left_out.fingerprint(manifest.fingerprint), replicas)
+            base = held.enter_context(SharedBase(experiment.folder / SHARED, run).used())
             publisher = held.enter_context(FirstStages(experiment.folder / SHARED).used_by(run, key))
-            return train(config, run, Reporters([publisher, _Listener(config, report)]))
+            return train(config, run, Reporters([base, publisher, _Listener(config, report)]))
     except TrialStopped:
         return None
     except Exception as error:

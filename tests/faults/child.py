@@ -17,7 +17,8 @@ class Lines:
 
 
 def main() -> None:
-    from cxr_dist import commands
+    from cxr_dist import commands, run_folder
+    from cxr_dist.checkpoint import CheckpointFolder, save_arrays
     from cxr_dist.config import load_config
     from tests.conftest import use_small_base
 
@@ -25,6 +26,18 @@ def main() -> None:
     with pytest.MonkeyPatch.context() as patch:
         use_small_base(patch)
         patch.setattr(commands, "ConsoleReporter", Lines)
+        remove = commands.remove_checkpoints
+
+        def copy_and_remove(run: Path) -> None:
+            """The last checkpoint says more than the model: optimizer and loss scale too."""
+            print("finished None None None", flush=True)
+            found = CheckpointFolder(run / run_folder.CHECKPOINTS).newest(print)
+            if found is not None:
+                save_arrays(run.parent / "last.npz", found[1], {})
+            print("copied None None None", flush=True)
+            remove(run)
+
+        patch.setattr(commands, "remove_checkpoints", copy_and_remove)
         commands.run_training(load_config(None, overrides), Path(dataset), Path(run), launcher="local")
 
 

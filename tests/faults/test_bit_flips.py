@@ -42,6 +42,11 @@ def use_checkpoint(folder: Path, damaged: Path) -> None:
     if damaged.name.startswith("best-"):
         checkpoints.load_best(int(damaged.stem.removeprefix("best-")))
         return
+    newest = checkpoints.newest_position()
+    assert newest is not None
+    if damaged.name.startswith("base-"):
+        checkpoints.load(newest)
+        return
     warnings: list[str] = []
     checkpoints.newest(warnings.append)
     if warnings:
@@ -70,13 +75,15 @@ def write_cache(folder: Path) -> None:
 
 
 @pytest.fixture(params=KINDS)
-def victim(request: pytest.FixtureRequest, dataset: Path, finished_run: Path, tmp_path: Path) -> tuple[str, Path]:
+def victim(
+    request: pytest.FixtureRequest, dataset: Path, run_with_checkpoints: Path, tmp_path: Path
+) -> tuple[str, Path]:
     """What is damaged: its kind, and a copy of the folder that holds it."""
     folder = tmp_path / "folder"
     if request.param == "cache":
         write_cache(folder)
     else:
-        whole = finished_run / run_folder.CHECKPOINTS if request.param == "checkpoint" else dataset
+        whole = run_with_checkpoints / run_folder.CHECKPOINTS if request.param == "checkpoint" else dataset
         shutil.copytree(whole, folder)
     return request.param, folder
 
@@ -87,7 +94,7 @@ def files_of(kind: str, folder: Path) -> list[Path]:
     patterns = {
         "shard": ["*.tfrecord*"],
         "manifest": ["manifest.parquet"],
-        "checkpoint": [newest.file_name if newest else "", "best-*"],
+        "checkpoint": [newest.file_name if newest else "", "best-*", "base-*"],
         "cache": ["*/entry.json", "*/part-00000", "*/part-00001"],
     }[kind]
     return sorted(path for pattern in patterns if pattern for path in folder.glob(pattern))
