@@ -20,6 +20,7 @@ from sklearn.metrics import auc
 
 from cxr_dist.calibration import risk_coverage
 from cxr_dist.metrics import Predictions, mean_roc_curve, roc_curves
+from cxr_dist.ranking import best_index
 
 STAGE_LABELS = {"1": "stage 1: head", "2": "stage 2: fine-tuning"}
 
@@ -236,15 +237,9 @@ def history_figure(history: Sequence[Mapping[str, Any]], best_epoch: int | None 
 
 
 def best_epoch_of(history: Sequence[Mapping[str, Any]]) -> int | None:
-    """The epoch (from 1, through all stages) of the highest validation accuracy; of several, the lowest
-    validation loss, then the first. None if no epoch was validated."""
-    accuracy, loss = _column(history, "val_accuracy"), _column(history, "val_loss")
-    ranked = [
-        (-accuracy[index], loss[index] if math.isfinite(loss[index]) else math.inf, index + 1)
-        for index in range(len(history))
-        if math.isfinite(accuracy[index])
-    ]
-    return min(ranked)[2] if ranked else None
+    """The best epoch (from 1, through all stages); None if no epoch was validated."""
+    index = best_index(history)
+    return None if index is None else index + 1
 
 
 def stage_spans(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:

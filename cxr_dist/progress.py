@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cxr_dist import checkpoint, steps
+from cxr_dist.ranking import rank
 
 
 @dataclass
@@ -21,8 +22,8 @@ class Best:
     epoch: int = 0
 
     def is_beaten_by(self, row: dict[str, Any]) -> bool:
-        """Whether an epoch is better: by accuracy, then by loss."""
-        return (row["val_accuracy"], -row["val_loss"]) > (self.val_accuracy, -self.val_loss)
+        """Whether an epoch is better."""
+        return rank(row) > rank(vars(self))
 
 
 @dataclass

@@ -9,15 +9,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from tqdm import tqdm
 
+from cxr_dist.stopping import StoppedError
 from tfrecords_builder.errors import UserError
+from tfrecords_builder.files import write_json
 
 Event = Mapping[str, Any]
+
+
+EndState = Literal["finished", "failed", "killed"]
+"""How a run's process left it; `killed` is ended on request, or stopped early by a search."""
 
 
 class Reporter(Protocol):
@@ -32,8 +38,27 @@ class Reporter(Protocol):
 
     def emit(self, event: Event) -> None: ...
 
+    def close(self, state: EndState) -> None:
+        """Take no more events; called once, by whoever made the reporter."""
+        return  # nothing to close, unless a class says otherwise
 
-class Reporters:
+
+@contextmanager
+def closing(reporter: Reporter) -> Iterator[None]:
+    """Close `reporter` at the end, with how the end came about."""
+    try:
+        yield
+    except BaseException as error:
+        is_request = isinstance(error, StoppedError) or not isinstance(error, Exception)
+        try:
+            reporter.close("killed" if is_request else "failed")
+        except Exception as problem:  # noqa: BLE001 - the error that ended the run is the one to raise
+            error.add_note(f"and its reporters could not be closed: {problem}")
+        raise
+    reporter.close("finished")
+
+
+class Reporters(Reporter):
     """Passes every event to each of several reporters."""
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:
@@ -43,8 +68,13 @@ class Reporters:
         for reporter in self._reporters:
             reporter.emit(event)
 
+    def close(self, state: EndState) -> None:
+        with ExitStack() as held:  # each, whatever happens to another
+            for reporter in self._reporters:
+                held.callback(reporter.close, state)
 
-class ConsoleReporter:
+
+class ConsoleReporter(Reporter):
     """Progress bars in a terminal, plain lines otherwise."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
@@ -64,6 +94,9 @@ class ConsoleReporter:
             self._line(f"warning: {event['text']}")
         elif kind == "epoch":
             self._line(epoch_line(event["row"]))
+
+    def close(self, state: EndState) -> None:
+        self._close()
 
     def _line(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -95,12 +128,13 @@ def epoch_line(row: Mapping[str, Any]) -> str:
     )
 
 
-class TensorBoardReporter:
-    """Scalars of every epoch for TensorBoard, and for its HParams page what a trial set."""
+class TensorBoardReporter(Reporter):
+    """Scalars of every epoch for TensorBoard; an epoch that a resumed run repeats is there already."""
 
-    def __init__(self, folder: Path, hparams: Mapping[str, bool | int | float | str] | None = None) -> None:
-        self._folder, self._hparams = folder, hparams
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._writer: Any = None
+        self._last = 0
 
     def emit(self, event: Event) -> None:
         if event["kind"] != "epoch":
@@ -109,67 +143,131 @@ class TensorBoardReporter:
 
         if self._writer is None:
             # Not before: it starts TensorFlow, and a multi-worker strategy has to be made ahead of that.
+            self._last = last_step(self._folder)
             self._writer = tf.summary.create_file_writer(str(self._folder))
-            if self._hparams:
-                from tensorboard.plugins.hparams import api
-
-                with self._writer.as_default():
-                    api.hparams(dict(self._hparams), trial_id=self._folder.parent.name)
         row = event["row"]
+        if row["epochs_done"] <= self._last:
+            return
         with self._writer.as_default(step=row["epochs_done"]):
             for key, value in row.items():
                 if isinstance(value, float):
                     tf.summary.scalar(key, value)
         self._writer.flush()
 
+    def close(self, state: EndState) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
-class MLflowReporter:
-    """The run in MLflow, at $MLFLOW_TRACKING_URI: its figures by epoch, and what a trial set."""
 
-    def __init__(self, name: str, params: Mapping[str, bool | int | float | str]) -> None:
-        try:
-            import mlflow
-        except ImportError:
-            raise UserError(
-                f"{MLFLOW_VARIABLE}: is set, and MLflow is not installed; install the extra mlflow, or unset it"
-            ) from None
-        self._client = mlflow.MlflowClient()
+def last_step(folder: Path) -> int:
+    """The last step of which event files have a scalar; 0 where there is none."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    paths = folder.glob("*tfevents*")
+    return max((event.step for path in paths for event in EventFileLoader(str(path)).Load()), default=0)
+
+
+class MLflowReporter(Reporter):
+    """The run in MLflow, at $MLFLOW_TRACKING_URI: its figures by epoch, and what a trial set.
+
+    The run's folder keeps the number of the run there, which a resumed run then continues.
+    """
+
+    def __init__(self, run: Path, name: str, params: Mapping[str, bool | int | float | str]) -> None:
+        self._client = _mlflow_client()
+        known = _mlflow_run(self._client, run)
+        if known is not None:
+            self._run = known.info.run_id
+            self._client.update_run(self._run, status="RUNNING")
+            self._last = max((point.step for point in self._client.get_metric_history(self._run, "loss")), default=0)
+            return
+        self._last = 0
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "cxr-dist")
         found = self._client.get_experiment_by_name(experiment)
         number = found.experiment_id if found else self._client.create_experiment(experiment)
         # By client and number: MLflow's own notion of an active run belongs to a process, which may run many trials.
         self._run = self._client.create_run(number, run_name=name).info.run_id
+        write_json(run / MLFLOW, {"run_id": self._run})
         for key, value in params.items():
             self._client.log_param(self._run, key, value)
 
     def emit(self, event: Event) -> None:
         if event["kind"] == "epoch":
             row = event["row"]
+            if row["epochs_done"] <= self._last:
+                return
             for key, value in row.items():
                 if isinstance(value, float):
                     self._client.log_metric(self._run, key, value, step=row["epochs_done"])
-        elif event["kind"] == "done":
-            self._client.set_terminated(self._run)
 
+    def close(self, state: EndState) -> None:
+        self._client.set_terminated(self._run, state.upper())
+
+
+def end_mlflow_run(run: Path, state: EndState) -> None:
+    """End the run in MLflow whose own process was killed; nothing where it has ended, or MLflow is not set up."""
+    if not os.environ.get(MLFLOW_VARIABLE) or not (run / MLFLOW).is_file():
+        return
+    client = _mlflow_client()
+    known = _mlflow_run(client, run)
+    if known is not None and known.info.status == "RUNNING":
+        client.set_terminated(known.info.run_id, state.upper())
+
+
+def _mlflow_client() -> Any:
+    try:
+        import mlflow
+    except ImportError:
+        raise UserError(
+            f"{MLFLOW_VARIABLE}: is set, and MLflow is not installed; install the extra mlflow, or unset it"
+        ) from None
+    return mlflow.MlflowClient()
+
+
+def _mlflow_run(client: Any, run: Path) -> Any:
+    """The run that the folder names, as the server has it; None where there is none, as on another server."""
+    from mlflow.exceptions import MlflowException
+
+    if not (run / MLFLOW).is_file():
+        return None
+    try:
+        return client.get_run(json.loads((run / MLFLOW).read_text(encoding="utf-8"))["run_id"])
+    except (ValueError, KeyError):
+        raise UserError(f"{run / MLFLOW}: damaged; remove it for a new run in MLflow") from None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+MLFLOW = "mlflow.json"
+"""In a run's folder."""
 
 MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 def run_reporters(
-    tensorboard: Path, name: str, hparams: Mapping[str, bool | int | float | str] | None = None
+    run: Path, tensorboard: str, name: str, params: Mapping[str, bool | int | float | str] | None = None
 ) -> list[Reporter]:
     """Those who keep a run's figures for other programs: TensorBoard, and MLflow where it is set up.
+
+    Args:
+        run: The run's folder.
+        tensorboard: Name of the folder in it for TensorBoard.
+        name: Of the run, in MLflow.
+        params: What a trial sets, for MLflow.
 
     Raises:
         UserError: MLflow is set up and not installed.
     """
-    found: list[Reporter] = [TensorBoardReporter(tensorboard, hparams)]
+    found: list[Reporter] = [TensorBoardReporter(run / tensorboard)]
     if os.environ.get(MLFLOW_VARIABLE):
-        found.append(MLflowReporter(name, hparams or {}))
+        found.append(MLflowReporter(run, name, params or {}))
     return found
 
 
-class EventFile:
+class EventFile(Reporter):
     """Appends events to a file, for another process to follow; progress at most twice a second."""
 
     def __init__(self, path: Path) -> None:
@@ -184,6 +282,9 @@ class EventFile:
             self._last_progress = now
         self._file.write(json.dumps(event) + "\n")
         self._file.flush()
+
+    def close(self, state: EndState) -> None:
+        self._file.close()
 
 
 class EventFollower:

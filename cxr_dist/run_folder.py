@@ -135,7 +135,8 @@ def _is_begun(run: Path) -> bool:
     if (run / CONFIG).is_file() and not _is_resolved(run / CONFIG):
         return False  # a configuration that somebody wrote
     return all(
-        entry.name in (CONFIG, EVENTS, STOP, REGROUP, BEATS, LOCK) or is_temporary(entry.name, (CONFIG, RUN))
+        entry.name in (CONFIG, EVENTS, STOP, REGROUP, BEATS, TENSORBOARD, LOCK)
+        or is_temporary(entry.name, (CONFIG, RUN))
         for entry in run.iterdir()
     )
 

@@ -84,7 +84,7 @@ def measure(config: Config, dataset: Path, run: Path, reporter: Reporter) -> lis
     return turns.rounds
 
 
-class _Turns:
+class _Turns(Reporter):
     """A reporter that answers each epoch of `train` with as many bare steps."""
 
     def __init__(self, config: Config, topology: Topology, classes: int, reporter: Reporter) -> None:

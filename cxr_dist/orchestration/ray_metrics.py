@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from cxr_dist.reporting import Event
+from cxr_dist.reporting import Event, Reporter
 from cxr_dist.search.record import Outcome, Trial
 from cxr_dist.search.watch import Watch
 
@@ -11,7 +11,7 @@ RUN_TAGS = ("run", "stage")
 TRIAL_STATES = ("waiting", "running", "complete", "stopped", "failed")
 
 
-class RayMetrics:
+class RayMetrics(Reporter):
     """Listens to a run in a process of the cluster, and sets its gauges."""
 
     def __init__(self, run: str, global_batch_size: int) -> None:

@@ -16,7 +16,7 @@ from cxr_dist.interrupt import RESUME
 from cxr_dist.orchestration.connection import connected
 from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_most_workers
 from cxr_dist.orchestration.ray_metrics import RayMetrics
-from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, run_reporters
+from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, closing, end_mlflow_run, run_reporters
 from cxr_dist.search.space import Values
 from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
 from cxr_dist.strategy import muted_stderr, prepare_devices
@@ -97,7 +97,14 @@ def train_with_ray(
             return _result(run)
         with following(run / run_folder.EVENTS, reporter), stopped_by_sigterm(run):
             elastic = workers is not None and workers[0] < workers[1]
-            return launch_training(config, absolute(dataset), run, first, plan, reporter, name=run.name, grows=elastic)
+            try:
+                return launch_training(
+                    config, absolute(dataset), run, first, plan, reporter, name=run.name, grows=elastic
+                )
+            except Exception as error:
+                # Where the chief worker was killed, nobody else can say so.
+                end_mlflow_run(run, "killed" if isinstance(error, StoppedError) else "failed")
+                raise
 
 
 def _result(run: Path) -> dict[str, Any]:
@@ -318,11 +325,11 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     if topology.is_chief:
         reporters = [
             EventFile(run / run_folder.EVENTS),
-            *run_reporters(run / run_folder.TENSORBOARD, arguments["name"], arguments["hparams"]),
+            *run_reporters(run, run_folder.TENSORBOARD, arguments["name"], arguments["hparams"]),
             RayMetrics(arguments["name"], int(arguments["config"]["global_batch_size"])),
         ]
     config = Config.model_validate(arguments["config"])
-    with local_copy(parse_place(arguments["dataset"])) as dataset:
+    with closing(Reporters(reporters)), local_copy(parse_place(arguments["dataset"])) as dataset:
         train(config, dataset, run, topology, Reporters(reporters), "ray")
 
 
@@ -376,6 +383,6 @@ def train_locally(
     topology = prepare_devices(devices_per_worker)
     if not prepare(topology.replicas):
         return _result(run)
-    reporters = Reporters([reporter, *run_reporters(run / run_folder.TENSORBOARD, run.name)])
-    with stopped_by_sigterm(run):
+    reporters = Reporters([reporter, *run_reporters(run, run_folder.TENSORBOARD, run.name)])
+    with stopped_by_sigterm(run), closing(reporters):
         return train(config, dataset, run, topology, reporters, "local")

@@ -7,8 +7,10 @@ goes back to Tune's last snapshot, seconds old, and loses the trials begun since
 
 import json
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,10 @@ from tfrecords_builder.errors import UserError
 
 SECONDS_BETWEEN_REPORTS = 2.0
 """Each report waits for Tune: as long as an epoch of a head on cached features takes."""
+PLACEMENT_LIMIT_S = 60.0
+"""For a busy cluster to have room, as long as Ray Train waits for its workers."""
+SECONDS_TO_PLACE = 5.0
+"""For Ray to answer whether something that may be free can be had."""
 TrialFunction = Callable[[dict[str, Any], dict[str, Any] | None], None]
 _OBJECTIVE, _TIME = "val_accuracy", "epochs_done"
 
@@ -73,16 +79,92 @@ def search_with_ray(
 
 
 def _fill_cache(jobs: Jobs, cpus: float, gpus: float, verbose: bool) -> None:
-    """What all trials read, computed on one machine with all it has, before they begin."""
+    """Compute what all trials read, on one machine with all that is free there, before they begin."""
     import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    fill = ray.remote(num_cpus=cpus, num_gpus=1 if gpus else 0, max_retries=0)(_compute_features)
-    try:
-        ray.get(fill.remote(json.dumps(asdict(jobs.shared())), int(cpus), verbose))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
+    with reserved(cpus, 1.0 if gpus else 0.0) as (cores, group):
+        fill = ray.remote(
+            num_cpus=cores,
+            num_gpus=1 if gpus else 0,
+            max_retries=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+        )(_compute_features)
+        try:
+            ray.get(fill.remote(json.dumps(asdict(jobs.shared())), cores, verbose))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+
+
+@contextmanager
+def reserved(cpus: float, gpus: float, limit_s: float = PLACEMENT_LIMIT_S) -> Iterator[tuple[int, Any]]:
+    """Hold the CPUs of one machine that are free, at most `cpus` of them and at least one, and a GPU where asked for.
+
+    Returns:
+        How many CPUs, and Ray's placement group of them.
+
+    Raises:
+        UserError: nothing was free within `limit_s`: other work holds the cluster.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    until = time.monotonic() + limit_s
+    said = False
+    while True:
+        # Over all machines, so that more may be asked of one than it has free: then half as many.
+        free = min(cpus, ray.available_resources().get("CPU", 0.0))
+        for cores in halves(max(1, int(free))):
+            group = placement_group([{"CPU": cores} | ({"GPU": gpus} if gpus else {})])
+            try:
+                if group.wait(SECONDS_TO_PLACE):
+                    yield cores, group
+                    return
+            finally:
+                remove_placement_group(group)
+        what = "1 CPU and 1 GPU" if gpus else "1 CPU"
+        if time.monotonic() > until:
+            raise UserError(
+                f"--address: no machine of the cluster had {what} free for {limit_s:.0f} s, as other work holds them; "
+                "wait for it, or end it"
+            )
+        if not said:
+            said = True
+            print(f"waiting for {what} of the cluster, which other work holds", file=sys.stderr, flush=True)
+
+
+def halves(count: int) -> list[int]:
+    """`count`, half of it, and so on down to 1."""
+    return [count >> shift for shift in range(count.bit_length())]
+
+
+def _slow_start_warning(placement: TrialPlan) -> Any:
+    """A callback of Tune that says when the cluster has no room for any trial: Tune waits without a limit."""
+    from ray import tune
+
+    class SlowStartWarning(tune.Callback):
+        def __init__(self) -> None:
+            self._since: float | None = None
+
+        def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+            states = {trial.status for trial in trials}
+            if "RUNNING" in states or "PENDING" not in states:
+                self._since = None
+                return
+            now = time.monotonic()
+            self._since = self._since or now
+            if now - self._since > PLACEMENT_LIMIT_S:
+                self._since = now
+                what = " + ".join(f"{value:g} {name}" for name, value in placement.resources().items() if value)
+                print(
+                    f"no trial has started for a minute: each needs {what}, and other work holds the cluster; waiting",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    return SlowStartWarning()
 
 
 def _compute_features(job_text: str, cores: int, verbose: bool) -> None:
@@ -131,6 +213,7 @@ def _run(
             storage_path=str(experiment.folder),
             failure_config=tune.FailureConfig(max_failures=0),
             verbose=1 if verbose else 0,
+            callbacks=[_slow_start_warning(placement)],
         ),
     )
     tuner.fit()

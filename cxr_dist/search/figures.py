@@ -3,6 +3,7 @@
 What was complete, stopped early or failed differs in the marker and not in colour alone.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from cxr_dist.ranking import rank
 from cxr_dist.search.space import Parameter, Value, Values
 
 _BLUE, _VERMILLION, _GRAY, _RULE = "#0072B2", "#D55E00", "#6b6b6b", "#d0d4d9"
@@ -37,6 +39,13 @@ class Point:
     values: Values
     state: str
     objective: float
+    val_loss: float = math.inf
+    """Of the epoch with that accuracy."""
+
+    @property
+    def rank(self) -> tuple[float, float, int]:
+        """Sorts points from the worst to the best, as the tables do."""
+        return (*rank({"val_accuracy": self.objective, "val_loss": self.val_loss}), -self.number)
 
 
 def history_figure(points: Sequence[Point]) -> Figure:
@@ -111,13 +120,14 @@ def parallel_figure(parameters: dict[str, Parameter], points: Sequence[Point]) -
     objectives = np.array([point.objective for point in points])
     low, high = float(objectives.min()), float(objectives.max())
     shade = (objectives - low) / (high - low) if high > low else np.ones(len(points))
+    best = max(range(len(points)), key=lambda index: points[index].rank)
     with mpl.rc_context(_STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(max(5.0, 2.2 * (len(keys) + 1)), 4.2), layout="constrained")
         axes = figure.add_subplot()
         colours = mpl.colormaps["cividis_r"]
         for index in np.argsort(objectives, kind="stable"):
             heights = [position(parameters[key], points[index].values[key]) for key in keys] + [float(shade[index])]
-            is_best = index == int(np.argmax(objectives))
+            is_best = index == best
             axes.plot(
                 range(len(keys) + 1),
                 heights,

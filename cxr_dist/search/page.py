@@ -42,7 +42,7 @@ def write_page(experiment: Experiment) -> None:
 def render(plan: SearchPlan, outcomes: Sequence[Outcome], dataset: str) -> str:
     """The page as HTML."""
     points = [
-        Point(each.trial.number, each.trial.values, each.trial.state, each.objective)
+        Point(each.trial.number, each.trial.values, each.trial.state, each.objective, (each.best_row or {})["val_loss"])
         for each in outcomes
         if each.objective is not None and each.trial.state in ("complete", "stopped")
     ]
@@ -94,7 +94,7 @@ def importance(plan: SearchPlan, outcomes: Sequence[Outcome]) -> dict[str, float
 
 
 def _figures(plan: SearchPlan, points: Sequence[Point]) -> list[_Shown]:
-    best = max(points, key=lambda point: point.objective)
+    best = max(points, key=lambda point: point.rank)
     span = f"from {min(point.objective for point in points):.4f} to {best.objective:.4f}"
     shown = [
         _shown(

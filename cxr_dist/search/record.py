@@ -22,6 +22,9 @@ import yaml
 from cxr_dist import run_folder
 from cxr_dist.checkpoint import CheckpointFolder
 from cxr_dist.config import read_yaml
+from cxr_dist.ranking import best_index, rank
+from cxr_dist.reporting import EndState, end_mlflow_run
+from cxr_dist.search import hparams
 from cxr_dist.search.sampling import Finished
 from cxr_dist.search.space import SearchPlan, Values, from_tree
 from cxr_dist.versions import FORMAT, check_format
@@ -78,9 +81,8 @@ class Outcome:
     @property
     def best_row(self) -> dict[str, Any] | None:
         """The epoch that the run's best weights are from."""
-        if not self.history:
-            return None
-        return max(self.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+        index = best_index(self.history)
+        return None if index is None else self.history[index]
 
     def finished(self) -> Finished:
         best, curve = -1.0, []
@@ -194,6 +196,8 @@ class Experiment:
         trial = replace(earlier, attempts=earlier.attempts + 1) if earlier else Trial(number, values)
         self.failure(number).unlink(missing_ok=True)
         self.write(trial)
+        name = f"{self.folder.name}/{number:05d}"
+        hparams.write_start(self.run(number) / run_folder.TENSORBOARD, name, values)
         return trial
 
     def end(self, trial: Trial, seconds: float, *, reason: str | None = None) -> Outcome:
@@ -212,9 +216,20 @@ class Experiment:
             trial, state=state, reason=reason or "" if state == "failed" else "", seconds=trial.seconds + seconds
         )
         self.write(ended)
-        self._reduce(ended)
+        self._close(ended)
         self._reduce_models()
         return self.outcome(ended)
+
+    def _close(self, trial: Trial) -> None:
+        """Say to other programs how a trial ended, where its own process was killed too, and remove what is not needed.
+
+        One that was stopped early did not fail.
+        """
+        run = self.run(trial.number)
+        hparams.write_end(run / run_folder.TENSORBOARD, "failure" if trial.state == "failed" else "success")
+        states: dict[State, EndState] = {"complete": "finished", "stopped": "killed", "failed": "failed"}
+        end_mlflow_run(run, states[trial.state])
+        self._reduce(trial)
 
     def _reduce(self, trial: Trial) -> None:
         """Keep of an ended trial what its result needs: the best weights where it is complete, else no weights."""
@@ -243,7 +258,7 @@ class Experiment:
         self._reduce_models()
         for trial in self.trials():
             if trial.state in ENDED:
-                self._reduce(trial)  # the search may have been killed before it had done so
+                self._close(trial)  # the search may have been killed before it had done so
                 ended.append(self.outcome(trial))
             elif run_folder.read_result(self.run(trial.number)) is not None:
                 ended.append(self.end(trial, 0.0))  # it was done, and the search was killed before it heard of it
@@ -318,8 +333,7 @@ def best_run(folder: Path) -> Path:
 
 
 def _rank(outcome: Outcome) -> tuple[float, float, int]:
-    row = outcome.best_row or {}
-    return row["val_accuracy"], -row["val_loss"], -outcome.trial.number
+    return (*rank(outcome.best_row or {}), -outcome.trial.number)
 
 
 def _row(outcome: Outcome, keys: list[str], mixed: set[str]) -> dict[str, Any]:

@@ -20,12 +20,12 @@ from pathlib import Path
 from cxr_dist import run_folder
 from cxr_dist.checkpoint import BASE_PATTERN, CheckpointFolder, Position
 from cxr_dist.config import Config
-from cxr_dist.reporting import Event
+from cxr_dist.reporting import Event, Reporter
 from tfrecords_builder import locks
 from tfrecords_builder.files import move_durably, sync
 
 
-class SharedBase:
+class SharedBase(Reporter):
     """Listens to a run, and lets the trials of a search have one file of the base weights that they start from."""
 
     def __init__(self, folder: Path, run: Path) -> None:
@@ -116,7 +116,7 @@ class FirstStages:
             publisher.give_up_lock()
 
 
-class Publisher:
+class Publisher(Reporter):
     """Listens to a run, and keeps its first stage for others when the next one begins."""
 
     def __init__(self, run: Path | None = None, entry: Path | None = None, lock: int | None = None) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 from cxr_dist import run_folder
 from cxr_dist.config import Config
 from cxr_dist.damage import leave_out
-from cxr_dist.reporting import Event, Reporter, Reporters, run_reporters
+from cxr_dist.reporting import Event, Reporter, Reporters, closing, run_reporters
 from cxr_dist.search.record import SHARED, Experiment
 from cxr_dist.search.shared import FirstStages, SharedBase, first_stage_key
 from cxr_dist.search.space import Values
+from cxr_dist.stopping import StoppedError
 from cxr_dist.strategy import Topology
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.files import write_text
@@ -51,7 +52,7 @@ class TrialJob:
         return f"{Path(self.experiment).name}/{self.number:05d}"
 
 
-class TrialStopped(Exception):  # noqa: N818 - a decision, not an error
+class TrialStopped(StoppedError):  # noqa: N818 - a decision, not an error
     """Raised inside the loop of a trial that the search stops early."""
 
 
@@ -59,7 +60,7 @@ Report = Callable[[dict[str, Any], float], bool]
 """(the epoch's row, the best validation accuracy so far) -> whether to stop."""
 
 
-class _Listener:
+class _Listener(Reporter):
     """Hears of a run's epochs, and may end it."""
 
     def __init__(self, config: Config, report: Report) -> None:
@@ -97,8 +98,10 @@ def run_trial(
     from cxr_dist.loop import train
 
     def loop(config: Config, run: Path, listeners: Reporter) -> dict[str, Any]:
-        kept = run_reporters(run / run_folder.TENSORBOARD, job.name, job.values)
-        return train(config, Path(job.dataset), run, topology, Reporters([listeners, *reporters, *kept]), launcher)
+        owned = Reporters([*reporters, *run_reporters(run, run_folder.TENSORBOARD, job.name, job.values)])
+        with closing(owned):
+            # The listener last: it may end the run at an epoch, which the others are to have.
+            return train(config, Path(job.dataset), run, topology, Reporters([owned, listeners]), launcher)
 
     try:
         return prepared(job, topology.replicas, report, loop)

@@ -66,8 +66,7 @@ class Watch:
 
     def __init__(self, planned: int, ended: Sequence[Outcome] = ()) -> None:
         self._planned, self._ended = planned, len(ended)
-        found = best_outcome(ended)
-        self._best = None if found is None else (found.objective or 0.0, found.trial.number)
+        self._best = best_outcome(ended)
 
     def began(self, trial: Trial) -> None:
         if trial.attempts > 1:
@@ -80,9 +79,8 @@ class Watch:
             how = f"failed: {trial.reason}"
         else:
             how = trial.state + (f", validation accuracy {objective:.4f}" if objective is not None else "")
-        if trial.state == "complete" and objective is not None and (self._best is None or objective > self._best[0]):
-            self._best = objective, trial.number
-        best = f"; best {self._best[0]:.4f} (trial {self._best[1]})" if self._best else ""
+        leader = self._best = best_outcome([outcome, *([self._best] if self._best else [])])
+        best = f"; best {leader.objective or 0.0:.4f} (trial {leader.trial.number})" if leader else ""
         _say(
             f"[{self._ended}/{self._planned}] trial {trial.number} ({_words(trial.values)}): {how}, "
             f"{trial.seconds:.0f} s{best}"

@@ -1,0 +1,56 @@
+"""One order of epochs and trials, wherever a best one is named."""
+
+import itertools
+import math
+from typing import Any
+
+from cxr_dist.figures import best_epoch_of
+from cxr_dist.progress import Best
+from cxr_dist.ranking import best_index, rank
+from cxr_dist.search.figures import Point
+from cxr_dist.search.record import Outcome, Trial, best_outcome
+from cxr_dist.search.watch import Watch
+
+
+def row(accuracy: float, loss: float, number: int = 1) -> dict[str, Any]:
+    return {"val_accuracy": accuracy, "val_loss": loss, "stage": 1, "epoch": number, "epochs_done": number}
+
+
+ROWS = list(itertools.product((0.25, 0.5, 0.75), (0.1, 0.2, 0.3)))
+
+
+def test_the_better_accuracy_then_the_lower_loss_then_the_earlier() -> None:
+    for history in itertools.permutations(ROWS[:5] + ROWS[:1], 4):
+        rows = [row(*pair, number + 1) for number, pair in enumerate(history)]
+        expected = sorted(range(4), key=lambda index: (-history[index][0], history[index][1], index))[0]
+        assert best_index(rows) == expected
+        assert best_epoch_of(rows) == expected + 1
+        best = Best()
+        for each in rows:
+            if best.is_beaten_by(each):
+                best = Best(each["val_accuracy"], each["val_loss"], each["epochs_done"])
+        assert best.epochs_done == expected + 1, "what the run keeps is what its page marks"
+        assert (Outcome(Trial(0, {}), rows, None).best_row or {})["epoch"] == expected + 1
+
+
+def test_what_was_not_validated_is_never_the_best() -> None:
+    assert best_index([]) is None
+    assert best_index([{"loss": 1.0}, {"val_accuracy": math.nan, "val_loss": 0.1}]) is None
+    assert best_index([{"loss": 1.0}, row(0.0, math.nan)]) == 1
+    assert rank(row(0.5, math.nan)) < rank(row(0.5, 99.0)) < rank(row(0.5, 0.0))
+
+
+def test_the_line_of_a_search_names_the_best_that_its_tables_name(capsys: Any) -> None:
+    """Whatever the order in which trials of equal accuracy end."""
+    outcomes = [
+        Outcome(Trial(number, {}, "complete"), [row(*pair)], {})
+        for number, pair in enumerate([(0.5, 0.3), (0.5, 0.2), (0.5, 0.2), (0.25, 0.1)])
+    ]
+    assert (best_outcome(outcomes) or outcomes[0]).trial.number == 1
+    for order in itertools.permutations(outcomes):
+        watch = Watch(4)
+        for outcome in order:
+            watch.ended(outcome)
+        assert capsys.readouterr().err.splitlines()[-1].endswith("best 0.5000 (trial 1)")
+    points = [Point(each.trial.number, {}, "complete", 0.5, -rank(each.history[0])[1]) for each in outcomes[:3]]
+    assert max(reversed(points), key=lambda point: point.rank).number == 1
