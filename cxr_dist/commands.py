@@ -222,6 +222,7 @@ def run_training(
 ) -> dict[str, Any]:
     """Check all that can be checked, prepare the run's folder, and train through the launcher."""
     from cxr_dist.damage import leave_out
+    from cxr_dist.disk_space import check_space, needed_by_run
     from cxr_dist.model import check_weights
     from cxr_dist.orchestration.train_job import train_locally, train_with_ray
     from cxr_dist.plans import TrainingPlan
@@ -240,6 +241,9 @@ def run_training(
         def prepare(replicas: int) -> bool:
             check_plan(replicas, ())
             held.enter_context(run_folder.locked(run))
+            if run_folder.read_result(run) is None:
+                images = len(manifest.split("train")) + len(manifest.split("validation"))
+                check_space(run, run_folder.feature_cache(config, run), needed_by_run(config, images))
             run_folder.prepare(run, config, dataset, manifest)
             if _finished(run) is not None:
                 return False

@@ -162,8 +162,7 @@ class _Run:
             policy = dtype_policy(self.precision)
             self.model = build_model(self.classes, manifest.image_size, config, policy, seed=config.seed)
         self.iterators: list[Any] = []
-        folder = Path(config.features.folder) if config.features.folder else run.parent / run_folder.FEATURE_CACHE
-        self.store = FeatureStore(folder, int(config.features.limit_gb * 1e9))
+        self.store = FeatureStore(run_folder.feature_cache(config, run), int(config.features.limit_gb * 1e9))
         frozen = features.FrozenFeatures(
             config,
             self.strategy,

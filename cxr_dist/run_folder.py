@@ -67,6 +67,11 @@ def resolve_config(config: Config, manifest: Manifest) -> Config:
     return config.model_copy(update={"model": model, "features": features})
 
 
+def feature_cache(config: Config, run: Path) -> Path:
+    """The folder of the run's feature cache: as configured, or beside the run."""
+    return Path(config.features.folder) if config.features.folder else run.parent / FEATURE_CACHE
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """The run's folder, made if need be, held against other processes that would train into it.

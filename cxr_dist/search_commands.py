@@ -8,9 +8,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from cxr_dist import run_folder
 from cxr_dist.commands import local_dataset
 from cxr_dist.config import resolve_preset
-from cxr_dist.search.record import EVALUATION, SEARCH, Experiment, Outcome
+from cxr_dist.search.record import ENDED, EVALUATION, SEARCH, Experiment, Outcome
 from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan, load_search
 from cxr_dist.search.watch import Jobs, Watch
@@ -60,6 +61,7 @@ def run_search(plan: SearchPlan, experiment: Experiment, options: argparse.Names
         check_weights(base.model.weights)
         workers = plan.search.workers_per_trial
         TrainingPlan(len(manifest.split("train")), base.global_batch_size, workers, base.seed)
+        check_disk(plan, experiment, jobs)
 
         def begin() -> tuple[Sampler, Watch]:
             held.enter_context(experiment.begun(plan, options.dataset, manifest))
@@ -81,6 +83,27 @@ def run_search(plan: SearchPlan, experiment: Experiment, options: argparse.Names
             reason = f"; the first to fail: {failed[0].reason}" if failed else ""
             raise UserError(f"{experiment.folder}: no trial is complete{reason}")
         return best
+
+
+def check_disk(plan: SearchPlan, experiment: Experiment, jobs: Jobs) -> None:
+    """Refuse a search that the disk of its folder cannot hold.
+
+    Raises:
+        UserError: names the bytes that are needed and free.
+    """
+    from cxr_dist.disk_space import check_space, needed_by_search
+
+    search, manifest = plan.search, jobs.manifest
+    if sum(trial.state in ENDED for trial in experiment.trials()) >= search.planned_trials():
+        return
+    needed = needed_by_search(
+        plan.largest_config(),
+        len(manifest.split("train")) + len(manifest.split("validation")),
+        trials=search.planned_trials(),
+        concurrent=min(search.concurrent or 2, search.planned_trials()),
+        keep=search.keep,
+    )
+    check_space(experiment.folder, run_folder.feature_cache(jobs.resolved(plan.base), experiment.folder), needed)
 
 
 def resumed(plan: SearchPlan, experiment: Experiment, jobs: Jobs) -> tuple[Sampler, Watch]:

@@ -29,7 +29,7 @@ from cxr_dist.search.record import (
     best_run,
 )
 from cxr_dist.search.sampling import Finished, Sampler
-from cxr_dist.search.shared import FirstStages, first_stage_key
+from cxr_dist.search.shared import FirstStages, SharedBase, first_stage_key
 from cxr_dist.search.space import Parameter, SearchConfig, SearchPlan, from_tree, load_search
 from cxr_dist.search.watch import Jobs
 from tfrecords_builder.errors import UserError
@@ -314,6 +314,139 @@ def test_first_stages_are_equal_only_where_all_that_decides_them_is() -> None:
     others = [key((DROPOUT, 0.11)), key((RATE, 0.5)), key(("seed", 4)), key(fingerprint="b"), key(replicas=2)]
     assert len({key(), *others}) == 6
     assert key(("stages.2.epochs", 0)) is None, "nothing follows"
+
+
+def ended_trial(
+    experiment: Experiment, number: int, accuracy: float, loss: float, *, reason: str | None = None
+) -> None:
+    """A trial's folder as its process leaves it, and its end."""
+    import numpy as np
+
+    trial, run = experiment.begin(number, {DROPOUT: 0.1}), experiment.run(number)
+    folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS)
+    folder.start_from({"model/base": np.zeros(3)})
+    with SharedBase(experiment.folder / "shared", run).used():
+        for done in (1, 2):
+            arrays = {"model/base": np.zeros(3), "model/head": np.full(2, number)}
+            folder.save(Position(done), arrays, {}, done, arrays)
+    row = {"stage": 1, "epoch": 2, "epochs_done": 2, "val_accuracy": accuracy, "val_loss": loss}
+    run_folder.write_history(run, [row])
+    if reason is None:
+        (run / run_folder.MODEL).write_bytes(b"model")
+        (run / run_folder.RESULT).write_text("{}")
+    experiment.end(trial, 1.0, reason=reason)
+
+
+def kept(experiment: Experiment, pattern: str) -> list[int]:
+    """The trials whose folder holds such a file."""
+    return [trial.number for trial in experiment.trials() if list(experiment.run(trial.number).glob(pattern))]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_best_trials_so_far_are_whole_and_the_others_keep_what_training_changed(tmp_path: Path, keep: int) -> None:
+    experiment = Experiment(tmp_path / "search")
+    (tmp_path / "search" / "trials").mkdir(parents=True)
+    (tmp_path / "search" / "search.yaml").write_text(yaml.safe_dump(plan_of(keep=keep).tree()))
+    figures = [(0.5, 0.3), (0.25, 0.1), (0.75, 0.2), (0.75, 0.1), (0.5, 0.3), (0.75, 0.1)]
+    for number, pair in enumerate(figures):
+        ended_trial(experiment, number, *pair)
+        expected = sorted(range(number + 1), key=lambda each: (-figures[each][0], figures[each][1], each))[:keep]
+        assert kept(experiment, run_folder.MODEL) == sorted(expected)
+    ended_trial(experiment, 6, 1.0, 0.0, reason="out of memory")
+    assert kept(experiment, "checkpoints/best-00002.npz") == list(range(6)), "a failed trial keeps no weights"
+    assert kept(experiment, "checkpoints/epoch-*") == kept(experiment, "checkpoints/best-00001.npz") == []
+    assert kept(experiment, "checkpoints/base-*") == list(range(6))
+    bases = {path.stat().st_ino for path in (tmp_path / "search").rglob("base-*.npz")}
+    assert len(bases) == 1, "one file of base weights on the disk"
+    for number in range(6):
+        folder = checkpoint.CheckpointFolder(experiment.run(number) / run_folder.CHECKPOINTS)
+        assert folder.load_best(2)["model/head"].tolist() == [number, number]
+        assert folder.load_best(2)["model/base"].tolist() == [0, 0, 0]
+
+
+def test_a_search_that_was_killed_before_it_removed_files_does_so_at_its_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = Experiment(tmp_path / "search")
+    (tmp_path / "search" / "trials").mkdir(parents=True)
+    (tmp_path / "search" / "search.yaml").write_text(yaml.safe_dump(plan_of().tree()))
+    with monkeypatch.context() as killed:
+        killed.setattr(Experiment, "_close", lambda *_: None)
+        killed.setattr(Experiment, "_reduce_models", lambda *_: None)
+        for number in range(3):
+            ended_trial(experiment, number, 0.5, 0.1)
+    assert kept(experiment, run_folder.MODEL) == kept(experiment, "checkpoints/epoch-*") == [0, 1, 2]
+    ended, left = experiment.settle()
+    assert (len(ended), left) == (3, [])
+    assert kept(experiment, run_folder.MODEL) == [0]
+    assert kept(experiment, "checkpoints/epoch-*") == []
+    assert kept(experiment, "checkpoints/best-00002.npz") == [0, 1, 2]
+
+
+def test_without_links_each_trial_has_its_own_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import os
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    experiment = Experiment(tmp_path / "search")
+    (tmp_path / "search" / "trials").mkdir(parents=True)
+    (tmp_path / "search" / "search.yaml").write_text(yaml.safe_dump(plan_of().tree()))
+    for number in range(2):
+        ended_trial(experiment, number, 0.5, 0.1)
+        folder = checkpoint.CheckpointFolder(experiment.run(number) / run_folder.CHECKPOINTS)
+        assert folder.load_best(2)["model/head"].tolist() == [number, number]
+
+
+def shown_by_hparams(folder: Path) -> dict[str, tuple[dict[str, object], str]]:
+    """By session group: what TensorBoard's HParams page shows, as its plugin answers the page."""
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins import base_plugin
+    from tensorboard.plugins.hparams import api_pb2
+    from tensorboard.plugins.hparams.backend_context import Context
+    from tensorboard.plugins.hparams.list_session_groups import Handler
+
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    multiplexer.Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(folder))
+    context = Context(base_plugin.TBContext(logdir=str(folder), data_provider=provider))
+    request = RequestContext()
+    metadata = context.hparams_metadata(request, "")
+    experiment = context.experiment_from_metadata(request, "", True, metadata, [])
+    every = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE, api_pb2.STATUS_RUNNING]
+    asked = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=100, allowed_statuses=every)
+    groups = Handler(request, context, "", asked).run().session_groups
+    del experiment
+    return {
+        group.name: (
+            {name: value.number_value for name, value in group.hparams.items()},
+            api_pb2.Status.Name(group.sessions[0].status),
+        )
+        for group in groups
+    }
+
+
+def test_hparams_shows_every_trial_and_how_it_ended(tmp_path: Path) -> None:
+    experiment = Experiment(tmp_path / "search")
+    (tmp_path / "search" / "trials").mkdir(parents=True)
+    (tmp_path / "search" / "search.yaml").write_text(yaml.safe_dump(plan_of().tree()))
+    ended_trial(experiment, 0, 0.5, 0.1)
+    ended_trial(experiment, 1, 0.5, 0.1, reason="diverged")
+    for number, reason in ((2, None), (3, "its process ended")):  # stopped early, killed before its first epoch
+        experiment.end(experiment.begin(number, {DROPOUT: 0.2}), 1.0, reason=reason)
+    experiment.begin(4, {DROPOUT: 0.3})
+    experiment.begin(4, {DROPOUT: 0.3})  # a search that goes on
+    experiment.settle()
+    shown = shown_by_hparams(tmp_path / "search" / "trials")
+    statuses = ["SUCCESS", "FAILURE", "SUCCESS", "FAILURE", "UNKNOWN"]
+    assert shown == {
+        f"search/{number:05d}": ({DROPOUT: values}, f"STATUS_{status}")
+        for number, (values, status) in enumerate(zip([0.1, 0.1, 0.2, 0.2, 0.3], statuses, strict=True))
+    }
 
 
 def test_a_finished_first_stage_is_given_to_the_next_trial_and_not_to_one_that_has_begun(tmp_path: Path) -> None:

@@ -167,6 +167,14 @@ class SearchPlan:
             total += max((int(value) for value in parameter.extremes()), default=0) if parameter else stage.epochs
         return total
 
+    def largest_config(self) -> Config:
+        """The configuration of a trial that trains the most layers and, of stages that may be left out, all."""
+        deepest: Values = {}
+        for key, parameter in self.search.parameters.items():
+            if key.endswith((".unfreeze_layers", ".epochs")):
+                deepest[key] = max(int(value) for value in parameter.extremes())
+        return self.trial_config(deepest)
+
     def tree(self) -> dict[str, Any]:
         """As plain data, from which `from_tree` makes an equal one."""
         return {"search": self.search.model_dump(mode="json"), "config": self.base.tree()}
