@@ -249,3 +249,19 @@ def _cpu_info(key: str) -> str:
         if name.strip() == key:
             return value.strip()
     return ""
+
+
+@contextmanager
+def scratch_folder() -> Iterator[None]:
+    """Temporary files of this process go to a folder that is removed at the end.
+
+    TensorFlow leaves a file for each function that it converts, and removes them at exit: which a process that Ray
+    ends, or `os._exit`, does not come to.
+    """
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="cxr-dist-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before

@@ -2,13 +2,24 @@
 
 import io
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cxr_dist import reporting
-from cxr_dist.reporting import ConsoleReporter, EventFile, EventFollower, Reporters
+from cxr_dist.reporting import (
+    ConsoleReporter,
+    EventFile,
+    EventFollower,
+    Reporters,
+    closing,
+    end_mlflow_run,
+    run_reporters,
+)
+from cxr_dist.stopping import StoppedError
+from tfrecords_builder.errors import UserError
 
 ROW = {
     "stage": 2, "epoch": 3, "epochs_done": 6, "loss": 0.123456, "accuracy": 0.9, "val_loss": 0.5, "val_accuracy": 0.875,
@@ -44,6 +55,9 @@ class Recorder:
 
     def emit(self, event: Any) -> None:
         self.events.append(event)
+
+    def close(self, state: str) -> None:
+        pass
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
@@ -157,38 +171,123 @@ def test_progress_is_thinned_and_nothing_else(tmp_path: Path, monkeypatch: pytes
     assert [line["text"] for line in lines if line["kind"] == "message"] == [str(step) for step in range(0, 100, 10)]
 
 
-def test_mlflow_has_a_run_for_each_trial_with_what_it_set_and_its_curve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def mlflow_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     import mlflow
-
-    from cxr_dist.reporting import MLflowReporter, run_reporters
 
     address = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    for number in (1, 2):
-        _, reporter = run_reporters(tmp_path / "tensorboard", f"search/{number}", {"model.dropout": number / 10})
-        assert isinstance(reporter, MLflowReporter)
-        for epoch in (1, 2):
-            reporter.emit({"kind": "epoch", "row": {"epochs_done": epoch, "val_accuracy": number / 2 + epoch / 100}})
-        reporter.emit({"kind": "done", "result": {}})
-    client = mlflow.MlflowClient(address)
+    return mlflow.MlflowClient(address)
+
+
+def mlflow_runs(client: Any) -> dict[str, Any]:
+    """By name; two of one name fail."""
     runs = client.search_runs([client.get_experiment_by_name("cxr-dist").experiment_id])
     found = {run.info.run_name: run for run in runs}
-    assert set(found) == {"search/1", "search/2"}
-    assert found["search/2"].data.params == {"model.dropout": "0.2"}
-    assert found["search/2"].info.status == "FINISHED"
-    curve = client.get_metric_history(found["search/2"].info.run_id, "val_accuracy")
-    assert [(point.step, point.value) for point in curve] == [(1, 1.01), (2, 1.02)]
+    assert len(found) == len(runs), "a run is there twice"
+    return found
+
+
+def rows(*numbers: int) -> list[dict[str, Any]]:
+    return [
+        {"kind": "epoch", "row": {"epochs_done": number, "loss": 1.0 / number, "val_accuracy": number / 100}}
+        for number in numbers
+    ]
+
+
+def reported(run: Path, *numbers: int, error: BaseException | None = None, params: Any = None) -> None:
+    """A process of a run: its epochs, and its end."""
+    owned = Reporters(run_reporters(run, "tensorboard", run.name, params))
+    with suppress(*([type(error)] if error else [])), closing(owned):
+        for event in rows(*numbers):
+            owned.emit(event)
+        if error is not None:
+            raise error
+
+
+def test_mlflow_has_a_run_for_each_trial_with_what_it_set_and_its_curve(tmp_path: Path, mlflow_client: Any) -> None:
+    for number in (1, 2):
+        reported(tmp_path / f"trial-{number}", 1, 2, params={"model.dropout": number / 10})
+    found = mlflow_runs(mlflow_client)
+    assert set(found) == {"trial-1", "trial-2"}
+    assert found["trial-2"].data.params == {"model.dropout": "0.2"}
+    assert found["trial-2"].info.status == "FINISHED"
+    curve = mlflow_client.get_metric_history(found["trial-2"].info.run_id, "val_accuracy")
+    assert [(point.step, point.value) for point in curve] == [(1, 0.01), (2, 0.02)]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, "FINISHED"),
+        (ValueError("diverged"), "FAILED"),
+        (UserError("damaged"), "FAILED"),
+        (StoppedError("on request"), "KILLED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(0), "KILLED"),
+    ],
+)
+def test_mlflow_hears_how_a_run_ended(
+    tmp_path: Path, mlflow_client: Any, error: BaseException | None, status: str
+) -> None:
+    reported(tmp_path / "run", 1, error=error)
+    assert mlflow_runs(mlflow_client)["run"].info.status == status
+
+
+def test_a_resumed_run_is_the_same_one_and_each_epoch_is_there_once(tmp_path: Path, mlflow_client: Any) -> None:
+    """Killed without a word, then failed, then finished: a checkpoint may be older than the last epoch reported."""
+    run = tmp_path / "run"
+    for reporter in run_reporters(run, "tensorboard", "run"):
+        for event in rows(1, 2, 3):
+            reporter.emit(event)
+    assert mlflow_runs(mlflow_client)["run"].info.status == "RUNNING"
+    end_mlflow_run(run, "failed")  # whoever started the process that was killed
+    assert mlflow_runs(mlflow_client)["run"].info.status == "FAILED"
+    end_mlflow_run(run, "killed")
+    assert mlflow_runs(mlflow_client)["run"].info.status == "FAILED", "it had ended"
+    reported(run, 2, 3, 4, error=ValueError("lost"))
+    reported(run, 4, 5)
+    found = mlflow_runs(mlflow_client)["run"]
+    assert found.info.status == "FINISHED"
+    curve = mlflow_client.get_metric_history(found.info.run_id, "val_accuracy")
+    assert [(point.step, point.value) for point in curve] == [(number, number / 100) for number in range(1, 6)]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    # Files of the same second are read in any order.
+    assert sorted(event.step for event in events.Tensors("val_accuracy")) == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_the_server_does_not_know_is_a_new_one_there(tmp_path: Path, mlflow_client: Any) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "mlflow.json").write_text(json.dumps({"run_id": "0" * 32}))
+    reported(run, 1)
+    assert mlflow_runs(mlflow_client)["run"].info.status == "FINISHED"
+    end_mlflow_run(tmp_path / "never", "failed")
+
+
+def test_every_reporter_is_closed_and_the_first_error_is_raised(tmp_path: Path) -> None:
+    closed: list[str] = []
+
+    class Closed(Recorder):
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def close(self, state: str) -> None:
+            closed.append(f"{self._name} {state}")
+            raise OSError("no server")
+
+    with pytest.raises(ValueError, match="diverged") as raised, closing(Reporters([Closed("a"), Closed("b")])):
+        raise ValueError("diverged")
+    assert sorted(closed) == ["a failed", "b failed"]
+    assert "could not be closed: no server" in raised.value.__notes__[0]
 
 
 def test_mlflow_that_is_set_up_and_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from cxr_dist.reporting import run_reporters
-    from tfrecords_builder.errors import UserError
-
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite://")
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UserError, match="install the extra mlflow"):
-        run_reporters(tmp_path, "run")
+        run_reporters(tmp_path, "tensorboard", "run")

@@ -543,3 +543,31 @@ def test_points_of_a_parameter() -> None:
     assert Parameter(low=1, high=7, step=3).points() == (1, 4, 7)
     assert Parameter(low=0.0, high=0.3, step=0.1).points() == pytest.approx((0, 0.1, 0.2, 0.3))
     assert Parameter(low=0.0, high=0.3).points() is None
+
+
+def test_a_search_whose_trials_find_no_place_says_so_once_a_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cxr_dist.orchestration import tune_job
+    from cxr_dist.orchestration.preflight import TrialPlan
+
+    now = 100.0
+    monkeypatch.setattr(tune_job.time, "monotonic", lambda: now)
+    callback = tune_job._slow_start_warning(TrialPlan(2.0, 0.0, 1))
+    spoken = []
+    for states in [["PENDING"]] * 70 + [["RUNNING", "PENDING"]] * 70 + [["TERMINATED"]] * 70 + [["PENDING"]] * 130:
+        callback.on_step_end(0, [SimpleNamespace(status=state) for state in states])
+        if text := capsys.readouterr().err:
+            assert "each needs 2 CPU" in text
+            spoken.append(now)
+        now += 1.0
+    assert spoken == [161.0, 371.0, 432.0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 64])
+def test_fewer_cpus_are_asked_for_down_to_one(count: int) -> None:
+    from cxr_dist.orchestration.tune_job import halves
+
+    found = halves(count)
+    assert (found[0], found[-1]) == (count, 1)
+    assert all(after == before // 2 for before, after in itertools.pairwise(found))

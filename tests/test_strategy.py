@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,3 +179,29 @@ def test_no_descriptor_is_lost() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_tensorflow_leaves_of_converted_functions_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray and `os._exit` end a process without its exit handlers."""
+    import tempfile
+
+    import tensorflow as tf
+
+    from cxr_dist.strategy import scratch_folder
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    @tf.function
+    def branch(x: Any) -> Any:
+        if tf.reduce_sum(x) > 0:
+            x = -x
+        return x
+
+    with scratch_folder():
+        branch(tf.ones(3))
+        assert len(list(tmp_path.rglob("__autograph_generated_file*.py"))) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert tempfile.gettempdir() == str(tmp_path)
+    assert branch(tf.ones(2)).numpy().tolist() == [-1, -1]

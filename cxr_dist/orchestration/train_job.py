@@ -19,7 +19,7 @@ from cxr_dist.orchestration.ray_metrics import RayMetrics
 from cxr_dist.reporting import EventFile, EventFollower, Reporter, Reporters, closing, end_mlflow_run, run_reporters
 from cxr_dist.search.space import Values
 from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
-from cxr_dist.strategy import muted_stderr, prepare_devices
+from cxr_dist.strategy import muted_stderr, prepare_devices, scratch_folder
 from cxr_dist.watchdog import BEATS, reasons
 from tfrecords_builder.errors import UserError, one_line
 from tfrecords_builder.files import disk_error
@@ -329,7 +329,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
             RayMetrics(arguments["name"], int(arguments["config"]["global_batch_size"])),
         ]
     config = Config.model_validate(arguments["config"])
-    with closing(Reporters(reporters)), local_copy(parse_place(arguments["dataset"])) as dataset:
+    with scratch_folder(), closing(Reporters(reporters)), local_copy(parse_place(arguments["dataset"])) as dataset:
         train(config, dataset, run, topology, Reporters(reporters), "ray")
 
 

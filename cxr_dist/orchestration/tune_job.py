@@ -27,7 +27,7 @@ from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan
 from cxr_dist.search.trial import TrialJob, compute_shared_features, ends_stage, is_last_epoch, prepared, run_trial
 from cxr_dist.search.watch import Jobs, Watch
-from cxr_dist.strategy import muted_stderr, prepare_devices
+from cxr_dist.strategy import muted_stderr, prepare_devices, scratch_folder
 from tfrecords_builder.errors import UserError
 
 SECONDS_BETWEEN_REPORTS = 2.0
@@ -171,9 +171,10 @@ def _compute_features(job_text: str, cores: int, verbose: bool) -> None:
     job = TrialJob(**json.loads(job_text))
     topology = prepare_devices(None, cores=cores)
     reporter: Reporter = ConsoleReporter() if verbose else Reporters([])
-    compute_shared_features(
-        Config.model_validate(job.config), Path(job.dataset), Path(job.experiment), topology, reporter
-    )
+    with scratch_folder():
+        compute_shared_features(
+            Config.model_validate(job.config), Path(job.dataset), Path(job.experiment), topology, reporter
+        )
 
 
 def _run(
@@ -311,7 +312,8 @@ def _in_this_process(job: TrialJob, report: Callable[[dict[str, Any], float], bo
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
     topology = _devices(max(1, int(cpus)))
     batch = int(job.config["global_batch_size"])
-    run_trial(job, topology, report, "ray", [RayMetrics(job.name, batch)])
+    with scratch_folder():
+        run_trial(job, topology, report, "ray", [RayMetrics(job.name, batch)])
 
 
 _topologies: list[Any] = []

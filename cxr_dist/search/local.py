@@ -7,10 +7,8 @@ trial; one that trains upper layers too has a process of its own, which takes al
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,7 +19,7 @@ from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchConfig
 from cxr_dist.search.trial import TIME_LIMIT_STATUS, TrialJob, compute_shared_features, run_trial
 from cxr_dist.search.watch import Jobs, Watch
-from cxr_dist.strategy import prepare_devices
+from cxr_dist.strategy import prepare_devices, scratch_folder
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import disk_error
 from tfrecords_builder.interrupts import interrupts_held
@@ -97,7 +95,7 @@ def _fill_cache(job: TrialJob, cores: int, log: Path, said: Connection) -> None:
 
     prepare_child()
     _print_to(log)
-    with _scratch():
+    with scratch_folder():
         topology = prepare_devices(None, cores=cores)
         try:
             compute_shared_features(
@@ -220,20 +218,9 @@ class _LocalSearch:
 def serve_trials(connection: Connection, cores: int, folder: str) -> None:
     """What a slot's process does: trial after trial, until its connection is closed."""
     prepare_child()
-    with _scratch():
+    with scratch_folder():
         _serve_trials(connection, cores, Experiment(Path(folder)))
     os._exit(0)  # TensorFlow's iterators may take a minute to end
-
-
-@contextmanager
-def _scratch() -> Iterator[None]:
-    """A folder of this process's own for temporary files: what TensorFlow would remove at exit, `os._exit` leaves."""
-    with tempfile.TemporaryDirectory(prefix="cxr-trials-") as folder:
-        tempfile.tempdir = folder
-        try:
-            yield
-        finally:
-            tempfile.tempdir = None
 
 
 def _serve_trials(connection: Connection, cores: int, experiment: Experiment) -> None:

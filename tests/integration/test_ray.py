@@ -109,6 +109,32 @@ def test_tasks_on_a_cluster_build_what_processes_build(phantom_source: Path, dat
     assert not (tmp_path / "e" / MANIFEST_NAME).exists()
 
 
+def test_the_cpus_that_are_free_are_taken_and_a_busy_cluster_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    from cxr_dist.orchestration.tune_job import reserved
+
+    start_cluster(num_cpus=2)
+
+    @ray.remote(num_cpus=1)
+    class Busy:
+        def ready(self) -> None: ...
+
+    with reserved(2, 0.0, limit_s=30.0) as (cores, _):
+        assert cores == 2
+    first = Busy.remote()
+    ray.get(first.ready.remote())
+    with reserved(2, 0.0, limit_s=60.0) as (cores, _):
+        assert cores == 1
+        assert capfd.readouterr().err == ""
+        with (
+            pytest.raises(UserError, match="no machine of the cluster had 1 CPU free for 1 s"),
+            reserved(2, 0.0, limit_s=1.0),
+        ):
+            pass
+    assert capfd.readouterr().err.splitlines() == ["waiting for 1 CPU of the cluster, which other work holds"]
+
+
 def command(*arguments: object, timeout_s: float = 480) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "cxr_dist", *map(str, arguments)]
