@@ -217,12 +217,10 @@ class _Base:
 
 
 def _same_bits(array: npt.NDArray[Any], other: npt.NDArray[Any] | None) -> bool:
-    """Equality of numbers is another one: of zeros with different signs, and of NaN."""
-    return (
-        other is not None
-        and (array.dtype, array.shape) == (other.dtype, other.shape)
-        and array.tobytes() == other.tobytes()
-    )
+    """`==` takes zeros of different signs for equal, and NaN for different."""
+    if other is None or (array.dtype, array.shape) != (other.dtype, other.shape):
+        return False
+    return array.tobytes() == other.tobytes()
 
 
 class CheckpointFolder:
@@ -279,10 +277,8 @@ class CheckpointFolder:
         """What `_save_changed` wrote, with the arrays of its base; further checkpoints then have the same base."""
         arrays, state = load_arrays(path)
         name = state.pop(_BASE_OF, None)
-        if name is None:
-            self._base = None
-        elif self._base is None or self._base.name != name:
-            self._base = self._load_base(path, str(name))
+        if self._base is None or self._base.name != name:
+            self._base = None if name is None else self._load_base(path, str(name))
         return arrays if self._base is None else self._base.arrays | arrays, state
 
     def _load_base(self, path: Path, name: str) -> _Base:
@@ -311,11 +307,7 @@ class CheckpointFolder:
         return self.load_best_file(self.best(epochs_done))
 
     def load_best_file(self, path: Path) -> Arrays:
-        """The weights in a file of this folder that `best` or `newest_best` names.
-
-        Raises:
-            UserError: as of `load_best`.
-        """
+        """As `load_best`, from a file of this folder that `best` or `newest_best` names."""
         try:
             return self._load_whole(path)[0]
         except FormatError:
@@ -403,11 +395,11 @@ class CheckpointFolder:
         self._remove_all_but(set())
 
     def _remove_all_but(self, names: set[str]) -> None:
+        self.clean()
         for pattern in ("*.npz", f"*{DAMAGED_SUFFIX}"):
             for path in self._folder.glob(pattern):
                 if path.name not in names:
                     path.unlink(missing_ok=True)
-        self.clean()
 
     def _remove_unused_best(self, newest: int) -> None:
         """Those that no checkpoint of the folder refers to; the older ones' references are read from the files."""

@@ -125,14 +125,14 @@ def reserved(cpus: float, gpus: float, limit_s: float = PLACEMENT_LIMIT_S) -> It
             finally:
                 remove_placement_group(group)
         what = "1 CPU and 1 GPU" if gpus else "1 CPU"
+        if not said:
+            said = True
+            print(f"waiting for {what} of the cluster, which other work holds", file=sys.stderr, flush=True)
         if time.monotonic() > until:
             raise UserError(
                 f"--address: no machine of the cluster had {what} free for {limit_s:.0f} s, as other work holds them; "
                 "wait for it, or end it"
             )
-        if not said:
-            said = True
-            print(f"waiting for {what} of the cluster, which other work holds", file=sys.stderr, flush=True)
 
 
 def halves(count: int) -> list[int]:
