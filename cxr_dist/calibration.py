@@ -3,9 +3,13 @@
 Temperature scaling (Guo et al. 2017, "On Calibration of Modern Neural Networks") divides all logits by one number,
 fitted on validation images by maximum likelihood. It changes no answer. The threshold under which the model gives none
 is that of selective prediction with guaranteed risk (Geifman and El-Yaniv 2017, algorithm 1): among images like those
-of validation, at most `risk` of the answers are wrong, with a probability of 95 % over the choice of these images. The
-bound counts what is independent: images that show the same, or one patient, count once, as wrong if any answer to them
-is. So where copies come in groups, the promise is about groups.
+it was chosen on, at most `risk` of the answers are wrong, with a probability of 95 % over the choice of these images.
+The bound counts what is independent: copies, or images of one patient, count once, as wrong if any answer to them is.
+So where copies come in groups, the bound is about groups.
+
+The bound holds for images that had no part in the choice of the model. A run's validation images chose its best epoch,
+and in a search the best trial too. On them the model does better than on new images, so a threshold that is fitted on
+them is optimistic: more than `risk` of the answers may be wrong, more often than in 5 % of cases.
 """
 
 import math
@@ -50,7 +54,7 @@ def abstain_threshold(predictions: Predictions, risk: float = RISK) -> float | N
     """The smallest probability of an answer at which the answers are wrong at most `risk` of the time.
 
     Args:
-        predictions: Calibrated, on images that the model was not trained on.
+        predictions: Calibrated, on images that the model was not trained on; the bound holds if they did not choose it.
         risk: Of the answers that are given, 0 to 1.
 
     Returns:
@@ -123,7 +127,12 @@ def answered(predictions: Predictions, calibration: Mapping[str, Any]) -> dict[s
 
 
 def fit(validation: Predictions, risk: float = RISK) -> dict[str, Any]:
-    """What a run keeps of its calibration: temperature, abstain_threshold, target_risk, fitted_on and images."""
+    """A run's calibration from the predictions of its validation images.
+
+    Returns:
+        temperature, abstain_threshold, target_risk; fitted_on (the split), images (their number), and
+        selected_the_model: whether these images chose the best epoch, so that the bound does not hold strictly.
+    """
     temperature = fit_temperature(validation)
     return {
         "temperature": temperature,
@@ -131,6 +140,7 @@ def fit(validation: Predictions, risk: float = RISK) -> dict[str, Any]:
         "target_risk": risk,
         "fitted_on": "validation",
         "images": len(validation),
+        "selected_the_model": True,
     }
 
 

@@ -1,7 +1,8 @@
 """`calibration.json` in a run's folder: what makes honest probabilities of its logits, and when not to answer.
 
-Whoever fits it writes it; here it is read and checked. Probabilities are softmax(logits / temperature) (Guo et al.
-2017), and an answer whose highest probability is below `abstain_threshold` is not given.
+`cxr-dist calibrate` writes it; here it is read and checked. Probabilities are softmax(logits / temperature) (Guo et al.
+2017), and an answer whose highest probability is below `abstain_threshold` is not given. The threshold was chosen on
+images that also chose the model: it does not guarantee the risk (see `calibration`).
 """
 
 import json
@@ -55,7 +56,7 @@ def read_fitted(run: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {one_line(error)}; calibrate the run again, or remove the file") from None
+        raise UserError(f"{path}: {one_line(error)}; run `cxr-dist calibrate` again, or remove the file") from None
 
 
 def _check_temperature(raw: dict[str, Any]) -> None:

@@ -65,17 +65,33 @@ def reliability_caption(calibrated: Mapping[str, Any]) -> str:
         f"On validation the network's probabilities were {leaning}: dividing its logits by {temperature:.3g} fits "
         f"best. On these images the expected calibration error is {before:.3f} before and {after:.3f} after, the log "
         f"loss {calibrated['before']['log_loss']:.3f} and {calibrated['after']['log_loss']:.3f}, the Brier score "
-        f"{calibrated['before']['brier']:.3f} and {calibrated['after']['brier']:.3f}."
+        f"{calibrated['before']['brier']:.3f} and {calibrated['after']['brier']:.3f}.{_in_sample_words(calibrated)}"
     )
 
 
+def _in_sample_words(calibrated: Mapping[str, Any]) -> str:
+    """A warning where the images are, at least in part, those that the calibration was fitted on."""
+    number = calibrated["in_sample"]
+    if number is None:
+        return " Whether the temperature was fitted on any of these images is not known."
+    if not number:
+        return ""
+    return f" Temperature and threshold were fitted on {number:,} of these images: on new images they are worse."
+
+
 def risk_caption(calibrated: Mapping[str, Any]) -> str:
-    """What the threshold that was chosen on validation does to these images."""
+    """What the threshold that was chosen on validation does to these images, and what it does not guarantee."""
     risk, threshold, answers = calibrated["target_risk"], calibrated["abstain_threshold"], calibrated["answers"]
-    wanted = f"at most {percent(risk)} wrong answers, with 95% confidence"
+    wanted = f"at most {percent(risk)} wrong answers"
     if threshold is None:
         return f"No probability on validation was high enough for {wanted}: this model should always abstain."
     text = f"For {wanted}, the model answers from a probability of {threshold:.3f} on, as chosen on validation. "
+    if calibrated.get("selected_the_model", True):
+        text += (
+            "The validation images also chose the model, so the bound behind the threshold (95% confidence) is "
+            "optimistic: on new images more answers may be wrong. "
+        )
+    text += _in_sample_words(calibrated).lstrip() + " " if calibrated["in_sample"] else ""
     if not answers["answered"]:
         return f"{text}On these images it never does."
     wrong = percent(1 - answers["accuracy"])
@@ -84,16 +100,61 @@ def risk_caption(calibrated: Mapping[str, Any]) -> str:
 
 def uncertainty_words(uncertainty: Mapping[str, Any]) -> str:
     """What the intervals are, and over what they were drawn."""
-    unit, units = uncertainty["unit"], uncertainty["units"]
-    of = (
-        "images, as it is not known which belong together"
-        if unit == "image"
-        else ("groups of images (copies of one, or one patient's, stay together)")
-    )
+    unit, units, patients = uncertainty["unit"], uncertainty["units"], uncertainty["patients"]
+    if unit == "image":
+        of = "images, as it is not known which belong together"
+    elif patients:
+        of = f"groups of images (copies, and images of one patient, stay together; {patients:,} patients are named)"
+    else:
+        of = "groups of images (copies stay together; which images are of one patient is not known)"
     return (
         f"In brackets: {uncertainty['level']:.0%} intervals, from {uncertainty['resamples']:,} bootstrap resamples of "
         f"{units:,} {of}. They say what other images of the same kind would change, not what other hospitals would."
     )
+
+
+def missing_words(metrics: Mapping[str, Any]) -> str:
+    """Which classes have no images, and so no part in the macro averages."""
+    missing = [figures.display_name(name) for name in metrics["missing_classes"]]
+    if not missing:
+        return ""
+    averaged = [figures.display_name(name) for name in metrics["averaged_classes"]]
+    return f"There are no images of {' and '.join(missing)}. Macro averages are over {', '.join(averaged)}."
+
+
+def seen_warning(metrics: Mapping[str, Any]) -> str:
+    """A warning where the run has seen some of the images, which nobody asked for; else nothing."""
+    seen = metrics["seen"]
+    if seen is None or seen["asked_for"] or not seen["share"]:
+        return ""
+    kinds = {
+        "its training images": seen["training"],
+        "its validation images, which chose the best epoch": seen["validation"],
+    }
+    parts = " and ".join(f"{number:,} are {kind}" for kind, number in kinds.items() if number)
+    text = f"The model has seen some of these {_count(metrics['n'], '')}: {parts} ({percent(seen['share'])} in all)."
+    unseen = metrics["metrics_unseen"]
+    if unseen is None:
+        return f"{text} There are no others: the figures do not say what it does on new images."
+    text += " The figures of all images are too good."
+    intervals = unseen["uncertainty"]["intervals"]
+    figures_of = [
+        f"{words} {decimal(unseen[name])} {interval(intervals[name])}".rstrip()
+        for name, words in (("accuracy", "accuracy"), ("f1_macro", "macro F1"))
+    ]
+    return f"{text} On the other {_count(unseen['n'], '')}: {', '.join(figures_of)}. {missing_words(unseen)}".rstrip()
+
+
+def seen_words(metrics: Mapping[str, Any]) -> str:
+    """What was looked for among the images that the run has seen, where there is nothing to warn of."""
+    seen = metrics["seen"]
+    if seen is None:
+        return "Whether the model was trained on any of these images is not known: its run has no list of them."
+    if seen["asked_for"]:
+        kind = "training images" if seen["training"] else "validation images, which chose its best epoch"
+        return f"These are the model's {kind}: the figures do not say what it does on new images."
+    none = "" if seen["share"] else "No image here is a training or validation image of the model. "
+    return f"{none}Only identical files are recognised; copies that were encoded or resized again are not."
 
 
 def published_words(rows: Sequence[Mapping[str, Any]]) -> str:

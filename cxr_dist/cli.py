@@ -235,10 +235,10 @@ def _add_evaluation(command: Command) -> None:
     evaluate.add_argument(
         "--risk",
         type=float,
-        default=0.05,
         metavar="SHARE",
-        help="of wrong answers to allow: the model abstains below the probability that ensures it on validation "
-        "(default: %(default)s)",
+        help="of wrong answers to allow, for this report alone: the model abstains below a probability that is chosen "
+        "on the validation images, which chose the model too, so that it is no guarantee (default: that of the run's "
+        "calibration, else 0.05)",
     )
     evaluate.add_argument(
         "--examine",
@@ -248,6 +248,28 @@ def _add_evaluation(command: Command) -> None:
         help="images to look at closely, each some thirty times: attention, lungs, robustness; 0 for none "
         "(default: %(default)s)",
     )
+
+    calibrate = command(
+        "calibrate",
+        evaluation_commands.calibrate,
+        "fit on the validation images how sure a run is, and when it abstains; predict, serve and export obey",
+    )
+    calibrate.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
+    calibrate.add_argument(
+        "--risk",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="of wrong answers to allow; the validation images chose the model too, so that it is no guarantee "
+        "(default: %(default)s)",
+    )
+    calibrate.add_argument(
+        "--dataset",
+        type=parse_place,
+        metavar="DATASET",
+        help="the one the run was trained on, where it was moved (default: where it was then)",
+    )
+    calibrate.add_argument("--devices", type=_positive, metavar="M", help="GPUs, or logical CPUs")
 
     compare = command("compare", evaluation_commands.compare, "two runs on the same test images, with intervals")
     for name in ("first", "second"):

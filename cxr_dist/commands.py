@@ -333,7 +333,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """The whole pipeline on phantoms, at a size that a laptop does in minutes; goes on where it was stopped."""
-    from cxr_dist.evaluate import Request, evaluate_run
+    from cxr_dist.evaluate import Request, calibrate_run, evaluate_run
     from cxr_dist.phantoms import write_phantoms
     from tfrecords_builder.build import build_dataset
 
@@ -342,14 +342,16 @@ def demo(options: argparse.Namespace) -> None:
         raise UserError(f"{out}: holds something other than a demo; give a new folder with --out")
     started = time.perf_counter()
     if not (out / "phantoms").exists():
-        with progress_bar("1/4 phantom X-rays") as progress:
+        with progress_bar("1/5 phantom X-rays") as progress:
             write_phantoms(out / "phantoms", per_class=DEMO_PER_CLASS, size=DEMO_SIZE, progress=progress)
-    with progress_bar("2/4 build") as progress:
+    with progress_bar("2/5 build") as progress:
         build_dataset(out / "phantoms", out / "dataset", image_size=DEMO_IMAGE_SIZE, progress=progress)
-    print("3/4 train", file=sys.stderr)
+    print("3/5 train", file=sys.stderr)
     config = load_config(resolve_preset(Path("demo")))
     run_training(config, out / "dataset", out / "run", launcher=options.launcher, verbose=options.verbose)
-    with progress_bar("4/4 evaluate") as progress:
+    with progress_bar("4/5 calibrate") as progress:
+        calibrate_run(out / "run", progress=progress)
+    with progress_bar("5/5 evaluate") as progress:
         metrics = evaluate_run(
             Request(out / "run", out / "evaluation", examine=DEMO_EXAMINED, drawn=True), progress=progress
         )

@@ -5,14 +5,16 @@ Both are resampled alike, so what makes an image hard for both cancels out (the 
 images as independent, which copies are not, so with groups the interval is what counts.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 from cxr_dist.intervals import LEVEL, RESAMPLES, group_numbers, resampled_metrics, weighted_metrics
 from cxr_dist.metrics import Predictions
+from cxr_dist.seen import Digests
 from tfrecords_builder.errors import UserError
 
 COMPARED = (
@@ -26,6 +28,26 @@ COMPARED = (
     "log_loss",
     "brier",
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """N labelled images, before anything is predicted."""
+
+    paths: list[str]
+    labels: npt.NDArray[np.int32]
+    class_names: tuple[str, ...]
+    digests: Digests | None = None
+    """Of the files; None where they are not known."""
+
+
+def check_same_images(first: Images, second: Images) -> None:
+    """Check that both have the same images, in any order, with the same labels of the same classes.
+
+    Raises:
+        UserError: names the first difference.
+    """
+    _rows(first, second)
 
 
 def compare(
@@ -82,6 +104,19 @@ def compare(
 
 
 def _in_order_of(first: Predictions, second: Predictions) -> Predictions:
+    images = (Images(each.paths, each.labels, each.class_names) for each in (first, second))
+    rows = _rows(*images)
+    return replace(
+        second,
+        paths=first.paths,
+        labels=second.labels[rows],
+        probabilities=second.probabilities[rows],
+        groups=first.groups,
+    )
+
+
+def _rows(first: Images, second: Images) -> npt.NDArray[np.int64]:
+    """For each of the first's images its row in the second."""
     if first.class_names != second.class_names:
         raise UserError(
             f"the classes differ ({', '.join(first.class_names)}; {', '.join(second.class_names)}); compare runs of "
@@ -89,7 +124,7 @@ def _in_order_of(first: Predictions, second: Predictions) -> Predictions:
         )
     place = {path: row for row, path in enumerate(second.paths)}
     missing = [path for path in first.paths if path not in place]
-    if missing or len(first) != len(second):
+    if missing or len(first.paths) != len(second.paths):
         example = missing[0] if missing else next(path for path in second.paths if path not in set(first.paths))
         raise UserError(
             f"the images differ ({example} is in one alone); evaluate both runs on one split of one dataset"
@@ -98,10 +133,7 @@ def _in_order_of(first: Predictions, second: Predictions) -> Predictions:
     if (second.labels[rows] != first.labels).any():
         row = int(np.flatnonzero(second.labels[rows] != first.labels)[0])
         raise UserError(f"{first.paths[row]}: has two labels; evaluate both runs on one split of one dataset")
-    return replace(
-        second,
-        paths=first.paths,
-        labels=second.labels[rows],
-        probabilities=second.probabilities[rows],
-        groups=first.groups,
-    )
+    if first.digests is not None and second.digests is not None and (second.digests[rows] != first.digests).any():
+        row = int(np.flatnonzero(second.digests[rows] != first.digests)[0])
+        raise UserError(f"{first.paths[row]}: is two different files; evaluate both runs on one split of one dataset")
+    return rows

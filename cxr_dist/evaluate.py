@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,86 +11,24 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist import calibration, cut, damage, run_folder, steps
+from cxr_dist.assessment import Origin
 from cxr_dist.calibration_file import CALIBRATION, read_fitted
 from cxr_dist.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
+from cxr_dist.compare import Images
 from cxr_dist.examine import run as examine_run
 from cxr_dist.examine.result import Examination
 from cxr_dist.examine.scores import balanced_sample
+from cxr_dist.image_folder import FolderSource
 from cxr_dist.metrics import Predictions
 from cxr_dist.plans import EvaluationPlan, Positions
 from cxr_dist.report import check_output_folder, write_evaluation
-from cxr_dist.sources import ArraySource, ShardSource, Source, weakly
+from cxr_dist.seen import SeenImages, read_seen
+from cxr_dist.sources import ArraySource, ShardSource, Source
 from cxr_dist.strategy import Topology, make_strategy, prepare_devices, resolve_precision, resolve_xla
 from tfrecords_builder.errors import UserError
 from tfrecords_builder.files import write_json
-from tfrecords_builder.images import decode_mask, load_gray, read_bytes
-from tfrecords_builder.manifest import check_shards, read_manifest
-from tfrecords_builder.metadata import read_metadata
-from tfrecords_builder.sources import find_images
+from tfrecords_builder.manifest import Manifest, check_shards, read_manifest
 from tfrecords_builder.storage import Place, local_copy, parse_place
-
-
-class FolderSource:
-    """Labelled image files, decoded when they are read: uint8 [B, S, S, 1]."""
-
-    def __init__(self, folder: Path, class_names: tuple[str, ...], image_size: int) -> None:
-        images = find_images(folder)
-        unknown = sorted({image.class_name for image in images} - set(class_names))
-        if unknown:
-            raise UserError(
-                f"{folder}: class {unknown[0]} is none of the run's ({', '.join(class_names)}); rename or remove it"
-            )
-        self._found, self.paths = images, [image.path for image in images]
-        self._folder, self._image_size = folder, image_size
-        self._labels = np.array([class_names.index(image.class_name) for image in images], dtype=np.int32)
-        self.groups: list[str] | None = None
-        self.failure: Exception | None = None
-
-    @property
-    def count(self) -> int:
-        return len(self.paths)
-
-    @property
-    def labels(self) -> npt.NDArray[np.int32]:
-        return self._labels
-
-    def batches(self, positions: Any) -> Any:
-        import tensorflow as tf
-
-        images = tf.numpy_function(weakly(self._read), [positions], tf.uint8)
-        images.set_shape([positions.shape[0], self._image_size, self._image_size, 1])
-        return images
-
-    def pixels(self, positions: Positions) -> npt.NDArray[np.uint8]:
-        """As `ShardSource.pixels`."""
-        return self._read(positions)[..., 0]
-
-    def masks(self, positions: Positions) -> npt.NDArray[np.bool_] | None:
-        """As `ShardSource.masks`."""
-        if not any(image.mask for image in self._found):
-            return None
-        masks = np.zeros((len(positions), self._image_size, self._image_size), np.bool_)
-        for mask, position in zip(masks, positions, strict=True):
-            name = self._found[position].mask
-            if name is not None:
-                path = self._folder / name
-                mask[:] = decode_mask(read_bytes(path), self._image_size, path)
-        return masks
-
-    def origins(self, positions: Positions) -> tuple[list[str | None], None]:
-        """As `ShardSource.origins`; what shows the same has not been looked for."""
-        known = read_metadata(self._folder, self._found)
-        paths = [self.paths[position] for position in positions]
-        return [known[path].source if path in known else None for path in paths], None
-
-    def _read(self, positions: Positions) -> npt.NDArray[np.uint8]:
-        try:
-            images = [load_gray(self._folder / self.paths[position], self._image_size) for position in positions]
-        except Exception as error:
-            self.failure = error
-            raise
-        return np.stack(images)[..., None]
-
 
 ImageSource = ShardSource | FolderSource
 
@@ -105,8 +43,8 @@ class Request:
     images: Path | None = None
     dataset: Place | None = None
     """By default the one that the run was trained on."""
-    risk: float = calibration.RISK
-    """Share of wrong answers that the threshold to answer at all may let through."""
+    risk: float | None = None
+    """Share of wrong answers that the threshold allows; by default that of the run's calibration, else 0.05."""
     examine: int = 0
     """How many of the images to examine at most, each some thirty times; 0 leaves the examination out."""
     drawn: bool = False
@@ -131,18 +69,19 @@ def evaluate_run(
     """
     check_output_folder(request.out)  # now, not after minutes of computing
     run = read_finished(request.run)
-    with _source(request, run.info) as (source, what):
+    read_fitted(request.run)  # likewise, where it is damaged
+    with _images(request, run.info) as images:
+        origin = _origin(request, images, read_seen(request.run))
         network = Network.load(run, devices)
-        predictions, examination = network.evaluate(source, request.examine, progress)
-    calibrated, reason = _calibrate(request, network, predictions)
+        predictions, examination = network.evaluate(images.source, request.examine, progress)
+    calibrated, note = _calibration(request, network, predictions if images.as_trained else None)
     described = {
         "run": str(request.run),
-        "images": what,
+        "images": images.title,
         **({"split": request.split} if request.images is None else {}),
         **({"drawn": True} if request.drawn else {}),
         "precision": network.precision,
         "replicas": network.topology.replicas,
-        **({"calibration": reason} if reason else {}),
         "training": network.run.result,
         "config": network.run.config.tree(),
     }
@@ -152,7 +91,9 @@ def evaluate_run(
         run_folder.read_history(request.run),
         described,
         calibrated=calibrated,
+        calibration_note=note,
         examination=examination,
+        origin=origin,
     )
 
 
@@ -161,8 +102,52 @@ def predict_run(
 ) -> Predictions:
     """The predictions alone of what `evaluate_run` would evaluate; nothing is written."""
     run = read_finished(request.run)
-    with _source(request, run.info) as (source, _):
-        return Network.load(run, devices).predict(source, progress)
+    with _images(request, run.info) as images:
+        return Network.load(run, devices).predict(images.source, progress)
+
+
+def images_of(request: Request) -> Images:
+    """What `predict_run` would predict, without the work."""
+    info = read_finished(request.run).info
+    with _images(request, info) as images:
+        source = images.source
+        return Images(source.paths, source.labels, info.class_names, source.digests)
+
+
+def calibrate_run(
+    run_path: Path,
+    risk: float = calibration.RISK,
+    dataset: Place | None = None,
+    devices: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Fit a finished run's calibration on its validation images, and write calibration.json into its folder.
+
+    Args:
+        run_path: The run's folder.
+        risk: Share of wrong answers that the threshold allows, 0 to 1.
+        dataset: Where the dataset is that the run was trained on; by default where it was then.
+        devices: As `evaluate_run`.
+        progress: As `evaluate_run`.
+
+    Returns:
+        What `calibration.fit` found.
+
+    Raises:
+        UserError: the run is not finished, its validation images cannot be had, or the file cannot be written.
+    """
+    run = read_finished(run_path)
+    validation = Request(run_path, run_path, "validation", dataset=dataset)
+    with _images(validation, run.info, as_trained=True) as images:
+        predictions = Network.load(run, devices).predict(images.source, progress)
+    fitted = calibration.fit(predictions, risk)
+    try:
+        write_json(run_path / CALIBRATION, fitted)
+    except OSError as error:
+        raise UserError(
+            f"{run_path / CALIBRATION}: cannot be written ({error.strerror or error}); calibrate a copy of the run"
+        ) from None
+    return fitted
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,36 +242,48 @@ class Network:
         )
 
 
-def _calibrate(
-    request: Request, network: Network, predictions: Predictions
+def _calibration(
+    request: Request, network: Network, own: Predictions | None
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """The run's calibration, fitted on its validation images if it has none for this risk yet; else why there is none.
+    """The run's calibration, or one fitted for this report alone; and what the report has to say about it.
 
-    The test images have no part in it. With a dataset or images given, no address is opened that the run alone names.
+    With a dataset or images given, no address is opened that the run alone names.
+
+    Args:
+        request: What is evaluated.
+        network: The run's.
+        own: The predictions of the request, where its images are of the dataset that the run was trained on.
     """
-    known = read_fitted(request.run)
-    if known is not None and known.get("target_risk") == request.risk:
-        return known, None
-    info = network.run.info
-    own = Request(request.run, request.out, "validation", dataset=request.dataset)
-    if (request.split, request.images, request.dataset) == (own.split, None, None):
-        validation = predictions
+    known, info = read_fitted(request.run), network.run.info
+    risk = request.risk or (known["target_risk"] if known else calibration.RISK)
+    if known is not None and known["target_risk"] == risk:
+        return known | {"kept_with_run": True}, None
+    validation = Request(request.run, request.out, "validation", dataset=request.dataset)
+    if own is not None and request.split == "validation":
+        predictions = own
     else:
         try:
             # Whoever asks for images asks for no dataset: somebody who sent the run may have written the address.
-            if own.dataset is None and request.images is not None and isinstance(parse_place(info.dataset), str):
+            if request.dataset is None and request.images is not None and isinstance(parse_place(info.dataset), str):
                 raise UserError(f"{info.dataset}: the run names an address; give the dataset with --dataset")
-            with _source(own, info, as_trained=True) as (source, _):
-                validation = network.predict(source)
+            with _images(validation, info, as_trained=True) as images:
+                predictions = network.predict(images.source)
         except UserError as error:
-            kept = "none" if known is None else f"for a risk of {known['target_risk']}, as it was fitted before"
-            return known, f"{kept}: the validation images of the run cannot be had ({error})"
-    fitted = calibration.fit(validation, request.risk)
-    try:
-        write_json(request.run / CALIBRATION, fitted)
-    except OSError as error:
-        return fitted, f"not kept with the run ({error.strerror or error})"
-    return fitted, None
+            cannot = f"The validation images of the run cannot be had: {error}."
+            if known is None:
+                return None, f"There is no calibration. {cannot}"
+            kept = known["target_risk"]
+            return known | {"kept_with_run": True}, f"The threshold is that of the run, for a risk of {kept}. {cannot}"
+    fitted = calibration.fit(predictions, risk) | {"kept_with_run": False}
+    if known is not None:
+        return fitted, (
+            f"Temperature and threshold were computed for this report alone, for a risk of {risk}; the run keeps its "
+            f"own, for a risk of {known['target_risk']}."
+        )
+    return fitted, (
+        "Temperature and threshold were computed for this report alone, and not kept: run `cxr-dist calibrate "
+        f"{request.run}` so that predict, serve and export use them."
+    )
 
 
 def class_probabilities(
@@ -317,30 +314,61 @@ def class_probabilities(
     return np.concatenate(outputs)[: source.count]
 
 
+@dataclass(frozen=True)
+class _Evaluated:
+    """The images of a request."""
+
+    source: ImageSource
+    title: str
+    """What the report calls them."""
+    as_trained: bool
+    """Whether they are a split of the dataset that the run was trained on."""
+
+
 @contextmanager
-def _source(
-    request: Request, info: run_folder.RunInfo, as_trained: bool = False
-) -> "Iterator[tuple[ShardSource | FolderSource, str]]":
-    """The images, and what the report calls them.
+def _images(request: Request, info: run_folder.RunInfo, as_trained: bool = False) -> Iterator[_Evaluated]:
+    """The images that are asked for.
 
     Args:
+        request: Which.
+        info: Of the run.
         as_trained: Whether a dataset that is given must be the one that the run was trained on, as without one.
     """
     if request.images is not None:
-        yield FolderSource(request.images, info.class_names, info.image_size), str(request.images)
+        yield _Evaluated(FolderSource(request.images, info.class_names, info.image_size), str(request.images), False)
         return
     place = request.dataset or parse_place(info.dataset)
+    if request.dataset is None and isinstance(place, Path) and not place.exists():
+        raise UserError(f"{request.run}: was trained on {place}, which is gone; give its new place with --dataset")
     with local_copy(place) as dataset:
-        source = _split_source(request, info, dataset, as_trained or request.dataset is None)
-        yield source, f"{place}, split {request.split}"
-
-
-def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path, as_trained: bool) -> ShardSource:
-    manifest = read_manifest(dataset)
-    if as_trained and manifest.fingerprint != info.fingerprint:
-        raise UserError(
-            f"{dataset}: is not, or no longer, what the run was trained on; give the dataset with --dataset"
+        manifest = read_manifest(dataset)
+        is_same = manifest.fingerprint == info.fingerprint
+        if not is_same and (as_trained or request.dataset is None):
+            raise UserError(
+                f"{place}: is not the dataset that the run was trained on ({_difference(request.run, manifest)}); "
+                "build that again from the same images with the same options, give its place with --dataset, or train "
+                "a new run on this one"
+            )
+        yield _Evaluated(
+            _split_source(request, info, dataset, manifest, is_same), f"{place}, split {request.split}", is_same
         )
+
+
+def _difference(run: Path, manifest: Manifest) -> str:
+    """In what a dataset differs from the one that the run was trained on."""
+    seen = read_seen(run)
+    if seen is None:
+        return "its fingerprint differs"
+    now = asdict(manifest.settings)
+    changed = [key for key in now if now[key] != seen.settings.get(key)]
+    if not changed:
+        return "its images differ"
+    return ", ".join(f"{key} {now[key]} where it was {seen.settings.get(key)}" for key in changed)
+
+
+def _split_source(
+    request: Request, info: run_folder.RunInfo, dataset: Path, manifest: Manifest, is_same: bool
+) -> ShardSource:
     if manifest.class_names != info.class_names or manifest.image_size != info.image_size:
         raise UserError(
             f"{dataset}: has classes {', '.join(manifest.class_names)} at {manifest.image_size} pixels, the run has "
@@ -348,5 +376,16 @@ def _split_source(request: Request, info: run_folder.RunInfo, dataset: Path, as_
         )
     check_shards(dataset, manifest)
     # The validation images of a run are those that it had; in any other evaluation a damaged record is an error.
-    without = damage.left_out(request.run).paths if as_trained and request.split == "validation" else ()
+    without = damage.left_out(request.run).paths if is_same and request.split == "validation" else ()
     return ShardSource(dataset, manifest, request.split, without)
+
+
+def _origin(request: Request, images: _Evaluated, seen: SeenImages | None) -> Origin:
+    """Which of the images the run has seen: of its own training and validation split all, by the user's wish."""
+    source = images.source
+    if images.as_trained and request.split in ("train", "validation"):
+        training = np.full(source.count, request.split == "train")
+        return Origin(training, ~training, own=True, asked_for=True, patients=source.patients)
+    if seen is None:
+        return Origin(own=images.as_trained, patients=source.patients)
+    return Origin(*seen.mark(source.digests), own=images.as_trained, patients=source.patients)

@@ -1,7 +1,9 @@
-"""The commands that judge: `evaluate` and `compare`."""
+"""The commands that judge: `evaluate`, `calibrate` and `compare`."""
 
 import argparse
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ from cxr_dist.reporting import progress_bar
 from tfrecords_builder.errors import UserError
 
 if TYPE_CHECKING:
+    from cxr_dist.compare import Images
     from cxr_dist.metrics import Predictions
 
 
@@ -16,8 +19,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from cxr_dist.evaluate import Request, evaluate_run
     from cxr_dist.search.record import best_run
 
-    if not 0 < options.risk < 1:
-        raise UserError(f"--risk {options.risk}: is a share of wrong answers; give a number between 0 and 1")
+    _check_risk(options.risk)
     request = Request(
         best_run(options.run),
         options.out,
@@ -35,11 +37,47 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"report: {options.out / 'report.html'}")
 
 
+def _check_risk(risk: float | None) -> None:
+    if risk is not None and not 0 < risk < 1:
+        raise UserError(f"--risk {risk}: is a share of wrong answers; give a number between 0 and 1")
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Fit temperature and threshold on the run's validation images, and keep them with the run."""
+    from cxr_dist.calibration_file import CALIBRATION
+    from cxr_dist.evaluate import calibrate_run
+    from cxr_dist.search.record import best_run
+
+    _check_risk(options.risk)
+    run = best_run(options.run)
+    replaced = (run / CALIBRATION).exists()
+    with progress_bar("calibrate") as progress:
+        fitted = calibrate_run(run, options.risk, options.dataset, options.devices, progress)
+    print_calibration(run / CALIBRATION, fitted, replaced)
+
+
+def print_calibration(path: Path, fitted: Mapping[str, Any], replaced: bool = False) -> None:
+    """What a calibration found, and how far it holds, for people."""
+    threshold = fitted["abstain_threshold"]
+    answers = "no answer is given" if threshold is None else f"answers are given from a probability of {threshold:.3f}"
+    print(
+        f"{path}: temperature {fitted['temperature']:.3f}; {answers}, for at most {fitted['target_risk']:.1%} wrong "
+        f"answers; fitted on {fitted['images']:,} validation images"
+        + ("; it replaces an earlier calibration" if replaced else "")
+        + "\nthe validation images also chose the model: on new images more answers may be wrong"
+    )
+
+
 def compare(options: argparse.Namespace) -> None:
     """Both on the same images; what is not evaluated yet is predicted here, and nothing is written."""
+    from cxr_dist.compare import check_same_images
     from cxr_dist.compare import compare as compare_predictions
 
-    first, second = (_predictions(folder, options.devices) for folder in (options.first, options.second))
+    folders = (options.first, options.second)
+    check_same_images(*(_images(folder) for folder in folders))  # predicting takes minutes
+    for folder in folders:
+        _warn_of_seen(folder)
+    first, second = (_predictions(folder, options.devices) for folder in folders)
     result = compare_predictions(first, second)
     if options.json:
         print(json.dumps({"first": str(options.first), "second": str(options.second), **result}, allow_nan=False))
@@ -48,12 +86,17 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
-    """The table of an evaluation, for people."""
+    """The table of an evaluation, for people, and what must be known of it."""
+    from cxr_dist.captions import missing_words, seen_warning, seen_words
+
     width = max(len(name) for name in [*metrics["per_class"], "class"])
     print(f"{'class':{width}} precision  recall      F1  images")
     for name, row in metrics["per_class"].items():
-        print(f"{name:{width}} {row['precision']:9.4f} {row['recall']:7.4f} {row['f1']:7.4f} {row['support']:7,}")
-    intervals = metrics["uncertainty"]["intervals"]
+        precision, recall, f1 = (
+            "-" if row[key] is None else f"{row[key]:.4f}" for key in ("precision", "recall", "f1")
+        )
+        print(f"{name:{width}} {precision:>9} {recall:>7} {f1:>7} {row['support']:7,}")
+    intervals, patients = metrics["uncertainty"]["intervals"], metrics["uncertainty"]["patients"]
 
     def told(name: str) -> str:
         if metrics[name] is None:
@@ -63,8 +106,16 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 
     print(
         f"accuracy {told('accuracy')}, macro F1 {told('f1_macro')}, AUC {told('auc_macro_ovr')}, "
-        f"cosine similarity {told('cosine_similarity')}, {metrics['n']:,} images (95% intervals)"
+        f"cosine similarity {told('cosine_similarity')}, {metrics['n']:,} images"
+        + (f" of {patients:,} patients" if patients else "")
+        + " (95% intervals)"
     )
+    unknown = seen_words(metrics) if metrics["seen"] is None else None
+    for note in (missing_words(metrics), unknown, metrics["calibration_note"]):
+        if note:
+            print(f"note: {note}")
+    if seen_warning(metrics):
+        print(f"WARNING: {seen_warning(metrics)}")
 
 
 def print_comparison(result: dict[str, Any]) -> None:
@@ -86,19 +137,55 @@ def print_comparison(result: dict[str, Any]) -> None:
     )
 
 
+def _images(folder: Path) -> "Images":
+    """Of an evaluation, or of the test split of a run or search."""
+    from cxr_dist.compare import Images
+    from cxr_dist.evaluate import Request, images_of
+    from cxr_dist.search.record import best_run
+
+    evaluated = _evaluated(folder)
+    if evaluated is None:
+        return images_of(Request(best_run(folder), folder))
+    return Images(evaluated.paths, evaluated.labels, evaluated.class_names)
+
+
 def _predictions(folder: Path, devices: int | None) -> "Predictions":
     """Of an evaluation's folder, or of a run or search, on the test split."""
+    from cxr_dist.evaluate import Request, predict_run
+    from cxr_dist.search.record import best_run
+
+    evaluated = _evaluated(folder)
+    if evaluated is not None:
+        return evaluated
+    with progress_bar(f"predict {folder.name}") as progress:
+        return predict_run(Request(best_run(folder), folder), devices, progress)
+
+
+def _evaluated(folder: Path) -> "Predictions | None":
+    """What an evaluation's folder holds; None for another folder."""
     from cxr_dist.metrics import read_predictions
     from cxr_dist.report import METRICS, PREDICTIONS
 
     if not folder.exists():
         raise UserError(f"{folder}: no such folder; give a run, a search, or an evaluation of one")
-    if (folder / PREDICTIONS).is_file():
-        if not (folder / METRICS).is_file():
-            raise UserError(f"{folder}: the evaluation is not complete; evaluate again")
-        return read_predictions(folder / PREDICTIONS)
-    from cxr_dist.evaluate import Request, predict_run
-    from cxr_dist.search.record import best_run
+    if not (folder / PREDICTIONS).is_file():
+        return None
+    if not (folder / METRICS).is_file():
+        raise UserError(f"{folder}: the evaluation is not complete; evaluate again")
+    return read_predictions(folder / PREDICTIONS)
 
-    with progress_bar(f"predict {folder.name}") as progress:
-        return predict_run(Request(best_run(folder), folder), devices, progress)
+
+def _warn_of_seen(folder: Path) -> None:
+    """Where an evaluation says that its model has seen some of the images."""
+    from cxr_dist.report import METRICS
+
+    path = folder / METRICS
+    if not path.is_file():
+        return
+    try:
+        seen = json.loads(path.read_text(encoding="utf-8"))["seen"]
+        share = seen["share"] if seen else 0.0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); evaluate again") from None
+    if share:
+        print(f"warning: {folder}: its model has seen {share:.1%} of these images", file=sys.stderr)

@@ -80,7 +80,8 @@ def weighted_metrics(predictions: Predictions, weights: Floats) -> Values:
 
     Returns:
         `accuracy`, `f1_macro`, ... and `per_class.<Class>.recall`, ... The meaning is that of `evaluate_predictions`
-        on images that are repeated as often as their weight says. Macro averages run over all classes.
+        on images that are repeated as often as their weight says: macro averages run over the classes that have
+        weight in the row.
     """
     labels, predicted, probabilities = predictions.labels, predictions.predicted, predictions.probabilities
     classes = np.arange(len(predictions.class_names))
@@ -89,8 +90,11 @@ def weighted_metrics(predictions: Predictions, weights: Floats) -> Values:
     of_answer = np.stack([weights @ (predicted == index) for index in classes], axis=1)
     hits = np.stack([weights @ ((labels == index) & (predicted == index)) for index in classes], axis=1)
     others = total[:, None] - of_label
-    precision, recall = _share(hits, of_answer), _share(hits, of_label)
-    f1 = _share(2 * hits, of_answer + of_label)
+    present = of_label > 0
+    precision, recall, f1 = (
+        np.where(present, _share(part, whole), np.nan)
+        for part, whole in ((hits, of_answer), (hits, of_label), (2 * hits, of_answer + of_label))
+    )
     specificity = np.where(others > 0, _share(others - (of_answer - hits), others), np.nan)
     aucs, averages = np.full((2, len(weights), len(classes)), np.nan)
     for index in classes:
@@ -101,10 +105,10 @@ def weighted_metrics(predictions: Predictions, weights: Floats) -> Values:
 
     values = {
         "accuracy": hits.sum(axis=1) / total,
-        "precision_macro": precision.mean(axis=1),
-        "recall_macro": recall.mean(axis=1),
-        "f1_macro": f1.mean(axis=1),
-        "f1_weighted": (f1 * of_label).sum(axis=1) / total,
+        "precision_macro": _mean_of_defined(precision),
+        "recall_macro": _mean_of_defined(recall),
+        "f1_macro": _mean_of_defined(f1),
+        "f1_weighted": np.where(present, f1 * of_label, 0).sum(axis=1) / total,
         "auc_macro_ovr": _mean_of_defined(aucs),
         "average_precision_macro": _mean_of_defined(averages),
         "cosine_similarity": mean(at_label(predictions) / np.linalg.norm(probabilities, axis=1)),
@@ -215,7 +219,7 @@ def _evidence(predictions: Predictions, groups: npt.NDArray[np.int64]) -> "defau
     everything = count(np.ones(len(labels), bool))
     evidence = defaultdict(lambda: Evidence(everything), accuracy=Evidence(everything, is_share=True))
     smallest, unseen = everything, 0.0
-    classes = len(predictions.class_names)
+    present = len(np.unique(labels))
     for index, name in enumerate(predictions.class_names):
         inside = count(labels == index)
         of = {"recall": labels == index, "precision": predicted == index, "specificity": labels != index}
@@ -226,7 +230,7 @@ def _evidence(predictions: Predictions, groups: npt.NDArray[np.int64]) -> "defau
             smallest = min(smallest, inside)
             if len(np.unique(predicted[labels == index] == index)) == 1:
                 mean = 1 / (inside + 2)
-                unseen += mean * (1 - mean) / (inside + 3) / classes**2
+                unseen += mean * (1 - mean) / (inside + 3) / present**2
     for name in ("recall_macro", "precision_macro", "f1_macro"):
         evidence[name] = Evidence(smallest, unseen_variance=unseen)
     for name in ("auc_macro_ovr", "average_precision_macro"):

@@ -6,7 +6,7 @@ that the predictions file holds, so that whoever recomputes from the file gets t
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +93,30 @@ class Predictions:
         """int32 [N]: the most probable class; of several, the one with the lowest index."""
         return np.argmax(self.probabilities, axis=1).astype(np.int32)
 
+    def subset(self, chosen: npt.NDArray[np.bool_]) -> "Predictions":
+        """Those of the images that bool [N] says; at least one."""
+        rows = np.flatnonzero(chosen)
+        return replace(
+            self,
+            paths=[self.paths[row] for row in rows],
+            labels=self.labels[rows],
+            probabilities=self.probabilities[rows],
+            groups=None if self.groups is None else [self.groups[row] for row in rows],
+        )
+
 
 def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
     """All metrics of `predictions`, as plain numbers, lists and None that strict JSON can hold.
 
-    Macro means run over all classes, evaluated or not, as scikit-learn's do with ``labels=range(C)`` and
-    ``zero_division=0``; a class without images therefore contributes zeros to precision, recall and F1.
-    A one-vs-rest AUC needs images inside and outside the class: elsewhere it is None, and `auc_macro_ovr`
-    is the mean of those that exist (None if there is none).
+    Macro means run over the classes that have images, as scikit-learn's do with ``labels=`` those classes and
+    ``zero_division=0``. A class without images is missing: its precision, recall and F1 are None. A one-vs-rest AUC
+    needs images inside and outside the class: elsewhere it is None, and `auc_macro_ovr` is the mean of those that
+    exist (None if there is none).
 
     Returns:
         n: number of images.
         accuracy, precision_macro, recall_macro, f1_macro, f1_weighted: in [0, 1]; f1_weighted by support.
+        averaged_classes, missing_classes: the classes with images, which macro means run over, and those without.
         auc_macro_ovr: one-vs-rest, unweighted mean over classes (Hand and Till's is one-vs-one).
         cosine_similarity: mean over images of cos(one-hot label, probabilities), as keras.metrics.CosineSimilarity.
         average_precision_macro: one-vs-rest, unweighted mean over the classes that have one.
@@ -112,17 +124,24 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
         brier: mean squared distance of the probabilities from the label as one-hot, 0 to 2 (Brier 1950).
         calibration_error: expected calibration error of the answer's probability, in 15 bins of equal width (Guo et
             al. 2017).
-        per_class: for each class precision, recall (which is its sensitivity), specificity (None without images
-            outside the class), f1, support (number of images), auc and average_precision.
+        per_class: for each class precision, recall (which is its sensitivity), f1 (None without images of the class),
+            specificity (None without images outside the class), support (number of images), auc and average_precision.
         confusion_matrix: C lists of C counts; rows are true classes, columns predicted ones.
         class_names: the classes in label order.
     """
     labels, predicted, probabilities = predictions.labels, predictions.predicted, predictions.probabilities
     classes = np.arange(len(predictions.class_names))
-    options = {"labels": classes, "zero_division": 0}
-    precision, recall, f1, support = precision_recall_fscore_support(labels, predicted, average=None, **options)
+    support = np.bincount(labels, minlength=len(classes))
+    present = np.flatnonzero(support)
+    options = {"labels": present, "zero_division": 0}
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average=None, **options)
     macro = precision_recall_fscore_support(labels, predicted, average="macro", **options)
     weighted = precision_recall_fscore_support(labels, predicted, average="weighted", **options)
+    row_of = {index: row for row, index in enumerate(present.tolist())}
+
+    def of_class(values: npt.NDArray[np.float64], index: int) -> float | None:
+        return float(values[row_of[index]]) if index in row_of else None
+
     aucs = [_auc(labels == index, probabilities[:, index]) for index in classes]
     averages = [_average_precision(labels == index, probabilities[:, index]) for index in classes]
     confusion = confusion_matrix(labels, predicted, labels=classes)
@@ -133,6 +152,8 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
         "recall_macro": float(macro[1]),
         "f1_macro": float(macro[2]),
         "f1_weighted": float(weighted[2]),
+        "averaged_classes": [predictions.class_names[index] for index in present],
+        "missing_classes": [name for index, name in enumerate(predictions.class_names) if index not in row_of],
         "auc_macro_ovr": _mean_of_defined(aucs),
         "average_precision_macro": _mean_of_defined(averages),
         "cosine_similarity": _cosine_similarity(predictions),
@@ -141,10 +162,10 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
         "calibration_error": calibration_error(predictions),
         "per_class": {
             name: {
-                "precision": float(precision[index]),
-                "recall": float(recall[index]),
+                "precision": of_class(precision, index),
+                "recall": of_class(recall, index),
                 "specificity": _specificity(confusion, index),
-                "f1": float(f1[index]),
+                "f1": of_class(f1, index),
                 "support": int(support[index]),
                 "auc": aucs[index],
                 "average_precision": averages[index],
@@ -192,7 +213,8 @@ def counts_metrics(confusion: npt.ArrayLike) -> dict[str, float]:
         confusion: [C, C] counts of any real dtype; rows are true classes, columns predicted ones.
 
     Returns:
-        accuracy, precision_macro, recall_macro, f1_macro, with the meaning of `evaluate_predictions`.
+        accuracy, precision_macro, recall_macro, f1_macro, with the meaning of `evaluate_predictions`: macro means run
+        over the classes that have images.
 
     Raises:
         ValueError: not square, negative or not finite, or no image counted.
@@ -202,9 +224,10 @@ def counts_metrics(confusion: npt.ArrayLike) -> dict[str, float]:
         raise ValueError(f"confusion must be square, not {list(counts.shape)}")
     if not np.isfinite(counts).all() or (counts < 0).any() or counts.sum() == 0:
         raise ValueError("confusion must hold finite counts >= 0, at least one of them positive")
-    hits, true, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
+    present = counts.sum(axis=1) > 0
+    hits, true, predicted = (values[present] for values in (np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)))
     return {
-        "accuracy": float(hits.sum() / counts.sum()),
+        "accuracy": float(np.trace(counts) / counts.sum()),
         "precision_macro": float(_ratio(hits, predicted).mean()),
         "recall_macro": float(_ratio(hits, true).mean()),
         "f1_macro": float(_ratio(2 * hits, true + predicted).mean()),

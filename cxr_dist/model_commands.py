@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -20,7 +21,9 @@ def predict(options: argparse.Namespace) -> None:
     from tfrecords_builder.pool import default_workers
 
     paths = find_inputs(options.images)  # before the model, which takes seconds
-    classifier = load_classifier(best_run(options.run))
+    run = best_run(options.run)
+    classifier = load_classifier(run)
+    _warn_if_not_calibrated(run)
     overlays = Overlays(options.overlay, classifier) if options.overlay else None
     if not options.json:
         print(table_head(classifier.class_names))
@@ -38,7 +41,9 @@ def export(options: argparse.Namespace) -> None:
     from cxr_dist.export import CHECKED_IMAGES, export_run
     from cxr_dist.search.record import best_run
 
-    metadata = export_run(best_run(options.run), options.out, options.format)
+    run = best_run(options.run)
+    metadata = export_run(run, options.out, options.format)
+    _warn_if_not_calibrated(run)
     print(
         f"{options.out / metadata['model']}: uint8 {metadata['input']['shape']} -> {len(metadata['class_names'])} "
         f"probabilities; differs from the run by {metadata['largest_difference']:.1g} at most, on "
@@ -65,14 +70,27 @@ def serve(options: argparse.Namespace) -> None:
             "nothing is encrypted",
             file=sys.stderr,
         )
+    run = best_run(options.run)
+    _warn_if_not_calibrated(run)
     with (
         _handlers_restored(),
-        serving(best_run(options.run), options.host, options.port, limits, verbose=options.verbose) as address,
+        serving(run, options.host, options.port, limits, verbose=options.verbose) as address,
     ):
         ended = _asked_to_end()  # now, as Ray has handlers of its own when it starts
         print(f"{address}: answers POST /predict; {address}/docs says more; Ctrl-C ends it", flush=True)
         ended.wait()
         print("ending", file=sys.stderr)
+
+
+def _warn_if_not_calibrated(run: Path) -> None:
+    from cxr_dist.calibration_file import CALIBRATION
+
+    if not (run / CALIBRATION).exists():
+        print(
+            f"warning: {run}: is not calibrated: the probabilities are the network's own, and it never abstains; "
+            f"`cxr-dist calibrate {run}` changes that",
+            file=sys.stderr,
+        )
 
 
 _ENDING = (signal.SIGINT, signal.SIGTERM)

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cxr_dist import captions, figures
-from cxr_dist.assessment import assess
+from cxr_dist.assessment import UNKNOWN, Origin, assess
 from cxr_dist.calibration import scaled
 from cxr_dist.examine.result import Examination
 from cxr_dist.metrics import (
@@ -69,6 +69,8 @@ def write_evaluation(
     best_epoch: int | None = None,
     calibrated: Mapping[str, Any] | None = None,
     examination: Examination | None = None,
+    calibration_note: str | None = None,
+    origin: Origin = UNKNOWN,
 ) -> dict[str, Any]:
     """Write metrics.json, predictions.parquet, report.html and its figures as PNG.
 
@@ -87,15 +89,20 @@ def write_evaluation(
             one of the highest validation accuracy.
         calibrated: what `calibration.fit` found on validation images; without it the report says nothing of it.
         examination: of the same network; then there are examination.json and its figures too.
+        calibration_note: a sentence on where `calibrated` is from, or why there is none.
+        origin: which of the images the run has seen, and how many patients are named.
 
     Returns:
-        The metrics, as `assessment.assess` gives them, and with an examination its `alarms` as sentences.
+        The metrics, as `assessment.assess` gives them, `calibration_note`, and with an examination its `alarms` as
+        sentences.
 
     Raises:
         UserError: `out` holds something else, or cannot be written.
     """
     check_output_folder(out)
-    metrics = assess(predictions, calibrated, comparable=info.get("split") == "test" and not info.get("drawn"))
+    comparable = info.get("split") == "test" and not info.get("drawn")
+    metrics = assess(predictions, calibrated, comparable=comparable, origin=origin)
+    metrics["calibration_note"] = calibration_note
     if examination is not None:
         metrics["alarms"] = [finding.sentence for finding in examination.alarms]
     drawings = _drawings(metrics, predictions, history, _kind_of_images(info), best_epoch)
@@ -201,6 +208,9 @@ def render_report(
         mistakes=confident_mistakes(predictions),
         errors=errors,
         uncertainty_words=captions.uncertainty_words(metrics["uncertainty"]),
+        seen_words=captions.seen_words(metrics),
+        seen_warning=captions.seen_warning(metrics),
+        missing_words=captions.missing_words(metrics),
         published_words=captions.published_words(metrics["published"]),
         card=captions.model_card(info),
         tables=captions.info_tables(info),

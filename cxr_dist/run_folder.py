@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config import Config, load_config
+from cxr_dist.seen import SEEN, write_seen
 from cxr_dist.stopping import REGROUP, STOP, StopRequest
 from cxr_dist.versions import FORMAT, check_format, differences
 from cxr_dist.watchdog import BEATS
@@ -114,6 +115,7 @@ def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> No
         _tidy(run)
         (run / DAMAGED).unlink(missing_ok=True)  # it was decided for the settings and the data of before
         write_text(run / CONFIG, config.to_yaml())
+        write_seen(run, manifest)
         write_json(run / RUN, {"format": FORMAT, **asdict(info), "made_with": []})
     except OSError as error:
         raise UserError(
@@ -128,7 +130,7 @@ def _tidy(run: Path) -> None:
     """
     StopRequest(run).clear()
     for path in run.glob(".*"):
-        if is_temporary(path.name, (CONFIG, RUN, HISTORY, RESULT, MODEL, DAMAGED)):
+        if is_temporary(path.name, (CONFIG, RUN, SEEN, HISTORY, RESULT, MODEL, DAMAGED)):
             path.unlink(missing_ok=True)
     for path in run.glob(f".{MODEL}.*"):  # the folder in which Keras writes it
         if path.is_dir():
@@ -140,8 +142,8 @@ def _is_begun(run: Path) -> bool:
     if (run / CONFIG).is_file() and not _is_resolved(run / CONFIG):
         return False  # a configuration that somebody wrote
     return all(
-        entry.name in (CONFIG, EVENTS, STOP, REGROUP, BEATS, TENSORBOARD, LOCK)
-        or is_temporary(entry.name, (CONFIG, RUN))
+        entry.name in (CONFIG, SEEN, EVENTS, STOP, REGROUP, BEATS, TENSORBOARD, LOCK)
+        or is_temporary(entry.name, (CONFIG, RUN, SEEN))
         for entry in run.iterdir()
     )
 

@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.plans import Positions
+from cxr_dist.seen import Digests, digests_of
 from tfrecords_builder import recordio, schema
 from tfrecords_builder.manifest import Manifest
+from tfrecords_builder.metadata import normalized_patient
 from tfrecords_builder.pool import default_workers
 
 P = ParamSpec("P")
@@ -77,8 +79,19 @@ class ShardSource:
 
     @property
     def groups(self) -> list[str]:
-        """Of each image, the name of its group: images that show the same, or one patient."""
+        """Of each image, the name of its group: copies, or images of one patient."""
         return self._index.groups.to_pylist()
+
+    @property
+    def patients(self) -> int:
+        """How many patients the collection names for these images."""
+        column = self._manifest.of_paths(self.paths, ["patient"])["patient"]
+        return len({normalized_patient(name) for name in column.drop_null().unique().to_pylist()} - {None})
+
+    @property
+    def digests(self) -> Digests:
+        """Of each image, the digest of its source file: uint64 [N]."""
+        return digests_of(self._manifest.of_paths(self.paths, ["sha256"])["sha256"].to_pylist())
 
     def batches(self, positions: Any) -> Any:
         import tensorflow as tf
@@ -109,9 +122,8 @@ class ShardSource:
 
     def origins(self, positions: Positions) -> tuple[list[str | None], list[str]]:
         """Where they came from, as the collection says, and their groups of duplicates."""
-        row_of = {row.path: row for row in self._manifest.rows}
-        rows = [row_of[self.paths[position]] for position in positions]
-        return [row.source for row in rows], [row.group for row in rows]
+        table = self._manifest.of_paths([self.paths[position] for position in positions], ["source", "group"])
+        return table["source"].to_pylist(), table["group"].to_pylist()
 
     def in_memory(self, limit_bytes: int) -> "Source":
         """All images, read now as they lie on the disk; this source if they are too many, or none."""

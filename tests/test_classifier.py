@@ -24,8 +24,8 @@ FITTED = {"temperature": 2.5, "abstain_threshold": 0.4, "target_risk": 0.05, "fi
 
 @pytest.fixture
 def plain_run(finished_run: Path, tmp_path: Path) -> Path:
-    """Not calibrated: an evaluation of the shared run, in another test, may have done that."""
-    ignored = shutil.ignore_patterns("checkpoints", CALIBRATION)
+    """Not calibrated: predictions.parquet has what the network itself says."""
+    ignored = shutil.ignore_patterns("checkpoints")
     return Path(shutil.copytree(finished_run, tmp_path / "plain", ignore=ignored))
 
 
@@ -44,7 +44,6 @@ def phantoms(source: Path, count: int) -> tuple[list[str], np.ndarray]:
 
 def test_the_same_as_evaluation_at_any_batch_size(plain_run: Path, phantom_source: Path, tmp_path: Path) -> None:
     evaluate_run(Request(plain_run, tmp_path / "out", images=phantom_source))
-    (plain_run / CALIBRATION).unlink()  # predictions.parquet has what the network itself says
     predictions = read_predictions(tmp_path / "out" / "predictions.parquet")
     paths, images = phantoms(phantom_source, 80)
     by_path = dict(zip(predictions.paths, predictions.probabilities, strict=True))
@@ -115,7 +114,7 @@ def test_no_calibration(tmp_path: Path) -> None:
 )
 def test_a_damaged_calibration(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     (tmp_path / CALIBRATION).write_text(json.dumps(FITTED | change))
-    with pytest.raises(UserError, match=f"{CALIBRATION}: .*{words}.*; calibrate"):
+    with pytest.raises(UserError, match=f"{CALIBRATION}: .*{words}.*; run `cxr-dist calibrate`"):
         read_calibration(tmp_path)
 
 

@@ -28,6 +28,7 @@ COMMANDS = (
     "train",
     "tune",
     "evaluate",
+    "calibrate",
     "compare",
     "predict",
     "export",
@@ -419,7 +420,9 @@ def test_images_and_datasets_that_do_not_match_the_run(
     run_folder.prepare(moved, load_config(), tmp_path / "gone", read_manifest(dataset))
     for name in (run_folder.RESULT, run_folder.MODEL):
         shutil.copy(run / name, moved / name)
-    assert str(tmp_path / "gone") in command.fails("evaluate", moved, "--out", out)
+    for name in ("evaluate", "calibrate"):
+        message = command.fails(name, moved, *(["--out", out] if name == "evaluate" else []))
+        assert f"trained on {tmp_path / 'gone'}, which is gone; give its new place with --dataset" in message
     assert not out.exists()
 
 
@@ -450,7 +453,13 @@ def test_a_disk_that_cannot_be_written_is_the_users_to_mend(
 
 
 @pytest.mark.usefixtures("small_network")
-def test_compare(command: Command, finished_run: Path, phantom_source: Path, tmp_path: Path) -> None:
+def test_compare(
+    command: Command,
+    finished_run: Path,
+    phantom_source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for name in ("first", "second"):
         command.succeeds("evaluate", finished_run, "--out", tmp_path / name)
     said = command.succeeds("compare", tmp_path / "first", tmp_path / "second")
@@ -461,6 +470,8 @@ def test_compare(command: Command, finished_run: Path, phantom_source: Path, tmp
     assert told["metrics"]["accuracy"]["difference"] == 0
     command.succeeds("evaluate", finished_run, "--out", tmp_path / "third", "--images", phantom_source)
     assert "the images differ" in command.fails("compare", tmp_path / "first", tmp_path / "third")
+    cli.main(["compare", str(tmp_path / "third"), str(tmp_path / "third")])
+    assert f"warning: {tmp_path / 'third'}: its model has seen 85.0% of these images" in capsys.readouterr().err
     (tmp_path / "first" / "metrics.json").unlink()
     assert "not complete" in command.fails("compare", tmp_path / "first", tmp_path / "second")
     assert "no such folder" in command.fails("compare", tmp_path / "none", tmp_path / "second")
@@ -483,3 +494,61 @@ def test_notes_of_an_error_are_printed_before_it(
         "note: dataset/.cxr-build: keeps the images that were decoded",
         "error: dataset: full; make room",
     ]
+
+
+@pytest.mark.usefixtures("small_network")
+def test_compare_refuses_other_images_before_it_predicts(
+    command: Command, finished_run: Path, phantom_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def predicted(*_arguments: object, **_options: object) -> None:
+        pytest.fail("predicted before the images were compared")
+
+    other = tmp_path / "other"
+    command.succeeds("build", phantom_source, tmp_path / "rebuilt", "--image-size", 32, "--seed", 1, "--workers", 1)
+    shutil.copytree(finished_run, other)
+    run_folder.prepare(tmp_path / "prepared", load_config(), tmp_path / "rebuilt", read_manifest(tmp_path / "rebuilt"))
+    shutil.copy(tmp_path / "prepared" / run_folder.RUN, other / run_folder.RUN)
+    monkeypatch.setattr("cxr_dist.evaluate.Network.load", predicted)
+    assert "the images differ" in command.fails("compare", finished_run, other)
+    assert "the images differ" in command.fails("compare", other, finished_run, "--json")
+
+
+@pytest.mark.usefixtures("small_network")
+def test_calibrate(
+    command: Command,
+    finished_run: Path,
+    phantom_source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    image = next(phantom_source.glob("*/images/*.png"))
+    cli.main(["predict", str(run), str(image)])
+    assert f"warning: {run}: is not calibrated" in capsys.readouterr().err
+    assert "run `cxr-dist calibrate" in command.succeeds("evaluate", run, "--out", tmp_path / "out", "--examine", 0)
+    said = command.succeeds("calibrate", run)
+    assert "fitted on 12 validation images" in said
+    assert "the validation images also chose the model" in said
+    assert "replaces" not in said
+    assert "it replaces an earlier calibration" in command.succeeds("calibrate", run, "--risk", "0.2")
+    assert json.loads((run / "calibration.json").read_text())["target_risk"] == 0.2
+    cli.main(["predict", str(run), str(image)])
+    assert "is not calibrated" not in capsys.readouterr().err
+    assert "note:" not in command.succeeds("evaluate", run, "--out", tmp_path / "out", "--examine", 0)
+    assert "--risk 2.0" in command.fails("calibrate", run, "--risk", "2")
+
+
+@pytest.mark.usefixtures("small_network")
+def test_a_class_without_images_is_said(
+    command: Command, finished_run: Path, phantom_source: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "three"
+    shutil.copytree(phantom_source, folder, ignore=lambda _, names: [name for name in names if "Viral" in name])
+    said = command.succeeds("evaluate", finished_run, "--out", tmp_path / "out", "--images", folder, "--examine", 12)
+    assert "note: There are no images of Viral Pneumonia." in said
+    assert any(line.split()[:4] == ["Viral_Pneumonia", "-", "-", "-"] for line in said.splitlines())
+    assert "There are no images of Viral Pneumonia" in (tmp_path / "out" / "report.html").read_text()
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["missing_classes"] == ["Viral_Pneumonia"]
+    rows = [row["f1"] for name, row in metrics["per_class"].items() if name != "Viral_Pneumonia"]
+    assert metrics["f1_macro"] == pytest.approx(sum(rows) / 3)

@@ -361,6 +361,19 @@ def test_a_reader_reads_its_own_records_alone(dataset: Path, tmp_path: Path) -> 
         source._read(plan.positions(0, 1))
 
 
+def test_origins_make_no_object_of_any_other_row(dataset: Path) -> None:
+    manifest = read_manifest(dataset)
+    source = ShardSource(dataset, manifest, "test")
+    positions = np.array([7, 0, 3])
+    sources_of, groups = source.origins(positions)
+    assert source.digests.shape == (12,)
+    assert source.patients == 0
+    assert "_rows" not in vars(manifest.rows), "rows were made"
+    row_of = {row.path: row for row in manifest.rows}
+    assert sources_of == [row_of[source.paths[position]].source for position in positions]
+    assert groups == [row_of[source.paths[position]].group for position in positions]
+
+
 def test_descriptors_are_given_back(dataset: Path) -> None:
     def open_files() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))

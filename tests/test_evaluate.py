@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import calibration, evaluate, model, steps
+from cxr_dist import calibration, cli, evaluate, model, steps
 from cxr_dist.config import load_config
-from cxr_dist.evaluate import FolderSource, Request, class_probabilities, evaluate_run, predict_run
+from cxr_dist.evaluate import FolderSource, Request, calibrate_run, class_probabilities, evaluate_run, predict_run
 from cxr_dist.metrics import read_predictions
 from cxr_dist.plans import EvaluationPlan
 from cxr_dist.strategy import make_strategy
@@ -96,24 +96,66 @@ def test_what_cannot_be_evaluated(finished_run: Path, phantom_source: Path, tmp_
     assert load_config(finished_run / "config.yaml").model.image_size == 32
 
 
-def test_the_calibration_is_fitted_on_validation_and_kept_with_the_run(finished_run: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
-    (run / "calibration.json").unlink(missing_ok=True)
-    metrics = evaluate_run(Request(run, tmp_path / "out"))
-    kept = json.loads((run / "calibration.json").read_text())
-    validation = predict_run(Request(run, tmp_path, "validation"))
-    assert kept == calibration.fit(validation)
-    assert {key: metrics["calibration"][key] for key in kept} == kept
-    # What is there is taken, unless another risk is asked for.
-    written = (run / "calibration.json").stat().st_mtime_ns
-    assert evaluate_run(Request(run, tmp_path / "out"))["calibration"] == metrics["calibration"]
-    assert (run / "calibration.json").stat().st_mtime_ns == written
-    evaluate_run(Request(run, tmp_path / "out", risk=0.5))
-    assert json.loads((run / "calibration.json").read_text())["target_risk"] == 0.5
+def test_calibrate_fits_on_validation_and_evaluate_takes_what_is_kept(finished_run: Path, tmp_path: Path) -> None:
+    run, out = Path(shutil.copytree(finished_run, tmp_path / "run")), tmp_path / "out"
+    fitted = calibrate_run(run)
+    assert json.loads((run / "calibration.json").read_text()) == fitted
+    assert fitted == calibration.fit(predict_run(Request(run, out, "validation")))
+    assert fitted["selected_the_model"]
+    metrics = evaluate_run(Request(run, out))
+    assert {key: metrics["calibration"][key] for key in fitted} == fitted
+    assert metrics["calibration"]["kept_with_run"]
+    assert metrics["calibration"]["in_sample"] == 0
+    assert metrics["calibration_note"] is None
+    # Another risk is for one report alone.
+    other = evaluate_run(Request(run, out, risk=0.5))
+    assert other["calibration"]["target_risk"] == 0.5
+    assert not other["calibration"]["kept_with_run"]
+    assert "for this report alone" in other["calibration_note"]
+    assert json.loads((run / "calibration.json").read_text()) == fitted
+    assert calibrate_run(run, risk=0.5)["target_risk"] == 0.5
+    assert evaluate_run(Request(run, out))["calibration"]["target_risk"] == 0.5, "the run's own is the default"
     (run / "calibration.json").write_text('{"temperature": -1}')
     with pytest.raises(UserError, match=r"calibration\.json: temperature must be"):
-        evaluate_run(Request(run, tmp_path / "out"))
+        evaluate_run(Request(run, out))
+    assert calibrate_run(run) == fitted, "a damaged one is replaced"
+
+
+def test_calibration_on_the_images_that_it_was_fitted_on_says_so(finished_run: Path, tmp_path: Path) -> None:
+    metrics = evaluate_run(Request(finished_run, tmp_path / "out", "validation"))
+    assert metrics["calibration"]["in_sample"] == metrics["n"] == 12
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "fitted on 12 of these images: on new images they are worse" in page
+    assert "the model&#39;s validation images, which chose its best epoch" in page
+
+
+def state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, b"" if path.is_dir() else path.read_bytes())
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_no_command_that_reads_a_run_changes_it(
+    finished_run: Path, phantom_source: Path, tmp_path: Path, calibrated: bool
+) -> None:
+    """Not a byte, a name or a time, and so in a folder that cannot be written too."""
+    run, out = Path(shutil.copytree(finished_run, tmp_path / "run")), tmp_path / "out"
+    if calibrated:
+        calibrate_run(run)
+    for path in [*run.rglob("*"), run]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = state(run)
+    try:
+        cli.main(["evaluate", str(run), "--out", str(out), "--risk", "0.3", "--examine", "8"])
+        cli.main(["evaluate", str(run), "--out", str(out), "--images", str(phantom_source), "--examine", "0"])
+        cli.main(["compare", str(run), str(run)])
+        cli.main(["predict", str(run), str(phantom_source / "COVID")])
+        assert state(run) == before
+    finally:
+        for path in [run, *run.rglob("*")]:
+            path.chmod(0o755)
 
 
 def test_without_the_dataset_there_is_no_calibration_and_the_report_says_so(
@@ -121,18 +163,16 @@ def test_without_the_dataset_there_is_no_calibration_and_the_report_says_so(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
-    (run / "calibration.json").unlink(missing_ok=True)
     info = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(info | {"dataset": str(tmp_path / "gone")}))
     metrics = evaluate_run(Request(run, tmp_path / "out", images=phantom_source))
     assert metrics["calibration"] is None
-    assert "the validation images of the run cannot be had" in (tmp_path / "out" / "report.html").read_text()
+    assert "The validation images of the run cannot be had" in (tmp_path / "out" / "report.html").read_text()
 
 
 def run_naming(finished_run: Path, place: object, folder: Path) -> Path:
-    """A copy of the run, not calibrated yet, that says it was trained on `place`."""
+    """A copy of the run that says it was trained on `place`."""
     shutil.copytree(finished_run, folder)
-    (folder / "calibration.json").unlink(missing_ok=True)
     info = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(info | {"dataset": str(place)}))
     return folder
@@ -160,10 +200,10 @@ def test_a_given_dataset_calibrates_in_place_of_the_one_that_the_run_names(
     opened.clear()
     metrics = evaluate_run(Request(run, tmp_path / "out", dataset=dataset))
     assert {key: metrics["calibration"][key] for key in expected} == expected
-    assert json.loads((run / "calibration.json").read_text()) == expected
-    (run / "calibration.json").unlink()
     metrics = evaluate_run(Request(run, tmp_path / "out", images=phantom_source, dataset=dataset))
     assert {key: metrics["calibration"][key] for key in expected} == expected
+    assert calibrate_run(run, dataset=dataset) == expected
+    assert json.loads((run / "calibration.json").read_text()) == expected
     assert set(opened) == {dataset}
 
 
@@ -175,14 +215,20 @@ def test_another_dataset_calibrates_nothing(
     run = run_naming(finished_run, dataset, tmp_path / "run")  # it is there, and nobody asked for it
     metrics = evaluate_run(Request(run, tmp_path / "out", dataset=other))
     assert metrics["calibration"] is None
-    assert "what the run was trained on" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "is not the dataset that the run was trained on (seed 1 where it was 0)" in page
     known = {"temperature": 2.0, "abstain_threshold": 0.5, "target_risk": 0.3, "fitted_on": "validation", "images": 12}
     (run / "calibration.json").write_text(json.dumps(known))
-    metrics = evaluate_run(Request(run, tmp_path / "out", "validation", dataset=other))
+    metrics = evaluate_run(Request(run, tmp_path / "out", "validation", dataset=other, risk=0.05))
     assert {key: metrics["calibration"][key] for key in known} == known
     assert metrics["published"] == [], "of the validation split"
-    assert "for a risk of 0.3, as it was fitted before" in (tmp_path / "out" / "report.html").read_text()
+    assert "that of the run, for a risk of 0.3" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads((run / "calibration.json").read_text()) == known
+    with pytest.raises(
+        UserError, match=r"not the dataset that the run was trained on \(seed 1 where it was 0\)"
+    ) as caught:
+        calibrate_run(run, dataset=other)
+    assert "give the dataset with" not in str(caught.value)
     assert set(opened) == {other}
 
 

@@ -149,3 +149,18 @@ def test_what_is_undefined_has_no_interval() -> None:
     assert None not in found["accuracy"]
     one = intervals.bootstrap(make_predictions(3, 1, 1))
     assert all(value == [None, None] for value in leaves(one["intervals"]).values())
+
+
+def test_a_class_without_images_changes_no_interval() -> None:
+    """As if there were three classes: also for classes that are right as a whole, whose unseen variance counts."""
+    three = make_predictions(3, 120, 4)
+    right = np.eye(3)[three.labels] * 0.4 + 0.2
+    chosen = np.where((three.labels == 0)[:, None], right, three.probabilities)
+    three = Predictions(three.paths, three.labels, chosen, three.class_names)
+    padded = np.hstack([chosen, np.zeros((len(chosen), 1))])
+    four = Predictions(three.paths, three.labels, padded, (*three.class_names, "Other"))
+    expected, result = (leaves(intervals.bootstrap(each)["intervals"]) for each in (three, four))
+    for name, ends in expected.items():
+        assert result[name] == pytest.approx(ends), name
+    for key in ("precision", "recall", "f1", "auc", "average_precision"):
+        assert result[f"per_class.Other.{key}"] == [None, None]

@@ -1,5 +1,6 @@
 """Metrics against scikit-learn, recomputed from the predictions file as a reader would."""
 
+import itertools
 import json
 import math
 import os
@@ -74,7 +75,7 @@ def test_metrics_equal_scikit_learn_on_the_written_file(
     metrics.write_predictions(path, predictions)
     result = metrics.evaluate_predictions(predictions)
     labels, predicted, probabilities = read_columns(path, result["class_names"])
-    options: dict[str, Any] = {"labels": list(range(classes)), "zero_division": 0}
+    options: dict[str, Any] = {"labels": np.unique(labels), "zero_division": 0}
     expected = {
         "n": images,
         "accuracy": sk.accuracy_score(labels, predicted),
@@ -96,13 +97,9 @@ def test_metrics_equal_scikit_learn_on_the_written_file(
         row = result["per_class"][name]
         member = labels == index
         assert row["support"] == member.sum()
-        assert row["f1"] == pytest.approx(sk.f1_score(member, predicted == index, zero_division=0), abs=TOLERANCE)
-        assert row["recall"] == pytest.approx(
-            sk.recall_score(member, predicted == index, zero_division=0), abs=TOLERANCE
-        )
-        assert row["precision"] == pytest.approx(
-            sk.precision_score(member, predicted == index, zero_division=0), abs=TOLERANCE
-        )
+        for key, score in (("f1", sk.f1_score), ("recall", sk.recall_score), ("precision", sk.precision_score)):
+            value = score(member, predicted == index, zero_division=0)
+            assert row[key] == (pytest.approx(value, abs=TOLERANCE) if member.any() else None), key
         if 0 < member.sum() < images:
             assert row["auc"] == pytest.approx(sk.roc_auc_score(member, probabilities[:, index]), abs=TOLERANCE)
         else:
@@ -122,12 +119,39 @@ def test_absent_classes_have_no_auc_and_the_macro_is_over_the_others() -> None:
     aucs = [result["per_class"][name]["auc"] for name in predictions.class_names]
     assert aucs[:2] == [None, None]
     assert result["auc_macro_ovr"] == pytest.approx((aucs[2] + aucs[3]) / 2)
-    # Macro means stay over all four classes: an absent one counts as zero.
-    assert result["recall_macro"] == pytest.approx(
-        sum(result["per_class"][name]["recall"] for name in predictions.class_names[2:]) / 4
-    )
     one_class = metrics.evaluate_predictions(make_predictions(4, 9, 3, absent=3))
     assert one_class["auc_macro_ovr"] is None
+
+
+@pytest.mark.parametrize(
+    "missing", [which for count in range(4) for which in itertools.combinations(range(4), count)], ids=str
+)
+def test_macro_means_are_over_the_classes_that_have_images(missing: tuple[int, ...]) -> None:
+    """However the answers name classes that have no images, and whether or not they do."""
+    everything = make_predictions(4, 200, 11, sharpness=1.0)
+    predictions = everything.subset(~np.isin(everything.labels, missing))
+    result = metrics.evaluate_predictions(predictions)
+    names, labels, predicted = predictions.class_names, predictions.labels, predictions.predicted
+    present = [index for index in range(4) if index not in missing]
+    assert (np.isin(predicted, missing).any()) == bool(missing)
+    assert result["averaged_classes"] == [names[index] for index in present]
+    assert result["missing_classes"] == [names[index] for index in missing]
+    options: dict[str, Any] = {"labels": present, "average": "macro", "zero_division": 0}
+    for key, score in (("precision", sk.precision_score), ("recall", sk.recall_score), ("f1", sk.f1_score)):
+        assert result[f"{key}_macro"] == pytest.approx(score(labels, predicted, **options))
+        assert result[f"{key}_macro"] == pytest.approx(
+            np.mean([result["per_class"][names[index]][key] for index in present])
+        )
+        assert all(result["per_class"][names[index]][key] is None for index in missing)
+    counts = metrics.counts_metrics(result["confusion_matrix"])
+    assert counts == pytest.approx({name: result[name] for name in counts})
+
+
+def test_a_class_without_images_costs_nothing() -> None:
+    labels = np.repeat([0, 1, 2], 10)
+    predictions = Predictions([str(row) for row in range(30)], labels, np.eye(4)[labels], ("a", "b", "c", "d"))
+    result = metrics.evaluate_predictions(predictions)
+    assert result["f1_macro"] == result["recall_macro"] == result["precision_macro"] == 1.0
 
 
 def test_cosine_similarity_known_values() -> None:

@@ -26,6 +26,7 @@ CALIBRATED = {
     "target_risk": 0.05,
     "fitted_on": "validation",
     "images": 70,
+    "selected_the_model": True,
 }
 
 
@@ -82,9 +83,8 @@ def test_an_evaluation_is_complete(written: tuple[Path, dict[str, Any], Predicti
     out, result, predictions = written
     assert {entry.name for entry in out.iterdir()} == set(report.FILES)
     content = json.loads((out / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert (
-        content == result == assess(metrics.read_predictions(out / "predictions.parquet"), CALIBRATED, comparable=True)
-    )
+    expected = assess(metrics.read_predictions(out / "predictions.parquet"), CALIBRATED, comparable=True)
+    assert content == result == expected | {"calibration_note": None}
     assert content["n"] == len(predictions)
     for name in (report.CONFUSION, report.ROC, report.HISTORY):
         with Image.open(out / name) as image:
@@ -164,9 +164,27 @@ def test_absent_classes_and_one_class_alone_are_reported(tmp_path: Path) -> None
     for name, absent in (("two", (0, 1)), ("one", (0, 1, 2))):
         report.write_evaluation(tmp_path / name, make_predictions(absent=absent), [], {})
         content = json.loads((tmp_path / name / "metrics.json").read_text())
-        assert content["per_class"]["COVID"]["auc"] is None
-        Page((tmp_path / name / "report.html").read_text())
+        assert content["per_class"]["COVID"]["auc"] is content["per_class"]["COVID"]["f1"] is None
+        text = Page((tmp_path / name / "report.html").read_text()).text
+        assert "There are no images of COVID" in text
+        assert "Macro averages are over" in text
     assert content["auc_macro_ovr"] is None
+
+
+def test_a_class_without_images_is_not_held_against_the_published_result(tmp_path: Path) -> None:
+    for absent, rows in (((), 2), ((3,), 0)):
+        metrics_ = report.write_evaluation(tmp_path / str(rows), make_predictions(absent=absent), [], {"split": "test"})
+        assert len(metrics_["published"]) == rows
+
+
+def test_the_bound_of_the_threshold_is_said_not_to_hold(written: tuple[Path, dict[str, Any], Predictions]) -> None:
+    out, result, _ = written
+    assert result["calibration"]["selected_the_model"]
+    assert "also chose the model, so the bound behind the threshold (95% confidence) is optimistic" in (
+        Page((out / "report.html").read_text()).text
+    )
+    independent = captions.risk_caption(result["calibration"] | {"selected_the_model": False})
+    assert "optimistic" not in independent
 
 
 @pytest.mark.parametrize(

@@ -257,13 +257,24 @@ class Manifest:
     def _with_status(self, status: str) -> list[tuple[str, str]]:
         return [(row.path, row.reason or "") for row in self.rows if row.status == status]
 
+    @property
+    def table(self) -> pa.Table:
+        """The rows as columns: without a `Row` for each, which takes two kilobytes."""
+        return self.rows.table if isinstance(self.rows, _TableRows) else _table(self.rows)
+
+    def of_paths(self, paths: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        """These columns of the rows of the source paths `paths`, in that order; a null row for an unknown path."""
+        table = self.table
+        known = table["path"].combine_chunks()
+        return table.select(list(columns)).take(pc.index_in(pa.array(paths, pa.string()), value_set=known))
+
     def split(self, name: str, without: Collection[str] = ()) -> SplitIndex:
         """The records of one split, but for those of the source paths `without`; `UserError` for an unknown split."""
         if name not in SPLITS:
             raise UserError(f"split: unknown split '{name}'; known: {', '.join(SPLITS)}")
         shard_names = tuple(sorted(shard.name for shard in self.shards if shard.split == name))
         number = {shard: position for position, shard in enumerate(shard_names)}
-        table = self.rows.table if isinstance(self.rows, _TableRows) else _table(self.rows)
+        table = self.table
         chosen = pc.equal(table["split"], name)
         if without:
             chosen = pc.and_(chosen, pc.invert(pc.is_in(table["path"], pa.array(sorted(without), pa.string()))))

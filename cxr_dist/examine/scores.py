@@ -18,7 +18,7 @@ PERMUTATIONS = 999
 
 
 def score(labels: Labels, predicted: Labels, classes: int) -> dict[str, float]:
-    """Accuracy and macro F1 (a class without images counts as 0, as in `metrics.evaluate_predictions`).
+    """Accuracy and macro F1 over the classes that have images, as in `metrics.evaluate_predictions`.
 
     Args:
         labels: int [N], N >= 1.

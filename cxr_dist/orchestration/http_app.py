@@ -186,7 +186,7 @@ class HttpApp:
 <pre>curl --data-binary @image.png -H 'Content-Type: image/png' http://HOST:PORT/predict</pre>
 <p>Content types: {", ".join(TYPES)}; at most {limits.max_body_bytes:,} bytes.
 The answer is JSON: <code>predicted</code>, <code>abstained</code> (the class is not to be relied on),
-<code>probabilities</code> by class.</p>
+<code>probabilities</code> by class. An answer that does not abstain may be wrong: the threshold guarantees nothing.</p>
 <p>Errors are JSON with <code>error</code>: 408 the body took too long, 413 too many bytes or pixels, 415 another type,
 422 no whole image, 503 busy, 504 no answer in {limits.answer_timeout_s:g} s.</p>
 <p>Also: <code>GET /health</code>, <code>GET /ready</code>, <code>GET /metrics</code> (Prometheus).</p></html>"""

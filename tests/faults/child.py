@@ -15,6 +15,9 @@ class Lines:
     def emit(self, event: dict[str, object]) -> None:
         print(event["kind"], event.get("stage"), event.get("epoch"), event.get("step"), flush=True)
 
+    def close(self, state: str) -> None:
+        """Nothing is open."""
+
 
 def main() -> None:
     from cxr_dist import commands, run_folder
