@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.common.errors import UserError, one_line
 
 CALIBRATION = "calibration.json"
 TEMPERATURES = (1e-3, 1e3)

@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.versions import FORMAT, FormatError, check_format
-from tfrecords_builder.errors import UserError, one_line
-from tfrecords_builder.files import intended_name, write_atomically
-from tfrecords_builder.seal import UNSEALED, check_seal, seal
+from tfrecords_builder.common.errors import UserError, one_line
+from tfrecords_builder.common.files import intended_name, write_atomically
+from tfrecords_builder.common.seal import UNSEALED, check_seal, seal
 
 Arrays = dict[str, npt.NDArray[Any]]
 _STATE = "state.json"

@@ -15,8 +15,8 @@ from cxr_dist.checkpoint import CheckpointFolder, restore_model
 from cxr_dist.config import Config
 from cxr_dist.model import build_model, set_trainable
 from cxr_dist.strategy import dtype_policy, prepare_devices, resolve_precision
-from tfrecords_builder.errors import UserError, one_line
-from tfrecords_builder.seal import check_seal
+from tfrecords_builder.common.errors import UserError, one_line
+from tfrecords_builder.common.seal import check_seal
 
 BATCH_SIZE = 32
 

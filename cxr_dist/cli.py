@@ -15,8 +15,8 @@ from typing import NoReturn
 from cxr_dist import commands, evaluation_commands, job_options, model_commands, search_commands, terminal
 from cxr_dist.stopping import StoppedError
 from cxr_dist.strategy import QUIET, check_backend
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import disk_error
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import disk_error
 from tfrecords_builder.storage import parse_place
 
 DATASET_HELP = "a folder that build made, or its address (s3://bucket/name, gs://...)"

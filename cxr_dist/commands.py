@@ -14,7 +14,7 @@ from cxr_dist import run_folder
 from cxr_dist.config import Config, load_config, resolve_preset
 from cxr_dist.evaluation_commands import print_metrics
 from cxr_dist.reporting import ConsoleReporter, progress_bar
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 if TYPE_CHECKING:
     from tfrecords_builder.build import Workers

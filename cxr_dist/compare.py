@@ -15,7 +15,7 @@ from scipy import stats
 from cxr_dist.intervals import LEVEL, RESAMPLES, group_numbers, resampled_metrics, weighted_metrics
 from cxr_dist.metrics import Predictions
 from cxr_dist.seen import Digests
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 COMPARED = (
     "accuracy",

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 BASE_LAYERS = 175
 """Entries in `layers` of Keras's ResNet50 without top; `unfreeze_layers` counts from the last."""

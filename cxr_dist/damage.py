@@ -13,8 +13,8 @@ from pathlib import Path
 
 from cxr_dist.run_folder import DAMAGED
 from tfrecords_builder import recordio
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import write_json
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import write_json
 from tfrecords_builder.manifest import Manifest
 
 SPLITS = ("train", "validation")

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cxr_dist.config import Config, StageConfig
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import bytes_below
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import bytes_below
 
 _FLOAT = 4
 BASE_PARAMETERS = 23_587_712

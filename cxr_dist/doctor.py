@@ -20,8 +20,8 @@ from packaging.specifiers import SpecifierSet
 
 from cxr_dist import versions
 from cxr_dist.orchestration.preflight import Node, plan_workers
-from tfrecords_builder.errors import UserError, one_line
-from tfrecords_builder.pool import default_workers
+from tfrecords_builder.common.errors import UserError, one_line
+from tfrecords_builder.common.pool import default_workers
 
 GIB = 1 << 30
 LEAST_MEMORY_GIB, LEAST_DISK_GIB, LEAST_SHARED_GIB = 4.0, 5.0, 0.5

@@ -25,8 +25,8 @@ from cxr_dist.report import check_output_folder, write_evaluation
 from cxr_dist.seen import SeenImages, read_seen
 from cxr_dist.sources import ArraySource, ShardSource, Source
 from cxr_dist.strategy import Topology, make_strategy, prepare_devices, resolve_precision, resolve_xla
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import write_json
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import write_json
 from tfrecords_builder.manifest import Manifest, check_shards, read_manifest
 from tfrecords_builder.storage import Place, local_copy, parse_place
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxr_dist.reporting import progress_bar
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 if TYPE_CHECKING:
     from cxr_dist.compare import Images

@@ -22,8 +22,8 @@ from cxr_dist import cut
 from cxr_dist.calibration_file import Calibration, read_calibration
 from cxr_dist.classifier import calibrated, load_model, read_finished
 from cxr_dist.strategy import muted_stderr, prepare_devices
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import sync, write_json
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import sync, write_json
 
 Format = Literal["savedmodel", "onnx"]
 METADATA = "metadata.json"

@@ -30,7 +30,7 @@ from cxr_dist.plans import EvaluationPlan
 from cxr_dist.sources import ArraySource, ShardSource, Slice, Source
 from cxr_dist.store import Description, FeatureStore, PartWriter, Rows
 from cxr_dist.strategy import Topology
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 BATCH_SIZE = 32
 """Images per replica and step."""

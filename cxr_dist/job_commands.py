@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from cxr_dist.interrupt import INTERRUPTED
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 if TYPE_CHECKING:
     from cxr_dist.orchestration.job_client import Jobs

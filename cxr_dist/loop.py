@@ -35,8 +35,8 @@ from cxr_dist.stage_state import StageState
 from cxr_dist.stopping import StoppedError, StopRequest
 from cxr_dist.store import FeatureStore
 from cxr_dist.strategy import Topology, dtype_policy, hardware, make_strategy, resolve_precision, resolve_xla
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import move_durably, write_json
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import move_durably, write_json
 from tfrecords_builder.manifest import read_manifest
 
 

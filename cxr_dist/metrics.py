@@ -23,8 +23,8 @@ from sklearn.metrics import (
     roc_curve,
 )
 
-from tfrecords_builder.errors import UserError, one_line
-from tfrecords_builder.files import write_bytes
+from tfrecords_builder.common.errors import UserError, one_line
+from tfrecords_builder.common.files import write_bytes
 
 PROBABILITY_PREFIX = "prob_"
 """Column of a class's probability in the predictions file: this, then the class name."""

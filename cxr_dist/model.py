@@ -14,7 +14,7 @@ from typing import Any
 
 from cxr_dist.config import Config
 from cxr_dist.versions import unsupported
-from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.common.errors import UserError, one_line
 
 PARAMETERS_FOUR_CLASSES = 24_122_500
 FEATURES = 2048

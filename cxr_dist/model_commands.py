@@ -18,7 +18,7 @@ def predict(options: argparse.Namespace) -> None:
     from cxr_dist.inputs import find_inputs
     from cxr_dist.predict import Overlays, predict_files, table_head, table_line
     from cxr_dist.search.record import best_run
-    from tfrecords_builder.pool import default_workers
+    from tfrecords_builder.common.pool import default_workers
 
     paths = find_inputs(options.images)  # before the model, which takes seconds
     run = best_run(options.run)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from cxr_dist.config import StageConfig
 from cxr_dist.versions import unsupported
-from tfrecords_builder.errors import one_line
+from tfrecords_builder.common.errors import one_line
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 """Of Adam (Kingma and Ba 2015)."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist import streams
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 Positions = npt.NDArray[np.int64]
 PADDING = -1

@@ -16,8 +16,8 @@ from typing import IO, Any, Literal, Protocol
 from tqdm import tqdm
 
 from cxr_dist.stopping import StoppedError
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import write_json
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import write_json
 
 Event = Mapping[str, Any]
 

@@ -13,10 +13,10 @@ from cxr_dist.seen import SEEN, write_seen
 from cxr_dist.stopping import REGROUP, STOP, StopRequest
 from cxr_dist.versions import FORMAT, check_format, differences
 from cxr_dist.watchdog import BEATS
-from tfrecords_builder import locks
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import is_temporary, write_json, write_text
-from tfrecords_builder.locks import LOCK
+from tfrecords_builder.common import locks
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import is_temporary, write_json, write_text
+from tfrecords_builder.common.locks import LOCK
 from tfrecords_builder.manifest import Manifest
 from tfrecords_builder.storage import Place, absolute
 

@@ -15,9 +15,9 @@ from cxr_dist.search.record import ENDED, EVALUATION, SEARCH, Experiment, Outcom
 from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan, load_search
 from cxr_dist.search.watch import Jobs, Watch
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.interrupts import interrupts_held
-from tfrecords_builder.pool import default_workers
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.interrupts import interrupts_held
+from tfrecords_builder.common.pool import default_workers
 
 
 def tune(options: argparse.Namespace) -> None:

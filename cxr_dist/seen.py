@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from tfrecords_builder.errors import UserError, one_line
-from tfrecords_builder.files import write_json
+from tfrecords_builder.common.errors import UserError, one_line
+from tfrecords_builder.common.files import write_json
 from tfrecords_builder.manifest import Manifest
 
 SEEN = "seen.json"

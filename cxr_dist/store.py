@@ -22,10 +22,10 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from tfrecords_builder import locks
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import ENVIRONMENT_ERRORS, bytes_below, sync, write_bytes, write_json
-from tfrecords_builder.seal import read_sealed_json, sealed_json
+from tfrecords_builder.common import locks
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import ENVIRONMENT_ERRORS, bytes_below, sync, write_bytes, write_json
+from tfrecords_builder.common.seal import read_sealed_json, sealed_json
 
 Array = npt.NDArray[Any]
 Description = Mapping[str, Any]

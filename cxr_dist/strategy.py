@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cxr_dist.config import AllReduceConfig, Config
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.pool import default_workers
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.pool import default_workers
 
 # Options of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8

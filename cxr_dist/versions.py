@@ -11,7 +11,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 DISTRIBUTION = "cxr-dist"
 FORMAT = 1

@@ -16,7 +16,7 @@ from cxr_dist.bench.cost_model import (
     read_cluster,
     traffic,
 )
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 GRADIENTS = 90_000_000
 TRUE = CostModel(0.05, 0.1, 2e-9, GRADIENTS)

@@ -12,7 +12,7 @@ from cxr_dist.bench.cost_model import Cluster
 from cxr_dist.bench.features import Way
 from cxr_dist.phantoms import write_phantoms
 from tfrecords_builder.build import build_dataset
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 
 def test_seconds_are_reckoned_from_epochs_that_were_not_first() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from cxr_dist import checkpoint
 from cxr_dist.checkpoint import KEPT, CheckpointFolder, Position, load_arrays, load_state, save_arrays
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 STATE = {"stage": 2, "epoch": 3, "history": [{"loss": 0.1, "best": True}], "seconds": {"start": 1e-3}}
 

@@ -15,7 +15,7 @@ from cxr_dist.classifier import calibrated, load_classifier
 from cxr_dist.evaluate import Request, evaluate_run
 from cxr_dist.metrics import read_predictions
 from tests.training import CLASSES, SIZE, config, small_base
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images import load_gray
 
 pytestmark = pytest.mark.usefixtures("small_network")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cxr_dist import cli, run_folder
 from cxr_dist.config import load_config
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import read_manifest
 
 COMMANDS = (

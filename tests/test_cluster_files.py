@@ -23,7 +23,7 @@ import yaml
 
 from cxr_dist.cli import build_parser
 from tests import kubernetes_schema
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"

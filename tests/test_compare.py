@@ -10,7 +10,7 @@ from cxr_dist import intervals, published
 from cxr_dist.compare import COMPARED, compare
 from cxr_dist.metrics import evaluate_predictions
 from tests.test_intervals import drawn
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 
 def test_the_difference_is_that_of_the_metrics_in_any_order_of_images() -> None:

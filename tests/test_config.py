@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import tune_configs
 from cxr_dist.config import BASE_LAYERS, Config, known_keys, load_config, resolve_preset
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 Write = Callable[[str], Path]
 PRESETS = sorted(

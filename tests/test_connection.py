@@ -13,7 +13,7 @@ import pytest
 
 from cxr_dist.orchestration import connection
 from cxr_dist.orchestration.connection import check_cluster, connected
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 TOKEN = "right"
 SERVICES = {"": "/ray.rpc.NodeInfoGcsService/CheckAlive", "ray://": "/ray.rpc.RayletDriver/ClusterInfo"}

@@ -15,7 +15,7 @@ from cxr_dist.evaluate import Request, predict_run
 from cxr_dist.sources import ShardSource
 from tests.conftest import SMALL_RUN
 from tests.test_loop import comparable
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import read_manifest
 from tfrecords_builder.recordio import HEADER_BYTES, scan
 

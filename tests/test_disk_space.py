@@ -11,7 +11,7 @@ from cxr_dist.commands import run_training
 from cxr_dist.config import load_config, resolve_preset
 from cxr_dist.disk_space import Needed, cache_bytes, check_space, needed_by_run, needed_by_search, trained_bytes
 from tests.conftest import SMALL_RUN
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -17,7 +17,7 @@ from cxr_dist.strategy import make_strategy
 from tests.training import CLASSES, SIZE, config, images, local_topology, small_base
 from tfrecords_builder import storage
 from tfrecords_builder.build import build_dataset
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("small_network")

@@ -10,7 +10,7 @@ import pytest
 from cxr_dist import cli, export
 from cxr_dist.classifier import load_classifier
 from tests.test_classifier import calibrated_run, phantoms  # noqa: F401 - the first is a fixture
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("small_network")
 

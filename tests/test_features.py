@@ -13,7 +13,7 @@ from cxr_dist.sources import ArraySource
 from cxr_dist.store import FeatureStore
 from cxr_dist.strategy import make_strategy
 from tests.training import CLASSES, SIZE, config, images, local_topology, pixels_of, small_base
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 COUNT = 75  # no multiple of what a step takes
 

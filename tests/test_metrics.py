@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from cxr_dist import metrics
 from cxr_dist.metrics import Predictions
-from tfrecords_builder import files
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common import files
+from tfrecords_builder.common.errors import UserError
 
 TOLERANCE = 1e-6
 

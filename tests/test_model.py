@@ -11,7 +11,7 @@ import pytest
 from cxr_dist import model
 from cxr_dist.config import Config, ModelConfig, StageConfig
 from tests.training import CLASSES, SIZE, Training, config, small_base
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from cxr_dist.strategy import make_strategy
 from tests import training
 from tests.conftest import SMALL_RUN
 from tests.training import Training, local_topology
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 SETTINGS = [
     ("adam", 0.9, 0.0),

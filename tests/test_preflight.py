@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_dist.orchestration.preflight import Node, WorkerPlan, plan_most_workers, plan_workers
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 EIGHT = [Node(64, 8)]
 

@@ -16,8 +16,8 @@ from cxr_dist import captions, figures, metrics, report
 from cxr_dist.assessment import assess
 from cxr_dist.metrics import Predictions
 from tests.html_page import Page
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.eda_figures import svg_bytes
-from tfrecords_builder.errors import UserError
 
 FOUR = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
 CALIBRATED = {

@@ -19,7 +19,7 @@ from cxr_dist.reporting import (
     run_reporters,
 )
 from cxr_dist.stopping import StoppedError
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 ROW = {
     "stage": 2, "epoch": 3, "epochs_done": 6, "loss": 0.123456, "accuracy": 0.9, "val_loss": 0.5, "val_accuracy": 0.875,

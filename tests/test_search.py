@@ -32,7 +32,7 @@ from cxr_dist.search.sampling import Finished, Sampler
 from cxr_dist.search.shared import FirstStages, SharedBase, first_stage_key
 from cxr_dist.search.space import Parameter, SearchConfig, SearchPlan, from_tree, load_search
 from cxr_dist.search.watch import Jobs
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import read_manifest
 
 DROPOUT, RATE, DEPTH = "model.dropout", "stages.1.learning_rate", "stages.2.unfreeze_layers"

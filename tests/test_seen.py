@@ -15,7 +15,7 @@ from cxr_dist.metrics import read_predictions
 from cxr_dist.seen import SEEN, digests_of, read_seen
 from tests.html_page import Page
 from tfrecords_builder.build import build_dataset
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("small_network")

@@ -14,7 +14,7 @@ from cxr_dist.config import StageConfig
 from cxr_dist.plans import TrainingPlan
 from tests import training
 from tests.training import Trace, Training
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cxr_dist.store import FeatureStore, Rows, key_of
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 ROWS = np.random.default_rng(0).normal(size=(10, 3, 2)).astype(np.float32)
 SHAPE = (3, 2)

@@ -32,7 +32,7 @@ from cxr_dist.orchestration.job_plan import (
     pipeline_steps,
 )
 from cxr_dist.orchestration.submit import Request, prepare
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 HOSTILE = [

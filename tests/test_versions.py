@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cxr_dist import versions
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 
 def git(folder: Path, *words: str) -> str:

@@ -26,7 +26,8 @@ import numpy.typing as npt
 
 from tfrecords_builder import output, parts, plan, splits
 from tfrecords_builder.audit import THUMBNAIL_SIZE
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.pool import Pool, default_workers
 from tfrecords_builder.images import DECODERS, ImageError
 from tfrecords_builder.manifest import (
     FORMAT_VERSION,
@@ -41,7 +42,6 @@ from tfrecords_builder.manifest import (
     write_manifest,
 )
 from tfrecords_builder.metadata import Metadata, examine_metadata, metadata_digest
-from tfrecords_builder.pool import Pool, default_workers
 from tfrecords_builder.schema import ENCODINGS
 from tfrecords_builder.sources import SourceImage, class_counts, list_source, read_split_file
 from tfrecords_builder.writer import IngestTask, ingest, write_shard

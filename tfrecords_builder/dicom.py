@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images import MAX_PIXELS, Decoded, ImageError, TooLargeError
 
 _MAGIC_AT = 128

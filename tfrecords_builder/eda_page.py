@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from tfrecords_builder import eda, eda_figures
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import intended_name, sync, write_bytes
+from tfrecords_builder.common.page import template_environment
 from tfrecords_builder.eda import Analysis
 from tfrecords_builder.eda_figures import display_name
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import intended_name, sync, write_bytes
 from tfrecords_builder.output import explained
-from tfrecords_builder.page import template_environment
 
 NUMBERS, PAGE = "eda.json", "eda.html"
 LEFT_OUT_SHOWN = 50

@@ -22,7 +22,7 @@ import PIL
 from PIL import Image, ImageOps
 
 from tfrecords_builder import png
-from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.resizing import Square, squares
 
 FORMATS = ("PNG", "JPEG")

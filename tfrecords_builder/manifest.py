@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tfrecords_builder.audit import group_of
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import write_atomically
+from tfrecords_builder.common.seal import UNSEALED, check_seal, seal
 from tfrecords_builder.file_kinds import Note, NotTaken, Reason
-from tfrecords_builder.files import write_atomically
-from tfrecords_builder.seal import UNSEALED, check_seal, seal
 from tfrecords_builder.sharding import is_shard_name
 from tfrecords_builder.splits import SPLITS
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.file_kinds import CSV_NAME, IMAGE_SUFFIXES, SHEET_SUFFIX, Note, printable
 from tfrecords_builder.sources import SourceImage, class_name_of
 

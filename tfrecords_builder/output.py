@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tfrecords_builder import locks
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import ENVIRONMENT_ERRORS, intended_name, is_temporary, sync, write_bytes
-from tfrecords_builder.locks import LOCK
+from tfrecords_builder.common import locks
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import ENVIRONMENT_ERRORS, intended_name, is_temporary, sync, write_bytes
+from tfrecords_builder.common.locks import LOCK
 from tfrecords_builder.manifest import MANIFEST_NAME, Manifest, write_manifest
 from tfrecords_builder.parts import bytes_of_parts
 from tfrecords_builder.sharding import is_shard_name

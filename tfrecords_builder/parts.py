@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder.audit import THUMBNAIL_SIZE
-from tfrecords_builder.files import write_whole
-from tfrecords_builder.seal import read_sealed_json, sealed_json
+from tfrecords_builder.common.files import write_whole
+from tfrecords_builder.common.seal import read_sealed_json, sealed_json
 
 IMAGES_PER_PART = 32
 MOST_PARTS = 4096

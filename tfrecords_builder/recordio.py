@@ -14,7 +14,7 @@ from typing import IO
 
 import google_crc32c
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")

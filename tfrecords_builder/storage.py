@@ -25,9 +25,9 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.fs
 
-from tfrecords_builder import locks
-from tfrecords_builder.errors import UserError, one_line
-from tfrecords_builder.files import bytes_below, intended_name, move_durably, write_atomically
+from tfrecords_builder.common import locks
+from tfrecords_builder.common.errors import UserError, one_line
+from tfrecords_builder.common.files import bytes_below, intended_name, move_durably, write_atomically
 from tfrecords_builder.manifest import MANIFEST_NAME, ShardInfo, read_manifest
 from tfrecords_builder.sharding import is_shard_name
 from tfrecords_builder.tfds_files import FILES, tfds_files

@@ -9,7 +9,7 @@ from enum import Enum, auto
 from heapq import heappop, heappush
 from pathlib import Path
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.file_kinds import (
     CSV_NAME,
     IMAGE_SUFFIXES,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tfrecords_builder import recordio, schema
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import (
     ACCEPTED,
     MANIFEST_NAME,

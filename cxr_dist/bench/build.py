@@ -19,7 +19,7 @@ from statistics import median
 from PIL import Image
 
 from tfrecords_builder.build import build_dataset
-from tfrecords_builder.pool import Pool
+from tfrecords_builder.common.pool import Pool
 from tfrecords_builder.resizing import RESAMPLING
 from tfrecords_builder.sources import class_counts, find_images
 

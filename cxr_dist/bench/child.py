@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 _MENDABLE = 2
 """Exit status of a command that has said in a line what the user can mend."""

@@ -12,7 +12,7 @@ from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
 from cxr_dist.reporting import ConsoleReporter, progress_bar
 from cxr_dist.search.record import best_run
 from tfrecords_builder.build import build_dataset
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.splits import TRAIN_PERCENT
 
 BENCH_IMAGE_SIZE = 224

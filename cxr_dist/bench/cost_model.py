@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cxr_dist.config import read_yaml
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 
 @dataclass(frozen=True)

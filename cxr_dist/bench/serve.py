@@ -24,7 +24,7 @@ import numpy as np
 
 from cxr_dist.classifier import load_classifier
 from cxr_dist.inputs import read_square
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 HOST = "127.0.0.1"
 START_LIMIT_S = 180.0

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from cxr_dist.orchestration.tokens import HOW_TO_SET, ask_for_tokens, token_sent
 from cxr_dist.strategy import QUIET
-from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.common.errors import UserError, one_line
 
 WORKER_ENVIRONMENT = {"TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")}
 OWN_CLUSTER = "local"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cxr_dist import run_folder
 from cxr_dist.orchestration.job_client import Jobs
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 DISCOVERY = "/api/prometheus/sd"
 DISCOVERY_FILE = "/tmp/ray/prom_metrics_service_discovery.json"  # noqa: S108 - where Ray puts it on the head

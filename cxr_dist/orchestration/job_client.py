@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cxr_dist.orchestration.job_environment import quiet_ray
 from cxr_dist.orchestration.job_plan import ADDRESS_VARIABLES, Row, ended
 from cxr_dist.orchestration.tokens import HOW_TO_SET
-from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.common.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails

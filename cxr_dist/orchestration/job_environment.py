@@ -9,7 +9,7 @@ from typing import Any
 import cxr_dist
 from cxr_dist.orchestration.job_plan import check_size
 from cxr_dist.orchestration.tokens import known_token
-from tfrecords_builder.errors import UserError, one_line
+from tfrecords_builder.common.errors import UserError, one_line
 
 _TOKEN_FILE_MAX = 1 << 16
 _CHATTY = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from cxr_dist.search.space import SearchConfig
 from cxr_dist.strategy import DeviceKind
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from tfrecords_builder.pool import lost_task
+from tfrecords_builder.common.pool import lost_task
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

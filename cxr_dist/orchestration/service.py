@@ -20,8 +20,8 @@ from cxr_dist.classifier import Answer, Classifier, load_classifier, read_finish
 from cxr_dist.orchestration.batcher import Batcher
 from cxr_dist.orchestration.connection import OWN_CLUSTER, connected
 from cxr_dist.orchestration.http_app import HttpApp, Limits
-from tfrecords_builder.errors import UserError, one_line
-from tfrecords_builder.seal import check_seal
+from tfrecords_builder.common.errors import UserError, one_line
+from tfrecords_builder.common.seal import check_seal
 
 NAME = "cxr-dist"
 _BESIDE = 32

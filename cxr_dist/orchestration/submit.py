@@ -27,7 +27,7 @@ from cxr_dist.orchestration.job_plan import (
     made_up_id,
 )
 from cxr_dist.orchestration.tokens import ask_for_tokens, known_token
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 Say = Callable[[str], None]
 

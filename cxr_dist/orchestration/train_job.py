@@ -21,8 +21,8 @@ from cxr_dist.search.space import Values
 from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
 from cxr_dist.strategy import muted_stderr, prepare_devices, scratch_folder
 from cxr_dist.watchdog import BEATS, reasons
-from tfrecords_builder.errors import UserError, one_line
-from tfrecords_builder.files import disk_error
+from tfrecords_builder.common.errors import UserError, one_line
+from tfrecords_builder.common.files import disk_error
 from tfrecords_builder.storage import Place, absolute, local_copy, parse_place
 
 Prepare = Callable[[int], bool]

@@ -28,7 +28,7 @@ from cxr_dist.search.space import SearchPlan
 from cxr_dist.search.trial import TrialJob, compute_shared_features, ends_stage, is_last_epoch, prepared, run_trial
 from cxr_dist.search.watch import Jobs, Watch
 from cxr_dist.strategy import muted_stderr, prepare_devices, scratch_folder
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 SECONDS_BETWEEN_REPORTS = 2.0
 """Each report waits for Tune: as long as an epoch of a head on cached features takes."""

@@ -20,10 +20,10 @@ from cxr_dist.search.space import SearchConfig
 from cxr_dist.search.trial import TIME_LIMIT_STATUS, TrialJob, compute_shared_features, run_trial
 from cxr_dist.search.watch import Jobs, Watch
 from cxr_dist.strategy import prepare_devices, scratch_folder
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import disk_error
-from tfrecords_builder.interrupts import interrupts_held
-from tfrecords_builder.pool import prepare_child
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import disk_error
+from tfrecords_builder.common.interrupts import interrupts_held
+from tfrecords_builder.common.pool import prepare_child
 
 Serve = Callable[[Connection, int, str], None]
 DEFAULT_CONCURRENT = 2

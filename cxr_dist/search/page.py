@@ -12,9 +12,9 @@ from cxr_dist.search.figures import Point
 from cxr_dist.search.record import PAGE, Experiment, Outcome, best_outcome
 from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan
+from tfrecords_builder.common.files import write_bytes
+from tfrecords_builder.common.page import template_environment
 from tfrecords_builder.eda_figures import svg_bytes
-from tfrecords_builder.files import write_bytes
-from tfrecords_builder.page import template_environment
 
 TRIALS_FOR_IMPORTANCE = 8
 """Complete trials below which an estimate of importance says nothing."""

@@ -28,9 +28,9 @@ from cxr_dist.search import hparams
 from cxr_dist.search.sampling import Finished
 from cxr_dist.search.space import SearchPlan, Values, from_tree
 from cxr_dist.versions import FORMAT, check_format
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import is_temporary, write_json, write_text
-from tfrecords_builder.locks import LOCK
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import is_temporary, write_json, write_text
+from tfrecords_builder.common.locks import LOCK
 from tfrecords_builder.manifest import Manifest
 from tfrecords_builder.storage import Place, absolute
 
@@ -273,7 +273,7 @@ class Experiment:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from tfrecords_builder.files import write_atomically
+        from tfrecords_builder.common.files import write_atomically
 
         outcomes = [self.outcome(trial) for trial in self.trials()]
         keys = list(self.plan().search.parameters)

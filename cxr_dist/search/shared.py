@@ -21,8 +21,8 @@ from cxr_dist import run_folder
 from cxr_dist.checkpoint import BASE_PATTERN, CheckpointFolder, Position
 from cxr_dist.config import Config
 from cxr_dist.reporting import Event, Reporter
-from tfrecords_builder import locks
-from tfrecords_builder.files import move_durably, sync
+from tfrecords_builder.common import locks
+from tfrecords_builder.common.files import move_durably, sync
 
 
 class SharedBase(Reporter):

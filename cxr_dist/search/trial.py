@@ -20,8 +20,8 @@ from cxr_dist.search.shared import FirstStages, SharedBase, first_stage_key
 from cxr_dist.search.space import Values
 from cxr_dist.stopping import StoppedError
 from cxr_dist.strategy import Topology
-from tfrecords_builder.errors import UserError, one_line
-from tfrecords_builder.files import write_text
+from tfrecords_builder.common.errors import UserError, one_line
+from tfrecords_builder.common.files import write_text
 from tfrecords_builder.manifest import read_manifest
 from tfrecords_builder.storage import parse_place
 

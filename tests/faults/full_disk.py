@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.files import ENVIRONMENT_ERRORS
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import ENVIRONMENT_ERRORS
 
 
 @dataclass(frozen=True)

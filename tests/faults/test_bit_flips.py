@@ -14,7 +14,7 @@ from cxr_dist.evaluate import Request, evaluate_run
 from cxr_dist.sources import ShardSource
 from cxr_dist.store import FeatureStore
 from tests.conftest import use_small_base
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import read_manifest
 from tfrecords_builder.recordio import CorruptRecordError
 from tfrecords_builder.splits import SPLITS

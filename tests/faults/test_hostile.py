@@ -24,7 +24,7 @@ from cxr_dist.checkpoint import load_arrays, load_state, save_arrays, seal_archi
 from cxr_dist.config import read_yaml
 from cxr_dist.evaluate import Request, evaluate_run
 from tests.conftest import use_small_base
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import Manifest, read_manifest, write_manifest
 from tfrecords_builder.verify import verify_dataset
 

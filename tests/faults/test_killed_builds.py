@@ -21,9 +21,9 @@ from tests.tfrecords_builder.poisoned import POISON, poisoned_ingest
 from tfrecords_builder import build as build_module
 from tfrecords_builder import parts
 from tfrecords_builder.build import build_dataset
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.pool import Pool
 from tfrecords_builder.output import WORK_FOLDER
-from tfrecords_builder.pool import Pool
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16

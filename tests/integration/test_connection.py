@@ -16,7 +16,7 @@ TOKEN = "0123456789abcdef" * 4
 JOIN = """
 import sys
 from cxr_dist.orchestration.connection import check_cluster, connected
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 address = sys.argv[1]
 try:
     if address.startswith("ray://"):  # whose own start of a driver takes a minute

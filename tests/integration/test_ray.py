@@ -18,7 +18,7 @@ from tests.conftest import SMALL_RUN
 from tests.integration import workers
 from tests.test_steps import curve
 from tfrecords_builder.build import build_dataset
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images import ImageError
 from tfrecords_builder.manifest import MANIFEST_NAME
 

@@ -28,7 +28,7 @@ from tests.conftest import use_small_base
 from tests.test_classifier import FITTED
 from tests.tfrecords_builder.test_dicom import dicom_bytes
 from tests.tfrecords_builder.test_images import claiming
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from cxr_dist.search.space import SearchConfig, SearchPlan
 from cxr_dist.search.watch import Jobs
 from cxr_dist.search_commands import resumed
 from tests.integration.workers import tune_small_trial
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import read_manifest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_stopped")]

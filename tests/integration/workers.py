@@ -29,7 +29,7 @@ def record_bundle(arguments: dict[str, Any]) -> None:
 
 def fail_in_words(_arguments: dict[str, Any]) -> None:
     """What a reader of a damaged shard raises, under the error that TensorFlow makes of it."""
-    from tfrecords_builder.errors import UserError
+    from tfrecords_builder.common.errors import UserError
 
     try:
         raise RuntimeError("an error of many lines\nfrom TensorFlow")

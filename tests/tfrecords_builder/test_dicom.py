@@ -24,7 +24,7 @@ from pydicom.uid import (
 )
 
 from tfrecords_builder import dicom
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images import ImageError, TooLargeError
 
 PATIENT = "Doe^Jane"

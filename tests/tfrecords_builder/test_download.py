@@ -19,8 +19,8 @@ import pytest
 from cxr_dist import cli
 from tests.tfrecords_builder.conftest import write_images
 from tfrecords_builder import download
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.download import FOLDER, download_database
-from tfrecords_builder.errors import UserError
 
 COUNTS = {"COVID": 3, "Normal": 4, "Viral Pneumonia": 2}
 IMAGES = {"COVID": 3, "Normal": 4, "Viral_Pneumonia": 2}

@@ -15,8 +15,8 @@ from PIL import Image
 from tests.tfrecords_builder import eda_images
 from tests.tfrecords_builder.eda_images import CONFLICT, PAIR, REJECTED, TRIPLE, build, draw, draw_varied, read_all
 from tfrecords_builder import eda, eda_counts
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.eda import Analysis, PixelStatistics, analyse
-from tfrecords_builder.errors import UserError
 from tfrecords_builder.manifest import read_manifest, write_manifest
 from tfrecords_builder.splits import SPLITS
 

@@ -20,9 +20,9 @@ from cxr_dist import cli
 from tests.html_page import Page
 from tests.tfrecords_builder.eda_images import CONFLICT, TRIPLE, build, draw, draw_varied
 from tfrecords_builder import eda_figures, eda_page
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.eda import analyse
 from tfrecords_builder.eda_page import NUMBERS, PAGE, write_analysis
-from tfrecords_builder.errors import UserError
 
 SOURCES = ("<i>https://example.org/$y_2$?a&b", "an archive with a long name, of which little can be said in a legend")
 HOSTILE = {"<b>A&B": 40, "$x_1$ 'and' \"y\"": 40}

@@ -11,7 +11,7 @@ from PIL import Image
 from cxr_dist import cli
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import BuildSummary, build_dataset
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import MANIFEST_NAME, Manifest, read_manifest
 from tfrecords_builder.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images import ImageError, TooLargeError, decode_gray, load_gray, quiet_decoding
 
 SIZE = 24

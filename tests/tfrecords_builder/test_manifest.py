@@ -9,7 +9,7 @@ import pytest
 
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder import manifest as manifest_module
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import (
     MANIFEST_NAME,
     Settings,

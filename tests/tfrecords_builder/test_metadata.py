@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import build_dataset
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.file_kinds import Note
 from tfrecords_builder.metadata import (
     Metadata,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.file_kinds import Reason
 from tfrecords_builder.sources import SourceImage, class_counts, class_name_of, find_images, list_source, match_masks
 

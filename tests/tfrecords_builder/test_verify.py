@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.tfrecords_builder.conftest import COUNTS
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import Manifest, Row, read_manifest, write_manifest
 from tfrecords_builder.recordio import CorruptRecordError, RecordWriter, scan
 from tfrecords_builder.schema import Record, decode_example, encode_example

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfrecords_builder import seal
+from tfrecords_builder.common import seal
 
 CONTENTS = [seal.UNSEALED, f"before {seal.UNSEALED}", f"{seal.UNSEALED} behind", f"{seal.UNSEALED}, {seal.UNSEALED} x"]
 

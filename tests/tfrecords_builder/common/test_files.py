@@ -9,7 +9,7 @@ from typing import IO, Any, NoReturn
 
 import pytest
 
-from tfrecords_builder import files
+from tfrecords_builder.common import files
 
 OLD, NEW = b"old content", b"new content " * 1000
 

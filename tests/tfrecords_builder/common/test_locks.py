@@ -18,9 +18,10 @@ import pytest
 from cxr_dist import run_folder
 from cxr_dist.search.shared import FirstStages
 from cxr_dist.store import FeatureStore
-from tfrecords_builder import locks, output, storage
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.locks import LOCK
+from tfrecords_builder import output, storage
+from tfrecords_builder.common import locks
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.locks import LOCK
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 60.0

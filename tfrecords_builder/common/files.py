@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, TypeVar
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 R = TypeVar("R")
 

@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tfrecords_builder.pool import Pool
+from tfrecords_builder.common.pool import Pool
 
 # A process of its own, so that the child is the first one that multiprocessing starts.
 FIRST_CHILD = """
 import multiprocessing
-from tests.tfrecords_builder.test_interrupts import tell
-from tfrecords_builder.interrupts import interrupts_held
+from tests.tfrecords_builder.common.test_interrupts import tell
+from tfrecords_builder.common.interrupts import interrupts_held
 context = multiprocessing.get_context("spawn")
 process = context.Process(target=tell)
 with interrupts_held():

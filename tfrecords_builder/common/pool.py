@@ -10,8 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, TypeVar
 
-from tfrecords_builder.errors import UserError
-from tfrecords_builder.interrupts import interrupts_held
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.interrupts import interrupts_held
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tfrecords_builder.errors import UserError
+from tfrecords_builder.common.errors import UserError
 
 LOCK = ".cxr-lock"
 """The lock file of a folder, inside it while the folder is held."""
