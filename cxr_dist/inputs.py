@@ -8,15 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.dicom import HEAD, decode_dicom, is_dicom
 from tfrecords_builder.file_kinds import IMAGE_SUFFIXES, IMAGES_FOLDER, MASKS_FOLDER
-from tfrecords_builder.images import ImageError, TooLargeError, decode_gray, read_bytes
-from tfrecords_builder.resizing import Square, squares
+from tfrecords_builder.images.decode import ImageError, TooLargeError, decode_gray, read_bytes
+from tfrecords_builder.images.dicom import HEAD, decode_dicom, is_dicom
+from tfrecords_builder.images.resizing import Square, squares
 
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
 _SUFFIXES = IMAGE_SUFFIXES | DICOM_SUFFIXES
 MAX_FILE_BYTES = 1 << 29
-"""Three times what 16-bit samples of `images.MAX_PIXELS` take: no single picture has more."""
+"""Three times what 16-bit samples of `decode.MAX_PIXELS` take: no single picture has more."""
 
 
 def find_inputs(paths: Sequence[Path]) -> list[Path]:

@@ -17,7 +17,7 @@ from cxr_dist.examine.gallery import overlay_png
 from cxr_dist.inputs import read_square
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import intended_name, write_bytes
-from tfrecords_builder.images import ImageError
+from tfrecords_builder.images.decode import ImageError
 
 
 @dataclass(frozen=True)

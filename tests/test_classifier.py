@@ -16,7 +16,7 @@ from cxr_dist.evaluate import Request, evaluate_run
 from cxr_dist.metrics import read_predictions
 from tests.training import CLASSES, SIZE, config, small_base
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.images import load_gray
+from tfrecords_builder.images.decode import load_gray
 
 pytestmark = pytest.mark.usefixtures("small_network")
 FITTED = {"temperature": 2.5, "abstain_threshold": 0.4, "target_risk": 0.05, "fitted_on": "validation"}

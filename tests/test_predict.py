@@ -10,8 +10,8 @@ import pytest
 from cxr_dist import cli, inputs, predict
 from cxr_dist.classifier import load_classifier
 from tests.test_classifier import calibrated_run  # noqa: F401 - a fixture
-from tests.tfrecords_builder.test_dicom import dicom_bytes
-from tfrecords_builder.images import load_gray
+from tests.tfrecords_builder.images.test_dicom import dicom_bytes
+from tfrecords_builder.images.decode import load_gray
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -162,7 +162,7 @@ def test_one_batch_in_memory(finished_run: Path, images: Path, monkeypatch: pyte
 def test_files_that_are_too_large_or_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    from tfrecords_builder.images import ImageError
+    from tfrecords_builder.images.decode import ImageError
 
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ImageError, match="is no file"):

@@ -28,7 +28,7 @@ from tfrecords_builder import output, parts, plan, splits
 from tfrecords_builder.audit import THUMBNAIL_SIZE
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.pool import Pool, default_workers
-from tfrecords_builder.images import DECODERS, ImageError
+from tfrecords_builder.images.decode import DECODERS, ImageError
 from tfrecords_builder.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import tensorflow_datasets as tfds
 
 from tfrecords_builder.download import FOLDER
-from tfrecords_builder.images import decode_mask, load_gray, read_bytes
+from tfrecords_builder.images.decode import decode_mask, load_gray, read_bytes
 from tfrecords_builder.schema import IMAGE, INDEX, LABEL, MASK, PATH
 from tfrecords_builder.sources import SourceImage, class_counts, find_images
 from tfrecords_builder.splits import SPLITS, assign_splits

@@ -20,7 +20,7 @@ from PIL import Image
 
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.pool import Pool
-from tfrecords_builder.resizing import RESAMPLING
+from tfrecords_builder.images.resizing import RESAMPLING
 from tfrecords_builder.sources import class_counts, find_images
 
 _IMAGES_PER_TASK = 32

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tfrecords_builder.download import FOLDER
-from tfrecords_builder.resizing import RESAMPLING
+from tfrecords_builder.images.resizing import RESAMPLING
 from tfrecords_builder.tfds_builder import Covid19Radiography, SizeConfig
 
 

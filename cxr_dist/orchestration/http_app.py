@@ -21,7 +21,7 @@ import numpy.typing as npt
 from cxr_dist.classifier import Answer
 from cxr_dist.inputs import decode_square
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.images import ImageError, TooLargeError
+from tfrecords_builder.images.decode import ImageError, TooLargeError
 
 if TYPE_CHECKING:
     from starlette.requests import Request

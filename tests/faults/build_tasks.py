@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tfrecords_builder import images, parts, recordio, writer
+from tfrecords_builder import parts, recordio, writer
+from tfrecords_builder.images import decode as images
 
 LOG = "log.txt"
 SLOW_S = 0.01

@@ -26,8 +26,8 @@ from cxr_dist.orchestration.http_app import Limits
 from cxr_dist.predict import predict_files
 from tests.conftest import use_small_base
 from tests.test_classifier import FITTED
-from tests.tfrecords_builder.test_dicom import dicom_bytes
-from tests.tfrecords_builder.test_images import claiming
+from tests.tfrecords_builder.images.test_decode import claiming
+from tests.tfrecords_builder.images.test_dicom import dicom_bytes
 from tfrecords_builder.common.errors import UserError
 
 pytestmark = pytest.mark.ray

@@ -18,8 +18,8 @@ from tfrecords_builder.audit import (
     find_duplicates,
     group_of,
 )
-from tfrecords_builder.images import decode_gray
-from tfrecords_builder.resizing import squares
+from tfrecords_builder.images.decode import decode_gray
+from tfrecords_builder.images.resizing import squares
 from tfrecords_builder.writer import THUMBNAIL
 
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]

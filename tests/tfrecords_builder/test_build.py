@@ -21,11 +21,12 @@ from PIL import Image
 from tests.tfrecords_builder.conftest import COUNTS, write_images
 from tests.tfrecords_builder.poisoned import POISON, poisoned_ingest
 from tfrecords_builder import build as build_module
-from tfrecords_builder import images, output, parts
+from tfrecords_builder import output, parts
 from tfrecords_builder.build import BuildSummary, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.locks import LOCK
-from tfrecords_builder.images import ImageError, load_gray
+from tfrecords_builder.images import decode as images
+from tfrecords_builder.images.decode import ImageError, load_gray
 from tfrecords_builder.manifest import MANIFEST_NAME, read_manifest
 from tfrecords_builder.output import WORK_FOLDER
 from tfrecords_builder.recordio import read_at

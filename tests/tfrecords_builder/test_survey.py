@@ -17,7 +17,7 @@ from tests.tfrecords_builder.conftest import write_images
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.file_kinds import Reason, not_taken_lines, printable, suffix_of
-from tfrecords_builder.images import ImageError
+from tfrecords_builder.images.decode import ImageError
 from tfrecords_builder.manifest import read_manifest
 from tfrecords_builder.sources import Listing, find_images, list_source
 from tfrecords_builder.survey import Survey

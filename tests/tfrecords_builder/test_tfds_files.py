@@ -9,7 +9,7 @@ from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.download import FOLDER
-from tfrecords_builder.images import load_gray
+from tfrecords_builder.images.decode import load_gray
 from tfrecords_builder.manifest import read_manifest
 from tfrecords_builder.recordio import scan
 from tfrecords_builder.schema import decode_example, decode_image, encode_image

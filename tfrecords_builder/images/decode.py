@@ -21,9 +21,9 @@ import numpy.typing as npt
 import PIL
 from PIL import Image, ImageOps
 
-from tfrecords_builder import png
 from tfrecords_builder.common.errors import UserError, one_line
-from tfrecords_builder.resizing import Square, squares
+from tfrecords_builder.images import png
+from tfrecords_builder.images.resizing import Square, squares
 
 FORMATS = ("PNG", "JPEG")
 DECODERS = {"pillow": PIL.__version__, "kornia-rs": kornia_rs.__version__}

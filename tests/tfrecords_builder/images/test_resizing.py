@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tfrecords_builder.resizing import BANDS, RESAMPLING, Square, kept_memory, squares
+from tfrecords_builder.images.resizing import BANDS, RESAMPLING, Square, kept_memory, squares
 
 WANTED = [Square(1), Square(31), Square(64, reducing_gap=1.0), Square(224)]
 

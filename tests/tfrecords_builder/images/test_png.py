@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from tfrecords_builder.png import SIGNATURE, decode_plain_gray
+from tfrecords_builder.images.png import SIGNATURE, decode_plain_gray
 
 MANY = 1 << 20
 

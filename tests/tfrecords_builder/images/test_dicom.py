@@ -23,9 +23,9 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from tfrecords_builder import dicom
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.images import ImageError, TooLargeError
+from tfrecords_builder.images import dicom
+from tfrecords_builder.images.decode import ImageError, TooLargeError
 
 PATIENT = "Doe^Jane"
 PATH = Path("a.dcm")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.images import ImageError, TooLargeError, decode_gray, load_gray, quiet_decoding
+from tfrecords_builder.images.decode import ImageError, TooLargeError, decode_gray, load_gray, quiet_decoding
 
 SIZE = 24
 GRAY = np.random.default_rng(1).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.images import MAX_PIXELS, Decoded, ImageError, TooLargeError
+from tfrecords_builder.images.decode import MAX_PIXELS, Decoded, ImageError, TooLargeError
 
 _MAGIC_AT = 128
 MAGIC = b"DICM"
@@ -72,7 +72,7 @@ def decode_dicom(data: bytes, path: Path) -> Decoded:
     Raises:
         ImageError: It is no DICOM file, damaged, truncated, of several frames, of a kind that is no picture, or
             compressed in a way that needs a decoder which is not installed.
-        TooLargeError: It has more than `images.MAX_PIXELS` pixels.
+        TooLargeError: It has more than `decode.MAX_PIXELS` pixels.
         UserError: pydicom is not installed.
     """
     pydicom = _pydicom()
