@@ -24,8 +24,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from tfrecords_builder import output, parts, plan, splits
-from tfrecords_builder.audit import THUMBNAIL_SIZE
+from tfrecords_builder import output, parts, plan
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.pool import Pool, default_workers
 from tfrecords_builder.images.decode import DECODERS, ImageError
@@ -44,6 +43,8 @@ from tfrecords_builder.manifest import (
 from tfrecords_builder.metadata import Metadata, examine_metadata, metadata_digest
 from tfrecords_builder.schema import ENCODINGS
 from tfrecords_builder.sources import SourceImage, class_counts, list_source, read_split_file
+from tfrecords_builder.splitting import splits
+from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
 from tfrecords_builder.writer import IngestTask, ingest, write_shard
 
 ON_ERROR = ("stop", "skip")

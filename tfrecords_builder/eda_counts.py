@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tfrecords_builder.manifest import ACCEPTED, Manifest, Row
-from tfrecords_builder.splits import SPLITS, TRAIN_PERCENT, VALIDATION_PERCENT
+from tfrecords_builder.splitting.splits import SPLITS, TRAIN_PERCENT, VALIDATION_PERCENT
 
 GROUPS_SHOWN = 6
 SIZES_LISTED = 10

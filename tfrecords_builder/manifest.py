@@ -19,13 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tfrecords_builder.audit import group_of
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_atomically
 from tfrecords_builder.common.seal import UNSEALED, check_seal, seal
 from tfrecords_builder.file_kinds import Note, NotTaken, Reason
 from tfrecords_builder.sharding import is_shard_name
-from tfrecords_builder.splits import SPLITS
+from tfrecords_builder.splitting.near_duplicates import group_of
+from tfrecords_builder.splitting.splits import SPLITS
 
 MANIFEST_NAME = "manifest.parquet"
 FORMAT_VERSION = 4
@@ -193,7 +193,7 @@ class Manifest:
     rows: Sequence[Row]
     """In the order of their paths; a record's `index` key is a position here."""
     duplicates: tuple[tuple[int, int, float], ...] = ()
-    """Pairs of rows that are near-duplicates, and how alike they are; see `audit.find_duplicates`."""
+    """Pairs of rows that are near-duplicates, and how alike they are; see `near_duplicates.find_duplicates`."""
     created_with: dict[str, str] = field(default_factory=dict)
     """Versions of the libraries that decoded the images: information, not part of the fingerprint."""
     not_taken: tuple[NotTaken, ...] = ()

@@ -16,9 +16,9 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from tfrecords_builder.audit import THUMBNAIL_SIZE
 from tfrecords_builder.common.files import write_whole
 from tfrecords_builder.common.seal import read_sealed_json, sealed_json
+from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
 
 IMAGES_PER_PART = 32
 MOST_PARTS = 4096

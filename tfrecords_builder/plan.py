@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tfrecords_builder import audit, splits
 from tfrecords_builder.manifest import ACCEPTED, EXCLUDED, REJECTED, Row, Settings
 from tfrecords_builder.metadata import Metadata
 from tfrecords_builder.parts import PartImage
 from tfrecords_builder.schema import encode_mask
 from tfrecords_builder.sharding import shard_bounds, shard_count, shard_name
+from tfrecords_builder.splitting import near_duplicates, splits
 from tfrecords_builder.writer import ShardItem, ShardTask, WrittenShard
 
 
@@ -57,16 +57,16 @@ def decide(
         given: With a split rule from a file, the split by path. An image that it leaves out is excluded.
     """
     whole = [row for row, item in enumerate(known) if item.image.reason is None]
-    found = audit.find_duplicates([known[row].image.sha256 or "" for row in whole], thumbnails)
+    found = near_duplicates.find_duplicates([known[row].image.sha256 or "" for row in whole], thumbnails)
     duplicates = tuple((whole[pair.first], whole[pair.second], pair.score) for pair in found)
     same = [(first, second) for first, second, _ in duplicates]
-    root = audit.group_of(len(known), [*same, *_patients(known, whole)])
+    root = near_duplicates.group_of(len(known), [*same, *_patients(known, whole)])
     paths = [item.image.path for item in known]
     excluded: dict[str, str] = {}
     if settings.conflicts == "exclude":
         # Not of patients: one may well have images in two classes.
-        looks = audit.group_of(len(known), same)
-        classes = audit.conflicts(looks, [item.class_name for item in known])
+        looks = near_duplicates.group_of(len(known), same)
+        classes = near_duplicates.conflicts(looks, [item.class_name for item in known])
         for row in whole:
             if looks[row] in classes:
                 names = " and ".join(classes[looks[row]])

@@ -23,7 +23,7 @@ from tfrecords_builder.file_kinds import (
     not_taken_lines,
     printable,
 )
-from tfrecords_builder.splits import SPLITS
+from tfrecords_builder.splitting.splits import SPLITS
 from tfrecords_builder.survey import Folder, Survey
 
 MAX_LOST = 0.01

@@ -21,7 +21,7 @@ from tfrecords_builder.download import FOLDER
 from tfrecords_builder.images.decode import decode_mask, load_gray, read_bytes
 from tfrecords_builder.schema import IMAGE, INDEX, LABEL, MASK, PATH
 from tfrecords_builder.sources import SourceImage, class_counts, find_images
-from tfrecords_builder.splits import SPLITS, assign_splits
+from tfrecords_builder.splitting.splits import SPLITS, assign_splits
 from tfrecords_builder.tfds_files import CITATION, VERSION
 
 CLASS_NAMES = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")

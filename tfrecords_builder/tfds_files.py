@@ -11,7 +11,7 @@ from typing import Any
 from tfrecords_builder.manifest import Manifest
 from tfrecords_builder.schema import IMAGE, INDEX, LABEL, MASK, PATH
 from tfrecords_builder.sharding import DATASET_NAME
-from tfrecords_builder.splits import SPLITS
+from tfrecords_builder.splitting.splits import SPLITS
 
 DATASET_INFO = "dataset_info.json"
 FEATURES = "features.json"

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO
 
 from tfrecords_builder import parts, recordio, schema
-from tfrecords_builder.audit import THUMBNAIL_SIZE
 from tfrecords_builder.common import files
 from tfrecords_builder.images import decode as images
 from tfrecords_builder.images import resizing
+from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
 
 # Whole factors by means of squares, the rest by interpolation: a tenth of the time of interpolation alone.
 THUMBNAIL = resizing.Square(THUMBNAIL_SIZE, reducing_gap=1.0)

@@ -13,7 +13,7 @@ from cxr_dist.reporting import ConsoleReporter, progress_bar
 from cxr_dist.search.record import best_run
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.splits import TRAIN_PERCENT
+from tfrecords_builder.splitting.splits import TRAIN_PERCENT
 
 BENCH_IMAGE_SIZE = 224
 DATABASE_IMAGE_SIZE = 299

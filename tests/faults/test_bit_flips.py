@@ -17,7 +17,7 @@ from tests.conftest import use_small_base
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.manifest import read_manifest
 from tfrecords_builder.recordio import CorruptRecordError
-from tfrecords_builder.splits import SPLITS
+from tfrecords_builder.splitting.splits import SPLITS
 
 COUNT = 75
 """Flips of each kind."""

@@ -11,7 +11,7 @@ from PIL import Image
 from tfrecords_builder import recordio, schema
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.manifest import Manifest, Row, read_manifest
-from tfrecords_builder.splits import SPLITS
+from tfrecords_builder.splitting.splits import SPLITS
 
 IMAGE_SIZE = 20
 COUNTS = {"COVID": 40, "Normal": 30, "Viral Pneumonia": 20}

@@ -31,7 +31,7 @@ from tfrecords_builder.manifest import MANIFEST_NAME, read_manifest
 from tfrecords_builder.output import WORK_FOLDER
 from tfrecords_builder.recordio import read_at
 from tfrecords_builder.schema import decode_image, encode_image, parse_batch
-from tfrecords_builder.splits import SPLITS, split_sizes
+from tfrecords_builder.splitting.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
 from tfrecords_builder.writer import IngestedImages, IngestTask, ShardTask, WrittenShard, ingest, write_shard
 

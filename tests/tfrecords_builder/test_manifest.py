@@ -18,7 +18,7 @@ from tfrecords_builder.manifest import (
     read_manifest,
     write_manifest,
 )
-from tfrecords_builder.splits import SPLITS, split_sizes
+from tfrecords_builder.splitting.splits import SPLITS, split_sizes
 
 PROMISED = {
     *("path", "class_name", "label", "split", "group", "sha256"),

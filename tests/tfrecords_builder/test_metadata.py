@@ -20,7 +20,7 @@ from tfrecords_builder.metadata import (
     read_metadata,
 )
 from tfrecords_builder.sources import find_images
-from tfrecords_builder.splits import SPLITS, split_sizes
+from tfrecords_builder.splitting.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
 
 

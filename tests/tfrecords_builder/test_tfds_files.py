@@ -13,7 +13,7 @@ from tfrecords_builder.images.decode import load_gray
 from tfrecords_builder.manifest import read_manifest
 from tfrecords_builder.recordio import scan
 from tfrecords_builder.schema import decode_example, decode_image, encode_image
-from tfrecords_builder.splits import SPLITS
+from tfrecords_builder.splitting.splits import SPLITS
 from tfrecords_builder.tfds_files import FILES
 from tfrecords_builder.verify import verify_dataset
 

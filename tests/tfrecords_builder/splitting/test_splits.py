@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrecords_builder.splits import MIN_IMAGES_PER_CLASS, SPLITS, assign_splits, split_sizes, stable_order
+from tfrecords_builder.splitting.splits import MIN_IMAGES_PER_CLASS, SPLITS, assign_splits, split_sizes, stable_order
 
 # The published project's classes and split (its training figure is two higher than its own rule gives).
 PUBLISHED_CLASSES = (3_616, 6_012, 10_192, 1_345)

@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from cxr_dist.phantoms import CLASS_FOLDERS, draw_phantom, phantom_rng
-from tfrecords_builder import audit
-from tfrecords_builder.audit import (
+from tfrecords_builder.images.decode import decode_gray
+from tfrecords_builder.images.resizing import squares
+from tfrecords_builder.splitting import near_duplicates
+from tfrecords_builder.splitting.near_duplicates import (
     COARSE_THRESHOLD,
     FINE_THRESHOLD,
     THUMBNAIL_SIZE,
@@ -18,8 +20,6 @@ from tfrecords_builder.audit import (
     find_duplicates,
     group_of,
 )
-from tfrecords_builder.images.decode import decode_gray
-from tfrecords_builder.images.resizing import squares
 from tfrecords_builder.writer import THUMBNAIL
 
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]
@@ -70,7 +70,7 @@ def originals() -> list[Image.Image]:
 
 
 def test_different_images_are_no_duplicates(originals: list[Image.Image]) -> None:
-    assert audit.near_duplicates(np.stack([thumbnail(image) for image in originals])) == []
+    assert near_duplicates.near_duplicates(np.stack([thumbnail(image) for image in originals])) == []
 
 
 @pytest.mark.parametrize("kind", CHANGES)
@@ -78,7 +78,7 @@ def test_a_changed_copy_is_found_and_nothing_else(originals: list[Image.Image], 
     rng = np.random.default_rng(0)
     copies = [CHANGES[kind](image, rng) for image in originals]
     thumbnails = np.stack([thumbnail(image) for image in [*originals, *copies]])
-    found = {(i, j) for i, j, _ in audit.near_duplicates(thumbnails)}
+    found = {(i, j) for i, j, _ in near_duplicates.near_duplicates(thumbnails)}
     count = len(originals)
     assert found == {(i, i + count) for i in range(count)}
 
@@ -86,10 +86,10 @@ def test_a_changed_copy_is_found_and_nothing_else(originals: list[Image.Image], 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, originals: list[Image.Image]) -> None:
     """The search in blocks finds what one product of all with all finds."""
     thumbnails = np.stack([thumbnail(image) for image in [*originals, *originals[3:9], originals[0]]])
-    whole = sorted(audit.near_duplicates(thumbnails))
+    whole = sorted(near_duplicates.near_duplicates(thumbnails))
     assert len(whole) == 7
-    monkeypatch.setattr(audit, "_BLOCK", 5)
-    for (i, j, score), (k, m, other) in zip(sorted(audit.near_duplicates(thumbnails)), whole, strict=True):
+    monkeypatch.setattr(near_duplicates, "_BLOCK", 5)
+    for (i, j, score), (k, m, other) in zip(sorted(near_duplicates.near_duplicates(thumbnails)), whole, strict=True):
         assert (i, j) == (k, m)
         assert score == pytest.approx(other, abs=1e-5)
 
@@ -101,9 +101,9 @@ def test_the_measure_against_a_plain_computation(originals: list[Image.Image]) -
     pixels = np.stack([thumbnail(image) for image in originals[:6]]).astype(np.float64)
     band = pixels - uniform_filter(pixels, (0, 9, 9), mode="nearest")
     expected = np.corrcoef(uniform_filter(band, (0, 3, 3), mode="nearest").reshape(6, -1))
-    fine = audit._fine(pixels.astype(np.uint8))
+    fine = near_duplicates._fine(pixels.astype(np.uint8))
     np.testing.assert_allclose(fine @ fine.T, expected, atol=2e-3)
-    coarse = audit._coarse(pixels.astype(np.uint8))
+    coarse = near_duplicates._coarse(pixels.astype(np.uint8))
     means = pixels.reshape(6, 16, 4, 16, 4).mean((2, 4)).reshape(6, -1)
     np.testing.assert_allclose(coarse @ coarse.T, np.corrcoef(means), atol=1e-4)
 
@@ -113,18 +113,20 @@ def test_the_bound_is_one_and_a_close_one(seed: int, originals: list[Image.Image
     """No pair is passed over for want of the numbers that are left out."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, (40, THUMBNAIL_SIZE, THUMBNAIL_SIZE), dtype=np.uint8)
-    rows = audit._coarse(np.concatenate([np.stack([thumbnail(image) for image in originals]), noise, noise[:3] // 2]))
-    bounds = audit._upper_bounds(rows)
+    rows = near_duplicates._coarse(
+        np.concatenate([np.stack([thumbnail(image) for image in originals]), noise, noise[:3] // 2])
+    )
+    bounds = near_duplicates._upper_bounds(rows)
     assert bounds.shape[1] < rows.shape[1] // 4
     excess = bounds @ bounds.T - rows @ rows.T
-    assert excess.min() > -audit._ROUNDING
+    assert excess.min() > -near_duplicates._ROUNDING
     assert np.median(excess[: len(originals), : len(originals)]) < 0.15
 
 
 def test_flat_images_are_like_nothing() -> None:
     flat = np.full((3, THUMBNAIL_SIZE, THUMBNAIL_SIZE), 7, np.uint8)
-    assert audit.near_duplicates(flat) == []
-    assert audit.near_duplicates(flat[:0]) == []
+    assert near_duplicates.near_duplicates(flat) == []
+    assert near_duplicates.near_duplicates(flat[:0]) == []
 
 
 def test_equal_files_are_pairs_with_their_first() -> None:
@@ -148,7 +150,7 @@ def test_real_xrays(xrays: Path) -> None:
     chosen = [Image.open(paths[i]).convert("L") for i in rng.choice(len(paths), 150, replace=False)]
     copies = [CHANGES["all"](image, rng) for image in chosen]
     thumbnails = np.stack([thumbnail(image) for image in [*chosen, *copies]])
-    found = {(i, j): score for i, j, score in audit.near_duplicates(thumbnails)}
+    found = {(i, j): score for i, j, score in near_duplicates.near_duplicates(thumbnails)}
     made = {(i, i + len(chosen)) for i in range(len(chosen))}
     assert made <= found.keys()
     # Among the 150 themselves real duplicates may be; their copies then pair up crosswise.
