@@ -38,7 +38,7 @@ def synth(options: argparse.Namespace) -> None:
 
 
 def download(options: argparse.Namespace) -> None:
-    from tfrecords_builder.download import IMAGES, download_database
+    from tfrecords_builder.collection.download import IMAGES, download_database
 
     fetched = download_database(options.folder)
     print(f"{options.folder}: {sum(IMAGES.values()):,} images" + ("" if fetched else "; they were there already"))
@@ -46,7 +46,7 @@ def download(options: argparse.Namespace) -> None:
 
 def build(options: argparse.Namespace) -> None:
     from tfrecords_builder.build import build_dataset
-    from tfrecords_builder.file_kinds import not_taken_lines
+    from tfrecords_builder.collection.file_kinds import not_taken_lines
 
     with _builders(options) as pool, _output_folder(options) as dataset, progress_bar("build") as progress:
         summary = build_dataset(
@@ -92,7 +92,7 @@ def build(options: argparse.Namespace) -> None:
 @contextmanager
 def _output_folder(options: argparse.Namespace) -> Iterator[Path]:
     """Where a build writes: the folder that was given, or a local one that goes up at the end."""
-    from tfrecords_builder.sources import list_source
+    from tfrecords_builder.collection.find import list_source
     from tfrecords_builder.storage import staged_output
 
     if isinstance(options.dataset, Path):

@@ -12,10 +12,10 @@ import numpy.typing as npt
 from cxr_dist.plans import Positions
 from cxr_dist.seen import Digests, digests_of
 from cxr_dist.sources import weakly
+from tfrecords_builder.collection.find import find_images
+from tfrecords_builder.collection.metadata import Metadata, normalized_patient, read_metadata
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images.decode import decode_mask, load_gray, read_bytes
-from tfrecords_builder.metadata import Metadata, normalized_patient, read_metadata
-from tfrecords_builder.sources import find_images
 from tfrecords_builder.splitting.near_duplicates import group_of
 
 

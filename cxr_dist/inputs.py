@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tfrecords_builder.collection.file_kinds import IMAGE_SUFFIXES, IMAGES_FOLDER, MASKS_FOLDER
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.file_kinds import IMAGE_SUFFIXES, IMAGES_FOLDER, MASKS_FOLDER
 from tfrecords_builder.images.decode import ImageError, TooLargeError, decode_gray, read_bytes
 from tfrecords_builder.images.dicom import HEAD, decode_dicom, is_dicom
 from tfrecords_builder.images.resizing import Square, squares

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from cxr_dist.plans import Positions
 from cxr_dist.seen import Digests, digests_of
 from tfrecords_builder import recordio, schema
+from tfrecords_builder.collection.metadata import normalized_patient
 from tfrecords_builder.common.pool import default_workers
 from tfrecords_builder.manifest import Manifest
-from tfrecords_builder.metadata import normalized_patient
 
 P = ParamSpec("P")
 R = TypeVar("R")

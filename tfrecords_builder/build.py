@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder import output, parts, plan
+from tfrecords_builder.collection.find import SourceImage, class_counts, list_source, read_split_file
+from tfrecords_builder.collection.metadata import Metadata, examine_metadata, metadata_digest
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.pool import Pool, default_workers
 from tfrecords_builder.images.decode import DECODERS, ImageError
@@ -40,9 +42,7 @@ from tfrecords_builder.manifest import (
     read_manifest,
     write_manifest,
 )
-from tfrecords_builder.metadata import Metadata, examine_metadata, metadata_digest
 from tfrecords_builder.schema import ENCODINGS
-from tfrecords_builder.sources import SourceImage, class_counts, list_source, read_split_file
 from tfrecords_builder.splitting import splits
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
 from tfrecords_builder.writer import IngestTask, ingest, write_shard
@@ -100,7 +100,7 @@ def build_dataset(
     else in the folder is an error and is not touched.
 
     Args:
-        source: Holds one folder per class; see `sources.list_source`.
+        source: Holds one folder per class; see `find.list_source`.
         dataset: The output folder: absent, empty, or of an earlier build.
         image_size: Side of the stored images in pixels.
         encoding: raw, png or jpeg; see `schema`.

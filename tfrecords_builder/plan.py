@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tfrecords_builder.collection.metadata import Metadata
 from tfrecords_builder.manifest import ACCEPTED, EXCLUDED, REJECTED, Row, Settings
-from tfrecords_builder.metadata import Metadata
 from tfrecords_builder.parts import PartImage
 from tfrecords_builder.schema import encode_mask
 from tfrecords_builder.sharding import shard_bounds, shard_count, shard_name

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow_datasets as tfds
 
-from tfrecords_builder.download import FOLDER
+from tfrecords_builder.collection.download import FOLDER
+from tfrecords_builder.collection.find import SourceImage, class_counts, find_images
 from tfrecords_builder.images.decode import decode_mask, load_gray, read_bytes
 from tfrecords_builder.schema import IMAGE, INDEX, LABEL, MASK, PATH
-from tfrecords_builder.sources import SourceImage, class_counts, find_images
 from tfrecords_builder.splitting.splits import SPLITS, assign_splits
 from tfrecords_builder.tfds_files import CITATION, VERSION
 

@@ -19,9 +19,9 @@ from statistics import median
 from PIL import Image
 
 from tfrecords_builder.build import build_dataset
+from tfrecords_builder.collection.find import class_counts, find_images
 from tfrecords_builder.common.pool import Pool
 from tfrecords_builder.images.resizing import RESAMPLING
-from tfrecords_builder.sources import class_counts, find_images
 
 _IMAGES_PER_TASK = 32
 
@@ -46,7 +46,7 @@ def measure(source: Path, work: Path, image_size: int, workers: Sequence[int], r
     """Time every way `rounds` times, in turns.
 
     Args:
-        source: Labelled images; see `sources.find_images`.
+        source: Labelled images; see `find.find_images`.
         work: An empty folder; datasets are written into it and removed.
         image_size: Pixels.
         workers: Numbers of processes.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from tfrecords_builder.download import FOLDER
+from tfrecords_builder.collection.download import FOLDER
 from tfrecords_builder.images.resizing import RESAMPLING
 from tfrecords_builder.tfds_builder import Covid19Radiography, SizeConfig
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 from cxr_dist.phantoms.drawing import draw_phantom
 from cxr_dist.phantoms.signs import CLASS_FOLDERS
+from tfrecords_builder.collection.file_kinds import IMAGES_FOLDER, MASKS_FOLDER
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.interrupts import interrupts_held
 from tfrecords_builder.common.pool import prepare_child
-from tfrecords_builder.file_kinds import IMAGES_FOLDER, MASKS_FOLDER
 
 SMALLEST_SIZE = 32
 LARGEST_SIZE = 4096

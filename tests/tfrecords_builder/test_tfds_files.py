@@ -7,8 +7,8 @@ import pytest
 
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import build_dataset
+from tfrecords_builder.collection.download import FOLDER
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.download import FOLDER
 from tfrecords_builder.images.decode import load_gray
 from tfrecords_builder.manifest import read_manifest
 from tfrecords_builder.recordio import scan

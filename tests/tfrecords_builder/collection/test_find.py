@@ -4,9 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfrecords_builder.collection.file_kinds import Reason
+from tfrecords_builder.collection.find import (
+    SourceImage,
+    class_counts,
+    class_name_of,
+    find_images,
+    list_source,
+    match_masks,
+)
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.file_kinds import Reason
-from tfrecords_builder.sources import SourceImage, class_counts, class_name_of, find_images, list_source, match_masks
 
 
 def touch(root: Path, *paths: str) -> Path:

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from tfrecords_builder.collection.find import find_images
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import bytes_below
 from tfrecords_builder.common.interrupts import interrupts_held
-from tfrecords_builder.sources import find_images
 
 HANDLE = "tawsifurrahman/covid19-radiography-database"
 PAGE = f"kaggle.com/datasets/{HANDLE}"

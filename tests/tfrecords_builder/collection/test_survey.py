@@ -15,12 +15,12 @@ from PIL import Image
 from cxr_dist import cli
 from tests.tfrecords_builder.conftest import write_images
 from tfrecords_builder.build import build_dataset
+from tfrecords_builder.collection.file_kinds import Reason, not_taken_lines, printable, suffix_of
+from tfrecords_builder.collection.find import Listing, find_images, list_source
+from tfrecords_builder.collection.survey import Survey
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.file_kinds import Reason, not_taken_lines, printable, suffix_of
 from tfrecords_builder.images.decode import ImageError
 from tfrecords_builder.manifest import read_manifest
-from tfrecords_builder.sources import Listing, find_images, list_source
-from tfrecords_builder.survey import Survey
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CLASSES = {"COVID": 12, "Lung_Opacity": 12, "Normal": 12, "Viral_Pneumonia": 12}

@@ -18,9 +18,9 @@ import pytest
 
 from cxr_dist import cli
 from tests.tfrecords_builder.conftest import write_images
-from tfrecords_builder import download
+from tfrecords_builder.collection import download
+from tfrecords_builder.collection.download import FOLDER, download_database
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.download import FOLDER, download_database
 
 COUNTS = {"COVID": 3, "Normal": 4, "Viral Pneumonia": 2}
 IMAGES = {"COVID": 3, "Normal": 4, "Viral_Pneumonia": 2}

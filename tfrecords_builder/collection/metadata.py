@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath
 
+from tfrecords_builder.collection.file_kinds import CSV_NAME, IMAGE_SUFFIXES, SHEET_SUFFIX, Note, printable
+from tfrecords_builder.collection.find import SourceImage, class_name_of
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.file_kinds import CSV_NAME, IMAGE_SUFFIXES, SHEET_SUFFIX, Note, printable
-from tfrecords_builder.sources import SourceImage, class_name_of
 
 PATH_COLUMNS = ("path", "file_name", "filename", "image")
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid")

@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.file_kinds import (
+from tfrecords_builder.collection.file_kinds import (
     FIXES,
     IMAGES_FOLDER,
     LOST,
@@ -23,8 +22,9 @@ from tfrecords_builder.file_kinds import (
     not_taken_lines,
     printable,
 )
+from tfrecords_builder.collection.survey import Folder, Survey
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.splitting.splits import SPLITS
-from tfrecords_builder.survey import Folder, Survey
 
 MAX_LOST = 0.01
 """Share of a class's pictures that may be left out without being asked."""

@@ -9,8 +9,7 @@ from enum import Enum, auto
 from heapq import heappop, heappush
 from pathlib import Path
 
-from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.file_kinds import (
+from tfrecords_builder.collection.file_kinds import (
     CSV_NAME,
     IMAGE_SUFFIXES,
     IMAGES_FOLDER,
@@ -27,6 +26,7 @@ from tfrecords_builder.file_kinds import (
     printable,
     suffix_of,
 )
+from tfrecords_builder.common.errors import UserError
 
 Entry = os.DirEntry[str]
 _ROOT = "."

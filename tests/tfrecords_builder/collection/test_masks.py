@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import BuildSummary, build_dataset
-from tfrecords_builder.download import FOLDER
+from tfrecords_builder.collection.download import FOLDER
 from tfrecords_builder.images.decode import ImageError
 from tfrecords_builder.manifest import read_manifest
 from tfrecords_builder.recordio import scan

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import build_dataset
-from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.file_kinds import Note
-from tfrecords_builder.metadata import (
+from tfrecords_builder.collection.file_kinds import Note
+from tfrecords_builder.collection.find import find_images
+from tfrecords_builder.collection.metadata import (
     Metadata,
     examine_metadata,
     metadata_digest,
     normalized_patient,
     read_metadata,
 )
-from tfrecords_builder.sources import find_images
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.splitting.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
 
