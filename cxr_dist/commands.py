@@ -18,7 +18,7 @@ from tfrecords_builder.common.errors import UserError
 
 if TYPE_CHECKING:
     from tfrecords_builder.build import Workers
-    from tfrecords_builder.manifest import Manifest, Row
+    from tfrecords_builder.format.manifest import Manifest, Row
     from tfrecords_builder.storage import Place
 
 
@@ -226,7 +226,7 @@ def run_training(
     from cxr_dist.model import check_weights
     from cxr_dist.orchestration.train_job import train_locally, train_with_ray
     from cxr_dist.plans import TrainingPlan
-    from tfrecords_builder.manifest import check_shards, read_manifest
+    from tfrecords_builder.format.manifest import check_shards, read_manifest
 
     if launcher == "local" and ((workers or (1, 1))[1] > 1 or address):
         raise UserError("--launcher local: is one process; leave --workers and --address out, or use --launcher ray")

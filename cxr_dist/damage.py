@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cxr_dist.run_folder import DAMAGED
-from tfrecords_builder import recordio
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_json
-from tfrecords_builder.manifest import Manifest
+from tfrecords_builder.format import tfrecord
+from tfrecords_builder.format.manifest import Manifest
 
 SPLITS = ("train", "validation")
 """What a run reads. An evaluation leaves nothing out."""
@@ -62,8 +62,8 @@ def find_damaged(dataset: Path, manifest: Manifest) -> Iterator[DamagedRecord]:
                 for record, position in enumerate((index.shard == number).nonzero()[0]):
                     place = int(index.offset[position]), int(index.length[position])
                     try:
-                        recordio.read_at(descriptor, *place, dataset / name)
-                    except recordio.CorruptRecordError as error:
+                        tfrecord.read_at(descriptor, *place, dataset / name)
+                    except tfrecord.CorruptRecordError as error:
                         yield DamagedRecord(index.paths[position], name, record, error.offset, error.reason)
             finally:
                 os.close(descriptor)

@@ -27,7 +27,7 @@ from cxr_dist.sources import ArraySource, ShardSource, Source
 from cxr_dist.strategy import Topology, make_strategy, prepare_devices, resolve_precision, resolve_xla
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_json
-from tfrecords_builder.manifest import Manifest, check_shards, read_manifest
+from tfrecords_builder.format.manifest import Manifest, check_shards, read_manifest
 from tfrecords_builder.storage import Place, local_copy, parse_place
 
 ImageSource = ShardSource | FolderSource

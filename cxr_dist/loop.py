@@ -37,7 +37,7 @@ from cxr_dist.store import FeatureStore
 from cxr_dist.strategy import Topology, dtype_policy, hardware, make_strategy, resolve_precision, resolve_xla
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import move_durably, write_json
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 
 
 def train(

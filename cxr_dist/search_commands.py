@@ -50,7 +50,7 @@ def run_search(plan: SearchPlan, experiment: Experiment, options: argparse.Names
     from cxr_dist.model import check_weights
     from cxr_dist.plans import TrainingPlan
     from cxr_dist.search.page import write_page
-    from tfrecords_builder.manifest import check_shards, read_manifest
+    from tfrecords_builder.format.manifest import check_shards, read_manifest
 
     with ExitStack() as held:
         folder = held.enter_context(local_dataset(options.dataset))

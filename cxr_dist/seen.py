@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import write_json
-from tfrecords_builder.manifest import Manifest
+from tfrecords_builder.format.manifest import Manifest
 
 SEEN = "seen.json"
 Digests: TypeAlias = npt.NDArray[np.uint64]

@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from cxr_dist.plans import Positions
 from cxr_dist.seen import Digests, digests_of
-from tfrecords_builder import recordio, schema
 from tfrecords_builder.collection.metadata import normalized_patient
 from tfrecords_builder.common.pool import default_workers
-from tfrecords_builder.manifest import Manifest
+from tfrecords_builder.format import record, tfrecord
+from tfrecords_builder.format.manifest import Manifest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -104,7 +104,7 @@ class ShardSource:
             return images
         serialized = tf.numpy_function(weakly(self._read), [positions], tf.string)
         serialized.set_shape(positions.shape)
-        return schema.parse_batch(serialized, size, encoding)["image"]
+        return record.parse_batch(serialized, size, encoding)["image"]
 
     def pixels(self, positions: Positions) -> npt.NDArray[np.uint8]:
         """The images at `positions`: uint8 [B, S, S]."""
@@ -115,9 +115,9 @@ class ShardSource:
         if not self._manifest.settings.masks:
             return None
         size = self._manifest.image_size
-        encoded = (schema.decode_example(payload).mask for payload in self._payloads(positions))
+        encoded = (record.decode_example(payload).mask for payload in self._payloads(positions))
         return np.stack(
-            [np.zeros((size, size), np.bool_) if m is None else schema.decode_mask(m, size) for m in encoded]
+            [np.zeros((size, size), np.bool_) if m is None else record.decode_mask(m, size) for m in encoded]
         )
 
     def origins(self, positions: Positions) -> tuple[list[str | None], list[str]]:
@@ -154,14 +154,14 @@ class ShardSource:
     def _pixels(self, payload: bytes) -> npt.NDArray[np.uint8]:
         size, encoding = self._manifest.image_size, self._manifest.encoding
         if encoding == "raw":
-            return schema.raw_pixels(payload, size)
-        return schema.decode_image(schema.decode_example(payload).image, size, encoding)[..., None]
+            return record.raw_pixels(payload, size)
+        return record.decode_image(record.decode_example(payload).image, size, encoding)[..., None]
 
     def _read_raw(self, positions: Positions) -> npt.NDArray[np.uint8]:
         size = self._manifest.image_size
         images = np.empty((len(positions), size, size, 1), np.uint8)
         for slot, payload in enumerate(self._payloads(positions)):
-            images[slot] = schema.raw_pixels(payload, size)
+            images[slot] = record.raw_pixels(payload, size)
         return images
 
     def _read(self, positions: Positions) -> npt.NDArray[np.object_]:
@@ -174,7 +174,7 @@ class ShardSource:
         with self._failures_kept():
             for position in positions:
                 shard = int(self._index.shard[position])
-                yield recordio.read_at(self._file(shard), *self._place(position), self._paths[shard])
+                yield tfrecord.read_at(self._file(shard), *self._place(position), self._paths[shard])
 
     def _sequential(self, positions: Positions) -> Iterator[bytes]:
         """Of records of one shard, by rising offset."""
@@ -186,7 +186,7 @@ class ShardSource:
             file = self._file(shard, ahead=False)
             for first, last in pairwise(starts):
                 places = zip(offsets[first:last].tolist(), lengths[first:last].tolist(), strict=True)
-                yield from recordio.read_run(file, list(places), self._paths[shard])
+                yield from tfrecord.read_run(file, list(places), self._paths[shard])
 
     def _place(self, position: int) -> tuple[int, int]:
         return int(self._index.offset[position]), int(self._index.length[position])
@@ -195,19 +195,19 @@ class ShardSource:
     def _failures_kept(self) -> Iterator[None]:
         try:
             yield
-        except recordio.CorruptRecordError as error:
+        except tfrecord.CorruptRecordError as error:
             self.failure = self._numbered(error)
             raise self.failure from error
         except Exception as error:
             self.failure = error
             raise
 
-    def _numbered(self, error: recordio.CorruptRecordError) -> recordio.CorruptRecordError:
+    def _numbered(self, error: tfrecord.CorruptRecordError) -> tfrecord.CorruptRecordError:
         """The error with the record's number in its shard, which only the index knows."""
         index = self._manifest.split(self._split)  # with what is left out
         in_shard = index.shard == self._paths.index(Path(error.shard))
         number = int(np.sum(in_shard & (index.offset < error.offset)))
-        return recordio.CorruptRecordError(error.shard, number, error.offset, error.reason)
+        return tfrecord.CorruptRecordError(error.shard, number, error.offset, error.reason)
 
     def _file(self, shard: int, ahead: bool = True) -> int:
         with self._lock:

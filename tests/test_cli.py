@@ -16,7 +16,7 @@ from PIL import Image
 from cxr_dist import cli, run_folder
 from cxr_dist.config import load_config
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 
 COMMANDS = (
     "demo",

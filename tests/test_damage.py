@@ -16,8 +16,8 @@ from cxr_dist.sources import ShardSource
 from tests.conftest import SMALL_RUN
 from tests.test_loop import comparable
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import read_manifest
-from tfrecords_builder.recordio import HEADER_BYTES, scan
+from tfrecords_builder.format.manifest import read_manifest
+from tfrecords_builder.format.tfrecord import HEADER_BYTES, scan
 
 Damage = Callable[[str, int], str]
 """Flip a bit of the record at a position of a split; the path of its source image."""

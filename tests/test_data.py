@@ -18,9 +18,9 @@ from cxr_dist.plans import PADDING, EvaluationPlan, TrainingPlan, epoch_order
 from cxr_dist.sources import ArraySource, MemorySource, ShardSource
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.format.manifest import read_manifest
+from tfrecords_builder.format.tfrecord import HEADER_BYTES, CorruptRecordError
 from tfrecords_builder.images.decode import load_gray
-from tfrecords_builder.manifest import read_manifest
-from tfrecords_builder.recordio import HEADER_BYTES, CorruptRecordError
 
 REPLICAS = (1, 2, 3, 4, 6, 12)
 

@@ -18,7 +18,7 @@ from tests.training import CLASSES, SIZE, config, images, local_topology, small_
 from tfrecords_builder import storage
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("small_network")
 

@@ -25,7 +25,7 @@ from cxr_dist.reporting import Event, Reporter, Reporters
 from cxr_dist.strategy import prepare_devices
 from tests.conftest import SMALL_RUN
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("small_network")
 

@@ -9,7 +9,7 @@ from cxr_dist import run_folder
 from cxr_dist.config import Config, load_config
 from cxr_dist.versions import FORMAT
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import Manifest, Settings
+from tfrecords_builder.format.manifest import Manifest, Settings
 
 DATA = Path("somewhere/dataset")
 

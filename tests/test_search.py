@@ -33,7 +33,7 @@ from cxr_dist.search.shared import FirstStages, SharedBase, first_stage_key
 from cxr_dist.search.space import Parameter, SearchConfig, SearchPlan, from_tree, load_search
 from cxr_dist.search.watch import Jobs
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 
 DROPOUT, RATE, DEPTH = "model.dropout", "stages.1.learning_rate", "stages.2.unfreeze_layers"
 SPACE = {DROPOUT: {"low": 0.0, "high": 0.5}, RATE: {"low": 1e-4, "high": 1e-2, "log": True}}

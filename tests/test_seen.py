@@ -16,7 +16,7 @@ from cxr_dist.seen import SEEN, digests_of, read_seen
 from tests.html_page import Page
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("small_network")
 

@@ -29,8 +29,7 @@ from tfrecords_builder.collection.find import SourceImage, class_counts, list_so
 from tfrecords_builder.collection.metadata import Metadata, examine_metadata, metadata_digest
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.pool import Pool, default_workers
-from tfrecords_builder.images.decode import DECODERS, ImageError
-from tfrecords_builder.manifest import (
+from tfrecords_builder.format.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     MAX_IMAGE_SIZE,
@@ -42,7 +41,8 @@ from tfrecords_builder.manifest import (
     read_manifest,
     write_manifest,
 )
-from tfrecords_builder.schema import ENCODINGS
+from tfrecords_builder.format.record import ENCODINGS
+from tfrecords_builder.images.decode import DECODERS, ImageError
 from tfrecords_builder.splitting import splits
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
 from tfrecords_builder.writer import IngestTask, ingest, write_shard

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tfrecords_builder import recordio, schema, shortcuts
+from tfrecords_builder import shortcuts
 from tfrecords_builder.eda_counts import (
     QUANTILES,
     accepted,
@@ -29,7 +29,9 @@ from tfrecords_builder.eda_counts import (
     size_numbers,
     source_folder_numbers,
 )
-from tfrecords_builder.manifest import Manifest, Row, check_shards, read_manifest
+from tfrecords_builder.format import record as schema
+from tfrecords_builder.format import tfrecord
+from tfrecords_builder.format.manifest import Manifest, Row, check_shards, read_manifest
 from tfrecords_builder.shortcuts import Features, Gray
 
 FORMAT_VERSION = 1
@@ -342,7 +344,7 @@ def _images(dataset: Path, manifest: Manifest) -> Iterator[tuple[Row, Gray]]:
     """Every record with its row, in the order of the shards."""
     for shard in manifest.shards:
         path = dataset / shard.name
-        for number, (offset, payload) in enumerate(recordio.scan(path)):
+        for number, (offset, payload) in enumerate(tfrecord.scan(path)):
             try:
                 record = schema.decode_example(payload)
                 gray = schema.decode_image(record.image, manifest.image_size, manifest.encoding)
@@ -350,7 +352,7 @@ def _images(dataset: Path, manifest: Manifest) -> Iterator[tuple[Row, Gray]]:
                 if row is None or (row.path, row.shard, row.index) != (record.path, shard.name, number):
                     raise ValueError(f"it holds '{record.path}', which the manifest has elsewhere")
             except ValueError as error:
-                raise recordio.CorruptRecordError(path, number, offset, str(error)) from error
+                raise tfrecord.CorruptRecordError(path, number, offset, str(error)) from error
             yield row, gray
 
 

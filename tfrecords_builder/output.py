@@ -16,10 +16,10 @@ from tfrecords_builder.common import locks
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import ENVIRONMENT_ERRORS, intended_name, is_temporary, sync, write_bytes
 from tfrecords_builder.common.locks import LOCK
-from tfrecords_builder.manifest import MANIFEST_NAME, Manifest, write_manifest
+from tfrecords_builder.format.manifest import MANIFEST_NAME, Manifest, write_manifest
+from tfrecords_builder.format.sharding import is_shard_name
+from tfrecords_builder.format.tfds_files import FILES, tfds_files
 from tfrecords_builder.parts import bytes_of_parts
-from tfrecords_builder.sharding import is_shard_name
-from tfrecords_builder.tfds_files import FILES, tfds_files
 
 WORK_FOLDER = ".cxr-build"
 """Holds a build in progress, inside the output folder."""

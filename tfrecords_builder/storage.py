@@ -28,9 +28,9 @@ import pyarrow.fs
 from tfrecords_builder.common import locks
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import bytes_below, intended_name, move_durably, write_atomically
-from tfrecords_builder.manifest import MANIFEST_NAME, ShardInfo, read_manifest
-from tfrecords_builder.sharding import is_shard_name
-from tfrecords_builder.tfds_files import FILES, tfds_files
+from tfrecords_builder.format.manifest import MANIFEST_NAME, ShardInfo, read_manifest
+from tfrecords_builder.format.sharding import is_shard_name
+from tfrecords_builder.format.tfds_files import FILES, tfds_files
 
 Place = str | Path
 Progress = Callable[[int, int], None]

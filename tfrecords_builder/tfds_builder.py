@@ -19,10 +19,10 @@ import tensorflow_datasets as tfds
 
 from tfrecords_builder.collection.download import FOLDER
 from tfrecords_builder.collection.find import SourceImage, class_counts, find_images
+from tfrecords_builder.format.record import IMAGE, INDEX, LABEL, MASK, PATH
+from tfrecords_builder.format.tfds_files import CITATION, VERSION
 from tfrecords_builder.images.decode import decode_mask, load_gray, read_bytes
-from tfrecords_builder.schema import IMAGE, INDEX, LABEL, MASK, PATH
 from tfrecords_builder.splitting.splits import SPLITS, assign_splits
-from tfrecords_builder.tfds_files import CITATION, VERSION
 
 CLASS_NAMES = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
 

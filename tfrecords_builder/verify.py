@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfrecords_builder import recordio, schema
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import (
+from tfrecords_builder.format import record as schema
+from tfrecords_builder.format import tfrecord
+from tfrecords_builder.format.manifest import (
     ACCEPTED,
     MANIFEST_NAME,
     Manifest,
@@ -18,8 +19,8 @@ from tfrecords_builder.manifest import (
     compute_fingerprint,
     read_manifest,
 )
-from tfrecords_builder.sharding import is_shard_name
-from tfrecords_builder.tfds_files import tfds_files
+from tfrecords_builder.format.sharding import is_shard_name
+from tfrecords_builder.format.tfds_files import tfds_files
 
 PlacedRows = dict[str, list[tuple[int, Row]]]
 
@@ -110,7 +111,7 @@ def _check_manifest(dataset: Path, manifest: Manifest, rows_of: PlacedRows) -> N
 
 def _check_shard(path: Path, manifest: Manifest, shard: ShardInfo, rows: list[tuple[int, Row]]) -> None:
     number = -1
-    for number, (offset, payload) in enumerate(recordio.scan(path)):
+    for number, (offset, payload) in enumerate(tfrecord.scan(path)):
         try:
             record = schema.decode_example(payload)
             schema.decode_image(record.image, manifest.image_size, manifest.encoding)
@@ -126,7 +127,7 @@ def _check_shard(path: Path, manifest: Manifest, shard: ShardInfo, rows: list[tu
             if found != expected:
                 raise ValueError(f"it holds {found} where the manifest says {expected}")
         except ValueError as error:
-            raise recordio.CorruptRecordError(path, number, offset, str(error)) from error
+            raise tfrecord.CorruptRecordError(path, number, offset, str(error)) from error
     if number + 1 != len(rows):
         raise UserError(
             f"{path}: holds {number + 1} records where the manifest says {len(rows)}; build the dataset anew"

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tfrecords_builder import parts, recordio, schema
+from tfrecords_builder import parts
 from tfrecords_builder.common import files
+from tfrecords_builder.format import record, tfrecord
 from tfrecords_builder.images import decode as images
 from tfrecords_builder.images import resizing
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
@@ -141,7 +142,7 @@ def _decode(task: IngestTask) -> IngestedImages:
             if image.decoded is None:
                 done.append(image.entry)
                 continue
-            pixels = schema.encode_image(next(squares), task.encoding)
+            pixels = record.encode_image(next(squares), task.encoding)
             done.append(
                 image.entry._replace(
                     width=image.decoded.width,
@@ -179,7 +180,7 @@ def _read_image(task: IngestTask, file: parts.SourceFile) -> _ReadImage:
     except images.ImageError as error:
         reason = error.reason if error.path == image.path else f"has a mask, {error.path.name}, that {error.reason}"
         return _ReadImage(entry._replace(reason=reason), None, b"")
-    return _ReadImage(entry, decoded, b"" if inside is None else schema.encode_mask(inside))
+    return _ReadImage(entry, decoded, b"" if inside is None else record.encode_mask(inside))
 
 
 def write_shard(task: ShardTask) -> WrittenShard:
@@ -194,7 +195,7 @@ def _write_records(task: ShardTask, file: IO[bytes]) -> WrittenShard:
     offsets: list[int] = []
     lengths: list[int] = []
     folder = str(task.folder)
-    writer = recordio.RecordWriter(file)
+    writer = tfrecord.RecordWriter(file)
     for item in task.items:
         # Opened anew for each image: there are more parts than a process may have open files.
         descriptor = os.open(f"{folder}/{item.part}", os.O_RDONLY)
@@ -204,7 +205,7 @@ def _write_records(task: ShardTask, file: IO[bytes]) -> WrittenShard:
             os.close(descriptor)
         if len(content) != item.length + item.mask_length:
             raise OSError(f"{folder}/{item.part}: ends early")
-        payload = schema.encode_example(
+        payload = record.encode_example(
             image=content[: item.length],
             label=item.label,
             path=item.path,

@@ -22,7 +22,7 @@ from cxr_dist import run_folder
 from cxr_dist.bench import child
 from cxr_dist.config import Config
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 
 ONEDNN = "TF_ENABLE_ONEDNN_OPTS"
 OURS = "cxr-dist"

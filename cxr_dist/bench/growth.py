@@ -16,7 +16,7 @@ from PIL import Image
 from cxr_dist import run_folder
 from cxr_dist.bench import child
 from tfrecords_builder.build import build_dataset
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 
 IMAGE_SIZE = 32
 EPOCHS = 3

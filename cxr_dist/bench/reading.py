@@ -25,7 +25,7 @@ from cxr_dist import steps
 from cxr_dist.plans import TrainingPlan
 from cxr_dist.sources import ShardSource, Slice
 from cxr_dist.strategy import make_strategy, prepare_devices
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 
 _KINDS = ("cold", "warm")
 

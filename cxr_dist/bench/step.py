@@ -19,7 +19,7 @@ from cxr_dist.loop import train
 from cxr_dist.model import build_model, set_trainable, trains_base_batch_norm
 from cxr_dist.reporting import Event, Reporter
 from cxr_dist.strategy import Topology, dtype_policy, prepare_devices, resolve_precision, resolve_xla
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from cxr_dist.stopping import StoppedError
 from cxr_dist.strategy import Topology
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import write_text
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 from tfrecords_builder.storage import parse_place
 
 LOCK_WAIT_S = 60.0

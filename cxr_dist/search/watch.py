@@ -11,7 +11,7 @@ from cxr_dist.search.record import Experiment, Outcome, Trial, best_outcome
 from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan, Values
 from cxr_dist.search.trial import TrialJob
-from tfrecords_builder.manifest import Manifest
+from tfrecords_builder.format.manifest import Manifest
 from tfrecords_builder.storage import Place, absolute
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tfrecords_builder import parts, recordio, writer
+from tfrecords_builder import parts, writer
+from tfrecords_builder.format import tfrecord
 from tfrecords_builder.images import decode as images
 
 LOG = "log.txt"
@@ -38,14 +39,14 @@ def ingest(task: writer.IngestTask) -> writer.IngestedImages:
 
 def write_shard(task: writer.ShardTask) -> writer.WrittenShard:
     log = Log(task.folder)
-    write = recordio.RecordWriter.write
+    write = tfrecord.RecordWriter.write
 
-    def slow_write(self: recordio.RecordWriter, payload: bytes) -> int:
+    def slow_write(self: tfrecord.RecordWriter, payload: bytes) -> int:
         log.add("record", task.name)
         self._file.flush()  # so that a kill leaves a part of the shard
         return write(self, payload)
 
-    with mock.patch.object(recordio.RecordWriter, "write", slow_write):
+    with mock.patch.object(tfrecord.RecordWriter, "write", slow_write):
         return writer.write_shard(task)
 
 

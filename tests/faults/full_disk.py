@@ -33,8 +33,8 @@ class Scenario:
 def build(source: Path) -> Scenario:
     from tfrecords_builder import parts
     from tfrecords_builder.build import build_dataset
+    from tfrecords_builder.format.manifest import read_manifest
     from tfrecords_builder.images import decode as images
-    from tfrecords_builder.manifest import read_manifest
     from tfrecords_builder.output import WORK_FOLDER
     from tfrecords_builder.verify import verify_dataset
 

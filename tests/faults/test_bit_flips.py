@@ -15,8 +15,8 @@ from cxr_dist.sources import ShardSource
 from cxr_dist.store import FeatureStore
 from tests.conftest import use_small_base
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import read_manifest
-from tfrecords_builder.recordio import CorruptRecordError
+from tfrecords_builder.format.manifest import read_manifest
+from tfrecords_builder.format.tfrecord import CorruptRecordError
 from tfrecords_builder.splitting.splits import SPLITS
 
 COUNT = 75

@@ -25,7 +25,7 @@ from cxr_dist.config import read_yaml
 from cxr_dist.evaluate import Request, evaluate_run
 from tests.conftest import use_small_base
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import Manifest, read_manifest, write_manifest
+from tfrecords_builder.format.manifest import Manifest, read_manifest, write_manifest
 from tfrecords_builder.verify import verify_dataset
 
 EXECUTED = "an-attacker-was-here"

@@ -19,8 +19,8 @@ from tests.integration import workers
 from tests.test_steps import curve
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.format.manifest import MANIFEST_NAME
 from tfrecords_builder.images.decode import ImageError
-from tfrecords_builder.manifest import MANIFEST_NAME
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_stopped")]
 ROOT = Path(__file__).parents[2]

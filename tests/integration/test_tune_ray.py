@@ -12,7 +12,7 @@ from cxr_dist.search.watch import Jobs
 from cxr_dist.search_commands import resumed
 from tests.integration.workers import tune_small_trial
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_stopped")]
 ROOT = Path(__file__).parents[2]

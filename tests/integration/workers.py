@@ -149,7 +149,7 @@ def small_search(dataset: Path, out: Path, parameters: dict[str, Any], **changes
     from cxr_dist.search.space import SearchConfig, SearchPlan
     from cxr_dist.search.watch import Jobs
     from cxr_dist.search_commands import resumed
-    from tfrecords_builder.manifest import read_manifest
+    from tfrecords_builder.format.manifest import read_manifest
 
     stages = {"1": {"epochs": 2}, "2": {"epochs": changes.pop("stage_2_epochs", 0), "unfreeze_layers": 12}}
     settings = {"sampler": "grid", "scheduler": "off", "start_from_base": False, "concurrent": 2} | changes

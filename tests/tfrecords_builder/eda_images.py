@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from tfrecords_builder import recordio, schema
 from tfrecords_builder.build import build_dataset
-from tfrecords_builder.manifest import Manifest, Row, read_manifest
+from tfrecords_builder.format import record, tfrecord
+from tfrecords_builder.format.manifest import Manifest, Row, read_manifest
 from tfrecords_builder.splitting.splits import SPLITS
 
 IMAGE_SIZE = 20
@@ -77,7 +77,7 @@ def read_all(dataset: Path) -> tuple[Manifest, list[tuple[Row, npt.NDArray[np.ui
         index = manifest.split(split)
         for path, shard, offset, length in zip(index.paths, index.shard, index.offset, index.length, strict=True):
             with (dataset / index.shard_names[shard]).open("rb") as file:
-                payload = recordio.read_at(file.fileno(), int(offset), int(length))
-            image = schema.decode_image(schema.decode_example(payload).image, manifest.image_size, manifest.encoding)
+                payload = tfrecord.read_at(file.fileno(), int(offset), int(length))
+            image = record.decode_image(record.decode_example(payload).image, manifest.image_size, manifest.encoding)
             found.append((row_of[path], image))
     return manifest, found

@@ -25,12 +25,12 @@ from tfrecords_builder import output, parts
 from tfrecords_builder.build import BuildSummary, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.locks import LOCK
+from tfrecords_builder.format.manifest import MANIFEST_NAME, read_manifest
+from tfrecords_builder.format.record import decode_image, encode_image, parse_batch
+from tfrecords_builder.format.tfrecord import read_at
 from tfrecords_builder.images import decode as images
 from tfrecords_builder.images.decode import ImageError, load_gray
-from tfrecords_builder.manifest import MANIFEST_NAME, read_manifest
 from tfrecords_builder.output import WORK_FOLDER
-from tfrecords_builder.recordio import read_at
-from tfrecords_builder.schema import decode_image, encode_image, parse_batch
 from tfrecords_builder.splitting.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
 from tfrecords_builder.writer import IngestedImages, IngestTask, ShardTask, WrittenShard, ingest, write_shard

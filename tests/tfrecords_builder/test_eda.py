@@ -17,7 +17,7 @@ from tests.tfrecords_builder.eda_images import CONFLICT, PAIR, REJECTED, TRIPLE,
 from tfrecords_builder import eda, eda_counts
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.eda import Analysis, PixelStatistics, analyse
-from tfrecords_builder.manifest import read_manifest, write_manifest
+from tfrecords_builder.format.manifest import read_manifest, write_manifest
 from tfrecords_builder.splitting.splits import SPLITS
 
 NAMES = ("COVID", "Normal", "Viral_Pneumonia")

@@ -8,9 +8,9 @@ import pytest
 
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import Manifest, Row, read_manifest, write_manifest
-from tfrecords_builder.recordio import CorruptRecordError, RecordWriter, scan
-from tfrecords_builder.schema import Record, decode_example, encode_example
+from tfrecords_builder.format.manifest import Manifest, Row, read_manifest, write_manifest
+from tfrecords_builder.format.record import Record, decode_example, encode_example
+from tfrecords_builder.format.tfrecord import CorruptRecordError, RecordWriter, scan
 from tfrecords_builder.verify import verify_dataset
 
 SHARD = "cxr-train.tfrecord-00001-of-00004"

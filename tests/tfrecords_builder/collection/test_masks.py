@@ -11,10 +11,10 @@ from PIL import Image
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import BuildSummary, build_dataset
 from tfrecords_builder.collection.download import FOLDER
+from tfrecords_builder.format.manifest import read_manifest
+from tfrecords_builder.format.record import Record, decode_example, decode_mask, encode_image, encode_mask
+from tfrecords_builder.format.tfrecord import scan
 from tfrecords_builder.images.decode import ImageError
-from tfrecords_builder.manifest import read_manifest
-from tfrecords_builder.recordio import scan
-from tfrecords_builder.schema import Record, decode_example, decode_mask, encode_image, encode_mask
 from tfrecords_builder.verify import verify_dataset
 
 SIZE = 16

@@ -19,8 +19,8 @@ from tfrecords_builder.collection.file_kinds import Reason, not_taken_lines, pri
 from tfrecords_builder.collection.find import Listing, find_images, list_source
 from tfrecords_builder.collection.survey import Survey
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.format.manifest import read_manifest
 from tfrecords_builder.images.decode import ImageError
-from tfrecords_builder.manifest import read_manifest
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CLASSES = {"COVID": 12, "Lung_Opacity": 12, "Normal": 12, "Viral_Pneumonia": 12}

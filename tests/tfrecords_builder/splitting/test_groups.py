@@ -12,7 +12,7 @@ from cxr_dist import cli
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import BuildSummary, build_dataset
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import MANIFEST_NAME, Manifest, read_manifest
+from tfrecords_builder.format.manifest import MANIFEST_NAME, Manifest, read_manifest
 from tfrecords_builder.splitting.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
 

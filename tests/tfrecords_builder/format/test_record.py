@@ -7,7 +7,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrecords_builder.schema import (
+from tfrecords_builder.format.record import (
     ENCODINGS,
     Record,
     decode_example,
@@ -36,7 +36,7 @@ def test_tensorflow_agrees(image: bytes, number: int, path: str) -> None:
 
 def test_same_bytes_in_every_process() -> None:
     code = (
-        "from tfrecords_builder.schema import encode_example; import sys;"
+        "from tfrecords_builder.format.record import encode_example; import sys;"
         "sys.stdout.write(encode_example(image=b'i', label=1, path='p', index=2).hex());"
         "assert 'tensorflow' not in sys.modules"
     )

@@ -6,7 +6,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrecords_builder.recordio import (
+from tfrecords_builder.format.tfrecord import (
     FRAME_BYTES,
     CorruptRecordError,
     RecordWriter,

@@ -9,12 +9,12 @@ from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.collection.download import FOLDER
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.format.manifest import read_manifest
+from tfrecords_builder.format.record import decode_example, decode_image, encode_image
+from tfrecords_builder.format.tfds_files import FILES
+from tfrecords_builder.format.tfrecord import scan
 from tfrecords_builder.images.decode import load_gray
-from tfrecords_builder.manifest import read_manifest
-from tfrecords_builder.recordio import scan
-from tfrecords_builder.schema import decode_example, decode_image, encode_image
 from tfrecords_builder.splitting.splits import SPLITS
-from tfrecords_builder.tfds_files import FILES
 from tfrecords_builder.verify import verify_dataset
 
 SIZE = 16

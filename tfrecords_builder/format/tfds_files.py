@@ -8,9 +8,9 @@ images. A test reads them with TFDS. Pure.
 import json
 from typing import Any
 
-from tfrecords_builder.manifest import Manifest
-from tfrecords_builder.schema import IMAGE, INDEX, LABEL, MASK, PATH
-from tfrecords_builder.sharding import DATASET_NAME
+from tfrecords_builder.format.manifest import Manifest
+from tfrecords_builder.format.record import IMAGE, INDEX, LABEL, MASK, PATH
+from tfrecords_builder.format.sharding import DATASET_NAME
 from tfrecords_builder.splitting.splits import SPLITS
 
 DATASET_INFO = "dataset_info.json"

@@ -23,7 +23,7 @@ from tfrecords_builder.collection.file_kinds import Note, NotTaken, Reason
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_atomically
 from tfrecords_builder.common.seal import UNSEALED, check_seal, seal
-from tfrecords_builder.sharding import is_shard_name
+from tfrecords_builder.format.sharding import is_shard_name
 from tfrecords_builder.splitting.near_duplicates import group_of
 from tfrecords_builder.splitting.splits import SPLITS
 

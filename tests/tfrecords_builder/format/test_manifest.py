@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tfrecords_builder.conftest import COUNTS
-from tfrecords_builder import manifest as manifest_module
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.manifest import (
+from tfrecords_builder.format import manifest as manifest_module
+from tfrecords_builder.format.manifest import (
     MANIFEST_NAME,
     Settings,
     check_shards,

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tfrecords_builder.sharding import (
+from tfrecords_builder.format.sharding import (
     MIN_SHARDS,
     TARGET_SHARD_BYTES,
     is_shard_name,
