@@ -24,7 +24,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from tfrecords_builder import output, parts, plan
+from tfrecords_builder import plan
 from tfrecords_builder.collection.find import SourceImage, class_counts, list_source, read_split_file
 from tfrecords_builder.collection.metadata import Metadata, examine_metadata, metadata_digest
 from tfrecords_builder.common.errors import UserError
@@ -45,7 +45,8 @@ from tfrecords_builder.format.record import ENCODINGS
 from tfrecords_builder.images.decode import DECODERS, ImageError
 from tfrecords_builder.splitting import splits
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
-from tfrecords_builder.writer import IngestTask, ingest, write_shard
+from tfrecords_builder.writing import output_folder, parts
+from tfrecords_builder.writing.writer import IngestTask, ingest, write_shard
 
 ON_ERROR = ("stop", "skip")
 
@@ -134,24 +135,24 @@ def build_dataset(
     metadata, notes = examine_metadata(source, found)
     has_masks = any(image.mask for image in found)
     settings = Settings(image_size, encoding, seed, rule, conflicts, has_masks, metadata_digest(metadata))
-    with output.locked_folder(dataset):
+    with output_folder.locked_folder(dataset):
         present, changes = _existing(source, dataset, settings, found)
         if present is not None and not changes:
             if on_error == "stop" and present.rejected:
                 path, reason = present.rejected[0]
                 raise ImageError(source / path, reason)
-            output.remove_work(dataset)
+            output_folder.remove_work(dataset)
             manifest = replace(present, not_taken=listing.not_taken, notes=(*listing.notes, *notes))
             if (manifest.not_taken, manifest.notes) != (present.not_taken, present.notes):
                 write_manifest(dataset, manifest)  # the same dataset, of a folder that holds other files beside it
         else:
-            with output.work_folder(dataset) as work:
+            with output_folder.work_folder(dataset) as work:
                 tasks = _ingest_tasks(source, work, settings, found, on_error)
                 with _workers(pool, min(workers or default_workers(), len(tasks))) as used:
                     known, thumbnails = _ingest(source, tasks, found, metadata, used, progress)
                     manifest = _write(source, work, settings, known, thumbnails, given, used)
                 manifest = replace(manifest, not_taken=listing.not_taken, notes=(*listing.notes, *notes))
-                output.publish(dataset, work, manifest)
+                output_folder.publish(dataset, work, manifest)
     reused = present is not None and not changes
     seconds = time.perf_counter() - started
     rate = 0.0 if reused else len(manifest.rows) / seconds

@@ -18,7 +18,7 @@ from tfrecords_builder.common.files import intended_name, sync, write_bytes
 from tfrecords_builder.common.page import template_environment
 from tfrecords_builder.eda import Analysis
 from tfrecords_builder.eda_figures import display_name
-from tfrecords_builder.output import explained
+from tfrecords_builder.writing.output_folder import explained
 
 NUMBERS, PAGE = "eda.json", "eda.html"
 LEFT_OUT_SHOWN = 50

@@ -11,9 +11,9 @@ from tfrecords_builder.collection.metadata import Metadata
 from tfrecords_builder.format.manifest import ACCEPTED, EXCLUDED, REJECTED, Row, Settings
 from tfrecords_builder.format.record import encode_mask
 from tfrecords_builder.format.sharding import shard_bounds, shard_count, shard_name
-from tfrecords_builder.parts import PartImage
 from tfrecords_builder.splitting import near_duplicates, splits
-from tfrecords_builder.writer import ShardItem, ShardTask, WrittenShard
+from tfrecords_builder.writing.parts import PartImage
+from tfrecords_builder.writing.writer import ShardItem, ShardTask, WrittenShard
 
 
 @dataclass(frozen=True, slots=True)

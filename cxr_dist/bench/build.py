@@ -120,7 +120,7 @@ def _started(workers: int) -> Iterator[tuple[Pool, float]]:
 
 def _imported(_number: int) -> bool:
     """What a worker process needs is imported; a moment's wait lets every process take a task."""
-    import tfrecords_builder.writer  # noqa: F401
+    import tfrecords_builder.writing.writer  # noqa: F401
 
     time.sleep(0.05)
-    return "tfrecords_builder.writer" in sys.modules
+    return "tfrecords_builder.writing.writer" in sys.modules

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tfrecords_builder import parts, writer
 from tfrecords_builder.format import tfrecord
 from tfrecords_builder.images import decode as images
+from tfrecords_builder.writing import parts, writer
 
 LOG = "log.txt"
 SLOW_S = 0.01

@@ -31,12 +31,12 @@ class Scenario:
 
 
 def build(source: Path) -> Scenario:
-    from tfrecords_builder import parts
     from tfrecords_builder.build import build_dataset
     from tfrecords_builder.format.manifest import read_manifest
     from tfrecords_builder.images import decode as images
-    from tfrecords_builder.output import WORK_FOLDER
     from tfrecords_builder.verify import verify_dataset
+    from tfrecords_builder.writing import parts
+    from tfrecords_builder.writing.output_folder import WORK_FOLDER
 
     total, in_part, decoded = 32, 16, 0
     parts.IMAGES_PER_PART = in_part

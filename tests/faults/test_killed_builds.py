@@ -19,11 +19,11 @@ from cxr_dist.phantoms import write_phantoms
 from tests.faults.build_tasks import Log, logged_tasks
 from tests.tfrecords_builder.poisoned import POISON, poisoned_ingest
 from tfrecords_builder import build as build_module
-from tfrecords_builder import parts
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.pool import Pool
-from tfrecords_builder.output import WORK_FOLDER
+from tfrecords_builder.writing import parts
+from tfrecords_builder.writing.output_folder import WORK_FOLDER
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16

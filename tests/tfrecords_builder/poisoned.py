@@ -3,7 +3,7 @@
 import os
 import signal
 
-from tfrecords_builder.writer import IngestedImages, IngestTask, ingest
+from tfrecords_builder.writing.writer import IngestedImages, IngestTask, ingest
 
 POISON = "TEST_POISON"
 """Names the image's file."""

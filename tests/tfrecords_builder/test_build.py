@@ -21,7 +21,6 @@ from PIL import Image
 from tests.tfrecords_builder.conftest import COUNTS, write_images
 from tests.tfrecords_builder.poisoned import POISON, poisoned_ingest
 from tfrecords_builder import build as build_module
-from tfrecords_builder import output, parts
 from tfrecords_builder.build import BuildSummary, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.locks import LOCK
@@ -30,10 +29,11 @@ from tfrecords_builder.format.record import decode_image, encode_image, parse_ba
 from tfrecords_builder.format.tfrecord import read_at
 from tfrecords_builder.images import decode as images
 from tfrecords_builder.images.decode import ImageError, load_gray
-from tfrecords_builder.output import WORK_FOLDER
 from tfrecords_builder.splitting.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
-from tfrecords_builder.writer import IngestedImages, IngestTask, ShardTask, WrittenShard, ingest, write_shard
+from tfrecords_builder.writing import output_folder, parts
+from tfrecords_builder.writing.output_folder import WORK_FOLDER
+from tfrecords_builder.writing.writer import IngestedImages, IngestTask, ShardTask, WrittenShard, ingest, write_shard
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -256,7 +256,7 @@ def test_output_that_cannot_be(source: Path, tmp_path: Path) -> None:
 
 
 def test_two_builds_into_one_folder(source: Path, tmp_path: Path) -> None:
-    with output.locked_folder(tmp_path / "d"):
+    with output_folder.locked_folder(tmp_path / "d"):
         with pytest.raises(UserError, match="another build is writing here"):
             build(source, tmp_path / "d")
         assert [path.name for path in (tmp_path / "d").iterdir()] == [LOCK]
@@ -458,7 +458,7 @@ def test_a_full_disk_costs_no_decoding(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module if step in ("ingest", "write_shard") else output, step, fail)
+        patch.setattr(build_module if step in ("ingest", "write_shard") else output_folder, step, fail)
         with pytest.raises(UserError, match=r"d: cannot be written \(No space left on device\); make room") as caught:
             build(source, dataset)
     if step == "ingest":

@@ -18,10 +18,11 @@ import pytest
 from cxr_dist import run_folder
 from cxr_dist.search.shared import FirstStages
 from cxr_dist.store import FeatureStore
-from tfrecords_builder import output, storage
+from tfrecords_builder import storage
 from tfrecords_builder.common import locks
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.locks import LOCK
+from tfrecords_builder.writing import output_folder
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 60.0
@@ -187,7 +188,7 @@ def test_a_lock_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "access", lambda *_: writable)
     if writable:
         with pytest.raises(UserError, match=f"{LOCK}: belongs to another user; remove"):
-            output.locked_folder(tmp_path).__enter__()
+            output_folder.locked_folder(tmp_path).__enter__()
     else:
         with locks.held_folder(tmp_path, "busy"):
             assert list(tmp_path.iterdir()) == []
@@ -199,7 +200,7 @@ def hold_run(folder: Path) -> None:
 
 
 def hold_dataset(folder: Path) -> None:
-    with output.locked_folder(folder / "dataset"):
+    with output_folder.locked_folder(folder / "dataset"):
         pass
 
 

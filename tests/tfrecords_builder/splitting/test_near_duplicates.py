@@ -20,7 +20,7 @@ from tfrecords_builder.splitting.near_duplicates import (
     find_duplicates,
     group_of,
 )
-from tfrecords_builder.writer import THUMBNAIL
+from tfrecords_builder.writing.writer import THUMBNAIL
 
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]
 

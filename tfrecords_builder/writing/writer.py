@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tfrecords_builder import parts
 from tfrecords_builder.common import files
 from tfrecords_builder.format import record, tfrecord
 from tfrecords_builder.images import decode as images
 from tfrecords_builder.images import resizing
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
+from tfrecords_builder.writing import parts
 
 # Whole factors by means of squares, the rest by interpolation: a tenth of the time of interpolation alone.
 THUMBNAIL = resizing.Square(THUMBNAIL_SIZE, reducing_gap=1.0)

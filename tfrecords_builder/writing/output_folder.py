@@ -19,7 +19,7 @@ from tfrecords_builder.common.locks import LOCK
 from tfrecords_builder.format.manifest import MANIFEST_NAME, Manifest, write_manifest
 from tfrecords_builder.format.sharding import is_shard_name
 from tfrecords_builder.format.tfds_files import FILES, tfds_files
-from tfrecords_builder.parts import bytes_of_parts
+from tfrecords_builder.writing.parts import bytes_of_parts
 
 WORK_FOLDER = ".cxr-build"
 """Holds a build in progress, inside the output folder."""
