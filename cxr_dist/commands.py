@@ -163,7 +163,7 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def eda(options: argparse.Namespace) -> None:
-    from tfrecords_builder.eda_page import PAGE, write_analysis
+    from tfrecords_builder.eda.page import PAGE, write_analysis
 
     with local_dataset(options.dataset) as dataset, progress_bar("eda") as progress:
         numbers = write_analysis(dataset, options.out, progress)

@@ -24,7 +24,7 @@ from cxr_dist.metrics import (
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import intended_name, write_bytes
 from tfrecords_builder.common.page import template_environment
-from tfrecords_builder.eda_figures import svg_bytes
+from tfrecords_builder.eda.figures import svg_bytes
 
 METRICS, PREDICTIONS, REPORT = "metrics.json", "predictions.parquet", "report.html"
 CONFUSION, ROC, HISTORY = "confusion_matrix.png", "roc.png", "history.png"

@@ -35,7 +35,7 @@ def test_all_that_a_build_a_run_and_an_evaluation_leave(umask: int, tmp_path: Pa
     from cxr_dist.evaluate import Request, evaluate_run
     from cxr_dist.phantoms import write_phantoms
     from tfrecords_builder.build import build_dataset
-    from tfrecords_builder.eda_page import write_analysis
+    from tfrecords_builder.eda.page import write_analysis
 
     out = tmp_path / "out"
     write_phantoms(out / "source", per_class=20, size=48, workers=1)

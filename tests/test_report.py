@@ -17,7 +17,7 @@ from cxr_dist.assessment import assess
 from cxr_dist.metrics import Predictions
 from tests.html_page import Page
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.eda_figures import svg_bytes
+from tfrecords_builder.eda.figures import svg_bytes
 
 FOUR = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
 CALIBRATED = {

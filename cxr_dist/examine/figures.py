@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from cxr_dist.examine.audit import WITHOUT_LUNGS
 from cxr_dist.examine.result import Panel
-from tfrecords_builder.eda_figures import svg_bytes
+from tfrecords_builder.eda.figures import svg_bytes
 
 _BLUE, _VERMILLION, _GRAY = "#0072B2", "#D55E00", "#6b6b6b"
 _STYLE = {"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}

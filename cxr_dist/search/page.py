@@ -14,7 +14,7 @@ from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan
 from tfrecords_builder.common.files import write_bytes
 from tfrecords_builder.common.page import template_environment
-from tfrecords_builder.eda_figures import svg_bytes
+from tfrecords_builder.eda.figures import svg_bytes
 
 TRIALS_FOR_IMPORTANCE = 8
 """Complete trials below which an estimate of importance says nothing."""

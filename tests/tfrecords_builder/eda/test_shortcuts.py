@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from tfrecords_builder import shortcuts
+from tfrecords_builder.eda import shortcuts
 
 
 def blocks(length: int, count: int) -> list[slice]:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfrecords_builder import eda, eda_figures
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import intended_name, sync, write_bytes
 from tfrecords_builder.common.page import template_environment
-from tfrecords_builder.eda import Analysis
-from tfrecords_builder.eda_figures import display_name
+from tfrecords_builder.eda import analysis as eda
+from tfrecords_builder.eda import figures as eda_figures
+from tfrecords_builder.eda.analysis import Analysis
+from tfrecords_builder.eda.figures import display_name
 from tfrecords_builder.writing.output_folder import explained
 
 NUMBERS, PAGE = "eda.json", "eda.html"

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tfrecords_builder import shortcuts
-from tfrecords_builder.eda_counts import (
+from tfrecords_builder.eda import shortcuts
+from tfrecords_builder.eda.counts import (
     QUANTILES,
     accepted,
     category_numbers,
@@ -29,10 +29,10 @@ from tfrecords_builder.eda_counts import (
     size_numbers,
     source_folder_numbers,
 )
+from tfrecords_builder.eda.shortcuts import Features, Gray
 from tfrecords_builder.format import record as schema
 from tfrecords_builder.format import tfrecord
 from tfrecords_builder.format.manifest import Manifest, Row, check_shards, read_manifest
-from tfrecords_builder.shortcuts import Features, Gray
 
 FORMAT_VERSION = 1
 KIND = "exploratory analysis of a dataset"

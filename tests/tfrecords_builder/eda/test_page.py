@@ -18,11 +18,12 @@ import pytest
 
 from cxr_dist import cli
 from tests.html_page import Page
-from tests.tfrecords_builder.eda_images import CONFLICT, TRIPLE, build, draw, draw_varied
-from tfrecords_builder import eda_figures, eda_page
+from tests.tfrecords_builder.eda.eda_images import CONFLICT, TRIPLE, build, draw, draw_varied
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.eda import analyse
-from tfrecords_builder.eda_page import NUMBERS, PAGE, write_analysis
+from tfrecords_builder.eda import figures as eda_figures
+from tfrecords_builder.eda import page as eda_page
+from tfrecords_builder.eda.analysis import analyse
+from tfrecords_builder.eda.page import NUMBERS, PAGE, write_analysis
 
 SOURCES = ("<i>https://example.org/$y_2$?a&b", "an archive with a long name, of which little can be said in a legend")
 HOSTILE = {"<b>A&B": 40, "$x_1$ 'and' \"y\"": 40}
@@ -479,7 +480,7 @@ def test_the_commands_errors_are_one_line(
 
 def test_no_tensorflow_is_loaded(plain: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tfrecords_builder.eda_page import write_analysis; "
+        "import sys; from pathlib import Path; from tfrecords_builder.eda.page import write_analysis; "
         "write_analysis(Path(sys.argv[1]), Path(sys.argv[2])); "
         "print(sorted({'tensorflow', 'keras', 'ray', 'cxr_dist', 'matplotlib.pyplot'} & set(sys.modules)))"
     )

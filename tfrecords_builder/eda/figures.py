@@ -18,7 +18,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from tfrecords_builder.shortcuts import Gray, reduced
+from tfrecords_builder.eda.shortcuts import Gray, reduced
 
 _BLUE, _VERMILLION = "#0072B2", "#D55E00"
 _COLOURS = (_BLUE, _VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -55,7 +55,7 @@ def display_name(class_name: str) -> str:
 
 
 def counts_figure(counts: Mapping[str, Any]) -> Figure:
-    """Images of each class, its bar divided into the splits; `counts` as `eda_counts.count_numbers` gives them."""
+    """Images of each class, its bar divided into the splits; `counts` as `counts.count_numbers` gives them."""
     names = list(counts["classes"])
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7.0, 1.3 + 0.55 * len(names)), layout="constrained")
@@ -98,7 +98,7 @@ def sizes_figure(classes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Figu
 
 
 def distributions_figure(pixels: Mapping[str, Any], kind: str = "class") -> Figure:
-    """Brightness and contrast of the images of each class; `pixels` as in the numbers of `eda.analyse`."""
+    """Brightness and contrast of the images of each class; `pixels` as in the numbers of `analysis.analyse`."""
     step = pixels["histogram_step"]
     longest = max(map(len, pixels["classes"]))
     columns = 4 if longest <= LABEL_WIDTH else 2
