@@ -17,7 +17,7 @@ from cxr_dist.stopping import StoppedError
 from cxr_dist.strategy import QUIET, check_backend
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import disk_error
-from tfrecords_builder.storage import parse_place
+from tfrecords_builder.remote import parse_place
 
 DATASET_HELP = "a folder that build made, or its address (s3://bucket/name, gs://...)"
 Command = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]

@@ -19,7 +19,7 @@ from tfrecords_builder.common.errors import UserError
 if TYPE_CHECKING:
     from tfrecords_builder.build import Workers
     from tfrecords_builder.format.manifest import Manifest, Row
-    from tfrecords_builder.storage import Place
+    from tfrecords_builder.remote import Place
 
 
 def synth(options: argparse.Namespace) -> None:
@@ -93,7 +93,7 @@ def build(options: argparse.Namespace) -> None:
 def _output_folder(options: argparse.Namespace) -> Iterator[Path]:
     """Where a build writes: the folder that was given, or a local one that goes up at the end."""
     from tfrecords_builder.collection.find import list_source
-    from tfrecords_builder.storage import staged_output
+    from tfrecords_builder.remote import staged_output
 
     if isinstance(options.dataset, Path):
         yield options.dataset
@@ -107,7 +107,7 @@ def _output_folder(options: argparse.Namespace) -> Iterator[Path]:
 @contextmanager
 def local_dataset(place: "Place") -> Iterator[Path]:
     """A dataset's folder on this machine, wherever it is."""
-    from tfrecords_builder.storage import local_copy
+    from tfrecords_builder.remote import local_copy
 
     with progress_bar("fetch") as progress, local_copy(place, progress=progress) as dataset:
         yield dataset

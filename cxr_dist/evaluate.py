@@ -28,7 +28,7 @@ from cxr_dist.strategy import Topology, make_strategy, prepare_devices, resolve_
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_json
 from tfrecords_builder.format.manifest import Manifest, check_shards, read_manifest
-from tfrecords_builder.storage import Place, local_copy, parse_place
+from tfrecords_builder.remote import Place, local_copy, parse_place
 
 ImageSource = ShardSource | FolderSource
 

@@ -15,7 +15,7 @@ from cxr_dist.metrics import read_predictions
 from cxr_dist.plans import EvaluationPlan
 from cxr_dist.strategy import make_strategy
 from tests.training import CLASSES, SIZE, config, images, local_topology, small_base
-from tfrecords_builder import storage
+from tfrecords_builder import remote
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
@@ -183,12 +183,12 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
     """The datasets that an evaluation has opened."""
     places: list[object] = []
 
-    def recorded(place: storage.Place) -> AbstractContextManager[Path]:
+    def recorded(place: remote.Place) -> AbstractContextManager[Path]:
         places.append(place)
-        return storage.local_copy(place)
+        return remote.local_copy(place)
 
     monkeypatch.setattr(evaluate, "local_copy", recorded)
-    monkeypatch.setenv(storage.STAGE_VARIABLE, str(tmp_path / "stage"))
+    monkeypatch.setenv(remote.STAGE_VARIABLE, str(tmp_path / "stage"))
     return places
 
 

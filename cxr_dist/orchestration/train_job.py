@@ -23,7 +23,7 @@ from cxr_dist.strategy import muted_stderr, prepare_devices, scratch_folder
 from cxr_dist.watchdog import BEATS, reasons
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import disk_error
-from tfrecords_builder.storage import Place, absolute, local_copy, parse_place
+from tfrecords_builder.remote import Place, absolute, local_copy, parse_place
 
 Prepare = Callable[[int], bool]
 """Makes the run's folder for so many replicas; False when nothing is left to do."""

@@ -32,7 +32,7 @@ from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import is_temporary, write_json, write_text
 from tfrecords_builder.common.locks import LOCK
 from tfrecords_builder.format.manifest import Manifest
-from tfrecords_builder.storage import Place, absolute
+from tfrecords_builder.remote import Place, absolute
 
 SEARCH = "search.yaml"
 EXPERIMENT = "experiment.json"

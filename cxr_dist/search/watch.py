@@ -12,7 +12,7 @@ from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan, Values
 from cxr_dist.search.trial import TrialJob
 from tfrecords_builder.format.manifest import Manifest
-from tfrecords_builder.storage import Place, absolute
+from tfrecords_builder.remote import Place, absolute
 
 
 @dataclass

@@ -18,7 +18,7 @@ import pytest
 from cxr_dist import run_folder
 from cxr_dist.search.shared import FirstStages
 from cxr_dist.store import FeatureStore
-from tfrecords_builder import storage
+from tfrecords_builder import remote
 from tfrecords_builder.common import locks
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.locks import LOCK
@@ -206,7 +206,7 @@ def hold_dataset(folder: Path) -> None:
 
 def hold_stage(folder: Path) -> None:
     for shared in (False, True):
-        with storage._lock(folder / "stage" / "one", shared=shared) as held:
+        with remote._lock(folder / "stage" / "one", shared=shared) as held:
             assert held
 
 

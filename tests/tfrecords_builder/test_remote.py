@@ -16,11 +16,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from cxr_dist import cli
-from tfrecords_builder import storage
+from tfrecords_builder import remote as storage
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import MANIFEST_NAME, read_manifest
-from tfrecords_builder.storage import Stage, local_copy, staged_output
+from tfrecords_builder.remote import Stage, local_copy, staged_output
 from tfrecords_builder.verify import verify_dataset
 
 SIZE = 16
