@@ -7,7 +7,7 @@ step and the image's place in the global batch, so it is the same for any number
 
 from typing import Any
 
-from cxr_dist.config import AugmentationConfig
+from cxr_dist.config.schema import AugmentationConfig
 
 DRAWS = 6
 """Random numbers per image: angle, two shifts, zoom, contrast, brightness."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxr_dist import run_folder
-from cxr_dist.config import Config, load_config, resolve_preset
+from cxr_dist.config.schema import Config, load_config, resolve_preset
 from cxr_dist.evaluation_commands import print_metrics
 from cxr_dist.reporting import ConsoleReporter, progress_bar
 from tfrecords_builder.common.errors import UserError

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cxr_dist.config import Config, StageConfig
+from cxr_dist.config.schema import Config, StageConfig
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import bytes_below
 

@@ -128,7 +128,7 @@ def _amount(what: str, there: float, least: float, why: str) -> Finding:
 def _devices() -> list[Finding]:
     if importlib.util.find_spec("tensorflow") is None:
         return []
-    from cxr_dist.config import Config
+    from cxr_dist.config.schema import Config
     from cxr_dist.strategy import prepare_devices, resolve_precision, resolve_xla
 
     topology = prepare_devices(None)

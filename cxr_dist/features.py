@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist import augment, cut, steps, streams
-from cxr_dist.config import AugmentationConfig, Config, FeaturesConfig, StageConfig
+from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
 from cxr_dist.model import IMAGENET_MEAN_BGR, POOL_NAME
 from cxr_dist.plans import EvaluationPlan
 from cxr_dist.sources import ArraySource, ShardSource, Slice, Source

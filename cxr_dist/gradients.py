@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist import augment
-from cxr_dist.config import AugmentationConfig
+from cxr_dist.config.schema import AugmentationConfig
 
 # Domains of the counter-based random numbers, so that no two uses share a stream.
 _AUGMENTATION, _DROPOUT = 1, 2

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from cxr_dist.config import CheckpointConfig
+from cxr_dist.config.schema import CheckpointConfig
 
 MOST_FAILURES = 3
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist import checkpoint, damage, features, run_folder, stages, steps, versions, watchdog
-from cxr_dist.config import Config, StageConfig
+from cxr_dist.config.schema import Config, StageConfig
 from cxr_dist.keeping import Keeper
 from cxr_dist.metrics import counts_metrics
 from cxr_dist.model import (
@@ -47,7 +47,7 @@ def train(
 
     Every worker calls this with equal arguments; the chief writes. The folder was prepared by
     `run_folder.prepare`, and `config` is resolved. Of the process's global state there stay changed: the seeds of
-    TensorFlow and Keras and, with `config.deterministic`, TensorFlow's switch for deterministic operations.
+    TensorFlow and Keras and, with `schema.deterministic`, TensorFlow's switch for deterministic operations.
 
     Returns:
         What result.json holds.

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cxr_dist.config import Config
+from cxr_dist.config.schema import Config
 from cxr_dist.versions import unsupported
 from tfrecords_builder.common.errors import UserError, one_line
 

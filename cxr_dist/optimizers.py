@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.config import StageConfig
+from cxr_dist.config.schema import StageConfig
 from cxr_dist.versions import unsupported
 from tfrecords_builder.common.errors import one_line
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cxr_dist.config import Config, load_config
+from cxr_dist.config.schema import Config, load_config
 from cxr_dist.seen import SEEN, write_seen
 from cxr_dist.stopping import REGROUP, STOP, StopRequest
 from cxr_dist.versions import FORMAT, check_format, differences

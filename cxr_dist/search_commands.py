@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cxr_dist import run_folder
 from cxr_dist.commands import local_dataset
-from cxr_dist.config import resolve_preset
+from cxr_dist.config.schema import resolve_preset
 from cxr_dist.search.record import ENDED, EVALUATION, SEARCH, Experiment, Outcome
 from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan, load_search

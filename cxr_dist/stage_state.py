@@ -5,7 +5,7 @@ from typing import Any
 
 from cxr_dist import checkpoint, optimizers, steps
 from cxr_dist.averaging import WeightAverage
-from cxr_dist.config import StageConfig
+from cxr_dist.config.schema import StageConfig
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.config import StageConfig
+from cxr_dist.config.schema import StageConfig
 
 
 def learning_rates(stage: StageConfig, steps_per_epoch: int) -> npt.NDArray[np.float32]:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from cxr_dist import augment, optimizers
 from cxr_dist.averaging import WeightAverage
-from cxr_dist.config import AugmentationConfig, StageConfig
+from cxr_dist.config.schema import AugmentationConfig, StageConfig
 from cxr_dist.data import worker_batches
 from cxr_dist.gradients import Place, Variables, in_parts, make_gradient
 from cxr_dist.plans import EvaluationPlan, TrainingPlan

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cxr_dist.config import AllReduceConfig, Config
+from cxr_dist.config.schema import AllReduceConfig, Config
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.pool import default_workers
 

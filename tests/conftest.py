@@ -154,7 +154,7 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_with_checkpoints(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `finished_run`, killed before its checkpoints were removed. Do not change it."""
     from cxr_dist import commands
-    from cxr_dist.config import load_config
+    from cxr_dist.config.schema import load_config
 
     run = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,7 @@ import pytest
 from cxr_dist import checkpoint, commands, run_folder
 from cxr_dist.averaging import WeightAverage
 from cxr_dist.commands import run_training
-from cxr_dist.config import load_config
+from cxr_dist.config.schema import load_config
 from cxr_dist.evaluate import Request, predict_run
 from cxr_dist.strategy import make_strategy
 from tests.conftest import SMALL_RUN

@@ -7,7 +7,7 @@ import pytest
 
 from cxr_dist.bench import step
 from cxr_dist.bench.step import Round, Summary
-from cxr_dist.config import load_config
+from cxr_dist.config.schema import load_config
 from cxr_dist.model import build_model
 from cxr_dist.reporting import Reporters
 from cxr_dist.run_folder import read_history

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cxr_dist import cli, run_folder
-from cxr_dist.config import load_config
+from cxr_dist.config.schema import load_config
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 

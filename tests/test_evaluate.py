@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cxr_dist import calibration, cli, evaluate, model, steps
-from cxr_dist.config import load_config
+from cxr_dist.config.schema import load_config
 from cxr_dist.evaluate import FolderSource, Request, calibrate_run, class_probabilities, evaluate_run, predict_run
 from cxr_dist.metrics import read_predictions
 from cxr_dist.plans import EvaluationPlan

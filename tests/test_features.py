@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cxr_dist import augment, cut, features, model
-from cxr_dist.config import AugmentationConfig, Config, FeaturesConfig, StageConfig
+from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
 from cxr_dist.plans import TrainingPlan
 from cxr_dist.sources import ArraySource
 from cxr_dist.store import FeatureStore

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cxr_dist.config import CheckpointConfig
+from cxr_dist.config.schema import CheckpointConfig
 from cxr_dist.keeping import Keeper
 
 

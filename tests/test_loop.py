@@ -17,7 +17,7 @@ from tensorflow.python.framework import config as tf_config
 from cxr_dist import checkpoint, commands, loop, run_folder, steps, versions
 from cxr_dist.classifier import load_model, read_finished
 from cxr_dist.commands import run_training
-from cxr_dist.config import Config, load_config
+from cxr_dist.config.schema import Config, load_config
 from cxr_dist.export import export_run
 from cxr_dist.features import FrozenFeatures
 from cxr_dist.pace import FixedLengths, Pace

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cxr_dist import model
-from cxr_dist.config import Config, ModelConfig, StageConfig
+from cxr_dist.config.schema import Config, ModelConfig, StageConfig
 from tests.training import CLASSES, SIZE, Training, config, small_base
 from tfrecords_builder.common.errors import UserError
 

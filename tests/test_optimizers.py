@@ -9,7 +9,7 @@ import pytest
 
 from cxr_dist import optimizers, run_folder
 from cxr_dist.commands import run_training
-from cxr_dist.config import StageConfig, load_config
+from cxr_dist.config.schema import StageConfig, load_config
 from cxr_dist.stage_state import StageState
 from cxr_dist.strategy import make_strategy
 from tests import training

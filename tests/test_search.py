@@ -13,7 +13,7 @@ from hypothesis import strategies as some
 import tune_configs
 from cxr_dist import checkpoint, run_folder
 from cxr_dist.checkpoint import Position
-from cxr_dist.config import resolve_preset
+from cxr_dist.config.schema import resolve_preset
 from cxr_dist.orchestration.preflight import Node, plan_trials
 from cxr_dist.search.figures import Point, best_so_far, position
 from cxr_dist.search.page import importance, render

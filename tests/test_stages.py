@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxr_dist.config import StageConfig
+from cxr_dist.config.schema import StageConfig
 from cxr_dist.stages import class_weights, learning_rates
 
 PEAK = 0.125

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cxr_dist import model
-from cxr_dist.config import StageConfig
+from cxr_dist.config.schema import StageConfig
 from cxr_dist.plans import TrainingPlan
 from tests import training
 from tests.training import Trace, Training

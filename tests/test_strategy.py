@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cxr_dist import strategy
-from cxr_dist.config import AllReduceConfig, Config, load_config
+from cxr_dist.config.schema import AllReduceConfig, Config, load_config
 from cxr_dist.strategy import DeviceKind, Topology, dtype_policy, muted_stderr, resolve_precision, resolve_xla
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cxr_dist.config import load_config
+from cxr_dist.config.schema import load_config
 from cxr_dist.orchestration import train_job
 from cxr_dist.orchestration.preflight import WorkerPlan
 from cxr_dist.orchestration.train_job import LostWorkersError, UnplacedError, launch_training

@@ -18,7 +18,7 @@ from typing import Any
 from cxr_dist import run_folder
 from cxr_dist.bench import child
 from cxr_dist.bench.features import OURS, plain_command
-from cxr_dist.config import Config
+from cxr_dist.config.schema import Config
 
 PLAIN = "plain Keras"
 PLAIN_EPOCHS = (3, 4)

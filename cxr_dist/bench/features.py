@@ -20,7 +20,7 @@ from typing import Any
 
 from cxr_dist import run_folder
 from cxr_dist.bench import child
-from cxr_dist.config import Config
+from cxr_dist.config.schema import Config
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 

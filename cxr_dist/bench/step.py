@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from cxr_dist import run_folder
-from cxr_dist.config import Config
+from cxr_dist.config.schema import Config
 from cxr_dist.loop import train
 from cxr_dist.model import build_model, set_trainable, trains_base_batch_norm
 from cxr_dist.reporting import Event, Reporter

@@ -11,7 +11,7 @@ from typing import Any
 
 from cxr_dist import run_folder
 from cxr_dist.checkpoint import CheckpointFolder
-from cxr_dist.config import Config
+from cxr_dist.config.schema import Config
 from cxr_dist.interrupt import RESUME
 from cxr_dist.orchestration.connection import connected
 from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_most_workers

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist import run_folder
-from cxr_dist.config import Config
+from cxr_dist.config.schema import Config
 from cxr_dist.orchestration.connection import OWN_CLUSTER, connected, resolved_address
 from cxr_dist.orchestration.preflight import TrialPlan, WorkerPlan, cluster_nodes, plan_trials, this_machine
 from cxr_dist.orchestration.ray_metrics import CountingWatch, RayMetrics

@@ -21,7 +21,7 @@ import yaml
 
 from cxr_dist import run_folder
 from cxr_dist.checkpoint import CheckpointFolder
-from cxr_dist.config import read_yaml
+from cxr_dist.config.schema import read_yaml
 from cxr_dist.ranking import best_index, rank
 from cxr_dist.reporting import EndState, end_mlflow_run
 from cxr_dist.search import hparams

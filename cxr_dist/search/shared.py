@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cxr_dist import run_folder
 from cxr_dist.checkpoint import BASE_PATTERN, CheckpointFolder, Position
-from cxr_dist.config import Config
+from cxr_dist.config.schema import Config
 from cxr_dist.reporting import Event, Reporter
 from tfrecords_builder.common import locks
 from tfrecords_builder.common.files import move_durably, sync

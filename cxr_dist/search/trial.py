@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist import run_folder
-from cxr_dist.config import Config
+from cxr_dist.config.schema import Config
 from cxr_dist.damage import leave_out
 from cxr_dist.reporting import Event, Reporter, Reporters, closing, run_reporters
 from cxr_dist.search.record import SHARED, Experiment

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cxr_dist import run_folder
-from cxr_dist.config import Config
+from cxr_dist.config.schema import Config
 from cxr_dist.search.record import Experiment, Outcome, Trial, best_outcome
 from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan, Values

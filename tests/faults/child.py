@@ -22,7 +22,7 @@ class Lines:
 def main() -> None:
     from cxr_dist import commands, run_folder
     from cxr_dist.checkpoint import CheckpointFolder, save_arrays
-    from cxr_dist.config import load_config
+    from cxr_dist.config.schema import load_config
     from tests.conftest import use_small_base
 
     dataset, run, *overrides = sys.argv[1:]

@@ -21,7 +21,7 @@ import pytest
 
 from cxr_dist import run_folder
 from cxr_dist.checkpoint import load_arrays, load_state, save_arrays, seal_archive
-from cxr_dist.config import read_yaml
+from cxr_dist.config.schema import read_yaml
 from cxr_dist.evaluate import Request, evaluate_run
 from tests.conftest import use_small_base
 from tfrecords_builder.common.errors import UserError

@@ -62,7 +62,7 @@ def train_on_poisoned_images(arguments: dict[str, Any]) -> None:
     import numpy as np
     import ray.train
 
-    from cxr_dist.config import StageConfig
+    from cxr_dist.config.schema import StageConfig
     from cxr_dist.strategy import prepare_devices
     from tests import training
 

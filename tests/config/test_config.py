@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tune_configs
-from cxr_dist.config import BASE_LAYERS, Config, known_keys, load_config, resolve_preset
+from cxr_dist.config.schema import BASE_LAYERS, Config, known_keys, load_config, resolve_preset
 from tfrecords_builder.common.errors import UserError
 
 Write = Callable[[str], Path]

@@ -1,1 +1,0 @@
-"""What a trained network goes by: where it looks, what it does without the lungs, and what it can stand."""
