@@ -1,6 +1,6 @@
 """`python -m cxr_dist` is `cxr-dist`."""
 
-from cxr_dist.interrupt import exit_on_interrupt
+from cxr_dist.runs.interrupt import exit_on_interrupt
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ class WeightAverage:
         return [tf.convert_to_tensor(of[id(variable)]) for variable in variables]
 
     def model_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """In place of the weights' own, as `checkpoint.model_arrays` names them."""
+        """In place of the weights' own, as `checkpoints.model_arrays` names them."""
         return {f"model/{variable.path}": np.asarray(average) for variable, average in self._pairs()}
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:

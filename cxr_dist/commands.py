@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxr_dist import run_folder
 from cxr_dist.config.schema import Config, load_config, resolve_preset
 from cxr_dist.evaluation_commands import print_metrics
-from cxr_dist.reporting import ConsoleReporter, progress_bar
+from cxr_dist.runs import run_folder
+from cxr_dist.runs.loggers import ConsoleReporter, progress_bar
 from tfrecords_builder.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -221,11 +221,11 @@ def run_training(
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Check all that can be checked, prepare the run's folder, and train through the launcher."""
-    from cxr_dist.damage import leave_out
-    from cxr_dist.disk_space import check_space, needed_by_run
     from cxr_dist.model import check_weights
     from cxr_dist.orchestration.train_job import train_locally, train_with_ray
     from cxr_dist.plans import TrainingPlan
+    from cxr_dist.runs.corrupt_records import leave_out
+    from cxr_dist.runs.disk_space import check_space, needed_by_run
     from tfrecords_builder.format.manifest import check_shards, read_manifest
 
     if launcher == "local" and ((workers or (1, 1))[1] > 1 or address):
@@ -276,7 +276,7 @@ def run_training(
 
 def remove_checkpoints(run: Path) -> None:
     """Of a finished run that has its model, which is all that other commands read."""
-    from cxr_dist.checkpoint import CheckpointFolder
+    from cxr_dist.runs.checkpoints import CheckpointFolder
 
     if run_folder.read_result(run) is not None and (run / run_folder.MODEL).is_file():
         CheckpointFolder(run / run_folder.CHECKPOINTS).remove_all()

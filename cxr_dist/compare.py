@@ -14,7 +14,7 @@ from scipy import stats
 
 from cxr_dist.intervals import LEVEL, RESAMPLES, group_numbers, resampled_metrics, weighted_metrics
 from cxr_dist.metrics import Predictions
-from cxr_dist.seen import Digests
+from cxr_dist.runs.seen_images import Digests
 from tfrecords_builder.common.errors import UserError
 
 COMPARED = (

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import calibration, cut, damage, run_folder, steps
+from cxr_dist import calibration, cut, steps
 from cxr_dist.assessment import Origin
-from cxr_dist.calibration_file import CALIBRATION, read_fitted
 from cxr_dist.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
 from cxr_dist.compare import Images
 from cxr_dist.examine import run as examine_run
@@ -22,7 +21,9 @@ from cxr_dist.image_folder import FolderSource
 from cxr_dist.metrics import Predictions
 from cxr_dist.plans import EvaluationPlan, Positions
 from cxr_dist.report import check_output_folder, write_evaluation
-from cxr_dist.seen import SeenImages, read_seen
+from cxr_dist.runs import corrupt_records, run_folder
+from cxr_dist.runs.calibration_file import CALIBRATION, read_fitted
+from cxr_dist.runs.seen_images import SeenImages, read_seen
 from cxr_dist.sources import ArraySource, ShardSource, Source
 from cxr_dist.strategy import Topology, make_strategy, prepare_devices, resolve_precision, resolve_xla
 from tfrecords_builder.common.errors import UserError
@@ -376,7 +377,7 @@ def _split_source(
         )
     check_shards(dataset, manifest)
     # The validation images of a run are those that it had; in any other evaluation a damaged record is an error.
-    without = damage.left_out(request.run).paths if is_same and request.split == "validation" else ()
+    without = corrupt_records.left_out(request.run).paths if is_same and request.split == "validation" else ()
     return ShardSource(dataset, manifest, request.split, without)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxr_dist.reporting import progress_bar
+from cxr_dist.runs.loggers import progress_bar
 from tfrecords_builder.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ def _check_risk(risk: float | None) -> None:
 
 def calibrate(options: argparse.Namespace) -> None:
     """Fit temperature and threshold on the run's validation images, and keep them with the run."""
-    from cxr_dist.calibration_file import CALIBRATION
     from cxr_dist.evaluate import calibrate_run
+    from cxr_dist.runs.calibration_file import CALIBRATION
     from cxr_dist.search.record import best_run
 
     _check_risk(options.risk)

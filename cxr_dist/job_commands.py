@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from cxr_dist.interrupt import INTERRUPTED
+from cxr_dist.runs.interrupt import INTERRUPTED
 from tfrecords_builder.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def dashboards(options: argparse.Namespace) -> None:
 def _request(options: argparse.Namespace) -> "Request":
     from cxr_dist.orchestration.job_plan import dashboard_address
     from cxr_dist.orchestration.submit import Request
-    from cxr_dist.versions import DISTRIBUTION, version_of
+    from cxr_dist.runs.versions import DISTRIBUTION, version_of
 
     return Request(
         address=dashboard_address(options.address, os.environ),

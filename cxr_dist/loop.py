@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import checkpoint, damage, features, run_folder, stages, steps, versions, watchdog
+from cxr_dist import features, stages, steps
 from cxr_dist.config.schema import Config, StageConfig
-from cxr_dist.keeping import Keeper
 from cxr_dist.metrics import counts_metrics
 from cxr_dist.model import (
     base_of,
@@ -28,11 +27,13 @@ from cxr_dist.model import (
 from cxr_dist.pace import FixedLengths, Pace
 from cxr_dist.plans import EvaluationPlan, TrainingPlan
 from cxr_dist.progress import Best, Progress
-from cxr_dist.reporting import Reporter
+from cxr_dist.runs import checkpoints, corrupt_records, heartbeat, run_folder, versions
+from cxr_dist.runs.checkpoint_writer import Keeper
+from cxr_dist.runs.loggers import Reporter
+from cxr_dist.runs.stop_request import StoppedError, StopRequest
 from cxr_dist.sources import ShardSource, Source
 from cxr_dist.stage_inputs import StageInputs
 from cxr_dist.stage_state import StageState
-from cxr_dist.stopping import StoppedError, StopRequest
 from cxr_dist.store import FeatureStore
 from cxr_dist.strategy import Topology, dtype_policy, hardware, make_strategy, resolve_precision, resolve_xla
 from tfrecords_builder.common.errors import UserError
@@ -58,8 +59,8 @@ def train(
     with ExitStack() as held:
         beat: Callable[[str], None] = _ignore
         if topology.workers > 1:
-            folder = run / watchdog.BEATS
-            beat = held.enter_context(watchdog.Watchdog(folder, topology.worker, config.worker_timeout_s)).beat
+            folder = run / heartbeat.BEATS
+            beat = held.enter_context(heartbeat.Watchdog(folder, topology.worker, config.worker_timeout_s)).beat
         one = _Run(config, dataset, run, topology, reporter, launcher, beat)
         held.callback(one.store.close)
         return one.execute()
@@ -132,11 +133,11 @@ class _Run:
         self.config, self.run, self.topology = config, run, topology
         self.reporter, self.launcher, self.beat = reporter, launcher, beat
         self.stop = StopRequest(run)
-        self.folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS, config.checkpoint.keep)
+        self.folder = checkpoints.CheckpointFolder(run / run_folder.CHECKPOINTS, config.checkpoint.keep)
         self.keeper = Keeper(config.checkpoint, warn=self._warn)
         self.waiting_told = False
         self.progress = Progress()
-        self.best_arrays: checkpoint.Arrays = {}
+        self.best_arrays: checkpoints.Arrays = {}
         self.resumed_from: str | None = None
         self.steps_computed = 0
 
@@ -144,7 +145,7 @@ class _Run:
         self.xla = resolve_xla(config, topology.kind)
         manifest = read_manifest(dataset)
         self.classes = len(manifest.class_names)
-        self.left_out = damage.left_out(run)
+        self.left_out = corrupt_records.left_out(run)
         self.train_source = ShardSource(dataset, manifest, "train", self.left_out.paths)
         self.validation_source = ShardSource(dataset, manifest, "validation", self.left_out.paths)
         self.plan = TrainingPlan(
@@ -240,7 +241,7 @@ class _Run:
             self.reporter.emit({"kind": "epoch", "row": row})
         self.keeper.wait()
 
-    def _begin_stage(self, number: int, settings: StageConfig, restored: checkpoint.Arrays | None) -> _Stage:
+    def _begin_stage(self, number: int, settings: StageConfig, restored: checkpoints.Arrays | None) -> _Stage:
         """Make all that the stage needs, as it stands at the run's progress.
 
         Args:
@@ -253,7 +254,7 @@ class _Run:
         inputs = self.inputs.of(number)
         state = StageState.create(self.strategy, self.model, settings, self.precision)
         if restored is not None:
-            with checkpoint.fitting(self._resumed_path):
+            with checkpoints.fitting(self._resumed_path):
                 state.restore(restored)
         train_step = steps.make_train_step(
             self.strategy,
@@ -450,7 +451,7 @@ class _Run:
         kind = self.stop.take() or StoppedError
         raise kind(f"{self.run}: stopped, with a checkpoint; start the same command again to resume")
 
-    def _restore(self) -> checkpoint.Arrays | None:
+    def _restore(self) -> checkpoints.Arrays | None:
         """Load the newest checkpoint, or the pretrained weights of a new run.
 
         All workers take the chief's: what they read meanwhile may have changed.
@@ -459,19 +460,19 @@ class _Run:
         if self.topology.is_chief:
             self.folder.clean()
             found = self.folder.newest(self._warn, set_aside=True)
-        position = found[0] if found else checkpoint.Position(-1)
+        position = found[0] if found else checkpoints.Position(-1)
         epochs_done, step = steps.chiefs(self.strategy, self.topology, (position.epochs_done, position.step))
         if epochs_done < 0:
             load_base_weights(self.model, self.config.model.weights)
             if self.topology.is_chief:
-                self.folder.start_from(checkpoint.model_arrays(base_of(self.model)))
+                self.folder.start_from(checkpoints.model_arrays(base_of(self.model)))
             return None
-        position = checkpoint.Position(epochs_done, step)
+        position = checkpoints.Position(epochs_done, step)
         arrays, state = found[1:] if found else self.folder.load(position)
         self.resumed_from = position.file_name
-        with checkpoint.fitting(self._resumed_path):
+        with checkpoints.fitting(self._resumed_path):
             state.pop("best_epochs_done")
-            checkpoint.restore_model(self.model, arrays)
+            checkpoints.restore_model(self.model, arrays)
             self.progress = Progress.of_state(state)
         if self.progress.best.epochs_done:
             self.best_arrays = self.folder.load_best(self.progress.best.epochs_done)
@@ -498,7 +499,7 @@ class _Run:
         self.counted = now
 
     def _restore_best(self) -> None:
-        checkpoint.restore_model(self.model, self.best_arrays)
+        checkpoints.restore_model(self.model, self.best_arrays)
 
     def _finish(self) -> dict[str, Any]:
         self._restore_best()
@@ -545,13 +546,13 @@ class _Run:
         if size is None:
             raise ValueError("the configuration was not resolved")
         portable = build_model(self.classes, size, self.config, "float32")
-        checkpoint.restore_model(portable, self.best_arrays)
+        checkpoints.restore_model(portable, self.best_arrays)
         name_what_older_keras_knows(portable)
         with tempfile.TemporaryDirectory(prefix=f".{run_folder.MODEL}.", dir=self.run) as folder:
             saved = Path(folder, run_folder.MODEL)
             portable.save(saved)
             with saved.open("r+b") as file:
-                checkpoint.seal_archive(file)
+                checkpoints.seal_archive(file)
             move_durably(saved, self.run / run_folder.MODEL)
 
     def _wait_for_features(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config
-from cxr_dist.versions import unsupported
+from cxr_dist.runs.versions import unsupported
 from tfrecords_builder.common.errors import UserError, one_line
 
 PARAMETERS_FOUR_CLASSES = 24_122_500

@@ -83,7 +83,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def _warn_if_not_calibrated(run: Path) -> None:
-    from cxr_dist.calibration_file import CALIBRATION
+    from cxr_dist.runs.calibration_file import CALIBRATION
 
     if not (run / CALIBRATION).exists():
         print(

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.config.schema import StageConfig
-from cxr_dist.versions import unsupported
+from cxr_dist.runs.versions import unsupported
 from tfrecords_builder.common.errors import one_line
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7

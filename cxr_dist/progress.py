@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from cxr_dist import checkpoint, steps
-from cxr_dist.ranking import rank
+from cxr_dist import steps
+from cxr_dist.runs import checkpoints
+from cxr_dist.runs.ranking import rank
 
 
 @dataclass
@@ -61,8 +62,8 @@ class Progress:
         return progress
 
     @property
-    def position(self) -> checkpoint.Position:
-        return checkpoint.Position(self.epochs_done, self.step)
+    def position(self) -> checkpoints.Position:
+        return checkpoints.Position(self.epochs_done, self.step)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from cxr_dist import run_folder
 from cxr_dist.commands import local_dataset
 from cxr_dist.config.schema import resolve_preset
+from cxr_dist.runs import run_folder
 from cxr_dist.search.record import ENDED, EVALUATION, SEARCH, Experiment, Outcome
 from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan, load_search
@@ -91,7 +91,7 @@ def check_disk(plan: SearchPlan, experiment: Experiment, jobs: Jobs) -> None:
     Raises:
         UserError: names the bytes that are needed and free.
     """
-    from cxr_dist.disk_space import check_space, needed_by_search
+    from cxr_dist.runs.disk_space import check_space, needed_by_search
 
     search, manifest = plan.search, jobs.manifest
     if sum(trial.state in ENDED for trial in experiment.trials()) >= search.planned_trials():

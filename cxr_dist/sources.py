@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.plans import Positions
-from cxr_dist.seen import Digests, digests_of
+from cxr_dist.runs.seen_images import Digests, digests_of
 from tfrecords_builder.collection.metadata import normalized_patient
 from tfrecords_builder.common.pool import default_workers
 from tfrecords_builder.format import record, tfrecord

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cxr_dist import checkpoint, optimizers, steps
+from cxr_dist import optimizers, steps
 from cxr_dist.averaging import WeightAverage
 from cxr_dist.config.schema import StageConfig
+from cxr_dist.runs import checkpoints
 
 
 @dataclass(frozen=True)
@@ -33,25 +34,25 @@ class StageState:
             average = None if decay is None else WeightAverage(model.trainable_variables, decay)
         return cls(model, optimizer, steps.LossScale.create(precision), average)
 
-    def arrays(self) -> checkpoint.Arrays:
+    def arrays(self) -> checkpoints.Arrays:
         """What a checkpoint holds of it."""
         average = {} if self.average is None else self.average.arrays()
-        kept = checkpoint.model_arrays(self.model) | checkpoint.optimizer_arrays(self.optimizer)
+        kept = checkpoints.model_arrays(self.model) | checkpoints.optimizer_arrays(self.optimizer)
         return kept | self.loss_scale.arrays() | average
 
-    def restore(self, arrays: checkpoint.Arrays) -> None:
+    def restore(self, arrays: checkpoints.Arrays) -> None:
         """Assign what `arrays` gave; the model's weights were restored before the state was made.
 
         Raises:
             KeyError: something is not there.
             ValueError: a variable of the optimizer is not there, or has another shape.
         """
-        checkpoint.restore_optimizer(self.optimizer, arrays)
+        checkpoints.restore_optimizer(self.optimizer, arrays)
         self.loss_scale.restore(arrays)
         if self.average is not None:
             self.average.restore(arrays)
 
-    def evaluated_arrays(self) -> checkpoint.Arrays:
+    def evaluated_arrays(self) -> checkpoints.Arrays:
         """The weights that validation measures: the averages where there are some, by the names of `model_arrays`."""
         average = {} if self.average is None else self.average.model_arrays()
-        return checkpoint.model_arrays(self.model) | average
+        return checkpoints.model_arrays(self.model) | average

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TextIO
 
-from cxr_dist.interrupt import INTERRUPTED, exit_now, exit_silently, say_interrupted
+from cxr_dist.runs.interrupt import INTERRUPTED, exit_now, exit_silently, say_interrupted
 
 CLOSED_PIPE = 128 + signal.SIGPIPE
 """Exit status, as a shell gives it of a program that the signal has killed."""

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LIMIT_S = 300
 # The interpreter's own start, some hundredths of a second, is nobody's to protect: the moments are counted from here.
 STARTED = """
-from cxr_dist.interrupt import exit_on_interrupt
+from cxr_dist.runs.interrupt import exit_on_interrupt
 exit_on_interrupt()
 import os, signal, sys
 os.write(2, b"started\\n")

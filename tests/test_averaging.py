@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import checkpoint, commands, run_folder
+from cxr_dist import commands
 from cxr_dist.averaging import WeightAverage
 from cxr_dist.commands import run_training
 from cxr_dist.config.schema import load_config
 from cxr_dist.evaluate import Request, predict_run
+from cxr_dist.runs import checkpoints, run_folder
 from cxr_dist.strategy import make_strategy
 from tests.conftest import SMALL_RUN
 from tests.test_loop import comparable
@@ -91,7 +92,7 @@ def test_the_loop_validates_and_keeps_the_average(
     chosen = predictions.probabilities[np.arange(len(predictions.labels)), predictions.labels]
     best = run_folder.read_result(run)["best"]
     assert float(-np.log(chosen).mean()) == pytest.approx(best["val_loss"], rel=1e-3)
-    found = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS).newest(pytest.fail)
+    found = checkpoints.CheckpointFolder(run / run_folder.CHECKPOINTS).newest(pytest.fail)
     assert found is not None
     names = {name.partition("/")[2] for name in found[1] if name.startswith("average/")}
     assert names

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist import run_folder
 from cxr_dist.bench import accuracy
 from cxr_dist.bench.accuracy import OURS, PLAIN, Course, Epoch
 from cxr_dist.cli import main
+from cxr_dist.runs import run_folder
 
 
 def course(name: str, seed: int, *epochs: tuple[float, float]) -> Course:

@@ -9,8 +9,8 @@ from cxr_dist.bench import step
 from cxr_dist.bench.step import Round, Summary
 from cxr_dist.config.schema import load_config
 from cxr_dist.model import build_model
-from cxr_dist.reporting import Reporters
-from cxr_dist.run_folder import read_history
+from cxr_dist.runs.loggers import Reporters
+from cxr_dist.runs.run_folder import read_history
 from tests.conftest import SMALL_RUN, use_small_base
 from tests.training import small_base
 

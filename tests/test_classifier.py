@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from cxr_dist import cut, model
-from cxr_dist.calibration_file import CALIBRATION, Calibration, read_calibration
 from cxr_dist.classifier import calibrated, load_classifier
 from cxr_dist.evaluate import Request, evaluate_run
 from cxr_dist.metrics import read_predictions
+from cxr_dist.runs.calibration_file import CALIBRATION, Calibration, read_calibration
 from tests.training import CLASSES, SIZE, config, small_base
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images.decode import load_gray

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_dist import cli, run_folder
+from cxr_dist import cli
 from cxr_dist.config.schema import load_config
+from cxr_dist.runs import run_folder
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 

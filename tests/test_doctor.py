@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from cxr_dist import doctor, versions
+from cxr_dist import doctor
 from cxr_dist.cli import main
 from cxr_dist.orchestration.preflight import Node
+from cxr_dist.runs import versions
 
 
 def states(findings: list[doctor.Finding]) -> dict[str, str]:

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 from tensorflow.python.framework import config as tf_config
 
-from cxr_dist import checkpoint, commands, loop, run_folder, steps, versions
+from cxr_dist import commands, loop, steps
 from cxr_dist.classifier import load_model, read_finished
 from cxr_dist.commands import run_training
 from cxr_dist.config.schema import Config, load_config
 from cxr_dist.export import export_run
 from cxr_dist.features import FrozenFeatures
 from cxr_dist.pace import FixedLengths, Pace
-from cxr_dist.reporting import Event, Reporter, Reporters
+from cxr_dist.runs import checkpoints, run_folder, versions
+from cxr_dist.runs.loggers import Event, Reporter, Reporters
 from cxr_dist.strategy import prepare_devices
 from tests.conftest import SMALL_RUN
 from tfrecords_builder.common.errors import UserError
@@ -69,12 +70,12 @@ def test_checkpoints_hold_what_training_changed(dataset: Path, tmp_path: Path) -
     """And with the base weights' file, which is written once, they hold all."""
     train_here(small("stages.1.epochs=1", "stages.2.unfreeze_layers=3"), dataset, tmp_path / "run", Reporters([]))
     folder = tmp_path / "run" / run_folder.CHECKPOINTS
-    (base,) = folder.glob(checkpoint.BASE_PATTERN)
-    frozen, _ = checkpoint.load_arrays(base)
-    position = checkpoint.CheckpointFolder(folder).newest_position()
+    (base,) = folder.glob(checkpoints.BASE_PATTERN)
+    frozen, _ = checkpoints.load_arrays(base)
+    position = checkpoints.CheckpointFolder(folder).newest_position()
     assert position is not None
-    written, _ = checkpoint.load_arrays(folder / position.file_name)
-    whole, _ = checkpoint.CheckpointFolder(folder).load(position)
+    written, _ = checkpoints.load_arrays(folder / position.file_name)
+    whole, _ = checkpoints.CheckpointFolder(folder).load(position)
     of_model = {name for name in whole if name.startswith("model/")}
     assert of_model == frozen.keys() | {name for name in written if name.startswith("model/")}
     assert any(name not in written for name in frozen)
@@ -155,7 +156,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     seconds = resumed["seconds"]
     assert seconds["total"] >= sum(value for phase, value in seconds.items() if phase != "total")
     assert comparable(history(copy)) == comparable(history(whole))
-    (arrays, _), (expected, _) = (checkpoint.load_arrays(run / "checkpoints/epoch-00005.npz") for run in (copy, whole))
+    (arrays, _), (expected, _) = (checkpoints.load_arrays(run / "checkpoints/epoch-00005.npz") for run in (copy, whole))
     assert arrays.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_array_equal(arrays[key], value, err_msg=key)
@@ -182,7 +183,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert len(kept) == 2
     kept[-1].write_bytes(kept[-1].read_bytes()[:1000])
     result = run_training(small(), dataset, run, launcher="local")
-    position = checkpoint.Position.of_file(kept[0].name)
+    position = checkpoints.Position.of_file(kept[0].name)
     assert position is not None
     assert result["resumed_from"] == position.file_name
     assert result["steps_computed"] == (3 - position.epochs_done) * 7 - position.step > 0
@@ -196,11 +197,11 @@ def test_a_checkpoint_whose_best_weights_are_damaged_is_passed_over(
 ) -> None:
     """Nobody could end a run that lost them; the checkpoint before may have others, which are whole."""
     run = Path(shutil.copytree(run_with_checkpoints, tmp_path / "run"))
-    folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS)
+    folder = checkpoints.CheckpointFolder(run / run_folder.CHECKPOINTS)
     found = folder.newest(pytest.fail)
     assert found is not None
     position, arrays, state = found
-    later = checkpoint.Position(position.epochs_done + 1)
+    later = checkpoints.Position(position.epochs_done + 1)
     model = {name: value for name, value in arrays.items() if name.startswith("model/")}
     folder.save(later, arrays, {key: value for key, value in state.items() if key != "best_epochs_done"}, 9, model)
     folder.best(9).write_bytes(b"damaged")
@@ -271,9 +272,9 @@ def test_a_state_that_does_not_fit_is_one_line_that_names_the_checkpoint(
     whole = path.read_bytes()
     for change in CHANGES[precision]:
         path.write_bytes(whole)
-        arrays, state = checkpoint.load_arrays(path)
+        arrays, state = checkpoints.load_arrays(path)
         change(arrays, state)
-        checkpoint.save_arrays(path, arrays, state)
+        checkpoints.save_arrays(path, arrays, state)
         with pytest.raises(UserError, match=r"does not fit this version of the program .*; use the version") as caught:
             train_here(config, dataset, copy, Reporters([]))
         assert str(caught.value).startswith(f"{path}: ")
@@ -444,7 +445,7 @@ def test_a_run_that_diverges_ends_and_says_where(dataset: Path, tmp_path: Path, 
     """A weight that is not finite makes every step so, and none of them may count as a result."""
     run = tmp_path / "run"
     good = train_here(small("stages.2.epochs=0", "checkpoint.every_steps=7"), dataset, run, Reporters([]))
-    folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS)
+    folder = checkpoints.CheckpointFolder(run / run_folder.CHECKPOINTS)
     found = folder.newest(pytest.fail)
     assert found is not None
     position, arrays, state = found
@@ -455,7 +456,7 @@ def test_a_run_that_diverges_ends_and_says_where(dataset: Path, tmp_path: Path, 
     run_folder.prepare(broken, run_folder.resolve_config(config, manifest), dataset, manifest)
     shutil.copytree(run / run_folder.CHECKPOINTS, broken / run_folder.CHECKPOINTS)
     best = state.pop("best_epochs_done")  # whichever epoch it is, its weights are kept
-    checkpoint.CheckpointFolder(broken / run_folder.CHECKPOINTS).save(position, poisoned, state, best)
+    checkpoints.CheckpointFolder(broken / run_folder.CHECKPOINTS).save(position, poisoned, state, best)
     with pytest.raises(UserError, match=rf"diverged: {said}.* in stage 1, epoch 3, until step {min(most + 1, 7)};"):
         train_here(config, dataset, broken, Reporters([]))
     assert run_folder.read_result(broken) is None

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist import optimizers, run_folder
+from cxr_dist import optimizers
 from cxr_dist.commands import run_training
 from cxr_dist.config.schema import StageConfig, load_config
+from cxr_dist.runs import run_folder
 from cxr_dist.stage_state import StageState
 from cxr_dist.strategy import make_strategy
 from tests import training

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 import tune_configs
-from cxr_dist import checkpoint, run_folder
-from cxr_dist.checkpoint import Position
 from cxr_dist.config.schema import resolve_preset
 from cxr_dist.orchestration.preflight import Node, plan_trials
+from cxr_dist.runs import checkpoints, run_folder
+from cxr_dist.runs.checkpoints import Position
 from cxr_dist.search.figures import Point, best_so_far, position
 from cxr_dist.search.page import importance, render
 from cxr_dist.search.record import (
@@ -323,7 +323,7 @@ def ended_trial(
     import numpy as np
 
     trial, run = experiment.begin(number, {DROPOUT: 0.1}), experiment.run(number)
-    folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS)
+    folder = checkpoints.CheckpointFolder(run / run_folder.CHECKPOINTS)
     folder.start_from({"model/base": np.zeros(3)})
     with SharedBase(experiment.folder / "shared", run).used():
         for done in (1, 2):
@@ -359,7 +359,7 @@ def test_the_best_trials_so_far_are_whole_and_the_others_keep_what_training_chan
     bases = {path.stat().st_ino for path in (tmp_path / "search").rglob("base-*.npz")}
     assert len(bases) == 1, "one file of base weights on the disk"
     for number in range(6):
-        folder = checkpoint.CheckpointFolder(experiment.run(number) / run_folder.CHECKPOINTS)
+        folder = checkpoints.CheckpointFolder(experiment.run(number) / run_folder.CHECKPOINTS)
         assert folder.load_best(2)["model/head"].tolist() == [number, number]
         assert folder.load_best(2)["model/base"].tolist() == [0, 0, 0]
 
@@ -396,7 +396,7 @@ def test_without_links_each_trial_has_its_own_base(tmp_path: Path, monkeypatch: 
     (tmp_path / "search" / "search.yaml").write_text(yaml.safe_dump(plan_of().tree()))
     for number in range(2):
         ended_trial(experiment, number, 0.5, 0.1)
-        folder = checkpoint.CheckpointFolder(experiment.run(number) / run_folder.CHECKPOINTS)
+        folder = checkpoints.CheckpointFolder(experiment.run(number) / run_folder.CHECKPOINTS)
         assert folder.load_best(2)["model/head"].tolist() == [number, number]
 
 
@@ -453,7 +453,7 @@ def test_a_finished_first_stage_is_given_to_the_next_trial_and_not_to_one_that_h
     import numpy as np
 
     def write(run: Path, stage: int, epochs: int) -> None:
-        folder = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS)
+        folder = checkpoints.CheckpointFolder(run / run_folder.CHECKPOINTS)
         state = {"stage": stage, "best": {"epochs_done": epochs}}
         folder.save(Position(epochs), {"a": np.full(2, epochs)}, state, epochs, {"a": np.zeros(2)})
 
@@ -467,11 +467,11 @@ def test_a_finished_first_stage_is_given_to_the_next_trial_and_not_to_one_that_h
     for run in (second, third):
         with stages.used_by(run, "key"):
             pass
-    found = checkpoint.CheckpointFolder(second / run_folder.CHECKPOINTS).newest(print)
+    found = checkpoints.CheckpointFolder(second / run_folder.CHECKPOINTS).newest(print)
     assert found is not None
     assert (found[0], found[2]["stage"]) == (Position(3), 1)
-    assert checkpoint.CheckpointFolder(second / run_folder.CHECKPOINTS).load_best(3)
-    own = checkpoint.CheckpointFolder(third / run_folder.CHECKPOINTS).newest(print)
+    assert checkpoints.CheckpointFolder(second / run_folder.CHECKPOINTS).load_best(3)
+    own = checkpoints.CheckpointFolder(third / run_folder.CHECKPOINTS).newest(print)
     assert own is not None
     assert own[0] == Position(1)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cxr_dist import cli, terminal
-from cxr_dist.interrupt import INTERRUPTED, exit_now, say_interrupted
+from cxr_dist.runs.interrupt import INTERRUPTED, exit_now, say_interrupted
 from tests.interrupting import ROOT, duration, interrupted_after, interrupted_at_import
 
 RESUMES = "interrupted; start the same command again to resume"

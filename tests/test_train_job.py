@@ -10,7 +10,7 @@ from cxr_dist.config.schema import load_config
 from cxr_dist.orchestration import train_job
 from cxr_dist.orchestration.preflight import WorkerPlan
 from cxr_dist.orchestration.train_job import LostWorkersError, UnplacedError, launch_training
-from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest
+from cxr_dist.runs.stop_request import RegroupedError, StoppedError, StopRequest
 from tfrecords_builder.common.errors import UserError
 
 Launch = Callable[..., tuple[list[int], list[str]]]

@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cxr_dist import run_folder
 from cxr_dist.bench import child
 from cxr_dist.bench.features import OURS, plain_command
 from cxr_dist.config.schema import Config
+from cxr_dist.runs import run_folder
 
 PLAIN = "plain Keras"
 PLAIN_EPOCHS = (3, 4)

@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cxr_dist import run_folder
 from cxr_dist.bench import child
 from cxr_dist.config.schema import Config
+from cxr_dist.runs import run_folder
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 

@@ -13,8 +13,8 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from cxr_dist import run_folder
 from cxr_dist.bench import child
+from cxr_dist.runs import run_folder
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.format.manifest import read_manifest
 

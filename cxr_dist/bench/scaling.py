@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from cxr_dist import run_folder
 from cxr_dist.bench import child
 from cxr_dist.bench.cost_model import Cluster, CostModel, Point, Prediction, fit, held_out_errors, predict
+from cxr_dist.runs import run_folder
 
 _EPOCHS = 3
 """Of each stage; the first compiles, and is not counted."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cxr_dist import run_folder
 from cxr_dist.bench import child
+from cxr_dist.runs import run_folder
 from cxr_dist.search.record import Experiment, best_outcome
 
 

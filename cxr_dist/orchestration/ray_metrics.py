@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from cxr_dist.reporting import Event, Reporter
+from cxr_dist.runs.loggers import Event, Reporter
 from cxr_dist.search.record import Outcome, Trial
 from cxr_dist.search.watch import Watch
 

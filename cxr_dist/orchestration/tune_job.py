@@ -15,13 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cxr_dist import run_folder
 from cxr_dist.config.schema import Config
 from cxr_dist.orchestration.connection import OWN_CLUSTER, connected, resolved_address
 from cxr_dist.orchestration.preflight import TrialPlan, WorkerPlan, cluster_nodes, plan_trials, this_machine
 from cxr_dist.orchestration.ray_metrics import CountingWatch, RayMetrics
 from cxr_dist.orchestration.train_job import following, launch_training
-from cxr_dist.reporting import ConsoleReporter, Reporter, Reporters
+from cxr_dist.runs import run_folder
+from cxr_dist.runs.loggers import ConsoleReporter, Reporter, Reporters
 from cxr_dist.search.record import TUNE, Experiment, Trial
 from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan

@@ -91,7 +91,7 @@ def fill_cache(jobs: Jobs, experiment: Experiment, cores: int) -> None:
 
 def _fill_cache(job: TrialJob, cores: int, log: Path, said: Connection) -> None:
     from cxr_dist.config.schema import Config
-    from cxr_dist.reporting import ConsoleReporter
+    from cxr_dist.runs.loggers import ConsoleReporter
 
     prepare_child()
     _print_to(log)

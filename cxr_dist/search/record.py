@@ -19,15 +19,15 @@ from typing import Any, Literal
 
 import yaml
 
-from cxr_dist import run_folder
-from cxr_dist.checkpoint import CheckpointFolder
 from cxr_dist.config.schema import read_yaml
-from cxr_dist.ranking import best_index, rank
-from cxr_dist.reporting import EndState, end_mlflow_run
+from cxr_dist.runs import run_folder
+from cxr_dist.runs.checkpoints import CheckpointFolder
+from cxr_dist.runs.loggers import EndState, end_mlflow_run
+from cxr_dist.runs.ranking import best_index, rank
+from cxr_dist.runs.versions import FORMAT, check_format
 from cxr_dist.search import hparams
 from cxr_dist.search.sampling import Finished
 from cxr_dist.search.space import SearchPlan, Values, from_tree
-from cxr_dist.versions import FORMAT, check_format
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import is_temporary, write_json, write_text
 from tfrecords_builder.common.locks import LOCK

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cxr_dist import run_folder
-from cxr_dist.checkpoint import BASE_PATTERN, CheckpointFolder, Position
 from cxr_dist.config.schema import Config
-from cxr_dist.reporting import Event, Reporter
+from cxr_dist.runs import run_folder
+from cxr_dist.runs.checkpoints import BASE_PATTERN, CheckpointFolder, Position
+from cxr_dist.runs.loggers import Event, Reporter
 from tfrecords_builder.common import locks
 from tfrecords_builder.common.files import move_durably, sync
 

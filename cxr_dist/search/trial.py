@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cxr_dist import run_folder
 from cxr_dist.config.schema import Config
-from cxr_dist.damage import leave_out
-from cxr_dist.reporting import Event, Reporter, Reporters, closing, run_reporters
+from cxr_dist.runs import run_folder
+from cxr_dist.runs.corrupt_records import leave_out
+from cxr_dist.runs.loggers import Event, Reporter, Reporters, closing, run_reporters
+from cxr_dist.runs.stop_request import StoppedError
 from cxr_dist.search.record import SHARED, Experiment
 from cxr_dist.search.shared import FirstStages, SharedBase, first_stage_key
 from cxr_dist.search.space import Values
-from cxr_dist.stopping import StoppedError
 from cxr_dist.strategy import Topology
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import write_text

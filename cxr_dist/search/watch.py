@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cxr_dist import run_folder
 from cxr_dist.config.schema import Config
+from cxr_dist.runs import run_folder
 from cxr_dist.search.record import Experiment, Outcome, Trial, best_outcome
 from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan, Values

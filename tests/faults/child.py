@@ -20,9 +20,10 @@ class Lines:
 
 
 def main() -> None:
-    from cxr_dist import commands, run_folder
-    from cxr_dist.checkpoint import CheckpointFolder, save_arrays
+    from cxr_dist import commands
     from cxr_dist.config.schema import load_config
+    from cxr_dist.runs import run_folder
+    from cxr_dist.runs.checkpoints import CheckpointFolder, save_arrays
     from tests.conftest import use_small_base
 
     dataset, run, *overrides = sys.argv[1:]

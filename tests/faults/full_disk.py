@@ -78,7 +78,7 @@ def build(source: Path) -> Scenario:
 
 
 def keep() -> Scenario:
-    from cxr_dist.checkpoint import CheckpointFolder, Position, load_arrays
+    from cxr_dist.runs.checkpoints import CheckpointFolder, Position, load_arrays
 
     def arrays(number: int) -> dict[str, Any]:
         return {"model/a": np.full(50_000, number, np.float32), "optimizer/0": np.array(number)}

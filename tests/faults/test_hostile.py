@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cxr_dist import run_folder
-from cxr_dist.checkpoint import load_arrays, load_state, save_arrays, seal_archive
 from cxr_dist.config.schema import read_yaml
 from cxr_dist.evaluate import Request, evaluate_run
+from cxr_dist.runs import run_folder
+from cxr_dist.runs.checkpoints import load_arrays, load_state, save_arrays, seal_archive
 from tests.conftest import use_small_base
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import Manifest, read_manifest, write_manifest

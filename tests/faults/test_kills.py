@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist import checkpoint, run_folder
+from cxr_dist.runs import checkpoints, run_folder
 from tests.test_loop import comparable
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def start(dataset: Path, run: Path) -> subprocess.Popen[str]:
 class Ended:
     result: dict[str, Any]
     history: list[dict[str, Any]]
-    weights: checkpoint.Arrays
+    weights: checkpoints.Arrays
     lines: int
 
 
@@ -67,7 +67,7 @@ def ended(run: Path, lines: int) -> Ended:
     """What a finished run left, and the final state, which its process copied from the last checkpoint."""
     assert not list((run / run_folder.CHECKPOINTS).iterdir())
     assert (run / run_folder.MODEL).is_file()
-    arrays, _ = checkpoint.load_arrays(run.parent / "last.npz")
+    arrays, _ = checkpoints.load_arrays(run.parent / "last.npz")
     result = run_folder.read_result(run)
     assert result is not None
     return Ended(result, comparable(run_folder.read_history(run)), arrays, lines)
@@ -133,9 +133,9 @@ def test_a_notice_leads_to_a_checkpoint_of_that_moment(dataset: Path, tmp_path: 
     assert process.returncode != 0
     assert "StoppedError" in err
     assert "stopped, with a checkpoint" in err
-    position = checkpoint.CheckpointFolder(run / run_folder.CHECKPOINTS).newest_position()
+    position = checkpoints.CheckpointFolder(run / run_folder.CHECKPOINTS).newest_position()
     assert position is not None
-    assert position >= checkpoint.Position(4)
+    assert position >= checkpoints.Position(4)
     assert not (run / "stop").exists()
     found = finish(dataset, run)
     assert found.history == undisturbed.history

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist import run_folder
-from cxr_dist.watchdog import BEATS
+from cxr_dist.runs import run_folder
+from cxr_dist.runs.heartbeat import BEATS
 from tests.conftest import SMALL_RUN
 from tests.test_loop import comparable
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist import run_folder
+from cxr_dist.runs import run_folder
 from tests.faults.test_lost_workers import LIMIT_S, ROOT, SETTINGS, wait_until_in
 
 pytestmark = [pytest.mark.ray, pytest.mark.fault]

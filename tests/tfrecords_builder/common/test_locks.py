@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import pytest
 
-from cxr_dist import run_folder
+from cxr_dist.runs import run_folder
 from cxr_dist.search.shared import FirstStages
 from cxr_dist.store import FeatureStore
 from tfrecords_builder import remote

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cxr_dist.run_folder import DAMAGED
+from cxr_dist.runs.run_folder import DAMAGED
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_json
 from tfrecords_builder.format import tfrecord

@@ -13,14 +13,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cxr_dist import checkpoint
-from cxr_dist.checkpoint import KEPT, CheckpointFolder, Position, load_arrays, load_state, save_arrays
+from cxr_dist.runs import checkpoints
+from cxr_dist.runs.checkpoints import KEPT, CheckpointFolder, Position, load_arrays, load_state, save_arrays
 from tfrecords_builder.common.errors import UserError
 
 STATE = {"stage": 2, "epoch": 3, "history": [{"loss": 0.1, "best": True}], "seconds": {"start": 1e-3}}
 
 
-def arrays() -> checkpoint.Arrays:
+def arrays() -> checkpoints.Arrays:
     rng = np.random.default_rng(0)
     return {
         "model/conv1/kernel": rng.normal(size=(2, 3)).astype(np.float32),
@@ -32,7 +32,7 @@ def arrays() -> checkpoint.Arrays:
     }
 
 
-def assert_same(found: checkpoint.Arrays, expected: checkpoint.Arrays) -> None:
+def assert_same(found: checkpoints.Arrays, expected: checkpoints.Arrays) -> None:
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert found[name].dtype == array.dtype
@@ -107,7 +107,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
 def sealed(*paths: Path) -> None:
     for path in paths:
         with path.open("r+b") as file:
-            checkpoint.seal_archive(file)
+            checkpoints.seal_archive(file)
 
 
 class Bomb:
@@ -186,7 +186,7 @@ def test_what_equals_the_base_is_written_once_and_comes_back_to_the_bit(tmp_path
     folder.start_from(weights(0.0, 1.0))
     for done, changed in ((1, weights(0.0, 1.0)), (2, weights(-0.0, 1.0))):
         folder.save(Position(done), changed | {"optimizer/0": np.arange(3)}, {}, done, changed)
-    (base,) = tmp_path.glob(checkpoint.BASE_PATTERN)
+    (base,) = tmp_path.glob(checkpoints.BASE_PATTERN)
     stored = [set(load_arrays(tmp_path / Position(done).file_name)[0]) for done in (1, 2)]
     assert stored == [{"optimizer/0"}, {"optimizer/0", "model/a"}]
     for done, expected in ((1, weights(0.0, 1.0)), (2, weights(-0.0, 1.0))):
@@ -197,7 +197,7 @@ def test_what_equals_the_base_is_written_once_and_comes_back_to_the_bit(tmp_path
             assert arrays[name].tobytes() == best[name].tobytes() == value.tobytes()
         assert state == {"best_epochs_done": done}
         fresh.save(Position(9), arrays, {}, done)  # a run that resumes goes on with the same base
-        assert list(tmp_path.glob(checkpoint.BASE_PATTERN)) == [base]
+        assert list(tmp_path.glob(checkpoints.BASE_PATTERN)) == [base]
         (tmp_path / Position(9).file_name).unlink()
 
 
@@ -205,7 +205,7 @@ def test_a_lost_base_is_named_and_no_other_file_is_read_in_its_place(tmp_path: P
     folder = CheckpointFolder(tmp_path / "run")
     folder.start_from(weights(1.0))
     folder.save(Position(1), weights(2.0), {})
-    (base,) = (tmp_path / "run").glob(checkpoint.BASE_PATTERN)
+    (base,) = (tmp_path / "run").glob(checkpoints.BASE_PATTERN)
     base.rename(tmp_path / base.name)
     with pytest.raises(UserError, match=rf"{base.name}: no such checkpoint; every checkpoint of the run needs it"):
         CheckpointFolder(tmp_path / "run").load(Position(1))
@@ -221,7 +221,7 @@ def test_what_a_finished_run_keeps(tmp_path: Path) -> None:
     folder.save(Position(2), weights(4.0), {}, 2, weights(5.0))
     (tmp_path / "epoch-00000.damaged").write_bytes(b"")
     folder.keep_best_alone()
-    (base,) = tmp_path.glob(checkpoint.BASE_PATTERN)
+    (base,) = tmp_path.glob(checkpoints.BASE_PATTERN)
     assert {path.name for path in tmp_path.iterdir()} == {base.name, "best-00002.npz"}
     assert CheckpointFolder(tmp_path).load_best(2)["model/a"].tolist() == [5.0]
     CheckpointFolder(tmp_path).remove_all()
@@ -254,7 +254,7 @@ def test_a_checkpoint_of_another_format_is_neither_passed_over_nor_set_aside(
     """Nothing is wrong with it: another version of the program can go on from it."""
     folder = CheckpointFolder(tmp_path)
     folder.save(Position(1), arrays(), {})
-    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    monkeypatch.setattr(checkpoints, "FORMAT", 99)
     folder.save(Position(2), arrays(), {}, 2, arrays())
     monkeypatch.undo()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -346,20 +346,20 @@ class Holder:
 def test_models_by_path_and_optimizers_by_order() -> None:
     model = Holder(Variable("a/kernel", [1, 2]), Variable("b/kernel", [3]))
     shuffled = Holder(Variable("b/kernel", [0]), Variable("a/kernel", [0, 0]))
-    checkpoint.restore_model(shuffled, checkpoint.model_arrays(model))
+    checkpoints.restore_model(shuffled, checkpoints.model_arrays(model))
     assert [variable.value.tolist() for variable in shuffled.weights] == [[3], [1, 2]]
     optimizer = Holder(Variable("velocity", [1]), Variable("velocity", [2, 3]))
     fresh = Holder(Variable("velocity", [0]), Variable("velocity", [0, 0]))
-    checkpoint.restore_optimizer(fresh, checkpoint.optimizer_arrays(optimizer))
+    checkpoints.restore_optimizer(fresh, checkpoints.optimizer_arrays(optimizer))
     assert [variable.value.tolist() for variable in fresh.variables] == [[1], [2, 3]]
 
 
 def test_what_is_missing_or_of_another_shape_is_named() -> None:
-    saved = checkpoint.model_arrays(Holder(Variable("a", [1, 2])))
+    saved = checkpoints.model_arrays(Holder(Variable("a", [1, 2])))
     for other in (Variable("b", [1, 2]), Variable("a", [1]), Variable("a", [[1, 2]])):
         with pytest.raises(ValueError, match=rf"no weight {other.path} of shape"):
-            checkpoint.restore_model(Holder(other), saved)
-    saved = checkpoint.optimizer_arrays(Holder(Variable("a", [1, 2])))
+            checkpoints.restore_model(Holder(other), saved)
+    saved = checkpoints.optimizer_arrays(Holder(Variable("a", [1, 2])))
     for wrong in (Holder(Variable("a", [1])), Holder(Variable("a", [1, 2]), Variable("b", [1]))):
         with pytest.raises(ValueError, match="no optimizer variable"):
-            checkpoint.restore_optimizer(wrong, saved)
+            checkpoints.restore_optimizer(wrong, saved)

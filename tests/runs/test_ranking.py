@@ -6,7 +6,7 @@ from typing import Any
 
 from cxr_dist.figures import best_epoch_of
 from cxr_dist.progress import Best
-from cxr_dist.ranking import best_index, rank
+from cxr_dist.runs.ranking import best_index, rank
 from cxr_dist.search.figures import Point
 from cxr_dist.search.record import Outcome, Trial, best_outcome
 from cxr_dist.search.watch import Watch

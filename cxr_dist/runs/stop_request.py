@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from cxr_dist.interrupt import RESUME
+from cxr_dist.runs.interrupt import RESUME
 
 STOP = "stop"
 """The file in a run's folder that asks for the end; whoever may write there may ask, from any machine."""

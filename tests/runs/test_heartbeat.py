@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist.watchdog import Watchdog, missing, reasons
+from cxr_dist.runs.heartbeat import Watchdog, missing, reasons
 
 
 def test_it_ends_what_makes_no_progress_and_nothing_else(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_who_is_silent_is_told_by_the_clock_of_the_storage(tmp_path: Path) -> No
 
 def test_a_storage_that_fails_keeps_it_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither one failure while all is well, nor one when the worker has to go."""
-    from cxr_dist import watchdog
+    from cxr_dist.runs import heartbeat
 
     ended, failures = threading.Event(), []
 
@@ -53,8 +53,8 @@ def test_a_storage_that_fails_keeps_it_from_nothing(tmp_path: Path, monkeypatch:
         raise OSError(116, "Stale file handle")
 
     with Watchdog(tmp_path, 0, 0.3, interval_s=0.02, end=ended.set) as dog:
-        monkeypatch.setattr(watchdog, "_write_beat", fail)
-        monkeypatch.setattr(watchdog, "_told", fail)
+        monkeypatch.setattr(heartbeat, "_write_beat", fail)
+        monkeypatch.setattr(heartbeat, "_told", fail)
         for _ in range(10):
             dog.beat("stage 1, epoch 1, step 1")
             time.sleep(0.02)

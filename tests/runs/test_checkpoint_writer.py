@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from cxr_dist.config.schema import CheckpointConfig
-from cxr_dist.keeping import Keeper
+from cxr_dist.runs.checkpoint_writer import Keeper
 
 
 class Clock:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cxr_dist import reporting
-from cxr_dist.reporting import (
+from cxr_dist.runs import loggers
+from cxr_dist.runs.loggers import (
     ConsoleReporter,
     EventFile,
     EventFollower,
@@ -18,7 +18,7 @@ from cxr_dist.reporting import (
     end_mlflow_run,
     run_reporters,
 )
-from cxr_dist.stopping import StoppedError
+from cxr_dist.runs.stop_request import StoppedError
 from tfrecords_builder.common.errors import UserError
 
 ROW = {
@@ -76,14 +76,14 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
 
-    class Bar(reporting.tqdm):  # type: ignore[misc, type-arg]
+    class Bar(loggers.tqdm):  # type: ignore[misc, type-arg]
         """Draws at every update: a real one waits a tenth of a second."""
 
         def __init__(self, **options: Any) -> None:
             super().__init__(**options, mininterval=0, miniters=1)
             made.append(self)
 
-    monkeypatch.setattr(reporting, "tqdm", Bar)
+    monkeypatch.setattr(loggers, "tqdm", Bar)
     stream = Terminal()
     reporter = ConsoleReporter(stream)
     for event in [progress(1), progress(4), progress(10)]:
@@ -119,7 +119,7 @@ def test_several_reporters_hear_everything() -> None:
 
 def test_a_follower_passes_on_what_was_written_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100, 200))
-    monkeypatch.setattr(reporting.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: float(next(clock)))
     path, recorder = tmp_path / "events.jsonl", Recorder()
     follower = EventFollower(path, recorder)
     follower.poll()  # before there is a file
@@ -157,7 +157,7 @@ def test_a_follower_starts_where_it_was_made(tmp_path: Path) -> None:
 
 def test_progress_is_thinned_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(reporting.time, "monotonic", lambda: now)
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: now)
     writer = EventFile(tmp_path / "events.jsonl")
     for step in range(100):
         writer.emit(progress(step, 100))

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 
-from cxr_dist import cli, intervals, run_folder
+from cxr_dist import cli, intervals
 from cxr_dist.evaluate import Request, evaluate_run, predict_run
 from cxr_dist.metrics import read_predictions
-from cxr_dist.seen import SEEN, digests_of, read_seen
+from cxr_dist.runs import run_folder
+from cxr_dist.runs.seen_images import SEEN, digests_of, read_seen
 from tests.html_page import Page
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config, load_config
-from cxr_dist.seen import SEEN, write_seen
-from cxr_dist.stopping import REGROUP, STOP, StopRequest
-from cxr_dist.versions import FORMAT, check_format, differences
-from cxr_dist.watchdog import BEATS
+from cxr_dist.runs.heartbeat import BEATS
+from cxr_dist.runs.seen_images import SEEN, write_seen
+from cxr_dist.runs.stop_request import REGROUP, STOP, StopRequest
+from cxr_dist.runs.versions import FORMAT, check_format, differences
 from tfrecords_builder.common import locks
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import is_temporary, write_json, write_text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist import versions
+from cxr_dist.runs import versions
 from tfrecords_builder.common.errors import UserError
 
 

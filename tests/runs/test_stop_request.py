@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist import stopping
-from cxr_dist.stopping import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
+from cxr_dist.runs import stop_request
+from cxr_dist.runs.stop_request import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
 
 # Requests
 
@@ -109,7 +109,7 @@ def test_the_timers_of_others_go_on(others_timer: list[int], tmp_path: Path, mon
         signal.raise_signal(signal.SIGTERM)
         assert StopRequest(tmp_path).is_made()
         assert signal.getsignal(signal.SIGALRM) is alarm
-    monkeypatch.setattr(stopping, "NOTICE_LIMIT_S", 0.01)
+    monkeypatch.setattr(stop_request, "NOTICE_LIMIT_S", 0.01)
 
     def be_late() -> None:
         with stopped_by_sigterm(tmp_path):
@@ -132,7 +132,7 @@ def test_a_run_that_ends_as_its_time_runs_out(tmp_path: Path, monkeypatch: pytes
     before = signal.signal(signal.SIGTERM, lambda number, _frame: heard.append(number))
     try:
         for delay in range(60):
-            monkeypatch.setattr(stopping, "NOTICE_LIMIT_S", 0.001)
+            monkeypatch.setattr(stop_request, "NOTICE_LIMIT_S", 0.001)
             try:
                 with stopped_by_sigterm(tmp_path):
                     signal.raise_signal(signal.SIGTERM)

@@ -15,7 +15,7 @@ from typing import IO, Any, Literal, Protocol
 
 from tqdm import tqdm
 
-from cxr_dist.stopping import StoppedError
+from cxr_dist.runs.stop_request import StoppedError
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_json
 

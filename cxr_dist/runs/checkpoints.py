@@ -23,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.versions import FORMAT, FormatError, check_format
+from cxr_dist.runs.versions import FORMAT, FormatError, check_format
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import intended_name, write_atomically
 from tfrecords_builder.common.seal import UNSEALED, check_seal, seal

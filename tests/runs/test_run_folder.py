@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist import run_folder
 from cxr_dist.config.schema import Config, load_config
-from cxr_dist.versions import FORMAT
+from cxr_dist.runs import run_folder
+from cxr_dist.runs.versions import FORMAT
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import Manifest, Settings
 
