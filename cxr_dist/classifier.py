@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from cxr_dist import cut
 from cxr_dist.config.schema import Config
+from cxr_dist.distributed.strategy import dtype_policy, prepare_devices, resolve_precision
 from cxr_dist.model import build_model, set_trainable
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.calibration_file import Calibration, read_calibration
 from cxr_dist.runs.checkpoints import CheckpointFolder, restore_model
-from cxr_dist.strategy import dtype_policy, prepare_devices, resolve_precision
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.seal import check_seal
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from cxr_dist import commands, evaluation_commands, job_options, model_commands, search_commands, terminal
+from cxr_dist.distributed.strategy import QUIET, check_backend
 from cxr_dist.runs.stop_request import StoppedError
-from cxr_dist.strategy import QUIET, check_backend
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import disk_error
 from tfrecords_builder.remote import parse_place

@@ -129,7 +129,7 @@ def _devices() -> list[Finding]:
     if importlib.util.find_spec("tensorflow") is None:
         return []
     from cxr_dist.config.schema import Config
-    from cxr_dist.strategy import prepare_devices, resolve_precision, resolve_xla
+    from cxr_dist.distributed.strategy import prepare_devices, resolve_precision, resolve_xla
 
     topology = prepare_devices(None)
     if topology.kind == "CPU" and list(Path("/dev").glob("nvidia[0-9]*")):

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from cxr_dist import cut
 from cxr_dist.classifier import calibrated, load_model, read_finished
+from cxr_dist.distributed.strategy import muted_stderr, prepare_devices
 from cxr_dist.runs.calibration_file import Calibration, read_calibration
-from cxr_dist.strategy import muted_stderr, prepare_devices
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import sync, write_json
 

@@ -25,11 +25,11 @@ import numpy.typing as npt
 
 from cxr_dist import augment, cut, steps, streams
 from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
+from cxr_dist.distributed.strategy import Topology
 from cxr_dist.model import IMAGENET_MEAN_BGR, POOL_NAME
 from cxr_dist.plans import EvaluationPlan
 from cxr_dist.sources import ArraySource, ShardSource, Slice, Source
 from cxr_dist.store import Description, FeatureStore, PartWriter, Rows
-from cxr_dist.strategy import Topology
 from tfrecords_builder.common.errors import UserError
 
 BATCH_SIZE = 32

@@ -15,6 +15,14 @@ import numpy.typing as npt
 
 from cxr_dist import features, stages, steps
 from cxr_dist.config.schema import Config, StageConfig
+from cxr_dist.distributed.strategy import (
+    Topology,
+    dtype_policy,
+    hardware,
+    make_strategy,
+    resolve_precision,
+    resolve_xla,
+)
 from cxr_dist.metrics import counts_metrics
 from cxr_dist.model import (
     base_of,
@@ -35,7 +43,6 @@ from cxr_dist.sources import ShardSource, Source
 from cxr_dist.stage_inputs import StageInputs
 from cxr_dist.stage_state import StageState
 from cxr_dist.store import FeatureStore
-from cxr_dist.strategy import Topology, dtype_policy, hardware, make_strategy, resolve_precision, resolve_xla
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import move_durably, write_json
 from tfrecords_builder.format.manifest import read_manifest

@@ -24,10 +24,10 @@ from cxr_dist import augment, optimizers
 from cxr_dist.averaging import WeightAverage
 from cxr_dist.config.schema import AugmentationConfig, StageConfig
 from cxr_dist.data import worker_batches
+from cxr_dist.distributed.strategy import Topology
 from cxr_dist.gradients import Place, Variables, in_parts, make_gradient
 from cxr_dist.plans import EvaluationPlan, TrainingPlan
 from cxr_dist.sources import Source
-from cxr_dist.strategy import Topology
 
 MOST_STEPS_PER_CALL = 100
 

@@ -29,7 +29,7 @@ _SHARED = Path(__file__).parents[2] / "shared"
 @pytest.fixture(scope="session", autouse=True)
 def logical_cpus() -> None:
     """Divide the CPU once: it cannot be done after TensorFlow has started."""
-    from cxr_dist.strategy import prepare_devices
+    from cxr_dist.distributed.strategy import prepare_devices
 
     prepare_devices(LOGICAL_CPUS)
 

@@ -18,12 +18,12 @@ from cxr_dist import commands, loop, steps
 from cxr_dist.classifier import load_model, read_finished
 from cxr_dist.commands import run_training
 from cxr_dist.config.schema import Config, load_config
+from cxr_dist.distributed.strategy import prepare_devices
 from cxr_dist.export import export_run
 from cxr_dist.features import FrozenFeatures
 from cxr_dist.pace import FixedLengths, Pace
 from cxr_dist.runs import checkpoints, run_folder, versions
 from cxr_dist.runs.loggers import Event, Reporter, Reporters
-from cxr_dist.strategy import prepare_devices
 from tests.conftest import SMALL_RUN
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest

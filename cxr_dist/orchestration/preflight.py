@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cxr_dist.distributed.strategy import DeviceKind
 from cxr_dist.search.space import SearchConfig
-from cxr_dist.strategy import DeviceKind
 from tfrecords_builder.common.errors import UserError
 
 

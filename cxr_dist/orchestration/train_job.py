@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config
+from cxr_dist.distributed.strategy import muted_stderr, prepare_devices, scratch_folder
 from cxr_dist.orchestration.connection import connected
 from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_most_workers
 from cxr_dist.orchestration.ray_metrics import RayMetrics
@@ -20,7 +21,6 @@ from cxr_dist.runs.interrupt import RESUME
 from cxr_dist.runs.loggers import EventFile, EventFollower, Reporter, Reporters, closing, end_mlflow_run, run_reporters
 from cxr_dist.runs.stop_request import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
 from cxr_dist.search.space import Values
-from cxr_dist.strategy import muted_stderr, prepare_devices, scratch_folder
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import disk_error
 from tfrecords_builder.remote import Place, absolute, local_copy, parse_place

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config
+from cxr_dist.distributed.strategy import muted_stderr, prepare_devices, scratch_folder
 from cxr_dist.orchestration.connection import OWN_CLUSTER, connected, resolved_address
 from cxr_dist.orchestration.preflight import TrialPlan, WorkerPlan, cluster_nodes, plan_trials, this_machine
 from cxr_dist.orchestration.ray_metrics import CountingWatch, RayMetrics
@@ -27,7 +28,6 @@ from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchPlan
 from cxr_dist.search.trial import TrialJob, compute_shared_features, ends_stage, is_last_epoch, prepared, run_trial
 from cxr_dist.search.watch import Jobs, Watch
-from cxr_dist.strategy import muted_stderr, prepare_devices, scratch_folder
 from tfrecords_builder.common.errors import UserError
 
 SECONDS_BETWEEN_REPORTS = 2.0

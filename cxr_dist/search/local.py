@@ -14,12 +14,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from cxr_dist.distributed.strategy import prepare_devices, scratch_folder
 from cxr_dist.search.record import Experiment, Outcome, Trial
 from cxr_dist.search.sampling import Sampler
 from cxr_dist.search.space import SearchConfig
 from cxr_dist.search.trial import TIME_LIMIT_STATUS, TrialJob, compute_shared_features, run_trial
 from cxr_dist.search.watch import Jobs, Watch
-from cxr_dist.strategy import prepare_devices, scratch_folder
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import disk_error
 from tfrecords_builder.common.interrupts import interrupts_held

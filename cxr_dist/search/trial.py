@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config
+from cxr_dist.distributed.strategy import Topology
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.corrupt_records import leave_out
 from cxr_dist.runs.loggers import Event, Reporter, Reporters, closing, run_reporters
@@ -19,7 +20,6 @@ from cxr_dist.runs.stop_request import StoppedError
 from cxr_dist.search.record import SHARED, Experiment
 from cxr_dist.search.shared import FirstStages, SharedBase, first_stage_key
 from cxr_dist.search.space import Values
-from cxr_dist.strategy import Topology
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import write_text
 from tfrecords_builder.format.manifest import read_manifest

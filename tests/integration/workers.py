@@ -41,7 +41,7 @@ def train_curves(arguments: dict[str, Any]) -> None:
     """Train the small two stages under MultiWorkerMirroredStrategy, once per variant, and write the curves."""
     import ray.train
 
-    from cxr_dist.strategy import prepare_devices
+    from cxr_dist.distributed.strategy import prepare_devices
     from tests import training
 
     context = ray.train.get_context()
@@ -63,7 +63,7 @@ def train_on_poisoned_images(arguments: dict[str, Any]) -> None:
     import ray.train
 
     from cxr_dist.config.schema import StageConfig
-    from cxr_dist.strategy import prepare_devices
+    from cxr_dist.distributed.strategy import prepare_devices
     from tests import training
 
     context = ray.train.get_context()

@@ -8,9 +8,16 @@ from typing import Any
 
 import pytest
 
-from cxr_dist import strategy
 from cxr_dist.config.schema import AllReduceConfig, Config, load_config
-from cxr_dist.strategy import DeviceKind, Topology, dtype_policy, muted_stderr, resolve_precision, resolve_xla
+from cxr_dist.distributed import strategy
+from cxr_dist.distributed.strategy import (
+    DeviceKind,
+    Topology,
+    dtype_policy,
+    muted_stderr,
+    resolve_precision,
+    resolve_xla,
+)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +178,7 @@ def test_nothing_is_muted_when_messages_are_wanted(
 def test_no_descriptor_is_lost() -> None:
     code = (
         "import os; os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'\n"
-        "from cxr_dist.strategy import muted_stderr\n"
+        "from cxr_dist.distributed.strategy import muted_stderr\n"
         "before = os.listdir('/proc/self/fd')\n"
         "for _ in range(3):\n"
         "    with muted_stderr(): os.write(2, b'x')\n"
@@ -189,7 +196,7 @@ def test_what_tensorflow_leaves_of_converted_functions_is_removed(
 
     import tensorflow as tf
 
-    from cxr_dist.strategy import scratch_folder
+    from cxr_dist.distributed.strategy import scratch_folder
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
