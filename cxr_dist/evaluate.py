@@ -14,18 +14,18 @@ from cxr_dist import calibration, cut, steps
 from cxr_dist.assessment import Origin
 from cxr_dist.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
 from cxr_dist.compare import Images
+from cxr_dist.data.batch_sampler import EvaluationPlan, Positions
+from cxr_dist.data.image_folder import FolderSource
+from cxr_dist.data.shards import ArraySource, ShardSource, Source
 from cxr_dist.distributed.strategy import Topology, make_strategy, prepare_devices, resolve_precision, resolve_xla
 from cxr_dist.examine import run as examine_run
 from cxr_dist.examine.result import Examination
 from cxr_dist.examine.scores import balanced_sample
-from cxr_dist.image_folder import FolderSource
 from cxr_dist.metrics import Predictions
-from cxr_dist.plans import EvaluationPlan, Positions
 from cxr_dist.report import check_output_folder, write_evaluation
 from cxr_dist.runs import corrupt_records, run_folder
 from cxr_dist.runs.calibration_file import CALIBRATION, read_fitted
 from cxr_dist.runs.seen_images import SeenImages, read_seen
-from cxr_dist.sources import ArraySource, ShardSource, Source
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_json
 from tfrecords_builder.format.manifest import Manifest, check_shards, read_manifest

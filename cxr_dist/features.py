@@ -23,12 +23,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import augment, cut, steps, streams
+from cxr_dist import cut, steps
 from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
+from cxr_dist.data import augmentation as augment
+from cxr_dist.data import random_streams
+from cxr_dist.data.batch_sampler import EvaluationPlan
+from cxr_dist.data.shards import ArraySource, ShardSource, Slice, Source
 from cxr_dist.distributed.strategy import Topology
 from cxr_dist.model import IMAGENET_MEAN_BGR, POOL_NAME
-from cxr_dist.plans import EvaluationPlan
-from cxr_dist.sources import ArraySource, ShardSource, Slice, Source
 from cxr_dist.store import Description, FeatureStore, PartWriter, Rows
 from tfrecords_builder.common.errors import UserError
 
@@ -317,7 +319,7 @@ def _append(writer: PartWriter, rows: npt.NDArray[Any], name: str) -> None:
 
 def view_draws(count: int, seed: int, view: int) -> npt.NDArray[np.float32]:
     """The augmentation's draws of each image in a view: float32 [count, augment.DRAWS], -1 to 1."""
-    return streams.uniform((count, augment.DRAWS), "augmented view", seed, view)
+    return random_streams.uniform((count, augment.DRAWS), "augmented view", seed, view)
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import augment
 from cxr_dist.config.schema import AugmentationConfig
+from cxr_dist.data import augmentation as augment
 
 # Domains of the counter-based random numbers, so that no two uses share a stream.
 _AUGMENTATION, _DROPOUT = 1, 2
@@ -88,7 +88,7 @@ def make_gradient(
     augmentation: AugmentationConfig | None,
     class_weights: npt.NDArray[np.float32] | None,
 ) -> GradientFunction:
-    """The gradient function of `model`, for batches as `data.worker_batches` makes them."""
+    """The gradient function of `model`, for batches as `pipeline.worker_batches` makes them."""
     import tensorflow as tf
 
     weights = np.ones(classes, np.float32) if class_weights is None else class_weights

@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from cxr_dist import features, stages, steps
 from cxr_dist.config.schema import Config, StageConfig
+from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
+from cxr_dist.data.shards import ShardSource, Source
 from cxr_dist.distributed.strategy import (
     Topology,
     dtype_policy,
@@ -33,13 +35,11 @@ from cxr_dist.model import (
     trains_base_batch_norm,
 )
 from cxr_dist.pace import FixedLengths, Pace
-from cxr_dist.plans import EvaluationPlan, TrainingPlan
 from cxr_dist.progress import Best, Progress
 from cxr_dist.runs import checkpoints, corrupt_records, heartbeat, run_folder, versions
 from cxr_dist.runs.checkpoint_writer import Keeper
 from cxr_dist.runs.loggers import Reporter
 from cxr_dist.runs.stop_request import StoppedError, StopRequest
-from cxr_dist.sources import ShardSource, Source
 from cxr_dist.stage_inputs import StageInputs
 from cxr_dist.stage_state import StageState
 from cxr_dist.store import FeatureStore

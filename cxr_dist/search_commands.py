@@ -47,8 +47,8 @@ def run_search(plan: SearchPlan, experiment: Experiment, options: argparse.Names
     Raises:
         UserError: what `tune` is given is wrong, or no trial is complete.
     """
+    from cxr_dist.data.batch_sampler import TrainingPlan
     from cxr_dist.model import check_weights
-    from cxr_dist.plans import TrainingPlan
     from cxr_dist.search.page import write_page
     from tfrecords_builder.format.manifest import check_shards, read_manifest
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from cxr_dist import cut, features
 from cxr_dist.config.schema import Config, StageConfig
+from cxr_dist.data.shards import Source
 from cxr_dist.model import set_trainable, trains_base_batch_norm
-from cxr_dist.sources import Source
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import augment, optimizers
+from cxr_dist import optimizers
 from cxr_dist.averaging import WeightAverage
 from cxr_dist.config.schema import AugmentationConfig, StageConfig
-from cxr_dist.data import worker_batches
+from cxr_dist.data import augmentation as augment
+from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
+from cxr_dist.data.pipeline import worker_batches
+from cxr_dist.data.shards import Source
 from cxr_dist.distributed.strategy import Topology
 from cxr_dist.gradients import Place, Variables, in_parts, make_gradient
-from cxr_dist.plans import EvaluationPlan, TrainingPlan
-from cxr_dist.sources import Source
 
 MOST_STEPS_PER_CALL = 100
 
@@ -312,7 +313,7 @@ def distributed_batches(
     start_step: int = 0,
     extra: npt.NDArray[np.float32] | None = None,
 ) -> Any:
-    """An iterator over the batches of this worker's replicas; see `data.worker_batches`."""
+    """An iterator over the batches of this worker's replicas; see `pipeline.worker_batches`."""
     local = len(topology.devices)
 
     def pipeline(_context: Any) -> Any:

@@ -10,10 +10,10 @@ import pytest
 
 from cxr_dist import calibration, cli, evaluate, model, steps
 from cxr_dist.config.schema import load_config
+from cxr_dist.data.batch_sampler import EvaluationPlan
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.evaluate import FolderSource, Request, calibrate_run, class_probabilities, evaluate_run, predict_run
 from cxr_dist.metrics import read_predictions
-from cxr_dist.plans import EvaluationPlan
 from tests.training import CLASSES, SIZE, config, images, local_topology, small_base
 from tfrecords_builder import remote
 from tfrecords_builder.build import build_dataset

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist import augment, cut, features, model
+from cxr_dist import cut, features, model
 from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
+from cxr_dist.data import augmentation as augment
+from cxr_dist.data.batch_sampler import TrainingPlan
+from cxr_dist.data.shards import ArraySource
 from cxr_dist.distributed.strategy import make_strategy
-from cxr_dist.plans import TrainingPlan
-from cxr_dist.sources import ArraySource
 from cxr_dist.store import FeatureStore
 from tests.training import CLASSES, SIZE, config, images, local_topology, pixels_of, small_base
 from tfrecords_builder.common.errors import UserError

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import cli, inputs, predict
+from cxr_dist import cli, predict
 from cxr_dist.classifier import load_classifier
+from cxr_dist.data import image_files
 from tests.test_classifier import calibrated_run  # noqa: F401 - a fixture
 from tests.tfrecords_builder.images.test_dicom import dicom_bytes
 from tfrecords_builder.images.decode import load_gray
@@ -136,11 +137,11 @@ def test_masks_beside_images_are_no_inputs(tmp_path: Path, name: str) -> None:
         for path in (tmp_path / folder / name, tmp_path / folder / "masks" / "1.png"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
-    assert inputs.find_inputs([tmp_path]) == [tmp_path / "COVID" / name, tmp_path / "Normal" / name]
+    assert image_files.find_inputs([tmp_path]) == [tmp_path / "COVID" / name, tmp_path / "Normal" / name]
     # What is asked for itself is taken, and so is a folder of this name that lies beside nothing.
-    assert inputs.find_inputs([tmp_path / "COVID" / "masks"]) == [tmp_path / "COVID" / "masks" / "1.png"]
+    assert image_files.find_inputs([tmp_path / "COVID" / "masks"]) == [tmp_path / "COVID" / "masks" / "1.png"]
     (tmp_path / "COVID" / name).unlink()
-    assert inputs.find_inputs([tmp_path / "COVID"]) == [tmp_path / "COVID" / "masks" / "1.png"]
+    assert image_files.find_inputs([tmp_path / "COVID"]) == [tmp_path / "COVID" / "masks" / "1.png"]
 
 
 def test_one_batch_in_memory(finished_run: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +154,7 @@ def test_one_batch_in_memory(finished_run: Path, images: Path, monkeypatch: pyte
         return original(path, size)
 
     monkeypatch.setattr(predict, "read_square", count)
-    paths = inputs.find_inputs([images]) * 3
+    paths = image_files.find_inputs([images]) * 3
     for done, outcome in enumerate(predict.predict_files(classifier, paths, workers=2, batch_size=4)):
         assert outcome.path == paths[done]
         assert len(read) == min(len(paths), (done // 4 + 1) * 4)
@@ -166,8 +167,8 @@ def test_files_that_are_too_large_or_no_files(tmp_path: Path, monkeypatch: pytes
 
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ImageError, match="is no file"):
-        inputs.read_square(tmp_path / "pipe.png", 32)
+        image_files.read_square(tmp_path / "pipe.png", 32)
     (tmp_path / "a.png").write_bytes(b"0" * 100)
-    monkeypatch.setattr(inputs, "MAX_FILE_BYTES", 99)
+    monkeypatch.setattr(image_files, "MAX_FILE_BYTES", 99)
     with pytest.raises(ImageError, match="has 100 bytes"):
-        inputs.read_square(tmp_path / "a.png", 32)
+        image_files.read_square(tmp_path / "a.png", 32)

@@ -11,7 +11,7 @@ import pytest
 
 from cxr_dist import model
 from cxr_dist.config.schema import StageConfig
-from cxr_dist.plans import TrainingPlan
+from cxr_dist.data.batch_sampler import TrainingPlan
 from tests import training
 from tests.training import Trace, Training
 from tfrecords_builder.common.errors import UserError

@@ -8,9 +8,9 @@ import numpy as np
 
 from cxr_dist import model, optimizers, steps
 from cxr_dist.config.schema import Config, ModelConfig, StageConfig
+from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
+from cxr_dist.data.shards import ArraySource
 from cxr_dist.distributed.strategy import Topology, dtype_policy, make_strategy
-from cxr_dist.plans import EvaluationPlan, TrainingPlan
-from cxr_dist.sources import ArraySource
 
 CLASSES = 4
 SIZE = 32

@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist import steps
+from cxr_dist.data.batch_sampler import TrainingPlan
+from cxr_dist.data.shards import ShardSource, Slice
 from cxr_dist.distributed.strategy import make_strategy, prepare_devices
-from cxr_dist.plans import TrainingPlan
-from cxr_dist.sources import ShardSource, Slice
 from tfrecords_builder.format.manifest import read_manifest
 
 _KINDS = ("cold", "warm")

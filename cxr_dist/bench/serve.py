@@ -23,7 +23,7 @@ from statistics import median
 import numpy as np
 
 from cxr_dist.classifier import load_classifier
-from cxr_dist.inputs import read_square
+from cxr_dist.data.image_files import read_square
 from tfrecords_builder.common.errors import UserError
 
 HOST = "127.0.0.1"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import streams
+from cxr_dist.data import random_streams
 from cxr_dist.examine import occlude
 from cxr_dist.examine.occlude import Masks
 from cxr_dist.examine.perturb import Images
@@ -129,7 +129,7 @@ def cue_conflict(classify: Classify, images: Images, labels: Labels, classes: in
     nothing = dict.fromkeys(("follows_border", "follows_image", "control", "excess", "p_value"))
     if len(present) < 2:
         return empty | nothing | {"reason": "all images are of one class"}
-    random = streams.generator("borders of other images", seed)
+    random = random_streams.generator("borders of other images", seed)
     of_class = {int(label): np.flatnonzero(labels == label) for label in present}
     own = np.array([_other(random, of_class[int(label)], row) for row, label in enumerate(labels)])
     control = classify(occlude.with_border_of(images, images[own]))

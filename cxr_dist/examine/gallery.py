@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cxr_dist import streams
+from cxr_dist.data import random_streams
 from cxr_dist.examine.attention import Maps, enlarged
 from cxr_dist.examine.result import Panel
 
@@ -43,7 +43,7 @@ def chosen(answers: Answers, seed: int) -> tuple[list[int], list[int]]:
     sure = answers.probabilities.max(axis=1)
     right = answers.predicted == answers.labels
     mistakes = sorted(np.flatnonzero(~right).tolist(), key=lambda row: (-sure[row], row))[:MISTAKES]
-    random = streams.generator("images of the gallery", seed)
+    random = random_streams.generator("images of the gallery", seed)
     successes: list[int] = []
     for label in range(len(answers.class_names)):
         rows = random.permutation(np.flatnonzero(right & (answers.labels == label)))

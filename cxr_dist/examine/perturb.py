@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cxr_dist import streams
+from cxr_dist.data import random_streams
 
 Images = npt.NDArray[np.uint8]
 Change = Callable[[Images, float, int], Images]
@@ -67,7 +67,7 @@ def contrasted(images: Images, factor: float, _seed: int = 0) -> Images:
 
 def noisy(images: Images, deviation: float, seed: int = 0) -> Images:
     """Gaussian noise of that standard deviation in gray levels; the same draws, scaled, at every strength."""
-    noise = streams.generator("noise on images", seed).standard_normal(images.shape)
+    noise = random_streams.generator("noise on images", seed).standard_normal(images.shape)
     return _bytes(images + deviation * noise)
 
 

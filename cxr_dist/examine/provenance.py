@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import streams
+from cxr_dist.data import random_streams
 from cxr_dist.examine.result import Finding
 from cxr_dist.examine.scores import Labels, interval
 
@@ -174,7 +174,7 @@ def _told(
         return float(np.mean([np.mean(answers[codes == code] == code) for code in np.unique(codes)]))
 
     _, first, of_group = np.unique(groups.astype(str), return_index=True, return_inverse=True)
-    random = streams.generator("sources dealt at random", seed)
+    random = random_streams.generator("sources dealt at random", seed)
     sizes = np.bincount(coded[first], minlength=len(present))
     chance = 1 / len(present)
     margin = max(LEAST_MARGIN, STANDARD_ERRORS * float(np.sqrt(np.sum(0.25 / np.maximum(sizes, 1)))) / len(present))

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from cxr_dist import streams
+from cxr_dist.data import random_streams
 from cxr_dist.metrics import counts_metrics
 
 Labels = npt.NDArray[np.int32]
@@ -55,7 +55,7 @@ def permutation_bound(labels: Labels, predicted: Labels, seed: int) -> float:
     The same answers, dealt to the images anew `PERMUTATIONS` times. Answers that are all alike give the share of
     their class.
     """
-    random = streams.generator("answers dealt at random", seed)
+    random = random_streams.generator("answers dealt at random", seed)
     values = [float(np.mean(random.permutation(predicted) == labels)) for _ in range(PERMUTATIONS)]
     return float(np.quantile(values, CONFIDENCE, method="higher"))
 
@@ -88,7 +88,7 @@ def balanced_sample(labels: Labels, limit: int, seed: int) -> npt.NDArray[np.int
 
     Equal numbers and not shares: chance is then 1 / C, which leaves a rare class its weight and an alarm its room.
     """
-    random = streams.generator("balanced sample", seed)
+    random = random_streams.generator("balanced sample", seed)
     present, sizes = np.unique(labels, return_counts=True)
     taken = np.zeros(len(sizes), np.int64)
     left = min(limit, len(labels))

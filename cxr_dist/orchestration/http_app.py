@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.classifier import Answer
-from cxr_dist.inputs import decode_square
+from cxr_dist.data.image_files import decode_square
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images.decode import ImageError, TooLargeError
 

@@ -9,10 +9,10 @@ import pytest
 
 from cxr_dist.commands import run_training
 from cxr_dist.config.schema import load_config
+from cxr_dist.data.shards import ShardSource
 from cxr_dist.evaluate import Request, predict_run
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.corrupt_records import LeftOut, find_damaged, leave_out, left_out
-from cxr_dist.sources import ShardSource
 from tests.conftest import SMALL_RUN
 from tests.test_loop import comparable
 from tfrecords_builder.common.errors import UserError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cxr_dist import captions, intervals
-from cxr_dist.image_folder import FolderSource
+from cxr_dist.data.image_folder import FolderSource
 from cxr_dist.metrics import Predictions
 
 NAMES = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import streams
+from cxr_dist.data import random_streams
 from tfrecords_builder.common.errors import UserError
 
 Positions = npt.NDArray[np.int64]
@@ -20,7 +20,7 @@ PADDING = -1
 
 def epoch_order(count: int, seed: int, epoch: int) -> Positions:
     """A permutation of the `count` images for the epoch (counted from 0 over the whole run)."""
-    return streams.permutation(count, "epoch order", seed, epoch)
+    return random_streams.permutation(count, "epoch order", seed, epoch)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.plans import PADDING, EvaluationPlan, TrainingPlan
-from cxr_dist.sources import Source, weakly
+from cxr_dist.data.batch_sampler import PADDING, EvaluationPlan, TrainingPlan
+from cxr_dist.data.shards import Source, weakly
 
 _CHUNK = 64
 """Elements of which Python tells TensorFlow at a time what they are: a call for each took longer than its images."""

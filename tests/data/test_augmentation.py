@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pytest
 import scipy.ndimage
 
-from cxr_dist.augment import DRAWS, augment, draw
 from cxr_dist.config.schema import AugmentationConfig
+from cxr_dist.data.augmentation import DRAWS, augment, draw
 
 Array = npt.NDArray[Any]
 NOTHING = {"rotation": 0.0, "shift": 0.0, "zoom": 0.0, "contrast": 0.0, "brightness": 0.0}

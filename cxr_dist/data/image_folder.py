@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.plans import Positions
+from cxr_dist.data.batch_sampler import Positions
+from cxr_dist.data.shards import weakly
 from cxr_dist.runs.seen_images import Digests, digests_of
-from cxr_dist.sources import weakly
 from tfrecords_builder.collection.find import find_images
 from tfrecords_builder.collection.metadata import Metadata, normalized_patient, read_metadata
 from tfrecords_builder.common.errors import UserError

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cxr_dist import plans, sources
-from cxr_dist.data import worker_batches
-from cxr_dist.plans import PADDING, EvaluationPlan, TrainingPlan, epoch_order
-from cxr_dist.sources import ArraySource, MemorySource, ShardSource
+from cxr_dist.data import batch_sampler as plans
+from cxr_dist.data import shards
+from cxr_dist.data.batch_sampler import PADDING, EvaluationPlan, TrainingPlan, epoch_order
+from cxr_dist.data.pipeline import worker_batches
+from cxr_dist.data.shards import ArraySource, MemorySource, ShardSource
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
@@ -281,7 +282,7 @@ def test_shards_give_the_images_of_their_paths(split: str, dataset: Path, phanto
 def test_a_split_in_memory_is_the_split(
     encoding: str, run_bytes: int, phantom_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_RUN_BYTES", run_bytes)  # one record at a time, some, a shard
+    monkeypatch.setattr(shards, "_RUN_BYTES", run_bytes)  # one record at a time, some, a shard
     build_dataset(phantom_source, tmp_path / "dataset", image_size=32, encoding=encoding, workers=1)
     source = ShardSource(tmp_path / "dataset", read_manifest(tmp_path / "dataset"), "train")
     plan = EvaluationPlan(source.count, 7, 1)

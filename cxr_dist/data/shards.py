@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.plans import Positions
+from cxr_dist.data.batch_sampler import Positions
 from cxr_dist.runs.seen_images import Digests, digests_of
 from tfrecords_builder.collection.metadata import normalized_patient
 from tfrecords_builder.common.pool import default_workers
