@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import cut
 from cxr_dist.config.schema import Config
 from cxr_dist.distributed.strategy import dtype_policy, prepare_devices, resolve_precision
-from cxr_dist.model import build_model, set_trainable
+from cxr_dist.model import split_point
+from cxr_dist.model.resnet import build_model, set_trainable
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.calibration_file import Calibration, read_calibration
 from cxr_dist.runs.checkpoints import CheckpointFolder, restore_model
@@ -45,7 +45,7 @@ def read_finished(run: Path) -> FinishedRun:
 
 
 def weights_file(run: Path) -> Path | None:
-    """`model.keras`, or the best weights of a trial whose model was removed (`search.keep`); None where neither is."""
+    """`resnet.keras`, or the best weights of a trial whose model was removed (`search.keep`); None where neither is."""
     model = run / run_folder.MODEL
     return model if model.is_file() else CheckpointFolder(run / run_folder.CHECKPOINTS).newest_best()
 
@@ -144,7 +144,7 @@ def load_classifier(run: Path, precision: str | None = None) -> Classifier:
     calibration = read_calibration(run) or Calibration()
     topology = prepare_devices(1)
     model = load_model(found, precision or resolve_precision(found.config.precision, topology.kind))
-    forward = calibrated(cut.whole_network(model), found.info.image_size, calibration.temperature)
+    forward = calibrated(split_point.whole_network(model), found.info.image_size, calibration.temperature)
     return Classifier(found.info.class_names, found.info.image_size, calibration, forward, model)
 
 

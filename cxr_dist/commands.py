@@ -222,7 +222,7 @@ def run_training(
 ) -> dict[str, Any]:
     """Check all that can be checked, prepare the run's folder, and train through the launcher."""
     from cxr_dist.data.batch_sampler import TrainingPlan
-    from cxr_dist.model import check_weights
+    from cxr_dist.model.resnet import check_weights
     from cxr_dist.orchestration.train_job import train_locally, train_with_ray
     from cxr_dist.runs.corrupt_records import leave_out
     from cxr_dist.runs.disk_space import check_space, needed_by_run

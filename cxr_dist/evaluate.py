@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import calibration, cut, steps
+from cxr_dist import calibration, steps
 from cxr_dist.assessment import Origin
 from cxr_dist.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
 from cxr_dist.compare import Images
@@ -22,6 +22,7 @@ from cxr_dist.examine import run as examine_run
 from cxr_dist.examine.result import Examination
 from cxr_dist.examine.scores import balanced_sample
 from cxr_dist.metrics import Predictions
+from cxr_dist.model import split_point
 from cxr_dist.report import check_output_folder, write_evaluation
 from cxr_dist.runs import corrupt_records, run_folder
 from cxr_dist.runs.calibration_file import CALIBRATION, read_fitted
@@ -174,7 +175,7 @@ class Network:
     @cached_property
     def _forward_step(self) -> Any:
         xla = resolve_xla(self.run.config, self.topology.kind)
-        return steps.make_forward_step(self.strategy, cut.whole_network(self.model), xla=xla)
+        return steps.make_forward_step(self.strategy, split_point.whole_network(self.model), xla=xla)
 
     def predict(self, source: ImageSource, progress: Callable[[int, int], None] | None = None) -> Predictions:
         """Predictions of every image of `source`; `progress` is called with the images done and their number."""

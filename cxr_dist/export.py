@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import cut
 from cxr_dist.classifier import calibrated, load_model, read_finished
 from cxr_dist.distributed.strategy import muted_stderr, prepare_devices
+from cxr_dist.model import split_point
 from cxr_dist.runs.calibration_file import Calibration, read_calibration
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import sync, write_json
@@ -54,7 +54,7 @@ def export_run(run: Path, out: Path, format_name: Format) -> dict[str, Any]:
     prepare_devices(1)
     model = load_model(found, "float32")
     size, names = found.info.image_size, found.info.class_names
-    function = _with_channel(calibrated(cut.whole_network(model), size, calibration.temperature), size)
+    function = _with_channel(calibrated(split_point.whole_network(model), size, calibration.temperature), size)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
     try:

@@ -23,14 +23,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import cut, steps
+from cxr_dist import steps
 from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
 from cxr_dist.data import augmentation as augment
 from cxr_dist.data import random_streams
 from cxr_dist.data.batch_sampler import EvaluationPlan
 from cxr_dist.data.shards import ArraySource, ShardSource, Slice, Source
 from cxr_dist.distributed.strategy import Topology
-from cxr_dist.model import IMAGENET_MEAN_BGR, POOL_NAME
+from cxr_dist.model import split_point
+from cxr_dist.model.resnet import IMAGENET_MEAN_BGR, POOL_NAME
 from cxr_dist.store import Description, FeatureStore, PartWriter, Rows
 from tfrecords_builder.common.errors import UserError
 
@@ -129,7 +130,7 @@ class FrozenFeatures:
         rows = Rows([part for each in found for part in each[name].parts])
         return ArraySource(rows, np.tile(images.source.labels, len(found)))
 
-    def pays(self, model: Any, where: cut.Cut, images: SplitImages, total: int, epochs: int) -> bool:
+    def pays(self, model: Any, where: split_point.Cut, images: SplitImages, total: int, epochs: int) -> bool:
         """Whether the tensors at a cut are worth their bytes, from a measurement of one batch and of the disk."""
         needed = total * where.bytes_per_image
         present = self._store.has(self._describe(model, where.name, images, None, None))
@@ -137,7 +138,7 @@ class FrozenFeatures:
             return True
         if not steps.all_agree(self._strategy, self._store.fits(needed)):
             return False
-        dtypes = [cut.stored_dtype(where.name)]
+        dtypes = [split_point.stored_dtype(where.name)]
         run, iterator, batch = self._passes(model, [where.name], dtypes, images.source, None, None)
         run(iterator)
         started = time.perf_counter()
@@ -212,9 +213,9 @@ class FrozenFeatures:
         view: int | None,
     ) -> None:
         topology, names = self._topology, list(entries)
-        tensors = cut.frozen_outputs(model, names).outputs
+        tensors = split_point.frozen_outputs(model, names).outputs
         shapes = {name: tuple(tensor.shape[1:]) for name, tensor in zip(names, tensors, strict=True)}
-        dtypes = {name: cut.stored_dtype(name) for name in names}
+        dtypes = {name: split_point.stored_dtype(name) for name in names}
         if topology.is_chief:
             for name, entry in entries.items():
                 row = int(np.prod(shapes[name])) * np.dtype(dtypes[name]).itemsize
@@ -248,7 +249,7 @@ class FrozenFeatures:
         draws: npt.NDArray[np.float32] | None,
     ) -> None:
         """The tensors at each cut of every input of `source`, in order."""
-        dtypes = [cut.stored_dtype(name) for name in names]
+        dtypes = [split_point.stored_dtype(name) for name in names]
         run, iterator, _ = self._passes(model, names, dtypes, source, augmentation, draws)
         done, begun = 0, time.perf_counter()
         while done < source.count:
@@ -272,7 +273,9 @@ class FrozenFeatures:
         local = len(self._topology.devices)
         alone = Topology(1, 0, self._topology.kind, self._topology.devices)
         plan = EvaluationPlan(source.count, BATCH_SIZE, local)
-        run = steps.make_feature_step(self._strategy, cut.frozen_outputs(model, names), dtypes, augmentation, self._xla)
+        run = steps.make_feature_step(
+            self._strategy, split_point.frozen_outputs(model, names), dtypes, augmentation, self._xla
+        )
         iterator = steps.distributed_batches(self._strategy, alone, source, plan, extra=draws)
         self._iterators.append(iterator)
         return run, iterator, BATCH_SIZE * local
@@ -280,7 +283,7 @@ class FrozenFeatures:
     def _describe(
         self, model: Any, name: str, images: SplitImages, augmentation: AugmentationConfig | None, view: int | None
     ) -> Description:
-        below = cut.frozen_outputs(model, [name])
+        below = split_point.frozen_outputs(model, [name])
         return {
             "version": VERSION,
             "dataset": images.dataset,
@@ -289,7 +292,7 @@ class FrozenFeatures:
             "weights": _digest(below),
             "preprocessing": {"subtracted_bgr": list(IMAGENET_MEAN_BGR), "image_size": self._config.model.image_size},
             "computed_in": self._precision,
-            "dtype": cut.stored_dtype(name),
+            "dtype": split_point.stored_dtype(name),
             "view": None
             if augmentation is None
             else {**augmentation.model_dump(mode="json"), "seed": self._config.seed, "number": view},

@@ -26,7 +26,7 @@ from cxr_dist.distributed.strategy import (
     resolve_xla,
 )
 from cxr_dist.metrics import counts_metrics
-from cxr_dist.model import (
+from cxr_dist.model.resnet import (
     base_of,
     build_model,
     load_base_weights,
@@ -548,7 +548,7 @@ class _Run:
         return result
 
     def _save_model(self) -> None:
-        """`model.keras` in float32, so that it runs anywhere as it is."""
+        """`resnet.keras` in float32, so that it runs anywhere as it is."""
         size = self.config.model.image_size
         if size is None:
             raise ValueError("the configuration was not resolved")

@@ -48,7 +48,7 @@ def run_search(plan: SearchPlan, experiment: Experiment, options: argparse.Names
         UserError: what `tune` is given is wrong, or no trial is complete.
     """
     from cxr_dist.data.batch_sampler import TrainingPlan
-    from cxr_dist.model import check_weights
+    from cxr_dist.model.resnet import check_weights
     from cxr_dist.search.page import write_page
     from tfrecords_builder.format.manifest import check_shards, read_manifest
 

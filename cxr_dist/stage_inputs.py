@@ -5,10 +5,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from cxr_dist import cut, features
+from cxr_dist import features
 from cxr_dist.config.schema import Config, StageConfig
 from cxr_dist.data.shards import Source
-from cxr_dist.model import set_trainable, trains_base_batch_norm
+from cxr_dist.model import split_point
+from cxr_dist.model.resnet import set_trainable, trains_base_batch_norm
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class StageInputs:
                     self._train.source.in_memory(limit),
                     self._validation.source.in_memory(limit),
                 )
-            return Inputs(cut.whole_network(self._model), *self._in_memory, from_cut=False)
+            return Inputs(split_point.whole_network(self._model), *self._in_memory, from_cut=False)
         self._announce(number, stage, f"what the layers up to {where.name} make of them, computed once")
         later = self._later_cuts(number)
         augmentation = self._config.augmentation if stage.augment else None
@@ -74,12 +75,12 @@ class StageInputs:
             )
         return Inputs(where.above, train, validation, from_cut=True)
 
-    def cut_of(self, number: int) -> cut.Cut | None:
+    def cut_of(self, number: int) -> split_point.Cut | None:
         """The cut at which stage `number`, whose layers are set, reads kept tensors; None where it reads images."""
-        where = cut.frozen_cut(self._model)
+        where = split_point.frozen_cut(self._model)
         return where if where is not None and self._keeps(number, where) else None
 
-    def _keeps(self, number: int, where: cut.Cut) -> bool:
+    def _keeps(self, number: int, where: split_point.Cut) -> bool:
         decided, stage = self._decided(), self._config.stages[number]
         use = features.use_of_cut(self._config.features, stage, where.name)
         # By all that it was decided about: a trial may begin with the first stage of another, and end with its own.
@@ -100,7 +101,7 @@ class StageInputs:
         for later, stage in sorted(config.stages.items()):
             if later > number and stage.epochs and not stage.augment:
                 set_trainable(self._model, stage.unfreeze_layers, batch_norm)
-                where = cut.frozen_cut(self._model)
+                where = split_point.frozen_cut(self._model)
                 set_trainable(self._model, config.stages[number].unfreeze_layers, batch_norm)
                 if where is not None and self._keeps(later, where):
                     names.append(where.name)

@@ -137,7 +137,7 @@ SMALL_RUN = [
 def use_small_base(patch: pytest.MonkeyPatch) -> None:
     """Let training and evaluation build a small residual base: ResNet50's steps take half a minute to trace."""
     from cxr_dist import classifier, loop
-    from cxr_dist.model import build_model
+    from cxr_dist.model.resnet import build_model
     from tests.training import small_base
 
     for module in (loop, classifier):

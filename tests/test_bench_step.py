@@ -8,7 +8,7 @@ import pytest
 from cxr_dist.bench import step
 from cxr_dist.bench.step import Round, Summary
 from cxr_dist.config.schema import load_config
-from cxr_dist.model import build_model
+from cxr_dist.model.resnet import build_model
 from cxr_dist.runs.loggers import Reporters
 from cxr_dist.runs.run_folder import read_history
 from tests.conftest import SMALL_RUN, use_small_base

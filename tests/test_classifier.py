@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist import cut, model
 from cxr_dist.classifier import calibrated, load_classifier
 from cxr_dist.evaluate import Request, evaluate_run
 from cxr_dist.metrics import read_predictions
+from cxr_dist.model import resnet, split_point
 from cxr_dist.runs.calibration_file import CALIBRATION, Calibration, read_calibration
 from tests.training import CLASSES, SIZE, config, small_base
 from tfrecords_builder.common.errors import UserError
@@ -78,7 +78,7 @@ def test_temperature_and_threshold(plain_run: Path, calibrated_run: Path, phanto
 
 
 def test_any_batch_is_one_trace() -> None:
-    network = cut.whole_network(model.build_model(CLASSES, SIZE, config(), "float32", small_base))
+    network = split_point.whole_network(resnet.build_model(CLASSES, SIZE, config(), "float32", small_base))
     forward = calibrated(network, SIZE, 1.0)
     for count in (1, 2, 7):
         assert forward(np.zeros((count, SIZE, SIZE), np.uint8)).shape == (count, CLASSES)

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import calibration, cli, evaluate, model, steps
+from cxr_dist import calibration, cli, evaluate, steps
 from cxr_dist.config.schema import load_config
 from cxr_dist.data.batch_sampler import EvaluationPlan
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.evaluate import FolderSource, Request, calibrate_run, class_probabilities, evaluate_run, predict_run
 from cxr_dist.metrics import read_predictions
+from cxr_dist.model import resnet
 from tests.training import CLASSES, SIZE, config, images, local_topology, small_base
 from tfrecords_builder import remote
 from tfrecords_builder.build import build_dataset
@@ -32,7 +33,7 @@ def test_101_images_on_1_2_and_3_replicas() -> None:
         strategy = make_strategy(local_topology(replicas))
         keras.utils.set_random_seed(0)
         with strategy.scope():
-            network = model.build_model(CLASSES, SIZE, config(), "float32", small_base)
+            network = resnet.build_model(CLASSES, SIZE, config(), "float32", small_base)
         plan = EvaluationPlan(source.count, 16, replicas)
         iterator = steps.distributed_batches(strategy, local_topology(replicas), source, plan)
         confusion, _ = steps.make_evaluation_step(strategy, network, CLASSES, xla=False)(iterator, plan.steps)

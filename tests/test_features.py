@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist import cut, features, model
+from cxr_dist import features
 from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
 from cxr_dist.data import augmentation as augment
 from cxr_dist.data.batch_sampler import TrainingPlan
 from cxr_dist.data.shards import ArraySource
 from cxr_dist.distributed.strategy import make_strategy
+from cxr_dist.model import resnet, split_point
 from cxr_dist.store import FeatureStore
 from tests.training import CLASSES, SIZE, config, images, local_topology, pixels_of, small_base
 from tfrecords_builder.common.errors import UserError
@@ -30,8 +31,8 @@ class Features:
         strategy = make_strategy(topology)
         keras.utils.set_random_seed(0)
         with strategy.scope():
-            self.model = model.build_model(CLASSES, SIZE, self.config, "float32", small_base)
-            model.set_trainable(self.model, 0, train_batch_norm=False)
+            self.model = resnet.build_model(CLASSES, SIZE, self.config, "float32", small_base)
+            resnet.set_trainable(self.model, 0, train_batch_norm=False)
         self.told: list[int] = []
         self.frozen = features.FrozenFeatures(
             self.config,
@@ -54,7 +55,7 @@ def test_they_are_those_of_every_image_in_order(tmp_path: Path, replicas: int) -
     pooled, below = made.of("pool", "block_relu"), made.of("block_relu")
     pixels = pixels_of(made.images.source).astype(np.float32)
     for source, name, tolerance in ((pooled, "pool", 1e-5), (below, "block_relu", 1e-3)):
-        expected = cut.frozen_outputs(made.model, [name])(pixels).numpy()
+        expected = split_point.frozen_outputs(made.model, [name])(pixels).numpy()
         assert source.count == COUNT
         np.testing.assert_allclose(pixels_of(source)[np.arange(COUNT)], expected, atol=tolerance * expected.max())
     np.testing.assert_array_equal(pooled.labels, made.images.source.labels)
@@ -69,7 +70,7 @@ def test_views_are_augmented_by_fresh_draws(tmp_path: Path) -> None:
     assert source.count == 3 * COUNT
     np.testing.assert_array_equal(source.labels, np.tile(made.images.source.labels, 3))
     pixels = pixels_of(made.images.source).astype(np.float32)
-    network = cut.frozen_outputs(made.model, ["pool"])
+    network = split_point.frozen_outputs(made.model, ["pool"])
     rows = pixels_of(source)[np.arange(3 * COUNT)].reshape(3, COUNT, -1)
     for view in range(3):
         changed = augment.augment(pixels, features.view_draws(COUNT, 5, view), augmentation)
@@ -128,7 +129,7 @@ def test_what_decides_the_numbers_decides_the_entry(tmp_path: Path, change: str)
     before = made.frozen._describe(made.model, "pool", made.images, augmentation, 0)
     assert before == made.frozen._describe(made.model, "pool", made.images, augmentation, 0)
     if change == "weights":
-        base = model.base_of(made.model)
+        base = resnet.base_of(made.model)
         base.get_layer("top_bn").moving_mean.assign_add([1e-3] * 2048)
     elif change in ("dataset", "split"):
         made.images = features.SplitImages(
@@ -146,13 +147,13 @@ def test_what_decides_the_numbers_decides_the_entry(tmp_path: Path, change: str)
 def test_weights_above_a_cut_do_not_decide_it(tmp_path: Path) -> None:
     made = Features(tmp_path)
     before = made.frozen._describe(made.model, "block_relu", made.images, None, None)
-    model.base_of(made.model).get_layer("top_bn").moving_mean.assign_add([1e-3] * 2048)
+    resnet.base_of(made.model).get_layer("top_bn").moving_mean.assign_add([1e-3] * 2048)
     assert made.frozen._describe(made.model, "block_relu", made.images, None, None) == before
 
 
 def test_a_value_that_does_not_fit_says_what_to_set(tmp_path: Path) -> None:
     made = Features(tmp_path)
-    model.base_of(made.model).get_layer("block_out_bn").beta.assign([1e6] * 16)
+    resnet.base_of(made.model).get_layer("block_out_bn").beta.assign([1e6] * 16)
     with pytest.raises(UserError, match=r"features\.cut=off"):
         made.of("block_relu")
 

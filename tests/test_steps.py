@@ -9,9 +9,9 @@ import functools
 import numpy as np
 import pytest
 
-from cxr_dist import model
 from cxr_dist.config.schema import StageConfig
 from cxr_dist.data.batch_sampler import TrainingPlan
+from cxr_dist.model import resnet
 from tests import training
 from tests.training import Trace, Training
 from tfrecords_builder.common.errors import UserError
@@ -26,7 +26,7 @@ def test_resnet50_itself_on_two_replicas() -> None:
     """The real network through the real step, once: the same losses as on one device, synchronised."""
     row = StageConfig(epochs=1, learning_rate=1e-4, optimizer="sgd", unfreeze_layers=5)
     one, two = (
-        Training(replicas, make_base=model.resnet50, synchronize_batch_norm=True).stage(row) for replicas in (1, 2)
+        Training(replicas, make_base=resnet.resnet50, synchronize_batch_norm=True).stage(row) for replicas in (1, 2)
     )
     np.testing.assert_allclose(two.losses, one.losses, atol=1e-4)
     np.testing.assert_allclose(two.validation, one.validation, atol=1e-3)
@@ -121,7 +121,7 @@ def test_parts_of_a_batch_go_on_from_each_others_statistics() -> None:
     for parts in (1, 4):
         run = Training(parts=parts)
         run.stage(row)
-        norm = next(layer for layer in model.head_of(run.model).layers if hasattr(layer, "moving_mean"))
+        norm = next(layer for layer in resnet.head_of(run.model).layers if hasattr(layer, "moving_mean"))
         means.append(np.asarray(norm.moving_mean).sum())
     once, four_times = (1 - norm.momentum ** (parts * run.plan.steps_per_epoch) for parts in (1, 4))
     assert means[1] / means[0] == pytest.approx(four_times / once, rel=0.1)  # batches differ

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from cxr_dist import model, optimizers, steps
+from cxr_dist import optimizers, steps
 from cxr_dist.config.schema import Config, ModelConfig, StageConfig
 from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
 from cxr_dist.data.shards import ArraySource
 from cxr_dist.distributed.strategy import Topology, dtype_policy, make_strategy
+from cxr_dist.model import resnet
 
 CLASSES = 4
 SIZE = 32
@@ -62,8 +63,8 @@ def small_base(image_size: int) -> Any:
     branch = layers.ReLU(name="block_2_relu")(conv_bn(branch, 8, 3, "block_2"))
     x = layers.Add(name="block_add")([conv_bn(x, 16, 1, "block_0"), conv_bn(branch, 16, 1, "block_out")])
     x = layers.ReLU(name="block_relu")(x)
-    x = layers.ReLU(name="top_relu")(conv_bn(x, model.FEATURES, 1, "top", strides=4))
-    return keras.Model(inputs, x, name=model.BASE_NAME)
+    x = layers.ReLU(name="top_relu")(conv_bn(x, resnet.FEATURES, 1, "top", strides=4))
+    return keras.Model(inputs, x, name=resnet.BASE_NAME)
 
 
 def config(**changes: object) -> Config:
@@ -92,7 +93,7 @@ class Training:
         self.strategy = make_strategy(self.topology)
         keras.utils.set_random_seed(0)
         with self.strategy.scope():
-            self.model = model.build_model(CLASSES, SIZE, self.config, dtype_policy(precision), make_base)
+            self.model = resnet.build_model(CLASSES, SIZE, self.config, dtype_policy(precision), make_base)
         self.source = images()
         self.plan = TrainingPlan(self.source.count, BATCH, self.topology.replicas, seed=0)
 
@@ -105,7 +106,7 @@ class Training:
     def stage(self, row: StageConfig, trace: Trace | None = None, loss_scale: float = 2.0**15) -> Trace:
         """Train the epochs of `row` at a constant rate and validate after each."""
         trace = trace or Trace()
-        model.set_trainable(self.model, row.unfreeze_layers, model.trains_base_batch_norm(self.config))
+        resnet.set_trainable(self.model, row.unfreeze_layers, resnet.trains_base_batch_norm(self.config))
         with self.strategy.scope():
             optimizer = optimizers.make_optimizer(row)
             optimizer.build(self.model.trainable_variables)

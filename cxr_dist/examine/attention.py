@@ -12,9 +12,9 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import stats
 
-from cxr_dist import graph
 from cxr_dist.examine.result import Finding
 from cxr_dist.examine.scores import CONFIDENCE
+from cxr_dist.model import keras_graph
 
 BATCH_SIZE = 32
 Maps = npt.NDArray[np.float32]
@@ -37,7 +37,7 @@ def last_feature_map(model: Any) -> Any:
         ValueError: `model` has no such tensor.
     """
     found = None
-    for call in graph.calls(model):
+    for call in keras_graph.calls(model):
         if len(call.inputs) == 1 and len(call.inputs[0].shape) == 4 and len(call.outputs[0].shape) == 2:
             found = call.inputs[0]
     if found is None:

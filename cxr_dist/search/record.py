@@ -240,7 +240,7 @@ class Experiment:
             checkpoints.remove_all()
 
     def _reduce_models(self) -> None:
-        """Remove `model.keras` of all trials but the best `search.keep` so far: who leaves them is beaten for good."""
+        """Remove `resnet.keras` of all trials but the best `search.keep` so far: who leaves them is beaten for good."""
         models = [path.parent for path in (self.folder / TRIALS).glob(f"?????/{run_folder.MODEL}")]
         if self._keep is None:
             self._keep = self.plan().search.keep

@@ -27,7 +27,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_layers_that_train_are_those_of_resnet50() -> None:
-    from cxr_dist.model import BASE_NAME, build_model
+    from cxr_dist.model.resnet import BASE_NAME, build_model
 
     config = load_config(None, ["model.weights=none"])
     model = build_model(16, 32, config, "float32")

@@ -8,20 +8,20 @@ import h5py
 import numpy as np
 import pytest
 
-from cxr_dist import model
 from cxr_dist.config.schema import Config, ModelConfig, StageConfig
+from cxr_dist.model import resnet
 from tests.training import CLASSES, SIZE, Training, config, small_base
 from tfrecords_builder.common.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def fresh() -> Any:
-    return model.build_model(CLASSES, SIZE, config(), "mixed_bfloat16")
+    return resnet.build_model(CLASSES, SIZE, config(), "mixed_bfloat16")
 
 
 def test_the_published_number_of_parameters(fresh: Any) -> None:
-    assert fresh.count_params() == model.PARAMETERS_FOUR_CLASSES == 24_122_500
-    assert len(model.base_of(fresh).layers) == 175
+    assert fresh.count_params() == resnet.PARAMETERS_FOUR_CLASSES == 24_122_500
+    assert len(resnet.base_of(fresh).layers) == 175
 
 
 def test_logits_are_float32_and_preprocessing_is_keras_own(fresh: Any) -> None:
@@ -49,11 +49,11 @@ def test_the_policy_of_a_model_is_its_own(policy: str, fails: bool) -> None:
     try:
         if fails:
             with pytest.raises(RuntimeError, match="no base"):
-                model.build_model(CLASSES, SIZE, config(), policy, base)
+                resnet.build_model(CLASSES, SIZE, config(), policy, base)
         else:
-            built = model.build_model(CLASSES, SIZE, config(), policy, base)
-            assert model.head_of(built).get_layer("head_dense").dtype_policy.name == policy
-            assert model.base_of(built).layers[1].dtype_policy.name == policy
+            built = resnet.build_model(CLASSES, SIZE, config(), policy, base)
+            assert resnet.head_of(built).get_layer("head_dense").dtype_policy.name == policy
+            assert resnet.base_of(built).layers[1].dtype_policy.name == policy
             assert keras.layers.Dense(1).dtype_policy.name == "mixed_float16"
         assert keras.config.dtype_policy().name == "mixed_float16"
     finally:
@@ -67,9 +67,9 @@ def test_fresh_weights_depend_on_the_seed_and_leave_other_random_numbers_alone()
     np.random.seed(5)
     random.seed(5)
     kernels = [
-        np.asarray(model.head_of(built).get_layer("head_dense").kernel)
+        np.asarray(resnet.head_of(built).get_layer("head_dense").kernel)
         for seed in (1, 1, 2)
-        for built in [model.build_model(CLASSES, SIZE, config(), "float32", small_base, seed=seed)]
+        for built in [resnet.build_model(CLASSES, SIZE, config(), "float32", small_base, seed=seed)]
     ]
     assert (np.random.random(), random.random()) == before
     np.testing.assert_array_equal(kernels[0], kernels[1])
@@ -86,7 +86,7 @@ def test_a_batch_norm_that_does_not_take_a_setting_is_an_error(name: str, monkey
     monkeypatch.setattr(kind, "get_config", lambda self: own(self) | {name: own(kind())[name]})
     settings = config(synchronize_batch_norm=True, batch_norm_momentum=0.5)
     with pytest.raises(UserError, match=rf"^keras .*BatchNormalization has {name} .* was set\); install keras"):
-        model.build_model(CLASSES, SIZE, settings, "float32", small_base)
+        resnet.build_model(CLASSES, SIZE, settings, "float32", small_base)
 
 
 @pytest.mark.parametrize("unfreeze", [0, 1, 30, 100, 175])
@@ -94,8 +94,8 @@ def test_a_batch_norm_that_does_not_take_a_setting_is_an_error(name: str, monkey
 def test_what_trains(fresh: Any, unfreeze: int, train_batch_norm: bool) -> None:
     import keras
 
-    model.set_trainable(fresh, unfreeze, train_batch_norm)
-    base = model.base_of(fresh)
+    resnet.set_trainable(fresh, unfreeze, train_batch_norm)
+    base = resnet.base_of(fresh)
     upper = base.layers[175 - unfreeze :]
     expected = {
         variable.path
@@ -105,23 +105,23 @@ def test_what_trains(fresh: Any, unfreeze: int, train_batch_norm: bool) -> None:
         if "moving" not in variable.path
     }
     trained = {variable.path for variable in fresh.trainable_variables}
-    assert trained == expected | {variable.path for variable in model.head_of(fresh).trainable_variables}
-    assert len(model.head_of(fresh).trainable_variables) == 8
+    assert trained == expected | {variable.path for variable in resnet.head_of(fresh).trainable_variables}
+    assert len(resnet.head_of(fresh).trainable_variables) == 8
 
 
 def changed(run: Training, before: dict[str, np.ndarray]) -> set[str]:
     return {
         variable.path
-        for variable in model.base_of(run.model).weights
+        for variable in resnet.base_of(run.model).weights
         if (np.asarray(variable) != before[variable.path]).any()
     }
 
 
 @pytest.mark.real
 def test_each_stage_changes_exactly_what_it_trains(imagenet_weights: Path) -> None:
-    run = Training(make_base=model.resnet50, weights=str(imagenet_weights), batch_norm="train", dropout=0.3)
-    model.load_base_weights(run.model, str(imagenet_weights))
-    base = model.base_of(run.model)
+    run = Training(make_base=resnet.resnet50, weights=str(imagenet_weights), batch_norm="train", dropout=0.3)
+    resnet.load_base_weights(run.model, str(imagenet_weights))
+    base = resnet.base_of(run.model)
     before = {variable.path: np.asarray(variable) for variable in base.weights}
 
     run.stage(StageConfig(epochs=1, learning_rate=1e-3))
@@ -136,10 +136,10 @@ def test_each_stage_changes_exactly_what_it_trains(imagenet_weights: Path) -> No
 
 def test_batch_norm_in_inference_mode_does_not_move() -> None:
     run = Training(weights="of-somewhere.h5", batch_norm="inference")
-    before = {variable.path: np.asarray(variable) for variable in model.base_of(run.model).weights}
+    before = {variable.path: np.asarray(variable) for variable in resnet.base_of(run.model).weights}
     run.stage(StageConfig(epochs=1, learning_rate=1e-3, unfreeze_layers=100))
     moved = changed(run, before)
-    assert moved == {variable.path for variable in model.base_of(run.model).trainable_variables}
+    assert moved == {variable.path for variable in resnet.base_of(run.model).trainable_variables}
     assert moved == {path for path in before if not path.endswith(("gamma", "beta", "mean", "variance"))}
 
 
@@ -147,10 +147,10 @@ def test_batch_norm_in_inference_mode_does_not_move() -> None:
 def test_the_weights_are_those_that_keras_loads(imagenet_weights: Path) -> None:
     import keras
 
-    ours = model.build_model(CLASSES, SIZE, config(), "float32")
-    model.load_base_weights(ours, str(imagenet_weights))
+    ours = resnet.build_model(CLASSES, SIZE, config(), "float32")
+    resnet.load_base_weights(ours, str(imagenet_weights))
     theirs = keras.applications.ResNet50(include_top=False, weights=str(imagenet_weights), input_shape=(SIZE, SIZE, 3))
-    for left, right in zip(model.base_of(ours).get_weights(), theirs.get_weights(), strict=True):
+    for left, right in zip(resnet.base_of(ours).get_weights(), theirs.get_weights(), strict=True):
         np.testing.assert_array_equal(left, right)
 
 
@@ -160,14 +160,14 @@ def test_weights_of_another_network_are_refused(fresh: Any, tmp_path: Path) -> N
         for name in ("conv1_conv", "dense"):
             file.create_group(name).attrs["weight_names"] = [f"{name}/kernel"]
     with pytest.raises(UserError, match="another network"):
-        model.load_base_weights(fresh, str(other))
+        resnet.load_base_weights(fresh, str(other))
 
     damaged = tmp_path / "damaged.h5"
     damaged.write_bytes(other.read_bytes()[:400])
     with pytest.raises(UserError, match=r"damaged\.h5"):
-        model.load_base_weights(fresh, str(damaged))
+        resnet.load_base_weights(fresh, str(damaged))
     with pytest.raises(UserError, match=r"model\.weights"):
-        model.check_weights(str(tmp_path / "missing.h5"))
+        resnet.check_weights(str(tmp_path / "missing.h5"))
 
 
 def test_offline_the_two_other_ways_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_offline_the_two_other_ways_are_named(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(keras.applications, "ResNet50", no_network)
     with pytest.raises(UserError, match=r"model\.weights=PATH.*none") as error:
-        model.check_weights("imagenet")
+        resnet.check_weights("imagenet")
     assert "\n" not in str(error.value)
 
 
@@ -190,4 +190,4 @@ def test_batch_norm_always_trains_without_pretrained_weights() -> None:
         ("imagenet", "train", True),
     ):
         settings = Config(model=ModelConfig.model_validate({"weights": weights, "batch_norm": batch_norm}))
-        assert model.trains_base_batch_norm(settings) is expected
+        assert resnet.trains_base_batch_norm(settings) is expected

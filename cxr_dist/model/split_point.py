@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from cxr_dist import folding, graph
-from cxr_dist.model import FEATURES, IMAGE_NAME, MEAN_NAME, POOL_NAME, TO_BGR_NAME, base_of, head_of
+from cxr_dist.model import batch_norm_folding, keras_graph
+from cxr_dist.model.resnet import FEATURES, IMAGE_NAME, MEAN_NAME, POOL_NAME, TO_BGR_NAME, base_of, head_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def stored_dtype(name: str) -> str:
 
 def whole_network(model: Any) -> Any:
     """image -> logits, with frozen BatchNorm folded: what trains from images."""
-    base = folding.fold_frozen_batch_norm(base_of(model))
+    base = batch_norm_folding.fold_frozen_batch_norm(base_of(model))
     return _from_image(model, lambda bgr: _to_logits(model, base(bgr)))
 
 
@@ -53,7 +53,7 @@ def frozen_cut(model: Any) -> Cut | None:
 
     base = base_of(model)
     found, computed = None, False
-    for call, tensors in graph.crossing(base):
+    for call, tensors in keras_graph.crossing(base):
         if call.layer.trainable and call.layer.weights:
             break
         computed = computed or bool(call.layer.weights)  # padding alone is nothing to keep
@@ -64,7 +64,7 @@ def frozen_cut(model: Any) -> Cut | None:
     name, tensor = found
     if tensor is base.output:
         return Cut(POOL_NAME, (FEATURES,), head_of(model))
-    upper = folding.fold_frozen_batch_norm(keras.Model(tensor, base.output))
+    upper = batch_norm_folding.fold_frozen_batch_norm(keras.Model(tensor, base.output))
     inputs = keras.Input(tensor.shape[1:], name=f"{name}_values", dtype="float32")
     above = keras.Model(inputs, _to_logits(model, upper(inputs)), name="above_cut")
     return Cut(name, tuple(tensor.shape[1:]), above)
@@ -76,7 +76,7 @@ def frozen_outputs(model: Any, names: Sequence[str]) -> Any:
 
     base = base_of(model)
     tensors = [base.output if name == POOL_NAME else base.get_layer(name).output for name in names]
-    folded = folding.fold_frozen_batch_norm(keras.Model(base.input, tensors))
+    folded = batch_norm_folding.fold_frozen_batch_norm(keras.Model(base.input, tensors))
 
     def outputs(bgr: Any) -> list[Any]:
         pool, values = model.get_layer(POOL_NAME), keras.tree.flatten(folded(bgr))

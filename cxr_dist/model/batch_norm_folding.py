@@ -10,7 +10,7 @@ import functools
 from collections import Counter
 from typing import Any
 
-from cxr_dist import graph
+from cxr_dist.model import keras_graph
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def fold_frozen_batch_norm(network: Any) -> Any:
     """
     import keras
 
-    ordered = graph.calls(network)
+    ordered = keras_graph.calls(network)
     uses = Counter(id(tensor) for call in ordered for tensor in call.inputs)
     uses.update(id(tensor) for tensor in network.outputs)
     maker = {id(tensor): call.layer for call in ordered for tensor in call.outputs}

@@ -3,7 +3,7 @@
     image [B, S, S, 1] 0..255 -> preprocessing -> base [B, S/32, S/32, 2048] -> pool [B, 2048] -> head -> logits [B, C]
 
 The preprocessing (three equal channels, minus the ImageNet mean) is part of the network and has no
-parameters, so `model.keras` takes gray pixels as they are. With four classes: 24,122,500 parameters.
+parameters, so `resnet.keras` takes gray pixels as they are. With four classes: 24,122,500 parameters.
 """
 
 from collections.abc import Callable, Iterable, Iterator

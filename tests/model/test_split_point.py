@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist import cut, folding, graph, model
+from cxr_dist.model import batch_norm_folding, keras_graph, split_point
+from cxr_dist.model import resnet as model
 from tests.training import CLASSES, SIZE, config, small_base
 
 
@@ -46,28 +47,28 @@ PIXELS = np.random.default_rng(1).uniform(0, 255, (4, SIZE, SIZE, 1)).astype(np.
 def test_below_then_above_is_the_whole(resnet: Any, unfreeze: int, name: str, shape: tuple[int, ...]) -> None:
     model.set_trainable(resnet, unfreeze, train_batch_norm=False)
     expected = resnet(PIXELS, training=False).numpy()
-    where = cut.frozen_cut(resnet)
+    where = split_point.frozen_cut(resnet)
     assert where is not None
     assert (where.name, where.shape) == (name, shape)
-    values = cut.frozen_outputs(resnet, [name])(PIXELS, training=False)
-    for logits in (where.above(values), cut.whole_network(resnet)(PIXELS, training=False)):
+    values = split_point.frozen_outputs(resnet, [name])(PIXELS, training=False)
+    for logits in (where.above(values), split_point.whole_network(resnet)(PIXELS, training=False)):
         np.testing.assert_allclose(logits, expected, atol=1e-3 * np.abs(expected).max())
     paths = [variable.path for variable in resnet.trainable_variables]
-    for network in (where.above, cut.whole_network(resnet)):
+    for network in (where.above, split_point.whole_network(resnet)):
         assert [variable.path for variable in network.trainable_variables] == paths
 
 
 def test_two_cuts_in_one_pass(resnet: Any) -> None:
     model.set_trainable(resnet, 0, train_batch_norm=False)
-    both = cut.frozen_outputs(resnet, ["pool", "conv3_block3_out"])(PIXELS)
+    both = split_point.frozen_outputs(resnet, ["pool", "conv3_block3_out"])(PIXELS)
     for name, value in zip(("pool", "conv3_block3_out"), both, strict=True):
-        np.testing.assert_allclose(value, cut.frozen_outputs(resnet, [name])(PIXELS), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(value, split_point.frozen_outputs(resnet, [name])(PIXELS), rtol=1e-4, atol=1e-4)
 
 
 def test_every_batch_norm_of_a_frozen_resnet50_is_folded(resnet: Any) -> None:
     model.set_trainable(resnet, 0, train_batch_norm=False)
-    folded = folding.fold_frozen_batch_norm(model.base_of(resnet))
-    kinds = [type(call.layer).__name__ for call in graph.calls(folded)]
+    folded = batch_norm_folding.fold_frozen_batch_norm(model.base_of(resnet))
+    kinds = [type(call.layer).__name__ for call in keras_graph.calls(folded)]
     assert kinds.count("FoldedConvolution") == 53
     assert not {"Conv2D", "BatchNormalization"} & set(kinds)
 
@@ -90,7 +91,7 @@ def test_gradients_are_those_of_the_layers_as_they_were(small: Any, train_batch_
         paths = [variable.path for variable in network.non_trainable_variables]
         return tape.gradient(loss, trainable), [value for _, value in sorted(zip(paths, moved, strict=True))]
 
-    whole = cut.whole_network(small)
+    whole = split_point.whole_network(small)
     assert [variable.path for variable in whole.trainable_variables] == [
         variable.path for variable in small.trainable_variables
     ]
@@ -104,12 +105,12 @@ def test_gradients_are_those_of_the_layers_as_they_were(small: Any, train_batch_
 def test_padding_alone_is_nothing_to_keep(resnet: Any, layers: int) -> None:
     """Below the first convolution of ResNet50 there is a layer without weights."""
     model.set_trainable(resnet, layers, train_batch_norm=True)
-    assert cut.frozen_cut(resnet) is None
+    assert split_point.frozen_cut(resnet) is None
 
 
 def test_what_trains_whole_has_no_cut(small: Any) -> None:
     model.set_trainable(small, len(model.base_of(small).layers), train_batch_norm=True)
-    assert cut.frozen_cut(small) is None
+    assert split_point.frozen_cut(small) is None
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -119,10 +120,10 @@ def test_folded_numbers_do_not_depend_on_the_policy_of_the_process(precision: st
 
     network = randomized(model.build_model(CLASSES, SIZE, config(), f"mixed_{precision}", small_base))
     model.set_trainable(network, 0, train_batch_norm=False)
-    found = [np.asarray(cut.whole_network(network)(PIXELS))]
+    found = [np.asarray(split_point.whole_network(network)(PIXELS))]
     keras.config.set_dtype_policy(f"mixed_{precision}")
     try:
-        found.append(np.asarray(cut.whole_network(network)(PIXELS)))
+        found.append(np.asarray(split_point.whole_network(network)(PIXELS)))
     finally:
         keras.config.set_dtype_policy("float32")
     np.testing.assert_array_equal(*found)
@@ -136,7 +137,7 @@ def test_a_convolution_that_others_read_is_not_folded() -> None:
     normed = keras.layers.BatchNormalization(name="norm")(shared)
     network = randomized(keras.Model(inputs, keras.layers.Add()([shared, normed])))
     network.trainable = False
-    folded = folding.fold_frozen_batch_norm(network)
-    assert [type(call.layer).__name__ for call in graph.calls(folded)].count("FoldedConvolution") == 0
+    folded = batch_norm_folding.fold_frozen_batch_norm(network)
+    assert [type(call.layer).__name__ for call in keras_graph.calls(folded)].count("FoldedConvolution") == 0
     pixels = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
     np.testing.assert_allclose(folded(pixels), network(pixels), atol=1e-6)
