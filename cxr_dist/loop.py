@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import features, stages, steps
+from cxr_dist import stages, steps
 from cxr_dist.config.schema import Config, StageConfig
 from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
 from cxr_dist.data.shards import ShardSource, Source
@@ -25,6 +25,9 @@ from cxr_dist.distributed.strategy import (
     resolve_precision,
     resolve_xla,
 )
+from cxr_dist.features import cache
+from cxr_dist.features.stage_inputs import StageInputs
+from cxr_dist.features.store import FeatureStore
 from cxr_dist.metrics import counts_metrics
 from cxr_dist.model.resnet import (
     base_of,
@@ -40,9 +43,7 @@ from cxr_dist.runs import checkpoints, corrupt_records, heartbeat, run_folder, v
 from cxr_dist.runs.checkpoint_writer import Keeper
 from cxr_dist.runs.loggers import Reporter
 from cxr_dist.runs.stop_request import StoppedError, StopRequest
-from cxr_dist.stage_inputs import StageInputs
 from cxr_dist.stage_state import StageState
-from cxr_dist.store import FeatureStore
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import move_durably, write_json
 from tfrecords_builder.format.manifest import read_manifest
@@ -171,7 +172,7 @@ class _Run:
             self.model = build_model(self.classes, manifest.image_size, config, policy, seed=config.seed)
         self.iterators: list[Any] = []
         self.store = FeatureStore(run_folder.feature_cache(config, run), int(config.features.limit_gb * 1e9))
-        frozen = features.FrozenFeatures(
+        frozen = cache.FrozenFeatures(
             config,
             self.strategy,
             topology,
@@ -186,8 +187,8 @@ class _Run:
             config,
             self.model,
             frozen,
-            features.SplitImages(content, "train", self.train_source),
-            features.SplitImages(content, "validation", self.validation_source),
+            cache.SplitImages(content, "train", self.train_source),
+            cache.SplitImages(content, "validation", self.validation_source),
             announce=self._announce,
             timed=lambda phase: self.progress.timed(phase),
             decided=lambda: self.progress.kept_cuts,

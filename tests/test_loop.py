@@ -20,7 +20,7 @@ from cxr_dist.commands import run_training
 from cxr_dist.config.schema import Config, load_config
 from cxr_dist.distributed.strategy import prepare_devices
 from cxr_dist.export import export_run
-from cxr_dist.features import FrozenFeatures
+from cxr_dist.features.cache import FrozenFeatures
 from cxr_dist.pace import FixedLengths, Pace
 from cxr_dist.runs import checkpoints, run_folder, versions
 from cxr_dist.runs.loggers import Event, Reporter, Reporters

@@ -50,7 +50,7 @@ def needed_by_run(config: Config, images: int) -> Needed:
 
 
 def cache_bytes(config: Config, images: int) -> int:
-    """Of the pooled features that stages of the head read, within `features.limit_gb`."""
+    """Of the pooled features that stages of the head read, within `cache.limit_gb`."""
     if config.features.cache == "off":
         return 0
     heads = [stage for stage in _stages(config) if not stage.unfreeze_layers]

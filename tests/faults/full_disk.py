@@ -147,7 +147,7 @@ def report() -> Scenario:
 
 
 def cache() -> Scenario:
-    from cxr_dist.store import FeatureStore
+    from cxr_dist.features.store import FeatureStore
 
     rows = np.arange(4000, dtype=np.float32).reshape(1000, 4)
     about = {"number": 0}

@@ -10,9 +10,9 @@ import pytest
 
 from cxr_dist.data.shards import ShardSource
 from cxr_dist.evaluate import Request, evaluate_run
+from cxr_dist.features.store import FeatureStore
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.checkpoints import CheckpointFolder
-from cxr_dist.store import FeatureStore
 from tests.conftest import use_small_base
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest

@@ -15,9 +15,9 @@ from typing import NoReturn
 
 import pytest
 
+from cxr_dist.features.store import FeatureStore
 from cxr_dist.runs import run_folder
 from cxr_dist.search.shared import FirstStages
-from cxr_dist.store import FeatureStore
 from tfrecords_builder import remote
 from tfrecords_builder.common import locks
 from tfrecords_builder.common.errors import UserError

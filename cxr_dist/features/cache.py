@@ -30,9 +30,9 @@ from cxr_dist.data import random_streams
 from cxr_dist.data.batch_sampler import EvaluationPlan
 from cxr_dist.data.shards import ArraySource, ShardSource, Slice, Source
 from cxr_dist.distributed.strategy import Topology
+from cxr_dist.features.store import Description, FeatureStore, PartWriter, Rows
 from cxr_dist.model import split_point
 from cxr_dist.model.resnet import IMAGENET_MEAN_BGR, POOL_NAME
-from cxr_dist.store import Description, FeatureStore, PartWriter, Rows
 from tfrecords_builder.common.errors import UserError
 
 BATCH_SIZE = 32

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist.store import FeatureStore, Rows, key_of
+from cxr_dist.features.store import FeatureStore, Rows, key_of
 from tfrecords_builder.common.errors import UserError
 
 ROWS = np.random.default_rng(0).normal(size=(10, 3, 2)).astype(np.float32)

@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from cxr_dist import features
 from cxr_dist.config.schema import Config, StageConfig
 from cxr_dist.data.shards import Source
+from cxr_dist.features import cache
 from cxr_dist.model import split_point
 from cxr_dist.model.resnet import set_trainable, trains_base_batch_norm
 
@@ -31,9 +31,9 @@ class StageInputs:
         self,
         config: Config,
         model: Any,
-        frozen: features.FrozenFeatures,
-        train: features.SplitImages,
-        validation: features.SplitImages,
+        frozen: cache.FrozenFeatures,
+        train: cache.SplitImages,
+        validation: cache.SplitImages,
         *,
         announce: Callable[[int, StageConfig, str], None],
         timed: Callable[[str], AbstractContextManager[None]],
@@ -82,7 +82,7 @@ class StageInputs:
 
     def _keeps(self, number: int, where: split_point.Cut) -> bool:
         decided, stage = self._decided(), self._config.stages[number]
-        use = features.use_of_cut(self._config.features, stage, where.name)
+        use = cache.use_of_cut(self._config.features, stage, where.name)
         # By all that it was decided about: a trial may begin with the first stage of another, and end with its own.
         key = f"{number} {where.name} {use}"
         if key not in decided:

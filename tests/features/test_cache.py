@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist import features
 from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
 from cxr_dist.data import augmentation as augment
 from cxr_dist.data.batch_sampler import TrainingPlan
 from cxr_dist.data.shards import ArraySource
 from cxr_dist.distributed.strategy import make_strategy
+from cxr_dist.features import cache
+from cxr_dist.features.store import FeatureStore
 from cxr_dist.model import resnet, split_point
-from cxr_dist.store import FeatureStore
 from tests.training import CLASSES, SIZE, config, images, local_topology, pixels_of, small_base
 from tfrecords_builder.common.errors import UserError
 
@@ -34,7 +34,7 @@ class Features:
             self.model = resnet.build_model(CLASSES, SIZE, self.config, "float32", small_base)
             resnet.set_trainable(self.model, 0, train_batch_norm=False)
         self.told: list[int] = []
-        self.frozen = features.FrozenFeatures(
+        self.frozen = cache.FrozenFeatures(
             self.config,
             strategy,
             topology,
@@ -43,7 +43,7 @@ class Features:
             xla=False,
             progress=lambda done, _total, _rate: self.told.append(done),
         )
-        self.images = features.SplitImages("a dataset", "train", images(COUNT))
+        self.images = cache.SplitImages("a dataset", "train", images(COUNT))
 
     def of(self, name: str, *also: str, augmentation: AugmentationConfig | None = None) -> ArraySource:
         return self.frozen.sources(self.model, name, also, self.images, augmentation)
@@ -73,7 +73,7 @@ def test_views_are_augmented_by_fresh_draws(tmp_path: Path) -> None:
     network = split_point.frozen_outputs(made.model, ["pool"])
     rows = pixels_of(source)[np.arange(3 * COUNT)].reshape(3, COUNT, -1)
     for view in range(3):
-        changed = augment.augment(pixels, features.view_draws(COUNT, 5, view), augmentation)
+        changed = augment.augment(pixels, cache.view_draws(COUNT, 5, view), augmentation)
         np.testing.assert_allclose(rows[view], network(changed), rtol=1e-4, atol=1e-4)
     assert np.abs(rows[0] - rows[1]).max() > 1e-2
 
@@ -91,7 +91,7 @@ def test_a_second_run_computes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     Features(tmp_path).of("pool", "block_relu")
     augmented = Features(tmp_path, views=2).of("pool", augmentation=AugmentationConfig())
     with monkeypatch.context() as patch:
-        patch.setattr(features.FrozenFeatures, "_compute", lambda *_: pytest.fail("computed again"))
+        patch.setattr(cache.FrozenFeatures, "_compute", lambda *_: pytest.fail("computed again"))
         Features(tmp_path, replicas=2).of("pool", "block_relu")
         Features(tmp_path).of("block_relu")
         again = Features(tmp_path, views=2).of("pool", augmentation=AugmentationConfig())
@@ -102,7 +102,7 @@ def test_a_second_run_computes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_another_run_is_waited_for_while_it_writes_and_no_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "WAIT_S", 0.05)
+    monkeypatch.setattr(cache, "WAIT_S", 0.05)
     made, written = Features(tmp_path), iter(range(6))
     made.config = made.frozen._config = made.config.model_copy(update={"worker_timeout_s": 0.12})
     waits: list[int] = []
@@ -132,7 +132,7 @@ def test_what_decides_the_numbers_decides_the_entry(tmp_path: Path, change: str)
         base = resnet.base_of(made.model)
         base.get_layer("top_bn").moving_mean.assign_add([1e-3] * 2048)
     elif change in ("dataset", "split"):
-        made.images = features.SplitImages(
+        made.images = cache.SplitImages(
             *(("another", "train") if change == "dataset" else ("a dataset", "validation")), made.images.source
         )
     elif change == "augmentation":
@@ -174,13 +174,13 @@ def test_a_value_that_does_not_fit_says_what_to_set(tmp_path: Path) -> None:
     ],
 )
 def test_when_a_stage_reads_a_cut(settings: dict[str, Any], stage: dict[str, Any], name: str, expected: str) -> None:
-    assert features.use_of_cut(FeaturesConfig(**settings), StageConfig(**stage), name) == expected
+    assert cache.use_of_cut(FeaturesConfig(**settings), StageConfig(**stage), name) == expected
 
 
 def test_a_cut_pays_when_reading_costs_less_than_computing() -> None:
     def pays(**changes: Any) -> bool:
         known = {"images": 1000, "epochs": 3, "bytes_per_image": 800_000, "seconds_below": 0.025}
-        return features.cut_pays(**{**known, "read_rate": 5e8, "write_rate": 2e8, **changes})
+        return cache.cut_pays(**{**known, "read_rate": 5e8, "write_rate": 2e8, **changes})
 
     assert pays()
     assert not pays(epochs=1)  # computed once either way, and written beside
