@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from cxr_dist import calibration, steps
 from cxr_dist.assessment import Origin
-from cxr_dist.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
 from cxr_dist.compare import Images
 from cxr_dist.data.batch_sampler import EvaluationPlan, Positions
 from cxr_dist.data.image_folder import FolderSource
@@ -21,6 +20,7 @@ from cxr_dist.distributed.strategy import Topology, make_strategy, prepare_devic
 from cxr_dist.examine import run as examine_run
 from cxr_dist.examine.result import Examination
 from cxr_dist.examine.scores import balanced_sample
+from cxr_dist.inference.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
 from cxr_dist.metrics import Predictions
 from cxr_dist.model import split_point
 from cxr_dist.report import check_output_folder, write_evaluation

@@ -14,9 +14,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def predict(options: argparse.Namespace) -> None:
     """A line for each image; exit status 1 when one of them could not be read."""
-    from cxr_dist.classifier import load_classifier
     from cxr_dist.data.image_files import find_inputs
-    from cxr_dist.predict import Overlays, predict_files, table_head, table_line
+    from cxr_dist.inference.classifier import load_classifier
+    from cxr_dist.inference.predict import Overlays, predict_files, table_head, table_line
     from cxr_dist.search.record import best_run
     from tfrecords_builder.common.pool import default_workers
 
@@ -38,7 +38,7 @@ def predict(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """The model as a file for other programs, checked against the run."""
-    from cxr_dist.export import CHECKED_IMAGES, export_run
+    from cxr_dist.inference.export import CHECKED_IMAGES, export_run
     from cxr_dist.search.record import best_run
 
     run = best_run(options.run)

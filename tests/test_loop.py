@@ -15,12 +15,12 @@ import pytest
 from tensorflow.python.framework import config as tf_config
 
 from cxr_dist import commands, loop, steps
-from cxr_dist.classifier import load_model, read_finished
 from cxr_dist.commands import run_training
 from cxr_dist.config.schema import Config, load_config
 from cxr_dist.distributed.strategy import prepare_devices
-from cxr_dist.export import export_run
 from cxr_dist.features.cache import FrozenFeatures
+from cxr_dist.inference.classifier import load_model, read_finished
+from cxr_dist.inference.export import export_run
 from cxr_dist.pace import FixedLengths, Pace
 from cxr_dist.runs import checkpoints, run_folder, versions
 from cxr_dist.runs.loggers import Event, Reporter, Reporters

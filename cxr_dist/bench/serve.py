@@ -22,8 +22,8 @@ from statistics import median
 
 import numpy as np
 
-from cxr_dist.classifier import load_classifier
 from cxr_dist.data.image_files import read_square
+from cxr_dist.inference.classifier import load_classifier
 from tfrecords_builder.common.errors import UserError
 
 HOST = "127.0.0.1"

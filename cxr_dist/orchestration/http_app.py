@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.classifier import Answer
 from cxr_dist.data.image_files import decode_square
+from cxr_dist.inference.classifier import Answer
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images.decode import ImageError, TooLargeError
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.classifier import Answer, Classifier, load_classifier, read_finished, weights_file
+from cxr_dist.inference.classifier import Answer, Classifier, load_classifier, read_finished, weights_file
 from cxr_dist.orchestration.batcher import Batcher
 from cxr_dist.orchestration.connection import OWN_CLUSTER, connected
 from cxr_dist.orchestration.http_app import HttpApp, Limits

@@ -19,13 +19,13 @@ import psutil
 import pytest
 from PIL import Image
 
-from cxr_dist.classifier import Classifier, load_classifier
+from cxr_dist.inference.classifier import Classifier, load_classifier
+from cxr_dist.inference.predict import predict_files
 from cxr_dist.orchestration import service
 from cxr_dist.orchestration.http_app import Limits
-from cxr_dist.predict import predict_files
 from cxr_dist.runs.calibration_file import CALIBRATION
 from tests.conftest import use_small_base
-from tests.test_classifier import FITTED
+from tests.inference.test_classifier import FITTED
 from tests.tfrecords_builder.images.test_decode import claiming
 from tests.tfrecords_builder.images.test_dicom import dicom_bytes
 from tfrecords_builder.common.errors import UserError

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import cli, export
-from cxr_dist.classifier import load_classifier
-from tests.test_classifier import calibrated_run, phantoms  # noqa: F401 - the first is a fixture
+from cxr_dist import cli
+from cxr_dist.inference import export
+from cxr_dist.inference.classifier import load_classifier
+from tests.inference.test_classifier import calibrated_run, phantoms  # noqa: F401 - the first is a fixture
 from tfrecords_builder.common.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("small_network")

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import cli, predict
-from cxr_dist.classifier import load_classifier
+from cxr_dist import cli
 from cxr_dist.data import image_files
-from tests.test_classifier import calibrated_run  # noqa: F401 - a fixture
+from cxr_dist.inference import predict
+from cxr_dist.inference.classifier import load_classifier
+from tests.inference.test_classifier import calibrated_run  # noqa: F401 - a fixture
 from tests.tfrecords_builder.images.test_dicom import dicom_bytes
 from tfrecords_builder.images.decode import load_gray
 

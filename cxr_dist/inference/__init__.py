@@ -1,0 +1,4 @@
+"""A finished run as a function of images: loading, prediction, Grad-CAM, export.
+
+Writes nothing into a run.
+"""
