@@ -333,7 +333,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """The whole pipeline on phantoms, at a size that a laptop does in minutes; goes on where it was stopped."""
-    from cxr_dist.evaluate import Request, calibrate_run, evaluate_run
+    from cxr_dist.evaluation.evaluate import Request, calibrate_run, evaluate_run
     from cxr_dist.phantoms import write_phantoms
     from tfrecords_builder.build import build_dataset
 

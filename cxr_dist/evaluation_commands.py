@@ -11,12 +11,12 @@ from cxr_dist.runs.loggers import progress_bar
 from tfrecords_builder.common.errors import UserError
 
 if TYPE_CHECKING:
-    from cxr_dist.compare import Images
-    from cxr_dist.metrics import Predictions
+    from cxr_dist.evaluation.compare import Images
+    from cxr_dist.evaluation.metrics import Predictions
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from cxr_dist.evaluate import Request, evaluate_run
+    from cxr_dist.evaluation.evaluate import Request, evaluate_run
     from cxr_dist.search.record import best_run
 
     _check_risk(options.risk)
@@ -44,7 +44,7 @@ def _check_risk(risk: float | None) -> None:
 
 def calibrate(options: argparse.Namespace) -> None:
     """Fit temperature and threshold on the run's validation images, and keep them with the run."""
-    from cxr_dist.evaluate import calibrate_run
+    from cxr_dist.evaluation.evaluate import calibrate_run
     from cxr_dist.runs.calibration_file import CALIBRATION
     from cxr_dist.search.record import best_run
 
@@ -70,8 +70,8 @@ def print_calibration(path: Path, fitted: Mapping[str, Any], replaced: bool = Fa
 
 def compare(options: argparse.Namespace) -> None:
     """Both on the same images; what is not evaluated yet is predicted here, and nothing is written."""
-    from cxr_dist.compare import check_same_images
-    from cxr_dist.compare import compare as compare_predictions
+    from cxr_dist.evaluation.compare import check_same_images
+    from cxr_dist.evaluation.compare import compare as compare_predictions
 
     folders = (options.first, options.second)
     check_same_images(*(_images(folder) for folder in folders))  # predicting takes minutes
@@ -87,7 +87,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def print_metrics(metrics: dict[str, Any]) -> None:
     """The table of an evaluation, for people, and what must be known of it."""
-    from cxr_dist.captions import missing_words, seen_warning, seen_words
+    from cxr_dist.evaluation.captions import missing_words, seen_warning, seen_words
 
     width = max(len(name) for name in [*metrics["per_class"], "class"])
     print(f"{'class':{width}} precision  recall      F1  images")
@@ -139,8 +139,8 @@ def print_comparison(result: dict[str, Any]) -> None:
 
 def _images(folder: Path) -> "Images":
     """Of an evaluation, or of the test split of a run or search."""
-    from cxr_dist.compare import Images
-    from cxr_dist.evaluate import Request, images_of
+    from cxr_dist.evaluation.compare import Images
+    from cxr_dist.evaluation.evaluate import Request, images_of
     from cxr_dist.search.record import best_run
 
     evaluated = _evaluated(folder)
@@ -151,7 +151,7 @@ def _images(folder: Path) -> "Images":
 
 def _predictions(folder: Path, devices: int | None) -> "Predictions":
     """Of an evaluation's folder, or of a run or search, on the test split."""
-    from cxr_dist.evaluate import Request, predict_run
+    from cxr_dist.evaluation.evaluate import Request, predict_run
     from cxr_dist.search.record import best_run
 
     evaluated = _evaluated(folder)
@@ -163,8 +163,8 @@ def _predictions(folder: Path, devices: int | None) -> "Predictions":
 
 def _evaluated(folder: Path) -> "Predictions | None":
     """What an evaluation's folder holds; None for another folder."""
-    from cxr_dist.metrics import read_predictions
-    from cxr_dist.report import METRICS, PREDICTIONS
+    from cxr_dist.evaluation.metrics import read_predictions
+    from cxr_dist.evaluation.report import METRICS, PREDICTIONS
 
     if not folder.exists():
         raise UserError(f"{folder}: no such folder; give a run, a search, or an evaluation of one")
@@ -177,7 +177,7 @@ def _evaluated(folder: Path) -> "Predictions | None":
 
 def _warn_of_seen(folder: Path) -> None:
     """Where an evaluation says that its model has seen some of the images."""
-    from cxr_dist.report import METRICS
+    from cxr_dist.evaluation.report import METRICS
 
     path = folder / METRICS
     if not path.is_file():

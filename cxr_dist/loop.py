@@ -25,10 +25,10 @@ from cxr_dist.distributed.strategy import (
     resolve_precision,
     resolve_xla,
 )
+from cxr_dist.evaluation.metrics import counts_metrics
 from cxr_dist.features import cache
 from cxr_dist.features.stage_inputs import StageInputs
 from cxr_dist.features.store import FeatureStore
-from cxr_dist.metrics import counts_metrics
 from cxr_dist.model.resnet import (
     base_of,
     build_model,

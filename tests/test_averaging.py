@@ -10,7 +10,7 @@ from cxr_dist.averaging import WeightAverage
 from cxr_dist.commands import run_training
 from cxr_dist.config.schema import load_config
 from cxr_dist.distributed.strategy import make_strategy
-from cxr_dist.evaluate import Request, predict_run
+from cxr_dist.evaluation.evaluate import Request, predict_run
 from cxr_dist.runs import checkpoints, run_folder
 from tests.conftest import SMALL_RUN
 from tests.test_loop import comparable

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_dist import report
-from tests.test_report import CALIBRATED, make_history, make_predictions
+from cxr_dist.evaluation import report
+from tests.evaluation.test_report import CALIBRATED, make_history, make_predictions
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs a browser: chromium or google-chrome on the PATH")

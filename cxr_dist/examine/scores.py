@@ -7,7 +7,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from cxr_dist.data import random_streams
-from cxr_dist.metrics import counts_metrics
+from cxr_dist.evaluation.metrics import counts_metrics
 
 Labels = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import captions, intervals
 from cxr_dist.data.image_folder import FolderSource
-from cxr_dist.metrics import Predictions
+from cxr_dist.evaluation import bootstrap, captions
+from cxr_dist.evaluation.metrics import Predictions
 
 NAMES = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
 
@@ -75,16 +75,16 @@ def test_intervals_resample_patients(folder: Path) -> None:
     wrong = np.isin(patients, (2, 5))
     named = np.where(wrong, (source.labels + 1) % 4, source.labels)
     predictions = Predictions(source.paths, source.labels, np.eye(4)[named] * 0.6 + 0.1, NAMES, source.groups)
-    result = intervals.bootstrap(predictions)
+    result = bootstrap.bootstrap(predictions)
     assert (result["unit"], result["units"]) == ("group", 8)
     low, high = result["intervals"]["accuracy"]
     # By hand: the share of right patients in resamples of eight, on the scale of the logit with Student's t.
-    drawn = np.random.default_rng(0).multinomial(8, np.full(8, 1 / 8), size=intervals.RESAMPLES)
+    drawn = np.random.default_rng(0).multinomial(8, np.full(8, 1 / 8), size=bootstrap.RESAMPLES)
     shares = drawn @ ~np.isin(np.arange(8), (2, 5)) / 8
     reach = 2.364624 * np.sqrt(np.var(shares) * 8 / 7) / (0.75 * 0.25)
     ends = 1 / (1 + np.exp(-(np.log(3) + np.array([-reach, reach]))))
     assert (low, high) == pytest.approx(tuple(ends), abs=1e-5)
-    alone = intervals.bootstrap(Predictions(source.paths, source.labels, predictions.probabilities, NAMES))
+    alone = bootstrap.bootstrap(Predictions(source.paths, source.labels, predictions.probabilities, NAMES))
     narrow = alone["intervals"]["accuracy"]
     assert high - low > 1.5 * (narrow[1] - narrow[0])
     assert "8 patients are named" in captions.uncertainty_words(result | {"patients": source.patients})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cxr_dist.data.shards import ShardSource
-from cxr_dist.evaluate import Request, evaluate_run
+from cxr_dist.evaluation.evaluate import Request, evaluate_run
 from cxr_dist.features.store import FeatureStore
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.checkpoints import CheckpointFolder

@@ -4,7 +4,7 @@ import itertools
 import math
 from typing import Any
 
-from cxr_dist.figures import best_epoch_of
+from cxr_dist.evaluation.figures import best_epoch_of
 from cxr_dist.progress import Best
 from cxr_dist.runs.ranking import best_index, rank
 from cxr_dist.search.figures import Point

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 
-from cxr_dist import cli, intervals
-from cxr_dist.evaluate import Request, evaluate_run, predict_run
-from cxr_dist.metrics import read_predictions
+from cxr_dist import cli
+from cxr_dist.evaluation import bootstrap
+from cxr_dist.evaluation.evaluate import Request, evaluate_run, predict_run
+from cxr_dist.evaluation.metrics import read_predictions
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.seen_images import SEEN, digests_of, read_seen
 from tests.html_page import Page
@@ -89,7 +90,7 @@ def test_a_rebuilt_dataset(
     assert unseen["accuracy"] == pytest.approx(sk.accuracy_score(labels, predicted))
     f1 = sk.f1_score(labels, predicted, labels=np.unique(labels), average="macro", zero_division=0)
     assert unseen["f1_macro"] == pytest.approx(f1)
-    expected = json.loads(json.dumps(intervals.bootstrap(predictions.subset(kept))))
+    expected = json.loads(json.dumps(bootstrap.bootstrap(predictions.subset(kept))))
     assert unseen["uncertainty"] == expected
     warning = next(line for line in printed.splitlines() if line.startswith("WARNING: "))
     assert f"{before.count('train')} are its training images" in warning

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import special
 
-from cxr_dist import calibration
-from cxr_dist.metrics import Predictions, evaluate_predictions
+from cxr_dist.evaluation import calibration
+from cxr_dist.evaluation.metrics import Predictions, evaluate_predictions
 
 NAMES = ("A", "B", "C")
 

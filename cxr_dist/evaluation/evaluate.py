@@ -10,20 +10,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import calibration, steps
-from cxr_dist.assessment import Origin
-from cxr_dist.compare import Images
+from cxr_dist import steps
 from cxr_dist.data.batch_sampler import EvaluationPlan, Positions
 from cxr_dist.data.image_folder import FolderSource
 from cxr_dist.data.shards import ArraySource, ShardSource, Source
 from cxr_dist.distributed.strategy import Topology, make_strategy, prepare_devices, resolve_precision, resolve_xla
+from cxr_dist.evaluation import calibration
+from cxr_dist.evaluation.assessment import Origin
+from cxr_dist.evaluation.compare import Images
+from cxr_dist.evaluation.metrics import Predictions
+from cxr_dist.evaluation.report import check_output_folder, write_evaluation
 from cxr_dist.examine import run as examine_run
 from cxr_dist.examine.result import Examination
 from cxr_dist.examine.scores import balanced_sample
 from cxr_dist.inference.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
-from cxr_dist.metrics import Predictions
 from cxr_dist.model import split_point
-from cxr_dist.report import check_output_folder, write_evaluation
 from cxr_dist.runs import corrupt_records, run_folder
 from cxr_dist.runs.calibration_file import CALIBRATION, read_fitted
 from cxr_dist.runs.seen_images import SeenImages, read_seen

@@ -12,15 +12,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cxr_dist import captions, figures
-from cxr_dist.assessment import UNKNOWN, Origin, assess
-from cxr_dist.calibration import scaled
+from cxr_dist.evaluation import captions, figures
+from cxr_dist.evaluation.assessment import UNKNOWN, Origin, assess
+from cxr_dist.evaluation.calibration import scaled
+from cxr_dist.evaluation.metrics import Predictions, is_predictions_file, write_predictions
 from cxr_dist.examine.result import Examination
-from cxr_dist.metrics import (
-    Predictions,
-    is_predictions_file,
-    write_predictions,
-)
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import intended_name, write_bytes
 from tfrecords_builder.common.page import template_environment

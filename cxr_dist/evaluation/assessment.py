@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import calibration, intervals, published
-from cxr_dist.metrics import Predictions, evaluate_predictions
+from cxr_dist.evaluation import bootstrap, calibration, reference
+from cxr_dist.evaluation.metrics import Predictions, evaluate_predictions
 
 _PROPER = ("log_loss", "brier", "calibration_error")
 
@@ -50,12 +50,12 @@ def assess(
 
     Returns:
         What `evaluate_predictions` gives, and
-        uncertainty: of `intervals.bootstrap`, and `patients`.
+        uncertainty: of `bootstrap.bootstrap`, and `patients`.
         seen: training and validation (how many of the images are such images of the run), share (of both together)
             and asked_for; None where it is not known.
         metrics_unseen: what `evaluate_predictions` gives of the images that the run has not seen, with `uncertainty`;
             None if it has seen none or all of them, or if they were asked for.
-        published: of `published.beside_published`; empty if the images are no test split, if the classes with images
+        published: of `reference.beside_published`; empty if the images are no test split, if the classes with images
             are not the published four, or if the run has seen images of another dataset.
         calibration: None without `calibrated`; else that, with `before` and `after` (log_loss, brier and
             calibration_error with the network's probabilities and with the scaled ones), `reliability` of both,
@@ -63,15 +63,15 @@ def assess(
             it was fitted on; None where that is not known).
     """
     metrics = evaluate_predictions(predictions)
-    uncertainty = intervals.bootstrap(predictions)
+    uncertainty = bootstrap.bootstrap(predictions)
     seen = _seen(origin)
-    comparable = comparable and set(metrics["averaged_classes"]) == published.CLASSES
+    comparable = comparable and set(metrics["averaged_classes"]) == reference.CLASSES
     comparable = comparable and (origin.own or not (seen and seen["share"]))
     return metrics | {
         "uncertainty": uncertainty | {"patients": origin.patients},
         "seen": seen,
         "metrics_unseen": _unseen(predictions, origin),
-        "published": published.beside_published(metrics, uncertainty) if comparable else [],
+        "published": reference.beside_published(metrics, uncertainty) if comparable else [],
         "calibration": None if calibrated is None else _calibration(predictions, metrics, calibrated, origin),
     }
 
@@ -95,7 +95,7 @@ def _unseen(predictions: Predictions, origin: Origin) -> dict[str, Any] | None:
     if unseen.all() or not unseen.any():
         return None
     others = predictions.subset(unseen)
-    return evaluate_predictions(others) | {"uncertainty": intervals.bootstrap(others)}
+    return evaluate_predictions(others) | {"uncertainty": bootstrap.bootstrap(others)}
 
 
 def _calibration(

@@ -8,12 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import calibration, cli, evaluate, steps
+from cxr_dist import cli, steps
 from cxr_dist.config.schema import load_config
 from cxr_dist.data.batch_sampler import EvaluationPlan
 from cxr_dist.distributed.strategy import make_strategy
-from cxr_dist.evaluate import FolderSource, Request, calibrate_run, class_probabilities, evaluate_run, predict_run
-from cxr_dist.metrics import read_predictions
+from cxr_dist.evaluation import calibration, evaluate
+from cxr_dist.evaluation.evaluate import (
+    FolderSource,
+    Request,
+    calibrate_run,
+    class_probabilities,
+    evaluate_run,
+    predict_run,
+)
+from cxr_dist.evaluation.metrics import read_predictions
 from cxr_dist.model import resnet
 from tests.training import CLASSES, SIZE, config, images, local_topology, small_base
 from tfrecords_builder import remote

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cxr_dist import intervals, published
-from cxr_dist.compare import COMPARED, compare
-from cxr_dist.metrics import evaluate_predictions
-from tests.test_intervals import drawn
+from cxr_dist.evaluation import bootstrap, reference
+from cxr_dist.evaluation.compare import COMPARED, compare
+from cxr_dist.evaluation.metrics import evaluate_predictions
+from tests.evaluation.test_bootstrap import drawn
 from tfrecords_builder.common.errors import UserError
 
 
@@ -57,7 +57,7 @@ def test_the_interval_of_a_difference_holds_the_truth() -> None:
         second = replace(first, probabilities=odds / odds.sum(axis=1, keepdims=True))
         row = compare(first, second, resamples=200)["metrics"]["cosine_similarity"]
         held += row["low"] <= truth <= row["high"]
-        low, high = intervals.bootstrap(first, resamples=200)["intervals"]["cosine_similarity"]
+        low, high = bootstrap.bootstrap(first, resamples=200)["intervals"]["cosine_similarity"]
         narrower += row["high"] - row["low"] < high - low
     assert narrower == 150
     assert 0.91 <= held / 150 <= 0.985
@@ -73,7 +73,7 @@ def _true_difference() -> float:
 
 
 def evaluate_cosine(predictions: object) -> float:
-    return float(intervals.weighted_metrics(predictions, np.ones((1, len(predictions))))["cosine_similarity"][0])  # type: ignore[arg-type]
+    return float(bootstrap.weighted_metrics(predictions, np.ones((1, len(predictions))))["cosine_similarity"][0])  # type: ignore[arg-type]
 
 
 def test_other_images_are_refused() -> None:
@@ -94,7 +94,7 @@ def test_the_published_result_is_beside_ours(accuracy: float, verdict: str) -> N
     base = drawn(0, 1000)
     answers = np.where(random.random(1000) < accuracy, base.labels, (base.labels + 1) % 4)
     predictions = replace(base, probabilities=np.eye(4)[answers] * 0.9 + 0.025)
-    rows = published.beside_published(evaluate_predictions(predictions), intervals.bootstrap(predictions))
+    rows = reference.beside_published(evaluate_predictions(predictions), bootstrap.bootstrap(predictions))
     assert [row["metric"] for row in rows] == ["accuracy", "f1_macro"]
     for row in rows:
         assert row["verdict"] == verdict

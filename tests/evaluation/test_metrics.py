@@ -15,8 +15,8 @@ import sklearn.metrics as sk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_dist import metrics
-from cxr_dist.metrics import Predictions
+from cxr_dist.evaluation import metrics
+from cxr_dist.evaluation.metrics import Predictions
 from tfrecords_builder.common import files
 from tfrecords_builder.common.errors import UserError
 

@@ -12,9 +12,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cxr_dist import captions, figures, metrics, report
-from cxr_dist.assessment import assess
-from cxr_dist.metrics import Predictions
+from cxr_dist.evaluation import captions, figures, metrics, report
+from cxr_dist.evaluation.assessment import assess
+from cxr_dist.evaluation.metrics import Predictions
 from tests.html_page import Page
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.eda.figures import svg_bytes

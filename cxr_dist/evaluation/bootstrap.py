@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special, stats
 
-from cxr_dist.metrics import (
+from cxr_dist.evaluation.metrics import (
     CALIBRATION_BINS,
     Predictions,
     at_label,

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from cxr_dist import figures
-from cxr_dist.metrics import Predictions, roc_curves
+from cxr_dist.evaluation import figures
+from cxr_dist.evaluation.metrics import Predictions, roc_curves
 
 _NOTHING = "–"  # noqa: RUF001
 

@@ -22,7 +22,7 @@ def beside_published(metrics: Mapping[str, Any], uncertainty: Mapping[str, Any])
 
     Args:
         metrics: Of `metrics.evaluate_predictions`.
-        uncertainty: Of `intervals.bootstrap`, at a level of 95 %.
+        uncertainty: Of `bootstrap.bootstrap`, at a level of 95 %.
 
     Returns:
         `noise` is how large a difference may be that means nothing; the published number's own part of it is that of

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import auc
 
-from cxr_dist.calibration import risk_coverage
-from cxr_dist.metrics import Predictions, mean_roc_curve, roc_curves
+from cxr_dist.evaluation.calibration import risk_coverage
+from cxr_dist.evaluation.metrics import Predictions, mean_roc_curve, roc_curves
 from cxr_dist.runs.ranking import best_index
 
 STAGE_LABELS = {"1": "stage 1: head", "2": "stage 2: fine-tuning"}

@@ -8,9 +8,9 @@ import sklearn.metrics as sk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_dist import intervals
-from cxr_dist.metrics import Predictions, evaluate_predictions
-from tests.test_metrics import make_predictions
+from cxr_dist.evaluation import bootstrap
+from cxr_dist.evaluation.metrics import Predictions, evaluate_predictions
+from tests.evaluation.test_metrics import make_predictions
 
 NAMES = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
 
@@ -54,7 +54,7 @@ def test_a_weight_repeats_an_image(classes: int, images: int, seed: int, absent:
         predictions.probabilities[rows],
         predictions.class_names,
     )
-    values = intervals.weighted_metrics(predictions, np.stack([times, np.ones(images)]).astype(float))
+    values = bootstrap.weighted_metrics(predictions, np.stack([times, np.ones(images)]).astype(float))
     for row, expected in enumerate((evaluate_predictions(repeated), evaluate_predictions(predictions))):
         numbers = leaves({key: value for key, value in expected.items() if key != "confusion_matrix"})
         for name, column in values.items():
@@ -68,7 +68,7 @@ def test_a_weight_repeats_an_image(classes: int, images: int, seed: int, absent:
 def test_weighted_metrics_equal_those_of_scikit_learn() -> None:
     predictions = make_predictions(4, 200, 5, coarse=True)
     weights = np.random.default_rng(0).random(200)
-    values = intervals.weighted_metrics(predictions, weights[None])
+    values = bootstrap.weighted_metrics(predictions, weights[None])
     labels, predicted = predictions.labels, predictions.predicted
     assert values["accuracy"][0] == pytest.approx(sk.accuracy_score(labels, predicted, sample_weight=weights))
     expected = sk.f1_score(labels, predicted, average="macro", sample_weight=weights)
@@ -82,8 +82,8 @@ def test_weighted_metrics_equal_those_of_scikit_learn() -> None:
 
 
 def test_resamples_draw_groups_as_a_whole_and_repeat() -> None:
-    groups = intervals.group_numbers(drawn(0, 40, (0.5, 0.3, 0.2)))
-    first, again, other = (np.concatenate(list(intervals.resample_weights(groups, 300, seed))) for seed in (1, 1, 2))
+    groups = bootstrap.group_numbers(drawn(0, 40, (0.5, 0.3, 0.2)))
+    first, again, other = (np.concatenate(list(bootstrap.resample_weights(groups, 300, seed))) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     for number in range(40):
@@ -98,12 +98,12 @@ def test_resamples_draw_groups_as_a_whole_and_repeat() -> None:
 @pytest.mark.parametrize(("groups", "sizes"), [(640, (1, 0, 0)), (450, (0.6, 0.3, 0.1))])
 def test_an_interval_of_95_percent_holds_the_truth_that_often(groups: int, sizes: tuple[float, float, float]) -> None:
     many = drawn(99, 200_000, sizes)
-    truth = intervals.weighted_metrics(many, np.ones((1, len(many))))
+    truth = bootstrap.weighted_metrics(many, np.ones((1, len(many))))
     names = ("accuracy", "f1_macro", "recall_macro", "precision_macro", "auc_macro_ovr", "log_loss", "brier")
     repeats = 250
     held = dict.fromkeys(names, 0)
     for seed in range(repeats):
-        found = intervals.bootstrap(drawn(seed, groups, sizes), resamples=250, seed=seed)["intervals"]
+        found = bootstrap.bootstrap(drawn(seed, groups, sizes), resamples=250, seed=seed)["intervals"]
         for name in names:
             held[name] += found[name][0] <= truth[name][0] <= found[name][1]
     # Of 250 intervals of 95 %, fewer than 91 % or more than 98.8 % hold with a probability of 0.3 % each; over all
@@ -125,7 +125,7 @@ def test_copies_do_not_narrow_an_interval() -> None:
     )
     widths = []
     for predictions in (single, copies, Predictions(copies.paths, copies.labels, copies.probabilities, NAMES)):
-        low, high = intervals.bootstrap(predictions)["intervals"]["accuracy"]
+        low, high = bootstrap.bootstrap(predictions)["intervals"]["accuracy"]
         widths.append(high - low)
     assert widths[1] == pytest.approx(widths[0], rel=0.05)
     assert widths[2] == pytest.approx(widths[0] / 2, rel=0.1)
@@ -134,7 +134,7 @@ def test_copies_do_not_narrow_an_interval() -> None:
 def test_a_perfect_class_is_not_known_to_be_perfect() -> None:
     labels = np.arange(120) % 4
     predictions = Predictions([str(row) for row in range(120)], labels, np.eye(4)[labels], NAMES)
-    found = intervals.bootstrap(predictions)["intervals"]
+    found = bootstrap.bootstrap(predictions)["intervals"]
     # Clopper and Pearson for 30 of 30: 0.025 ** (1 / 30) to one.
     assert found["per_class"]["COVID"]["recall"] == pytest.approx([0.025 ** (1 / 30), 1])
     assert found["accuracy"] == pytest.approx([0.025 ** (1 / 120), 1])
@@ -144,10 +144,10 @@ def test_a_perfect_class_is_not_known_to_be_perfect() -> None:
 
 
 def test_what_is_undefined_has_no_interval() -> None:
-    found = intervals.bootstrap(make_predictions(4, 50, 1, absent=1))["intervals"]
+    found = bootstrap.bootstrap(make_predictions(4, 50, 1, absent=1))["intervals"]
     assert found["per_class"]["Class_0"]["auc"] == [None, None]
     assert None not in found["accuracy"]
-    one = intervals.bootstrap(make_predictions(3, 1, 1))
+    one = bootstrap.bootstrap(make_predictions(3, 1, 1))
     assert all(value == [None, None] for value in leaves(one["intervals"]).values())
 
 
@@ -159,7 +159,7 @@ def test_a_class_without_images_changes_no_interval() -> None:
     three = Predictions(three.paths, three.labels, chosen, three.class_names)
     padded = np.hstack([chosen, np.zeros((len(chosen), 1))])
     four = Predictions(three.paths, three.labels, padded, (*three.class_names, "Other"))
-    expected, result = (leaves(intervals.bootstrap(each)["intervals"]) for each in (three, four))
+    expected, result = (leaves(bootstrap.bootstrap(each)["intervals"]) for each in (three, four))
     for name, ends in expected.items():
         assert result[name] == pytest.approx(ends), name
     for key in ("precision", "recall", "f1", "auc", "average_precision"):

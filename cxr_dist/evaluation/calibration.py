@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize, special, stats
 
-from cxr_dist.metrics import CALIBRATION_BINS, Predictions, confidence_bins
+from cxr_dist.evaluation.metrics import CALIBRATION_BINS, Predictions, confidence_bins
 
 RISK = 0.05
 """Share of wrong answers that the threshold allows by default."""
