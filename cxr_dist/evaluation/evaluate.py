@@ -18,11 +18,11 @@ from cxr_dist.distributed.strategy import Topology, make_strategy, prepare_devic
 from cxr_dist.evaluation import calibration
 from cxr_dist.evaluation.assessment import Origin
 from cxr_dist.evaluation.compare import Images
+from cxr_dist.evaluation.examination import examine as examine_run
+from cxr_dist.evaluation.examination.findings import Examination
+from cxr_dist.evaluation.examination.statistics import balanced_sample
 from cxr_dist.evaluation.metrics import Predictions
 from cxr_dist.evaluation.report import check_output_folder, write_evaluation
-from cxr_dist.examine import run as examine_run
-from cxr_dist.examine.result import Examination
-from cxr_dist.examine.scores import balanced_sample
 from cxr_dist.inference.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
 from cxr_dist.model import split_point
 from cxr_dist.runs import corrupt_records, run_folder

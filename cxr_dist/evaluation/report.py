@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from cxr_dist.evaluation import captions, figures
 from cxr_dist.evaluation.assessment import UNKNOWN, Origin, assess
 from cxr_dist.evaluation.calibration import scaled
+from cxr_dist.evaluation.examination.findings import Examination
 from cxr_dist.evaluation.metrics import Predictions, is_predictions_file, write_predictions
-from cxr_dist.examine.result import Examination
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import intended_name, write_bytes
 from tfrecords_builder.common.page import template_environment

@@ -10,8 +10,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from cxr_dist.examine.audit import WITHOUT_LUNGS
-from cxr_dist.examine.result import Panel
+from cxr_dist.evaluation.examination.findings import Panel
+from cxr_dist.evaluation.examination.shortcuts import WITHOUT_LUNGS
 from tfrecords_builder.eda.figures import svg_bytes
 
 _BLUE, _VERMILLION, _GRAY = "#0072B2", "#D55E00", "#6b6b6b"

@@ -69,7 +69,7 @@ class Examination:
     """All numbers of an examination, its findings and its figures."""
 
     numbers: Mapping[str, Any]
-    """Numbers, strings, None, lists and mappings alone; see `run.examine`."""
+    """Numbers, strings, None, lists and mappings alone; see `examine.examine`."""
     findings: Sequence[Finding]
     panels: Sequence[Panel]
 

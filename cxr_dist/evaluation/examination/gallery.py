@@ -10,8 +10,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from cxr_dist.data import random_streams
-from cxr_dist.examine.attention import Maps, enlarged
-from cxr_dist.examine.result import Panel
+from cxr_dist.evaluation.examination.attention import Maps, enlarged
+from cxr_dist.evaluation.examination.findings import Panel
 
 MISTAKES = 12
 SUCCESSES_PER_CLASS = 2

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.examine.perturb import PERTURBATIONS, Images
-from cxr_dist.examine.result import Finding
-from cxr_dist.examine.scores import Labels, paired_fall, score
+from cxr_dist.evaluation.examination.findings import Finding
+from cxr_dist.evaluation.examination.perturbations import PERTURBATIONS, Images
+from cxr_dist.evaluation.examination.statistics import Labels, paired_fall, score
 
 FRAGILE_FALL = 0.1
 """A fall of accuracy at the mildest strength whose 99 % bound is above this is worth a note."""

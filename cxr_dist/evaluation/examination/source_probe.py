@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.data import random_streams
-from cxr_dist.examine.result import Finding
-from cxr_dist.examine.scores import Labels, interval
+from cxr_dist.evaluation.examination.findings import Finding
+from cxr_dist.evaluation.examination.statistics import Labels, interval
 
 LEAST_IMAGES = 8
 """A source with fewer images in a class says nothing about that class."""

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.data import random_streams
-from cxr_dist.examine import occlude
-from cxr_dist.examine.occlude import Masks
-from cxr_dist.examine.perturb import Images
-from cxr_dist.examine.result import Finding
-from cxr_dist.examine.scores import (
+from cxr_dist.evaluation.examination import occlusion
+from cxr_dist.evaluation.examination.findings import Finding
+from cxr_dist.evaluation.examination.occlusion import Masks
+from cxr_dist.evaluation.examination.perturbations import Images
+from cxr_dist.evaluation.examination.statistics import (
     Labels,
     chance_of,
     lower_bound,
@@ -52,7 +52,7 @@ RULES = {
 
 def looks(classes: int) -> int:
     """How often each image is looked at."""
-    return len(occlude.OCCLUSIONS) + classes
+    return len(occlusion.OCCLUSIONS) + classes
 
 
 def occlusion_scores(
@@ -71,14 +71,14 @@ def occlusion_scores(
         images: uint8 [N, S, S].
         labels: int32 [N].
         predicted: int32 [N]: what it named for `images` as they are.
-        masks: bool [N, S, S] or None; see `occlude.lung_boxes`.
+        masks: bool [N, S, S] or None; see `occlusion.lung_boxes`.
         classes: C.
         seed: Of the permutations.
     """
-    known = occlude.lung_boxes(masks, *images.shape[:2])[1]
+    known = occlusion.lung_boxes(masks, *images.shape[:2])[1]
     chance, right = chance_of(labels), predicted == labels
     variants = {}
-    for name, (title, change) in occlude.OCCLUSIONS.items():
+    for name, (title, change) in occlusion.OCCLUSIONS.items():
         answers = classify(change(images, masks))
         fall = paired_fall(right, answers == labels)
         variants[name] = {
@@ -90,14 +90,14 @@ def occlusion_scores(
             "fall": fall["fall"],
             "fall_lower": fall["lower"],
             "fall_p_value": fall["p_value"],
-            "images_without_mask": int(np.sum(~known)) if name in occlude.USES_MASKS else None,
+            "images_without_mask": int(np.sum(~known)) if name in occlusion.USES_MASKS else None,
         }
     return {
         "chance": chance,
         "as_they_are": score(labels, predicted, classes),
         "variants": variants,
-        "border_share": occlude.BORDER_SHARE,
-        "central_box": list(occlude.CENTRAL_BOX),
+        "border_share": occlusion.BORDER_SHARE,
+        "central_box": list(occlusion.CENTRAL_BOX),
         "rule": RULES["without_lungs"],
         "rule_border": RULES["without_border"],
     }
@@ -122,7 +122,7 @@ def cue_conflict(classify: Classify, images: Images, labels: Labels, classes: in
         follows_image: share in which it is the image's.
         control: share in which the image, in a border of its own class, is given the class that the foreign border has.
         excess: follows_border - control.
-        p_value: that as many images, or more, lean towards the border by chance (`scores.sign_test`).
+        p_value: that as many images, or more, lean towards the border by chance (`statistics.sign_test`).
     """
     present = np.unique(labels)
     empty = {"images": len(labels), "conflicts": 0, "rule": RULES["cue_conflict"]}
@@ -132,14 +132,14 @@ def cue_conflict(classify: Classify, images: Images, labels: Labels, classes: in
     random = random_streams.generator("borders of other images", seed)
     of_class = {int(label): np.flatnonzero(labels == label) for label in present}
     own = np.array([_other(random, of_class[int(label)], row) for row, label in enumerate(labels)])
-    control = classify(occlude.with_border_of(images, images[own]))
+    control = classify(occlusion.with_border_of(images, images[own]))
     followed, kept, named_before = [], [], []
     # The r-th class after the image's own among those present: over the turns, each other class once.
     places = np.searchsorted(present, labels)
     for turn in range(1, len(present)):
         foreign = present[(places + turn) % len(present)]
         donors = np.array([random.choice(of_class[int(label)]) for label in foreign])
-        answers = classify(occlude.with_border_of(images, images[donors]))
+        answers = classify(occlusion.with_border_of(images, images[donors]))
         followed.append(answers == foreign)
         kept.append(answers == labels)
         named_before.append(control == foreign)

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import stats
 
-from cxr_dist.examine.result import Finding
-from cxr_dist.examine.scores import CONFIDENCE
+from cxr_dist.evaluation.examination.findings import Finding
+from cxr_dist.evaluation.examination.statistics import CONFIDENCE
 from cxr_dist.model import keras_graph
 
 BATCH_SIZE = 32

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist.examine import audit, occlude, perturb, provenance, scores
-from cxr_dist.examine.result import Examination
-from cxr_dist.examine.run import examine
+from cxr_dist.evaluation.examination import occlusion, perturbations, shortcuts, source_probe, statistics
+from cxr_dist.evaluation.examination.examine import examine
+from cxr_dist.evaluation.examination.findings import Examination
 
 CLASSES, SIDE = 4, 32
 NAMES = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
@@ -101,24 +101,30 @@ def test_one_image_and_one_class_give_numbers_too() -> None:
 def test_a_fill_tells_nothing_of_what_it_hides() -> None:
     """Whatever lies in the hole, and whatever shape the mask has inside its rectangle, the result is the same."""
     images, _, masks = planted(0, 8)
-    boxes, _ = occlude.lung_boxes(masks, 8, SIDE)
+    boxes, _ = occlusion.lung_boxes(masks, 8, SIDE)
     other, thinner = images.copy(), masks.copy()
     other[boxes] = 255
     thinner[:, 12:20, 9:12] = False
-    np.testing.assert_array_equal(occlude.without_lungs(images, masks), occlude.without_lungs(other, thinner))
+    np.testing.assert_array_equal(occlusion.without_lungs(images, masks), occlusion.without_lungs(other, thinner))
     assert boxes[masks].all()
-    edge = occlude.border_mask(SIDE)
-    np.testing.assert_array_equal(occlude.border_only(images)[:, edge], images[:, edge])
-    np.testing.assert_array_equal(occlude.without_border(images)[:, ~edge], images[:, ~edge])
+    edge = occlusion.border_mask(SIDE)
+    np.testing.assert_array_equal(occlusion.border_only(images)[:, edge], images[:, edge])
+    np.testing.assert_array_equal(occlusion.without_border(images)[:, ~edge], images[:, ~edge])
 
 
 def test_strength_none_and_neutral_strengths_change_nothing() -> None:
     images, _, _ = planted(0, 8)
-    for kind in perturb.PERTURBATIONS:
+    for kind in perturbations.PERTURBATIONS:
         assert kind.strengths[0] is None
         np.testing.assert_array_equal(kind.apply(images, None, 0), images)
         assert not np.array_equal(kind.apply(images, kind.strengths[1], 0), images)
-    neutral = {perturb.rotated: 0, perturb.shifted: 0, perturb.contrasted: 1, perturb.noisy: 0, perturb.coarsened: 1}
+    neutral = {
+        perturbations.rotated: 0,
+        perturbations.shifted: 0,
+        perturbations.contrasted: 1,
+        perturbations.noisy: 0,
+        perturbations.coarsened: 1,
+    }
     for change, strength in neutral.items():
         np.testing.assert_array_equal(change(images, strength), images)
 
@@ -128,10 +134,10 @@ def test_rotation_beside_numpy_and_scipy() -> None:
 
     images = np.random.default_rng(0).integers(0, 256, (3, 33, 33)).astype(np.uint8)
     for turns in (1, 2, 3):
-        np.testing.assert_array_equal(perturb.rotated(images, 90 * turns), np.rot90(images, turns, (1, 2)))
+        np.testing.assert_array_equal(perturbations.rotated(images, 90 * turns), np.rot90(images, turns, (1, 2)))
     expected = ndimage.rotate(images[0].astype(float), 10, reshape=False, order=1, mode="nearest")
     inner = (slice(6, -6), slice(6, -6))
-    assert np.abs(perturb.rotated(images, 10)[0][inner] - expected[inner]).max() <= 2
+    assert np.abs(perturbations.rotated(images, 10)[0][inner] - expected[inner]).max() <= 2
 
 
 def test_bounds_beside_scipy() -> None:
@@ -139,14 +145,14 @@ def test_bounds_beside_scipy() -> None:
 
     for right, total in ((0, 5), (3, 9), (9, 9)):
         exact = binomtest(right, total, alternative="greater").proportion_ci(0.99, "exact").low
-        assert scores.lower_bound(right, total) == pytest.approx(exact)
-        assert scores.sign_test(right, total - right) == pytest.approx(
+        assert statistics.lower_bound(right, total) == pytest.approx(exact)
+        assert statistics.sign_test(right, total - right) == pytest.approx(
             binomtest(right, total, alternative="greater").pvalue
         )
     labels = np.repeat([0, 1, 2], [50, 20, 3]).astype(np.int32)
-    chosen = scores.balanced_sample(labels, 30, 0)
+    chosen = statistics.balanced_sample(labels, 30, 0)
     assert np.bincount(labels[chosen]).tolist() == [14, 13, 3]
-    assert len(scores.balanced_sample(labels, 500, 0)) == 73
+    assert len(statistics.balanced_sample(labels, 500, 0)) == 73
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -155,12 +161,12 @@ def test_a_planted_source_is_told_and_a_random_one_is_not(seed: int) -> None:
     labels = np.repeat(np.arange(2), 40).astype(np.int32)
     sources = random.permutation(np.tile(["a", "b"], 40)).tolist()
     features = random.normal(size=(80, 200)).astype(np.float32)
-    quiet = provenance.source_in_features(features, labels, sources, None, ("x", "y"), seed)
-    assert provenance.feature_findings(quiet) == []
+    quiet = source_probe.source_in_features(features, labels, sources, None, ("x", "y"), seed)
+    assert source_probe.feature_findings(quiet) == []
     features[:, :20] += 2 * (np.array(sources) == "b")[:, None]
-    loud = provenance.source_in_features(features, labels, sources, None, ("x", "y"), seed)
-    assert len(provenance.feature_findings(loud)) == 2
-    coincide = provenance.source_in_features(features, labels, ["a"] * 40 + ["b"] * 40, None, ("x", "y"), seed)
+    loud = source_probe.source_in_features(features, labels, sources, None, ("x", "y"), seed)
+    assert len(source_probe.feature_findings(loud)) == 2
+    coincide = source_probe.source_in_features(features, labels, ["a"] * 40 + ["b"] * 40, None, ("x", "y"), seed)
     assert coincide["skipped"]
     assert coincide["classes_of_one_source"] == ["x", "y"]
 
@@ -172,12 +178,12 @@ def test_copies_are_not_evidence_of_a_source() -> None:
     sources = np.repeat(random.permutation(np.tile(["a", "b"], 8)), 5).tolist()
     groups = np.repeat(np.arange(16), 5).astype(str).tolist()
     labels = np.zeros(80, np.int32)
-    told = provenance.source_in_features(features, labels, sources, groups, ("x",), 0)
+    told = source_probe.source_in_features(features, labels, sources, groups, ("x",), 0)
     assert not told["classes"]["x"]["told"]
-    assert provenance.source_in_features(features, labels, sources, None, ("x",), 0)["classes"]["x"]["told"]
+    assert source_probe.source_in_features(features, labels, sources, None, ("x",), 0)["classes"]["x"]["told"]
 
 
 def test_conflicts_are_all_pairs_of_classes() -> None:
     images, labels, _ = planted(0, 16)
-    found = audit.cue_conflict(lambda changed: labels, images, labels, CLASSES, 0)
+    found = shortcuts.cue_conflict(lambda changed: labels, images, labels, CLASSES, 0)
     assert (found["conflicts"], found["follows_image"], found["excess"]) == (48, 1.0, 0.0)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.examine.perturb import Images, resampled
+from cxr_dist.evaluation.examination.perturbations import Images, resampled
 
 Masks = npt.NDArray[np.bool_]
 

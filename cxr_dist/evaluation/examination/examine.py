@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.examine import attention, audit, figures, provenance
-from cxr_dist.examine.gallery import Answers, gallery
-from cxr_dist.examine.occlude import Masks
-from cxr_dist.examine.perturb import Images
-from cxr_dist.examine.result import Examination, Finding, Panel
-from cxr_dist.examine.robustness import LOOKS, named, robustness, robustness_findings
-from cxr_dist.examine.scores import Labels, score
+from cxr_dist.evaluation.examination import attention, figures, shortcuts, source_probe
+from cxr_dist.evaluation.examination.findings import Examination, Finding, Panel
+from cxr_dist.evaluation.examination.gallery import Answers, gallery
+from cxr_dist.evaluation.examination.occlusion import Masks
+from cxr_dist.evaluation.examination.perturbations import Images
+from cxr_dist.evaluation.examination.robustness import LOOKS, named, robustness, robustness_findings
+from cxr_dist.evaluation.examination.statistics import Labels, score
 
 Forward = Callable[[Images], npt.NDArray[np.float64]]
 """uint8 [B, S, S] -> probabilities float64 [B, C]."""
@@ -21,7 +21,7 @@ Forward = Callable[[Images], npt.NDArray[np.float64]]
 
 def looks(classes: int) -> int:
     """How often each image goes through the network, one with the gradient included."""
-    return 2 + LOOKS + audit.looks(classes)
+    return 2 + LOOKS + shortcuts.looks(classes)
 
 
 def examine(
@@ -72,10 +72,13 @@ def examine(
 
     probabilities = forward(images)
     predicted = named(probabilities)
-    occlusions = audit.occlusion_scores(classify, images, labels, predicted, masks, classes, seed)
-    conflict = audit.cue_conflict(classify, images, labels, classes, seed)
+    occlusions = shortcuts.occlusion_scores(classify, images, labels, predicted, masks, classes, seed)
+    conflict = shortcuts.cue_conflict(classify, images, labels, classes, seed)
     curves = robustness(classify, images, labels, predicted, classes, seed)
-    findings: list[Finding] = [*audit.conflict_findings(conflict), *audit.occlusion_findings(occlusions, conflict)]
+    findings: list[Finding] = [
+        *shortcuts.conflict_findings(conflict),
+        *shortcuts.occlusion_findings(occlusions, conflict),
+    ]
     panels: list[Panel] = [
         figures.occlusion_panel(occlusions),
         figures.robustness_panel(curves, occlusions["chance"]),
@@ -90,11 +93,11 @@ def examine(
             labels, probabilities, tuple(class_names), names or [f"image {n}" for n in range(len(labels))]
         )
         panels += gallery(images, explained.maps, answers, seed)
-    origin = provenance.by_source(labels, predicted, sources)
-    told = provenance.source_in_features(features, labels, sources, groups, class_names, seed)
+    origin = source_probe.by_source(labels, predicted, sources)
+    told = source_probe.source_in_features(features, labels, sources, groups, class_names, seed)
     overall = score(labels, predicted, classes)
-    findings += provenance.source_findings(origin, overall["accuracy"])
-    findings += provenance.feature_findings(told) + robustness_findings(curves)
+    findings += source_probe.source_findings(origin, overall["accuracy"])
+    findings += source_probe.feature_findings(told) + robustness_findings(curves)
     counted = Counter(labels.tolist())
     numbers = {
         "sample": {

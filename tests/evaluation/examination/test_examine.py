@@ -11,7 +11,7 @@ from PIL import Image
 from cxr_dist.commands import run_training
 from cxr_dist.config.schema import load_config
 from cxr_dist.evaluation.evaluate import Request, evaluate_run
-from cxr_dist.examine import attention
+from cxr_dist.evaluation.examination import attention
 from tests.html_page import Page
 from tfrecords_builder.build import build_dataset
 
