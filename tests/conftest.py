@@ -136,9 +136,9 @@ SMALL_RUN = [
 
 def use_small_base(patch: pytest.MonkeyPatch) -> None:
     """Let training and evaluation build a small residual base: ResNet50's steps take half a minute to trace."""
-    from cxr_dist import loop
     from cxr_dist.inference import classifier
     from cxr_dist.model.resnet import build_model
+    from cxr_dist.training import loop
     from tests.training import small_base
 
     for module in (loop, classifier):

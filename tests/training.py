@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from cxr_dist import optimizers, steps
 from cxr_dist.config.schema import Config, ModelConfig, StageConfig
 from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
 from cxr_dist.data.shards import ArraySource
 from cxr_dist.distributed.strategy import Topology, dtype_policy, make_strategy
 from cxr_dist.model import resnet
+from cxr_dist.training import optimizers
+from cxr_dist.training import train_step as steps
 
 CLASSES = 4
 SIZE = 32

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import steps
 from cxr_dist.data.batch_sampler import EvaluationPlan, Positions
 from cxr_dist.data.image_folder import FolderSource
 from cxr_dist.data.shards import ArraySource, ShardSource, Source
@@ -28,6 +27,7 @@ from cxr_dist.model import split_point
 from cxr_dist.runs import corrupt_records, run_folder
 from cxr_dist.runs.calibration_file import CALIBRATION, read_fitted
 from cxr_dist.runs.seen_images import SeenImages, read_seen
+from cxr_dist.training import train_step
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_json
 from tfrecords_builder.format.manifest import Manifest, check_shards, read_manifest
@@ -176,7 +176,7 @@ class Network:
     @cached_property
     def _forward_step(self) -> Any:
         xla = resolve_xla(self.run.config, self.topology.kind)
-        return steps.make_forward_step(self.strategy, split_point.whole_network(self.model), xla=xla)
+        return train_step.make_forward_step(self.strategy, split_point.whole_network(self.model), xla=xla)
 
     def predict(self, source: ImageSource, progress: Callable[[int, int], None] | None = None) -> Predictions:
         """Predictions of every image of `source`; `progress` is called with the images done and their number."""
@@ -301,14 +301,14 @@ def class_probabilities(
 
     Args:
         batch_size: Images per replica and step.
-        step: `steps.make_forward_step` of the network; traced once, whatever the number of sources.
+        step: `train_step.make_forward_step` of the network; traced once, whatever the number of sources.
         progress: Called with the steps done and their number.
 
     Returns:
         float32 [N, C], complete on every worker.
     """
     plan = EvaluationPlan(source.count, batch_size, topology.replicas)
-    iterator = steps.distributed_batches(strategy, topology, source, plan)
+    iterator = train_step.distributed_batches(strategy, topology, source, plan)
     outputs: list[npt.NDArray[np.float32]] = []
     for number in range(plan.steps):
         outputs.append(step(iterator))

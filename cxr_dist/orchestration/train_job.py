@@ -313,7 +313,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     """What each worker process runs; Ray Train has set TF_CONFIG."""
     import ray.train
 
-    from cxr_dist.loop import train
+    from cxr_dist.training.loop import train
 
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -378,7 +378,7 @@ def train_locally(
     devices_per_worker: int | None = None,
 ) -> dict[str, Any]:
     """Train in this process, with no Ray at all: the single-node fallback."""
-    from cxr_dist.loop import train
+    from cxr_dist.training.loop import train
 
     topology = prepare_devices(devices_per_worker)
     if not prepare(topology.replicas):

@@ -95,7 +95,7 @@ def run_trial(
     Returns:
         result.json; None when it was stopped early.
     """
-    from cxr_dist.loop import train
+    from cxr_dist.training.loop import train
 
     def loop(config: Config, run: Path, listeners: Reporter) -> dict[str, Any]:
         owned = Reporters([*reporters, *run_reporters(run, run_folder.TENSORBOARD, job.name, job.values)])
@@ -186,7 +186,7 @@ def compute_shared_features(
     config: Config, dataset: Path, experiment: Path, topology: Topology, reporter: Reporter
 ) -> None:
     """Fill the feature cache with what the first stage of every trial reads, with all of the machine."""
-    from cxr_dist.loop import compute_features
+    from cxr_dist.training.loop import compute_features
 
     scratch = Experiment(experiment).folder / TRIALS_SCRATCH
     if config.input.max_damaged:

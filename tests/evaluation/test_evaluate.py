@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import cli, steps
+from cxr_dist import cli
 from cxr_dist.config.schema import load_config
 from cxr_dist.data.batch_sampler import EvaluationPlan
 from cxr_dist.distributed.strategy import make_strategy
@@ -23,6 +23,7 @@ from cxr_dist.evaluation.evaluate import (
 )
 from cxr_dist.evaluation.metrics import read_predictions
 from cxr_dist.model import resnet
+from cxr_dist.training import train_step
 from tests.training import CLASSES, SIZE, config, images, local_topology, small_base
 from tfrecords_builder import remote
 from tfrecords_builder.build import build_dataset
@@ -43,10 +44,10 @@ def test_101_images_on_1_2_and_3_replicas() -> None:
         with strategy.scope():
             network = resnet.build_model(CLASSES, SIZE, config(), "float32", small_base)
         plan = EvaluationPlan(source.count, 16, replicas)
-        iterator = steps.distributed_batches(strategy, local_topology(replicas), source, plan)
-        confusion, _ = steps.make_evaluation_step(strategy, network, CLASSES, xla=False)(iterator, plan.steps)
+        iterator = train_step.distributed_batches(strategy, local_topology(replicas), source, plan)
+        confusion, _ = train_step.make_evaluation_step(strategy, network, CLASSES, xla=False)(iterator, plan.steps)
         confusions.append(confusion)
-        step = steps.make_forward_step(strategy, network, xla=False)
+        step = train_step.make_forward_step(strategy, network, xla=False)
         outputs.append(class_probabilities(strategy, local_topology(replicas), source, 16, step))
     assert confusions[0].sum() == 101
     assert confusions[0].sum(axis=1).tolist() == np.bincount(source.labels).tolist()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from cxr_dist.runs import checkpoints, run_folder
-from tests.test_loop import comparable
+from tests.training.test_loop import comparable
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [

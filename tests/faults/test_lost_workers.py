@@ -17,7 +17,7 @@ import pytest
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.heartbeat import BEATS
 from tests.conftest import SMALL_RUN
-from tests.test_loop import comparable
+from tests.training.test_loop import comparable
 
 pytestmark = [pytest.mark.ray, pytest.mark.fault]
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from cxr_dist.orchestration.ray_pool import RayPool
 from cxr_dist.orchestration.train_job import launch
 from tests.conftest import SMALL_RUN
 from tests.integration import workers
-from tests.test_steps import curve
+from tests.training.test_train_step import curve
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import MANIFEST_NAME

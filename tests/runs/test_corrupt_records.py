@@ -14,7 +14,7 @@ from cxr_dist.evaluation.evaluate import Request, predict_run
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.corrupt_records import LeftOut, find_damaged, leave_out, left_out
 from tests.conftest import SMALL_RUN
-from tests.test_loop import comparable
+from tests.training.test_loop import comparable
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 from tfrecords_builder.format.tfrecord import HEADER_BYTES, scan

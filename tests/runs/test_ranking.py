@@ -5,11 +5,11 @@ import math
 from typing import Any
 
 from cxr_dist.evaluation.figures import best_epoch_of
-from cxr_dist.progress import Best
 from cxr_dist.runs.ranking import best_index, rank
 from cxr_dist.search.figures import Point
 from cxr_dist.search.record import Outcome, Trial, best_outcome
 from cxr_dist.search.watch import Watch
+from cxr_dist.training.progress import Best
 
 
 def row(accuracy: float, loss: float, number: int = 1) -> dict[str, Any]:

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from cxr_dist import commands
-from cxr_dist.averaging import WeightAverage
 from cxr_dist.commands import run_training
 from cxr_dist.config.schema import load_config
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.evaluation.evaluate import Request, predict_run
 from cxr_dist.runs import checkpoints, run_folder
+from cxr_dist.training.weight_average import WeightAverage
 from tests.conftest import SMALL_RUN
-from tests.test_loop import comparable
 from tests.training import local_topology
+from tests.training.test_loop import comparable
 
 DECAY = 0.5
 

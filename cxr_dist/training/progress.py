@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from cxr_dist import steps
 from cxr_dist.runs import checkpoints
 from cxr_dist.runs.ranking import rank
+from cxr_dist.training import train_step
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Progress:
     """Over all stages."""
     step: int = 0
     """Steps of the epoch after those that are done."""
-    totals: list[float] = field(default_factory=lambda: [0.0] * steps.TOTALS)
+    totals: list[float] = field(default_factory=lambda: [0.0] * train_step.TOTALS)
     """Of these steps."""
     seconds_in_steps: float = 0.0
     epochs_without_gain: int = 0
@@ -57,7 +57,7 @@ class Progress:
             KeyError, TypeError, ValueError: the state is not one of this version.
         """
         progress = cls(**state | {"best": Best(**state["best"])})
-        if len(progress.totals) != steps.TOTALS:
+        if len(progress.totals) != train_step.TOTALS:
             raise ValueError(f"{len(progress.totals)} totals, not {steps.TOTALS}")
         return progress
 

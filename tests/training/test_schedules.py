@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cxr_dist.config.schema import StageConfig
-from cxr_dist.stages import class_weights, learning_rates
+from cxr_dist.training.schedules import class_weights, learning_rates
 
 PEAK = 0.125
 

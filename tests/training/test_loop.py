@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 from tensorflow.python.framework import config as tf_config
 
-from cxr_dist import commands, loop, steps
+from cxr_dist import commands
 from cxr_dist.commands import run_training
 from cxr_dist.config.schema import Config, load_config
 from cxr_dist.distributed.strategy import prepare_devices
 from cxr_dist.features.cache import FrozenFeatures
 from cxr_dist.inference.classifier import load_model, read_finished
 from cxr_dist.inference.export import export_run
-from cxr_dist.pace import FixedLengths, Pace
 from cxr_dist.runs import checkpoints, run_folder, versions
 from cxr_dist.runs.loggers import Event, Reporter, Reporters
+from cxr_dist.training import loop, train_step
+from cxr_dist.training.steps_per_call import FixedLengths, Pace
 from tests.conftest import SMALL_RUN
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
@@ -382,13 +383,13 @@ def test_calls_without_a_clock_are_short_where_a_step_is_long() -> None:
 def test_the_loop_is_traced_once_in_a_stage(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls of one step, of more and of what is left of an epoch share a trace."""
     made = []
-    make = steps.make_train_step
+    make = train_step.make_train_step
 
-    def remember(*arguments: Any, **named: Any) -> steps.TrainStep:
+    def remember(*arguments: Any, **named: Any) -> train_step.TrainStep:
         made.append(make(*arguments, **named))
         return made[-1]
 
-    monkeypatch.setattr(steps, "make_train_step", remember)
+    monkeypatch.setattr(train_step, "make_train_step", remember)
     run_training(small(), dataset, tmp_path / "run", launcher="local")
     assert [len(step.traces) for step in made] == [1, 1]
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist import optimizers
 from cxr_dist.commands import run_training
 from cxr_dist.config.schema import StageConfig, load_config
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.runs import run_folder
-from cxr_dist.stage_state import StageState
+from cxr_dist.training import optimizers
+from cxr_dist.training.stage_state import StageState
 from tests import training
 from tests.conftest import SMALL_RUN
 from tests.training import Training, local_topology

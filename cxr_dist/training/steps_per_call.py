@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from cxr_dist.distributed.strategy import DeviceKind
-from cxr_dist.steps import MOST_STEPS_PER_CALL
+from cxr_dist.training.train_step import MOST_STEPS_PER_CALL
 
 SECONDS_PER_CALL = 1.0
 """Steps are run in calls of about this length: long enough to hide the host, short enough to show progress."""

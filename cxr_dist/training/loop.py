@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import stages, steps
 from cxr_dist.config.schema import Config, StageConfig
 from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
 from cxr_dist.data.shards import ShardSource, Source
@@ -37,13 +36,15 @@ from cxr_dist.model.resnet import (
     set_trainable,
     trains_base_batch_norm,
 )
-from cxr_dist.pace import FixedLengths, Pace
-from cxr_dist.progress import Best, Progress
 from cxr_dist.runs import checkpoints, corrupt_records, heartbeat, run_folder, versions
 from cxr_dist.runs.checkpoint_writer import Keeper
 from cxr_dist.runs.loggers import Reporter
 from cxr_dist.runs.stop_request import StoppedError, StopRequest
-from cxr_dist.stage_state import StageState
+from cxr_dist.training import schedules
+from cxr_dist.training import train_step as steps
+from cxr_dist.training.progress import Best, Progress
+from cxr_dist.training.stage_state import StageState
+from cxr_dist.training.steps_per_call import FixedLengths, Pace
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import move_durably, write_json
 from tfrecords_builder.format.manifest import read_manifest
@@ -274,7 +275,7 @@ class _Run:
             seed=config.seed,
             augmentation=config.augmentation if settings.augment and not inputs.from_cut else None,
             class_weights=(
-                stages.class_weights(self.train_source.labels, self.classes) if settings.class_weights else None
+                schedules.class_weights(self.train_source.labels, self.classes) if settings.class_weights else None
             ),
             loss_scale=state.loss_scale,
             xla=self.xla,
@@ -291,7 +292,7 @@ class _Run:
         return _Stage(
             number=number,
             first_step=first_step,
-            rates=stages.learning_rates(settings, plan.steps_per_epoch),
+            rates=schedules.learning_rates(settings, plan.steps_per_epoch),
             state=state,
             train_step=train_step,
             batches=self._batches(inputs.train, replace(plan, views=inputs.train.count // plan.count), start),

@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist import optimizers
-from cxr_dist.averaging import WeightAverage
 from cxr_dist.config.schema import AugmentationConfig, StageConfig
 from cxr_dist.data import augmentation as augment
 from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
 from cxr_dist.data.pipeline import worker_batches
 from cxr_dist.data.shards import Source
 from cxr_dist.distributed.strategy import Topology
-from cxr_dist.gradients import Place, Variables, in_parts, make_gradient
+from cxr_dist.training import optimizers
+from cxr_dist.training.gradients import Place, Variables, in_parts, make_gradient
+from cxr_dist.training.weight_average import WeightAverage
 
 MOST_STEPS_PER_CALL = 100
 
