@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def evaluate(options: argparse.Namespace) -> None:
     from cxr_dist.evaluation.evaluate import Request, evaluate_run
-    from cxr_dist.search.record import best_run
+    from cxr_dist.tuning.experiment import best_run
 
     _check_risk(options.risk)
     request = Request(
@@ -46,7 +46,7 @@ def calibrate(options: argparse.Namespace) -> None:
     """Fit temperature and threshold on the run's validation images, and keep them with the run."""
     from cxr_dist.evaluation.evaluate import calibrate_run
     from cxr_dist.runs.calibration_file import CALIBRATION
-    from cxr_dist.search.record import best_run
+    from cxr_dist.tuning.experiment import best_run
 
     _check_risk(options.risk)
     run = best_run(options.run)
@@ -141,7 +141,7 @@ def _images(folder: Path) -> "Images":
     """Of an evaluation, or of the test split of a run or search."""
     from cxr_dist.evaluation.compare import Images
     from cxr_dist.evaluation.evaluate import Request, images_of
-    from cxr_dist.search.record import best_run
+    from cxr_dist.tuning.experiment import best_run
 
     evaluated = _evaluated(folder)
     if evaluated is None:
@@ -152,7 +152,7 @@ def _images(folder: Path) -> "Images":
 def _predictions(folder: Path, devices: int | None) -> "Predictions":
     """Of an evaluation's folder, or of a run or search, on the test split."""
     from cxr_dist.evaluation.evaluate import Request, predict_run
-    from cxr_dist.search.record import best_run
+    from cxr_dist.tuning.experiment import best_run
 
     evaluated = _evaluated(folder)
     if evaluated is not None:

@@ -17,7 +17,7 @@ def predict(options: argparse.Namespace) -> None:
     from cxr_dist.data.image_files import find_inputs
     from cxr_dist.inference.classifier import load_classifier
     from cxr_dist.inference.predict import Overlays, predict_files, table_head, table_line
-    from cxr_dist.search.record import best_run
+    from cxr_dist.tuning.experiment import best_run
     from tfrecords_builder.common.pool import default_workers
 
     paths = find_inputs(options.images)  # before the model, which takes seconds
@@ -39,7 +39,7 @@ def predict(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """The model as a file for other programs, checked against the run."""
     from cxr_dist.inference.export import CHECKED_IMAGES, export_run
-    from cxr_dist.search.record import best_run
+    from cxr_dist.tuning.experiment import best_run
 
     run = best_run(options.run)
     metadata = export_run(run, options.out, options.format)
@@ -55,7 +55,7 @@ def serve(options: argparse.Namespace) -> None:
     """Answers until Ctrl-C or SIGTERM."""
     from cxr_dist.orchestration.http_app import Limits
     from cxr_dist.orchestration.service import serving
-    from cxr_dist.search.record import best_run
+    from cxr_dist.tuning.experiment import best_run
 
     limits = Limits(
         max_batch=options.max_batch,

@@ -11,10 +11,10 @@ from pathlib import Path
 from cxr_dist.commands import local_dataset
 from cxr_dist.config.schema import resolve_preset
 from cxr_dist.runs import run_folder
-from cxr_dist.search.record import ENDED, EVALUATION, SEARCH, Experiment, Outcome
-from cxr_dist.search.sampling import Sampler
-from cxr_dist.search.space import SearchPlan, load_search
-from cxr_dist.search.watch import Jobs, Watch
+from cxr_dist.tuning.experiment import ENDED, EVALUATION, SEARCH, Experiment, Outcome
+from cxr_dist.tuning.sampler import Sampler
+from cxr_dist.tuning.search_space import SearchPlan, load_search
+from cxr_dist.tuning.trial_jobs import Jobs, Watch
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.interrupts import interrupts_held
 from tfrecords_builder.common.pool import default_workers
@@ -49,7 +49,7 @@ def run_search(plan: SearchPlan, experiment: Experiment, options: argparse.Names
     """
     from cxr_dist.data.batch_sampler import TrainingPlan
     from cxr_dist.model.resnet import check_weights
-    from cxr_dist.search.page import write_page
+    from cxr_dist.tuning.page import write_page
     from tfrecords_builder.format.manifest import check_shards, read_manifest
 
     with ExitStack() as held:
@@ -121,8 +121,8 @@ def _search_locally(
     plan: SearchPlan, experiment: Experiment, jobs: Jobs, begin: Callable[[], tuple[Sampler, Watch]]
 ) -> None:
     """Processes of this machine: as many as were asked for, or two, which share its cores."""
-    from cxr_dist.search.local import fill_cache, search_locally, shares
-    from cxr_dist.search.local import local_concurrency as concurrency
+    from cxr_dist.tuning.local_search import fill_cache, search_locally, shares
+    from cxr_dist.tuning.local_search import local_concurrency as concurrency
 
     search, cores = plan.search, default_workers()
     if search.workers_per_trial > 1:

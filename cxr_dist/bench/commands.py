@@ -10,7 +10,7 @@ from cxr_dist.bench import accuracy, build, cost_model, features, growth, readin
 from cxr_dist.config.schema import Config, load_config, resolve_preset
 from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
 from cxr_dist.runs.loggers import ConsoleReporter, progress_bar
-from cxr_dist.search.record import best_run
+from cxr_dist.tuning.experiment import best_run
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.splitting.splits import TRAIN_PERCENT

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cxr_dist.bench import child
 from cxr_dist.runs import run_folder
-from cxr_dist.search.record import Experiment, best_outcome
+from cxr_dist.tuning.experiment import Experiment, best_outcome
 
 
 @dataclass(frozen=True)

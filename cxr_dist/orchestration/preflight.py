@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.distributed.strategy import DeviceKind
-from cxr_dist.search.space import SearchConfig
+from cxr_dist.tuning.search_space import SearchConfig
 from tfrecords_builder.common.errors import UserError
 
 

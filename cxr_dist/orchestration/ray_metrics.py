@@ -4,8 +4,8 @@ from collections import Counter
 from typing import Any
 
 from cxr_dist.runs.loggers import Event, Reporter
-from cxr_dist.search.record import Outcome, Trial
-from cxr_dist.search.watch import Watch
+from cxr_dist.tuning.experiment import Outcome, Trial
+from cxr_dist.tuning.trial_jobs import Watch
 
 RUN_TAGS = ("run", "stage")
 TRIAL_STATES = ("waiting", "running", "complete", "stopped", "failed")

@@ -20,7 +20,7 @@ from cxr_dist.runs.heartbeat import BEATS, reasons
 from cxr_dist.runs.interrupt import RESUME
 from cxr_dist.runs.loggers import EventFile, EventFollower, Reporter, Reporters, closing, end_mlflow_run, run_reporters
 from cxr_dist.runs.stop_request import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
-from cxr_dist.search.space import Values
+from cxr_dist.tuning.search_space import Values
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import disk_error
 from tfrecords_builder.remote import Place, absolute, local_copy, parse_place

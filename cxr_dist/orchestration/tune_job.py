@@ -23,11 +23,11 @@ from cxr_dist.orchestration.ray_metrics import CountingWatch, RayMetrics
 from cxr_dist.orchestration.train_job import following, launch_training
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.loggers import ConsoleReporter, Reporter, Reporters
-from cxr_dist.search.record import TUNE, Experiment, Trial
-from cxr_dist.search.sampling import Sampler
-from cxr_dist.search.space import SearchPlan
-from cxr_dist.search.trial import TrialJob, compute_shared_features, ends_stage, is_last_epoch, prepared, run_trial
-from cxr_dist.search.watch import Jobs, Watch
+from cxr_dist.tuning.experiment import TUNE, Experiment, Trial
+from cxr_dist.tuning.sampler import Sampler
+from cxr_dist.tuning.search_space import SearchPlan
+from cxr_dist.tuning.trial import TrialJob, compute_shared_features, ends_stage, is_last_epoch, prepared, run_trial
+from cxr_dist.tuning.trial_jobs import Jobs, Watch
 from tfrecords_builder.common.errors import UserError
 
 SECONDS_BETWEEN_REPORTS = 2.0

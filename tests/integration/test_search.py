@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cxr_dist.search.page import write_page
-from cxr_dist.search.record import BEST, PAGE, Experiment, best_run
+from cxr_dist.tuning.experiment import BEST, PAGE, Experiment, best_run
+from cxr_dist.tuning.page import write_page
 from tests.integration.workers import FAULTS, small_search
 
 DROPOUT = "model.dropout"

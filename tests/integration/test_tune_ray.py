@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist.search.record import BEST, Experiment
-from cxr_dist.search.space import SearchConfig, SearchPlan
-from cxr_dist.search.watch import Jobs
 from cxr_dist.search_commands import resumed
+from cxr_dist.tuning.experiment import BEST, Experiment
+from cxr_dist.tuning.search_space import SearchConfig, SearchPlan
+from cxr_dist.tuning.trial_jobs import Jobs
 from tests.integration.workers import tune_small_trial
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest

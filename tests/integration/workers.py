@@ -90,15 +90,15 @@ def serve_small_trials(connection: Any, cores: int, folder: str) -> None:
 
     import pytest
 
-    from cxr_dist.search import local
+    from cxr_dist.tuning import local_search
     from tests.conftest import use_small_base
 
     patch = pytest.MonkeyPatch()
     use_small_base(patch)
-    run_trial = local.run_trial
+    run_trial = local_search.run_trial
 
     def run(job: Any, topology: Any, report: Any, launcher: str) -> Any:
-        from cxr_dist.search import trial
+        from cxr_dist.tuning import trial
 
         fault = FAULTS.get(job.values["model.dropout"])
         if fault == "raises":
@@ -130,8 +130,8 @@ def serve_small_trials(connection: Any, cores: int, folder: str) -> None:
         time.sleep(600)
         return False
 
-    patch.setattr(local, "run_trial", run)
-    local.serve_trials(connection, cores, folder)
+    patch.setattr(local_search, "run_trial", run)
+    local_search.serve_trials(connection, cores, folder)
 
 
 FAULTS = {0.1: "raises", 0.2: "diverges", 0.3: "is killed", 0.4: "hangs", 0.15: "leaves"}
@@ -144,11 +144,11 @@ def _raise(*_: Any) -> None:
 
 def small_search(dataset: Path, out: Path, parameters: dict[str, Any], **changes: Any) -> Any:
     """Run a search of the small network in processes of this machine; goes on when it is called again."""
-    from cxr_dist.search.local import search_locally
-    from cxr_dist.search.record import Experiment
-    from cxr_dist.search.space import SearchConfig, SearchPlan
-    from cxr_dist.search.watch import Jobs
     from cxr_dist.search_commands import resumed
+    from cxr_dist.tuning.experiment import Experiment
+    from cxr_dist.tuning.local_search import search_locally
+    from cxr_dist.tuning.search_space import SearchConfig, SearchPlan
+    from cxr_dist.tuning.trial_jobs import Jobs
     from tfrecords_builder.format.manifest import read_manifest
 
     stages = {"1": {"epochs": 2}, "2": {"epochs": changes.pop("stage_2_epochs", 0), "unfreeze_layers": 12}}

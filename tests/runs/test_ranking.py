@@ -6,10 +6,10 @@ from typing import Any
 
 from cxr_dist.evaluation.figures import best_epoch_of
 from cxr_dist.runs.ranking import best_index, rank
-from cxr_dist.search.figures import Point
-from cxr_dist.search.record import Outcome, Trial, best_outcome
-from cxr_dist.search.watch import Watch
 from cxr_dist.training.progress import Best
+from cxr_dist.tuning.experiment import Outcome, Trial, best_outcome
+from cxr_dist.tuning.figures import Point
+from cxr_dist.tuning.trial_jobs import Watch
 
 
 def row(accuracy: float, loss: float, number: int = 1) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pytest
 
 from cxr_dist.features.store import FeatureStore
 from cxr_dist.runs import run_folder
-from cxr_dist.search.shared import FirstStages
+from cxr_dist.tuning.shared_stages import FirstStages
 from tfrecords_builder import remote
 from tfrecords_builder.common import locks
 from tfrecords_builder.common.errors import UserError

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from cxr_dist.search.space import Values
+from cxr_dist.tuning.search_space import Values
 
 Status = Literal["success", "failure"]
 

@@ -25,9 +25,9 @@ from cxr_dist.runs.checkpoints import CheckpointFolder
 from cxr_dist.runs.loggers import EndState, end_mlflow_run
 from cxr_dist.runs.ranking import best_index, rank
 from cxr_dist.runs.versions import FORMAT, check_format
-from cxr_dist.search import hparams
-from cxr_dist.search.sampling import Finished
-from cxr_dist.search.space import SearchPlan, Values, from_tree
+from cxr_dist.tuning import hparams
+from cxr_dist.tuning.sampler import Finished
+from cxr_dist.tuning.search_space import SearchPlan, Values, from_tree
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import is_temporary, write_json, write_text
 from tfrecords_builder.common.locks import LOCK

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.distributed.strategy import prepare_devices, scratch_folder
-from cxr_dist.search.record import Experiment, Outcome, Trial
-from cxr_dist.search.sampling import Sampler
-from cxr_dist.search.space import SearchConfig
-from cxr_dist.search.trial import TIME_LIMIT_STATUS, TrialJob, compute_shared_features, run_trial
-from cxr_dist.search.watch import Jobs, Watch
+from cxr_dist.tuning.experiment import Experiment, Outcome, Trial
+from cxr_dist.tuning.sampler import Sampler
+from cxr_dist.tuning.search_space import SearchConfig
+from cxr_dist.tuning.trial import TIME_LIMIT_STATUS, TrialJob, compute_shared_features, run_trial
+from cxr_dist.tuning.trial_jobs import Jobs, Watch
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import disk_error
 from tfrecords_builder.common.interrupts import interrupts_held

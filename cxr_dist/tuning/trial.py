@@ -17,9 +17,9 @@ from cxr_dist.runs import run_folder
 from cxr_dist.runs.corrupt_records import leave_out
 from cxr_dist.runs.loggers import Event, Reporter, Reporters, closing, run_reporters
 from cxr_dist.runs.stop_request import StoppedError
-from cxr_dist.search.record import SHARED, Experiment
-from cxr_dist.search.shared import FirstStages, SharedBase, first_stage_key
-from cxr_dist.search.space import Values
+from cxr_dist.tuning.experiment import SHARED, Experiment
+from cxr_dist.tuning.search_space import Values
+from cxr_dist.tuning.shared_stages import FirstStages, SharedBase, first_stage_key
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import write_text
 from tfrecords_builder.format.manifest import read_manifest

@@ -7,11 +7,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from cxr_dist.search import figures
-from cxr_dist.search.figures import Point
-from cxr_dist.search.record import PAGE, Experiment, Outcome, best_outcome
-from cxr_dist.search.sampling import Sampler
-from cxr_dist.search.space import SearchPlan
+from cxr_dist.tuning import figures
+from cxr_dist.tuning.experiment import PAGE, Experiment, Outcome, best_outcome
+from cxr_dist.tuning.figures import Point
+from cxr_dist.tuning.sampler import Sampler
+from cxr_dist.tuning.search_space import SearchPlan
 from tfrecords_builder.common.files import write_bytes
 from tfrecords_builder.common.page import template_environment
 from tfrecords_builder.eda.figures import svg_bytes

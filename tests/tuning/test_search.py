@@ -15,9 +15,7 @@ from cxr_dist.config.schema import resolve_preset
 from cxr_dist.orchestration.preflight import Node, plan_trials
 from cxr_dist.runs import checkpoints, run_folder
 from cxr_dist.runs.checkpoints import Position
-from cxr_dist.search.figures import Point, best_so_far, position
-from cxr_dist.search.page import importance, render
-from cxr_dist.search.record import (
+from cxr_dist.tuning.experiment import (
     BEST,
     EXPERIMENT,
     SEARCH,
@@ -28,10 +26,12 @@ from cxr_dist.search.record import (
     best_outcome,
     best_run,
 )
-from cxr_dist.search.sampling import Finished, Sampler
-from cxr_dist.search.shared import FirstStages, SharedBase, first_stage_key
-from cxr_dist.search.space import Parameter, SearchConfig, SearchPlan, from_tree, load_search
-from cxr_dist.search.watch import Jobs
+from cxr_dist.tuning.figures import Point, best_so_far, position
+from cxr_dist.tuning.page import importance, render
+from cxr_dist.tuning.sampler import Finished, Sampler
+from cxr_dist.tuning.search_space import Parameter, SearchConfig, SearchPlan, from_tree, load_search
+from cxr_dist.tuning.shared_stages import FirstStages, SharedBase, first_stage_key
+from cxr_dist.tuning.trial_jobs import Jobs
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 
@@ -514,7 +514,7 @@ def test_trials_that_are_planned_fit_and_others_are_refused_with_figures(
 
 
 def test_the_last_epoch_is_the_last_planned_one() -> None:
-    from cxr_dist.search.trial import ends_stage, is_last_epoch
+    from cxr_dist.tuning.trial import ends_stage, is_last_epoch
 
     config = plan_of().trial_config({"stages.1.epochs": 2, "stages.2.epochs": 3})
     rows = [{"stage": stage, "epoch": epoch} for stage, epochs in ((1, 2), (2, 3)) for epoch in range(1, epochs + 1)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cxr_dist.search.space import Parameter, SearchPlan, Values
+from cxr_dist.tuning.search_space import Parameter, SearchPlan, Values
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cxr_dist.config.schema import Config
 from cxr_dist.runs import run_folder
-from cxr_dist.search.record import Experiment, Outcome, Trial, best_outcome
-from cxr_dist.search.sampling import Sampler
-from cxr_dist.search.space import SearchPlan, Values
-from cxr_dist.search.trial import TrialJob
+from cxr_dist.tuning.experiment import Experiment, Outcome, Trial, best_outcome
+from cxr_dist.tuning.sampler import Sampler
+from cxr_dist.tuning.search_space import SearchPlan, Values
+from cxr_dist.tuning.trial import TrialJob
 from tfrecords_builder.format.manifest import Manifest
 from tfrecords_builder.remote import Place, absolute
 

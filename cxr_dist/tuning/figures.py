@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from cxr_dist.runs.ranking import rank
-from cxr_dist.search.space import Parameter, Value, Values
+from cxr_dist.tuning.search_space import Parameter, Value, Values
 
 _BLUE, _VERMILLION, _GRAY, _RULE = "#0072B2", "#D55E00", "#6b6b6b", "#d0d4d9"
 _STYLE = {
