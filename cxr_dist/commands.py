@@ -123,8 +123,8 @@ def _builders(options: argparse.Namespace) -> "Iterator[Workers | None]":
         return
     if options.workers is not None:
         raise UserError("--workers: with --launcher ray the cluster decides; leave it out")
-    from cxr_dist.orchestration.connection import connected
-    from cxr_dist.orchestration.ray_pool import RayPool
+    from cxr_dist.launch.ray_connection import connected
+    from cxr_dist.launch.ray_pool import RayPool
 
     with connected(options.address, options.verbose):
         yield RayPool()
@@ -222,8 +222,8 @@ def run_training(
 ) -> dict[str, Any]:
     """Check all that can be checked, prepare the run's folder, and train through the launcher."""
     from cxr_dist.data.batch_sampler import TrainingPlan
+    from cxr_dist.launch.ray_train import train_locally, train_with_ray
     from cxr_dist.model.resnet import check_weights
-    from cxr_dist.orchestration.train_job import train_locally, train_with_ray
     from cxr_dist.runs.corrupt_records import leave_out
     from cxr_dist.runs.disk_space import check_space, needed_by_run
     from tfrecords_builder.format.manifest import check_shards, read_manifest
@@ -294,8 +294,8 @@ def doctor(options: argparse.Namespace) -> None:
     from cxr_dist import doctor as findings_of
 
     if options.address:
-        from cxr_dist.orchestration.connection import connected
-        from cxr_dist.orchestration.preflight import cluster_nodes
+        from cxr_dist.launch.placement import cluster_nodes
+        from cxr_dist.launch.ray_connection import connected
 
         with connected(options.address, options.verbose):
             findings = findings_of.examine_cluster(cluster_nodes())

@@ -18,7 +18,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cxr_dist.orchestration.preflight import Node, plan_workers
+from cxr_dist.launch.placement import Node, plan_workers
 from cxr_dist.runs import versions
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.pool import default_workers

@@ -14,15 +14,15 @@ from cxr_dist.runs.interrupt import INTERRUPTED
 from tfrecords_builder.common.errors import UserError
 
 if TYPE_CHECKING:
-    from cxr_dist.orchestration.job_client import Jobs
-    from cxr_dist.orchestration.submit import Request
+    from cxr_dist.launch.job_client import Jobs
+    from cxr_dist.launch.submit import Request
 
 DEFAULT_DASHBOARD = "http://127.0.0.1:8265"
 
 
 def submit(options: argparse.Namespace) -> None:
     """One command as a job; `options.step` is what runs, checked by the command's own parser."""
-    from cxr_dist.orchestration import submit as submission
+    from cxr_dist.launch import submit as submission
 
     request, step = _request(options), options.step
     if options.detach and request.address == "local":
@@ -44,7 +44,7 @@ def submit(options: argparse.Namespace) -> None:
 
 def pipeline(options: argparse.Namespace) -> None:
     """Build, tune and evaluate as three jobs, one after the other."""
-    from cxr_dist.orchestration import submit as submission
+    from cxr_dist.launch import submit as submission
 
     request, steps = _request(options), options.steps
     name = submission.new_id(request, "pipeline")
@@ -66,7 +66,7 @@ def pipeline(options: argparse.Namespace) -> None:
 
 
 def list_jobs(options: argparse.Namespace) -> None:
-    from cxr_dist.orchestration.job_plan import job_table
+    from cxr_dist.launch.job_plan import job_table
 
     jobs = _jobs(options)
     for line in job_table(jobs.rows(), time.time(), shutil.get_terminal_size((120, 24)).columns):
@@ -75,7 +75,7 @@ def list_jobs(options: argparse.Namespace) -> None:
 
 def attach(options: argparse.Namespace) -> None:
     """Follow a job; this command's exit status is the job's."""
-    from cxr_dist.orchestration import submit as submission
+    from cxr_dist.launch import submit as submission
 
     jobs = _jobs(options)
     jobs.details(options.job)
@@ -96,8 +96,8 @@ def logs(options: argparse.Namespace) -> None:
 
 def dashboards(options: argparse.Namespace) -> None:
     """Where to look at a cluster and at an experiment."""
-    from cxr_dist.orchestration.dashboards import dashboard_lines
-    from cxr_dist.orchestration.job_plan import ADDRESS_VARIABLES, dashboard_address
+    from cxr_dist.launch.dashboards import dashboard_lines
+    from cxr_dist.launch.job_plan import ADDRESS_VARIABLES, dashboard_address
 
     given = options.address
     if given is None and not any(os.environ.get(name, "").startswith("http") for name in ADDRESS_VARIABLES):
@@ -112,8 +112,8 @@ def dashboards(options: argparse.Namespace) -> None:
 
 
 def _request(options: argparse.Namespace) -> "Request":
-    from cxr_dist.orchestration.job_plan import dashboard_address
-    from cxr_dist.orchestration.submit import Request
+    from cxr_dist.launch.job_plan import dashboard_address
+    from cxr_dist.launch.submit import Request
     from cxr_dist.runs.versions import DISTRIBUTION, version_of
 
     return Request(
@@ -127,8 +127,8 @@ def _request(options: argparse.Namespace) -> "Request":
 
 
 def _jobs(options: argparse.Namespace) -> "Jobs":
-    from cxr_dist.orchestration.job_client import Jobs
-    from cxr_dist.orchestration.job_plan import check_submission_id, dashboard_address
+    from cxr_dist.launch.job_client import Jobs
+    from cxr_dist.launch.job_plan import check_submission_id, dashboard_address
 
     address = dashboard_address(options.address, os.environ)
     if address == "local":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist import job_commands
-from cxr_dist.orchestration.job_plan import Step, pipeline_steps
+from cxr_dist.launch.job_plan import Step, pipeline_steps
 
 Parsers = Mapping[str, argparse.ArgumentParser]
 Command = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]

@@ -71,7 +71,7 @@ def run_search(plan: SearchPlan, experiment: Experiment, options: argparse.Names
             if options.launcher == "local":
                 _search_locally(plan, experiment, jobs, begin)
             else:
-                from cxr_dist.orchestration.tune_job import search_with_ray
+                from cxr_dist.launch.ray_tune import search_with_ray
 
                 search_with_ray(plan, experiment, jobs, begin, address=options.address, verbose=options.verbose)
         finally:

@@ -12,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 from cxr_dist import doctor
 from cxr_dist.cli import main
-from cxr_dist.orchestration.preflight import Node
+from cxr_dist.launch.placement import Node
 from cxr_dist.runs import versions
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.inference.classifier import Answer, Classifier, load_classifier, read_finished, weights_file
+from cxr_dist.launch.ray_connection import OWN_CLUSTER, connected
 from cxr_dist.orchestration.batcher import Batcher
-from cxr_dist.orchestration.connection import OWN_CLUSTER, connected
 from cxr_dist.orchestration.http_app import HttpApp, Limits
 from cxr_dist.runs.calibration_file import read_calibration
 from tfrecords_builder.common.errors import UserError, one_line

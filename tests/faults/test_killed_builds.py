@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist.orchestration import ray_pool
-from cxr_dist.orchestration.ray_pool import RayPool
+from cxr_dist.launch import ray_pool
+from cxr_dist.launch.ray_pool import RayPool
 from cxr_dist.phantoms import write_phantoms
 from tests.faults.build_tasks import Log, logged_tasks
 from tests.tfrecords_builder.poisoned import POISON, poisoned_ingest

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.ray
 TOKEN = "0123456789abcdef" * 4
 JOIN = """
 import sys
-from cxr_dist.orchestration.connection import check_cluster, connected
+from cxr_dist.launch.ray_connection import check_cluster, connected
 from tfrecords_builder.common.errors import UserError
 address = sys.argv[1]
 try:

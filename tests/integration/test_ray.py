@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist.orchestration.preflight import cluster_nodes, plan_workers
-from cxr_dist.orchestration.ray_pool import RayPool
-from cxr_dist.orchestration.train_job import launch
+from cxr_dist.launch.placement import cluster_nodes, plan_workers
+from cxr_dist.launch.ray_pool import RayPool
+from cxr_dist.launch.ray_train import launch
 from tests.conftest import SMALL_RUN
 from tests.integration import workers
 from tests.training.test_train_step import curve
@@ -112,7 +112,7 @@ def test_tasks_on_a_cluster_build_what_processes_build(phantom_source: Path, dat
 def test_the_cpus_that_are_free_are_taken_and_a_busy_cluster_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     import ray
 
-    from cxr_dist.orchestration.tune_job import reserved
+    from cxr_dist.launch.ray_tune import reserved
 
     start_cluster(num_cpus=2)
 

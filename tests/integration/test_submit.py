@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 TOKEN = secrets.token_hex(32)
 SERVE = """
 import sys
-from cxr_dist.orchestration.submit import own_cluster
+from cxr_dist.launch.submit import own_cluster
 
 with own_cluster() as url:
     print(url, flush=True)
@@ -27,9 +27,9 @@ with own_cluster() as url:
 """
 CHAIN = """
 import json, sys
-from cxr_dist.orchestration.job_client import Jobs
-from cxr_dist.orchestration.job_plan import Step
-from cxr_dist.orchestration.submit import Request, prepare, run_pipeline
+from cxr_dist.launch.job_client import Jobs
+from cxr_dist.launch.job_plan import Step
+from cxr_dist.launch.submit import Request, prepare, run_pipeline
 from pathlib import Path
 
 url, environment, name, steps = sys.argv[1:]
@@ -39,13 +39,13 @@ sys.exit(run_pipeline(Jobs(url), prepare(request, steps), "1", steps, name, sys.
 """
 SLEEP = """
 import sys
-from cxr_dist.orchestration.job_client import Jobs
+from cxr_dist.launch.job_client import Jobs
 
 Jobs(sys.argv[1]).submit("echo begun; sleep 600", sys.argv[2], {}, {})
 """
 DETAILS = """
 import sys
-from cxr_dist.orchestration.job_client import Jobs
+from cxr_dist.launch.job_client import Jobs
 
 jobs = Jobs(sys.argv[1])
 print([jobs.details(row.submission_id).model_dump_json() for row in jobs.rows()])

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _search(dataset: Path, out: Path, address: str, **changes: object) -> Experiment:
-    from cxr_dist.orchestration.tune_job import search_with_ray
+    from cxr_dist.launch.ray_tune import search_with_ray
 
     small = {"global_batch_size": 8, "precision": "float32", "model": {"weights": "none"}}
     stages = {"stages": {1: {"epochs": 1}, 2: {"epochs": 1, "unfreeze_layers": 12}}}

@@ -170,13 +170,13 @@ def tune_small_trial(config: dict[str, Any], workers: dict[str, Any] | None) -> 
     """A trial of a search through Ray Tune, of the small network, on workers that write where they are."""
     import pytest
 
-    from cxr_dist.orchestration import train_job, tune_job
+    from cxr_dist.launch import ray_train, ray_tune
     from tests.conftest import use_small_base
 
     patch = pytest.MonkeyPatch()
     use_small_base(patch)
-    patch.setattr(train_job, "_train_worker", train_small_worker)
-    tune_job.run_tune_trial(config, workers)
+    patch.setattr(ray_train, "_train_worker", train_small_worker)
+    ray_tune.run_tune_trial(config, workers)
 
 
 def train_small_worker(arguments: dict[str, Any]) -> None:
@@ -185,10 +185,9 @@ def train_small_worker(arguments: dict[str, Any]) -> None:
     import ray
     import ray.train
 
-    from cxr_dist.orchestration import train_job
     from tests.conftest import use_small_base
 
     use_small_base(pytest.MonkeyPatch())
     rank = ray.train.get_context().get_world_rank()
     Path(f"{arguments['run']}.node-{rank}").write_text(ray.get_runtime_context().get_node_id())
-    train_job._train_worker(arguments)
+    ray_train._train_worker(arguments)

@@ -12,7 +12,7 @@ from hypothesis import strategies as some
 
 import tune_configs
 from cxr_dist.config.schema import resolve_preset
-from cxr_dist.orchestration.preflight import Node, plan_trials
+from cxr_dist.launch.placement import Node, plan_trials
 from cxr_dist.runs import checkpoints, run_folder
 from cxr_dist.runs.checkpoints import Position
 from cxr_dist.tuning.experiment import (
@@ -527,16 +527,16 @@ def test_the_last_epoch_is_the_last_planned_one() -> None:
 def test_a_search_that_this_machine_cannot_hold_is_refused_before_ray_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cxr_dist.orchestration import tune_job
+    from cxr_dist.launch import ray_tune
 
     def unexpected(*_: object) -> None:
         raise AssertionError("Ray was started")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(tune_job, "connected", unexpected)
+    monkeypatch.setattr(ray_tune, "connected", unexpected)
     plan, experiment = plan_of(cpus_per_trial=100_000), Experiment(tmp_path)
     with pytest.raises(UserError, match=r"100000 CPU each, and the cluster .* has room for 0"):
-        tune_job.search_with_ray(plan, experiment, None, unexpected, address=None, verbose=False)  # type: ignore[arg-type]
+        ray_tune.search_with_ray(plan, experiment, None, unexpected, address=None, verbose=False)  # type: ignore[arg-type]
 
 
 def test_points_of_a_parameter() -> None:
@@ -548,12 +548,11 @@ def test_points_of_a_parameter() -> None:
 def test_a_search_whose_trials_find_no_place_says_so_once_a_minute(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cxr_dist.orchestration import tune_job
-    from cxr_dist.orchestration.preflight import TrialPlan
+    from cxr_dist.launch.placement import TrialPlan
 
     now = 100.0
-    monkeypatch.setattr(tune_job.time, "monotonic", lambda: now)
-    callback = tune_job._slow_start_warning(TrialPlan(2.0, 0.0, 1))
+    monkeypatch.setattr(ray_tune.time, "monotonic", lambda: now)
+    callback = ray_tune._slow_start_warning(TrialPlan(2.0, 0.0, 1))
     spoken = []
     for states in [["PENDING"]] * 70 + [["RUNNING", "PENDING"]] * 70 + [["TERMINATED"]] * 70 + [["PENDING"]] * 130:
         callback.on_step_end(0, [SimpleNamespace(status=state) for state in states])
@@ -566,7 +565,7 @@ def test_a_search_whose_trials_find_no_place_says_so_once_a_minute(
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 64])
 def test_fewer_cpus_are_asked_for_down_to_one(count: int) -> None:
-    from cxr_dist.orchestration.tune_job import halves
+    from cxr_dist.launch.ray_tune import halves
 
     found = halves(count)
     assert (found[0], found[-1]) == (count, 1)

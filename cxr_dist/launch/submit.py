@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cxr_dist.orchestration.job_client import Jobs
-from cxr_dist.orchestration.job_environment import job_environment
-from cxr_dist.orchestration.job_plan import (
+from cxr_dist.launch.job_client import Jobs
+from cxr_dist.launch.job_environment import job_environment
+from cxr_dist.launch.job_plan import (
     LOCAL,
     Decision,
     Step,
@@ -26,7 +26,7 @@ from cxr_dist.orchestration.job_plan import (
     exit_status,
     made_up_id,
 )
-from cxr_dist.orchestration.tokens import ask_for_tokens, known_token
+from cxr_dist.launch.ray_tokens import ask_for_tokens, known_token
 from tfrecords_builder.common.errors import UserError
 
 Say = Callable[[str], None]

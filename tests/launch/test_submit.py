@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from cxr_dist import cli, job_options
-from cxr_dist.orchestration import job_client
-from cxr_dist.orchestration.dashboards import dashboard_lines
-from cxr_dist.orchestration.job_client import Jobs, UnreachableError
-from cxr_dist.orchestration.job_environment import job_environment, packed_files, project_root
-from cxr_dist.orchestration.job_plan import (
+from cxr_dist.launch import job_client
+from cxr_dist.launch.dashboards import dashboard_lines
+from cxr_dist.launch.job_client import Jobs, UnreachableError
+from cxr_dist.launch.job_environment import job_environment, packed_files, project_root
+from cxr_dist.launch.job_plan import (
     Row,
     check_no_secret,
     check_size,
@@ -31,7 +31,7 @@ from cxr_dist.orchestration.job_plan import (
     made_up_id,
     pipeline_steps,
 )
-from cxr_dist.orchestration.submit import Request, prepare
+from cxr_dist.launch.submit import Request, prepare
 from tfrecords_builder.common.errors import UserError
 
 TOKEN = "0123456789abcdef0123456789abcdef"
@@ -148,7 +148,7 @@ def test_options_stand_anywhere_and_repeat(sent: Callable[..., argparse.Namespac
 def test_mistakes_end_before_anything_is_sent(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cxr_dist.orchestration.submit.ask_for_tokens", lambda: None)
+    monkeypatch.setattr("cxr_dist.launch.submit.ask_for_tokens", lambda: None)
     with pytest.raises(SystemExit) as caught:
         cli.main(["submit", *words])
     captured = capsys.readouterr()

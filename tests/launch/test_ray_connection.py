@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 import pytest
 
-from cxr_dist.orchestration import connection
-from cxr_dist.orchestration.connection import check_cluster, connected
+from cxr_dist.launch import ray_connection
+from cxr_dist.launch.ray_connection import check_cluster, connected
 from tfrecords_builder.common.errors import UserError
 
 TOKEN = "right"
@@ -122,7 +122,7 @@ def something_else(kind: str) -> Iterator[int]:
     ("form", "there"), [("", "web"), ("ray://", "web"), ("", "silent"), ("", "ray://"), ("ray://", "")]
 )
 def test_what_answers_is_no_cluster_of_that_kind(form: str, there: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "CONNECT_TIMEOUT_S", 0.5 if there == "silent" else 10.0)
+    monkeypatch.setattr(ray_connection, "CONNECT_TIMEOUT_S", 0.5 if there == "silent" else 10.0)
     with something_else(there) as port:
         address = f"{form}127.0.0.1:{port}"
         with pytest.raises(UserError) as caught, connected(address, verbose=False):
@@ -171,4 +171,4 @@ def test_addresses_that_cannot_be(address: str, words: list[str], way: str, monk
     ],
 )
 def test_addresses_that_can(address: str, expected: tuple[str, int]) -> None:
-    assert connection._host_and_port(address, "") == expected
+    assert ray_connection._host_and_port(address, "") == expected

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from cxr_dist.config.schema import load_config
-from cxr_dist.orchestration import train_job
-from cxr_dist.orchestration.preflight import WorkerPlan
-from cxr_dist.orchestration.train_job import LostWorkersError, UnplacedError, launch_training
+from cxr_dist.launch import ray_train
+from cxr_dist.launch.placement import WorkerPlan
+from cxr_dist.launch.ray_train import LostWorkersError, UnplacedError, launch_training
 from cxr_dist.runs.stop_request import RegroupedError, StoppedError, StopRequest
 from tfrecords_builder.common.errors import UserError
 
@@ -41,8 +41,8 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
             if end is not None:
                 raise end
 
-        monkeypatch.setattr(train_job, "launch", launch)
-        monkeypatch.setattr(train_job, "_result", lambda _run: {})
+        monkeypatch.setattr(ray_train, "launch", launch)
+        monkeypatch.setattr(ray_train, "_result", lambda _run: {})
         config = load_config(None, [])
         plans = (plan_of(first), lambda: plan_of(there), heard)
         launch_training(config, "dataset", tmp_path, *plans, name="run", grows=True)
@@ -76,7 +76,7 @@ def test_it_asks_until_it_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Once there has been more room twice in a row, and again where the request was lost; never against a stop."""
     import time
 
-    monkeypatch.setattr(train_job, "GROWTH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(ray_train, "GROWTH_INTERVAL_S", 0.01)
     stop, answers = StopRequest(tmp_path), iter([plan_of(2), plan_of(3), plan_of(2), *[plan_of(3)] * 10_000])
     seen = []
 
@@ -92,7 +92,7 @@ def test_it_asks_until_it_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert time.monotonic() < until
             time.sleep(0.01)
 
-    with train_job._asking_to_grow(tmp_path, plan_of(2), plan_again, Heard()):
+    with ray_train._asking_to_grow(tmp_path, plan_of(2), plan_again, Heard()):
         wait_for_a_request()
         assert not any(seen[:5])
         assert stop.take() is RegroupedError
@@ -117,11 +117,11 @@ def test_a_look_that_fails_is_told_once_and_tried_again() -> None:
             return
         raise KeyError("other" if calls > 8 else "missing")
 
-    with train_job._every(0.001, look, "growth", heard):
+    with ray_train._every(0.001, look, "growth", heard):
         assert enough.wait(20)
     missing, other = "growth: KeyError: 'missing'; trying again", "growth: KeyError: 'other'; trying again"
     assert heard.texts == [missing, missing, other]
     calls = 0
     enough.clear()
-    with train_job._every(0.001, look, "growth", None):  # type: ignore[arg-type]
+    with ray_train._every(0.001, look, "growth", None):  # type: ignore[arg-type]
         assert enough.wait(20)

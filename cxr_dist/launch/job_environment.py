@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import cxr_dist
-from cxr_dist.orchestration.job_plan import check_size
-from cxr_dist.orchestration.tokens import known_token
+from cxr_dist.launch.job_plan import check_size
+from cxr_dist.launch.ray_tokens import known_token
 from tfrecords_builder.common.errors import UserError, one_line
 
 _TOKEN_FILE_MAX = 1 << 16

@@ -17,10 +17,10 @@ from typing import Any
 
 from cxr_dist.config.schema import Config
 from cxr_dist.distributed.strategy import muted_stderr, prepare_devices, scratch_folder
-from cxr_dist.orchestration.connection import OWN_CLUSTER, connected, resolved_address
-from cxr_dist.orchestration.preflight import TrialPlan, WorkerPlan, cluster_nodes, plan_trials, this_machine
-from cxr_dist.orchestration.ray_metrics import CountingWatch, RayMetrics
-from cxr_dist.orchestration.train_job import following, launch_training
+from cxr_dist.launch.placement import TrialPlan, WorkerPlan, cluster_nodes, plan_trials, this_machine
+from cxr_dist.launch.ray_connection import OWN_CLUSTER, connected, resolved_address
+from cxr_dist.launch.ray_metrics import CountingWatch, RayMetrics
+from cxr_dist.launch.ray_train import following, launch_training
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.loggers import ConsoleReporter, Reporter, Reporters
 from cxr_dist.tuning.experiment import TUNE, Experiment, Trial

@@ -11,9 +11,9 @@ from typing import Any
 
 from cxr_dist.config.schema import Config
 from cxr_dist.distributed.strategy import muted_stderr, prepare_devices, scratch_folder
-from cxr_dist.orchestration.connection import connected
-from cxr_dist.orchestration.preflight import WorkerPlan, cluster_nodes, plan_most_workers
-from cxr_dist.orchestration.ray_metrics import RayMetrics
+from cxr_dist.launch.placement import WorkerPlan, cluster_nodes, plan_most_workers
+from cxr_dist.launch.ray_connection import connected
+from cxr_dist.launch.ray_metrics import RayMetrics
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.checkpoints import CheckpointFolder
 from cxr_dist.runs.heartbeat import BEATS, reasons

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from cxr_dist.orchestration.job_environment import quiet_ray
-from cxr_dist.orchestration.job_plan import ADDRESS_VARIABLES, Row, ended
-from cxr_dist.orchestration.tokens import HOW_TO_SET
+from cxr_dist.launch.job_environment import quiet_ray
+from cxr_dist.launch.job_plan import ADDRESS_VARIABLES, Row, ended
+from cxr_dist.launch.ray_tokens import HOW_TO_SET
 from tfrecords_builder.common.errors import UserError, one_line
 
 if TYPE_CHECKING:

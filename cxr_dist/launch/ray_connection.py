@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cxr_dist.distributed.strategy import QUIET
-from cxr_dist.orchestration.tokens import HOW_TO_SET, ask_for_tokens, token_sent
+from cxr_dist.launch.ray_tokens import HOW_TO_SET, ask_for_tokens, token_sent
 from tfrecords_builder.common.errors import UserError, one_line
 
 WORKER_ENVIRONMENT = {"TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")}

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from cxr_dist.orchestration.job_client import Jobs
+from cxr_dist.launch.job_client import Jobs
 from cxr_dist.runs import run_folder
 from tfrecords_builder.common.errors import UserError
 

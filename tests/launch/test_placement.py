@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_dist.orchestration.preflight import Node, WorkerPlan, plan_most_workers, plan_workers
+from cxr_dist.launch.placement import Node, WorkerPlan, plan_most_workers, plan_workers
 from tfrecords_builder.common.errors import UserError
 
 EIGHT = [Node(64, 8)]
@@ -15,7 +15,7 @@ EIGHT = [Node(64, 8)]
 def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
     import socket
 
-    from cxr_dist.orchestration.connection import connected
+    from cxr_dist.launch.ray_connection import connected
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
