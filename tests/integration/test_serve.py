@@ -21,9 +21,9 @@ from PIL import Image
 
 from cxr_dist.inference.classifier import Classifier, load_classifier
 from cxr_dist.inference.predict import predict_files
-from cxr_dist.orchestration import service
-from cxr_dist.orchestration.http_app import Limits
 from cxr_dist.runs.calibration_file import CALIBRATION
+from cxr_dist.serving import service
+from cxr_dist.serving.http_app import Limits
 from tests.conftest import use_small_base
 from tests.inference.test_classifier import FITTED
 from tests.tfrecords_builder.images.test_decode import claiming

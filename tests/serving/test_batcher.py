@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from cxr_dist.orchestration.batcher import Batcher
+from cxr_dist.serving.batcher import Batcher
 
 
 class Model:
