@@ -6,7 +6,7 @@ from cxr_dist.runs.interrupt import exit_on_interrupt
 def main() -> None:
     """Entry point of `cxr-dist`."""
     exit_on_interrupt()
-    from cxr_dist.cli import main as run
+    from cxr_dist.cli.main import main as run
 
     run()
 

@@ -154,7 +154,7 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def run_with_checkpoints(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `finished_run`, killed before its checkpoints were removed. Do not change it."""
-    from cxr_dist import commands
+    from cxr_dist.cli import dataset as commands
     from cxr_dist.config.schema import load_config
 
     run = tmp_path_factory.mktemp("run") / "run"
@@ -168,7 +168,7 @@ def run_with_checkpoints(dataset: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def finished_run(run_with_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two epochs of stage 1 and one of stage 2 of the small network. Do not change it."""
-    from cxr_dist.commands import remove_checkpoints
+    from cxr_dist.cli.dataset import remove_checkpoints
 
     run = Path(shutil.copytree(run_with_checkpoints, tmp_path_factory.mktemp("finished") / "run"))
     remove_checkpoints(run)

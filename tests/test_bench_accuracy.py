@@ -7,7 +7,7 @@ import pytest
 
 from cxr_dist.bench import accuracy
 from cxr_dist.bench.accuracy import OURS, PLAIN, Course, Epoch
-from cxr_dist.cli import main
+from cxr_dist.cli.main import main
 from cxr_dist.runs import run_folder
 
 

@@ -21,7 +21,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cxr_dist.cli import build_parser
+from cxr_dist.cli.main import build_parser
 from tests import kubernetes_schema
 from tfrecords_builder.common.errors import UserError
 

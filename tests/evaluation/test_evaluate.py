@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import cli
+from cxr_dist.cli import main
 from cxr_dist.config.schema import load_config
 from cxr_dist.data.batch_sampler import EvaluationPlan
 from cxr_dist.distributed.strategy import make_strategy
@@ -158,10 +158,10 @@ def test_no_command_that_reads_a_run_changes_it(
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = state(run)
     try:
-        cli.main(["evaluate", str(run), "--out", str(out), "--risk", "0.3", "--examine", "8"])
-        cli.main(["evaluate", str(run), "--out", str(out), "--images", str(phantom_source), "--examine", "0"])
-        cli.main(["compare", str(run), str(run)])
-        cli.main(["predict", str(run), str(phantom_source / "COVID")])
+        main.main(["evaluate", str(run), "--out", str(out), "--risk", "0.3", "--examine", "8"])
+        main.main(["evaluate", str(run), "--out", str(out), "--images", str(phantom_source), "--examine", "0"])
+        main.main(["compare", str(run), str(run)])
+        main.main(["predict", str(run), str(phantom_source / "COVID")])
         assert state(run) == before
     finally:
         for path in [run, *run.rglob("*")]:

@@ -20,7 +20,7 @@ class Lines:
 
 
 def main() -> None:
-    from cxr_dist import commands
+    from cxr_dist.cli import dataset as commands
     from cxr_dist.config.schema import load_config
     from cxr_dist.runs import run_folder
     from cxr_dist.runs.checkpoints import CheckpointFolder, save_arrays

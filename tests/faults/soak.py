@@ -37,7 +37,7 @@ def held() -> dict[str, int]:
 
 
 def main() -> None:
-    from cxr_dist.commands import run_training
+    from cxr_dist.cli.dataset import run_training
     from cxr_dist.config.schema import load_config
     from cxr_dist.evaluation.evaluate import Request, evaluate_run
     from tests.integration.workers import small_search

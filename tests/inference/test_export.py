@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import cli
+from cxr_dist.cli import main
 from cxr_dist.inference import export
 from cxr_dist.inference.classifier import load_classifier
 from tests.inference.test_classifier import calibrated_run, phantoms  # noqa: F401 - the first is a fixture
@@ -41,7 +41,7 @@ def test_what_is_exported_answers_as_the_run_does(
 ) -> None:
     out = tmp_path / "exports" / "out"
     for _ in range(2):  # the second time in place of the first
-        cli.main(["export", str(calibrated_run), str(out), "--format", format_name])
+        main.main(["export", str(calibrated_run), str(out), "--format", format_name])
     assert "uint8 [None, 32, 32, 1] -> 4 probabilities" in capsys.readouterr().out
     _, images = phantoms(phantom_source, 20)
     expected = load_classifier(calibrated_run, "float32").probabilities(images)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import cli
+from cxr_dist.cli import main
 from cxr_dist.data import image_files
 from cxr_dist.inference import predict
 from cxr_dist.inference.classifier import load_classifier
@@ -39,7 +39,7 @@ ORDER = ["0.png", "2.png", "4.png", "b/IM0001", "b/deep/1.png", "b/deep/3.png", 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     code = 0
     try:
-        cli.main(["predict", *map(str, arguments)])
+        main.main(["predict", *map(str, arguments)])
     except SystemExit as ended:
         code = int(ended.code or 0)
     captured = capsys.readouterr()

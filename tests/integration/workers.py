@@ -144,7 +144,7 @@ def _raise(*_: Any) -> None:
 
 def small_search(dataset: Path, out: Path, parameters: dict[str, Any], **changes: Any) -> Any:
     """Run a search of the small network in processes of this machine; goes on when it is called again."""
-    from cxr_dist.search_commands import resumed
+    from cxr_dist.cli.tune import resumed
     from cxr_dist.tuning.experiment import Experiment
     from cxr_dist.tuning.local_search import search_locally
     from cxr_dist.tuning.search_space import SearchConfig, SearchPlan

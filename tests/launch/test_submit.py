@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cxr_dist import cli, job_options
+from cxr_dist.cli import job_options, main
 from cxr_dist.launch import job_client
 from cxr_dist.launch.dashboards import dashboard_lines
 from cxr_dist.launch.job_client import Jobs, UnreachableError
@@ -88,7 +88,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Callable[..., argparse.Namespace]:
     monkeypatch.setattr(job_options.job_commands, "pipeline", stop)
 
     def parse(*words: str) -> argparse.Namespace:
-        options = cli.build_parser().parse_args(["submit", *words])
+        options = main.build_parser().parse_args(["submit", *words])
         with pytest.raises(Sent) as caught:
             options.action(options)
         return caught.value.options
@@ -110,7 +110,7 @@ def test_a_job_runs_what_the_command_would_have_parsed(
         if "--" not in words
         else sent("train", "--address", "http://h:1", *words).step
     )
-    parser = cli.build_parser()
+    parser = main.build_parser()
     expected = vars(parser.parse_args(["train", *words])) | {"address": "auto"}
     assert shlex.split(step.entrypoint)[:4] == ["python", "-m", "cxr_dist", "train"]
     assert vars(parser.parse_args(shlex.split(step.entrypoint)[3:])) == expected
@@ -150,7 +150,7 @@ def test_mistakes_end_before_anything_is_sent(
 ) -> None:
     monkeypatch.setattr("cxr_dist.launch.submit.ask_for_tokens", lambda: None)
     with pytest.raises(SystemExit) as caught:
-        cli.main(["submit", *words])
+        main.main(["submit", *words])
     captured = capsys.readouterr()
     assert (caught.value.code, captured.out) == (2, "")
     assert captured.err.startswith("error: ")
@@ -165,7 +165,7 @@ def test_mistakes_end_before_anything_is_sent(
 def test_a_pipeline_builds_tunes_and_evaluates(sent: Callable[..., argparse.Namespace], text: str) -> None:
     words = [f"--out=/e/{text}", "--image-size", "64", f"--set=k={text}", "--config=c.yaml", "--", text, f"/d/{text}"]
     build, tune, evaluate = sent("pipeline", *words).steps
-    parser = cli.build_parser()
+    parser = main.build_parser()
     built, tuned, evaluated = (parser.parse_args([step.command, *step.arguments]) for step in (build, tune, evaluate))
     assert (built.source, built.dataset, built.image_size) == (Path(text), Path(f"/d/{text}"), 64)
     assert built.launcher == "local"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist.commands import run_training
+from cxr_dist.cli.dataset import run_training
 from cxr_dist.config.schema import load_config
 from cxr_dist.data.shards import ShardSource
 from cxr_dist.evaluation.evaluate import Request, predict_run

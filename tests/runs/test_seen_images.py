@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 
-from cxr_dist import cli
+from cxr_dist.cli import main
 from cxr_dist.evaluation import bootstrap
 from cxr_dist.evaluation.evaluate import Request, evaluate_run, predict_run
 from cxr_dist.evaluation.metrics import read_predictions
@@ -63,7 +63,7 @@ def test_a_damaged_list_is_an_error_and_a_missing_one_is_said(
     with pytest.raises(UserError, match=rf"{SEEN}: damaged"):
         read_seen(run)
     (run / SEEN).unlink()
-    cli.main(["evaluate", str(run), "--out", str(tmp_path / "out"), "--examine", "0"])
+    main.main(["evaluate", str(run), "--out", str(tmp_path / "out"), "--examine", "0"])
     assert "note: Whether the model was trained on any of these images is not known" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["seen"] is None
 
@@ -73,7 +73,7 @@ def test_a_rebuilt_dataset(
 ) -> None:
     """The figures of unseen images are those that scikit-learn computes from the predictions of these alone."""
     out = tmp_path / "out"
-    cli.main(["evaluate", str(finished_run), "--out", str(out), "--dataset", str(rebuilt), "--examine", "0"])
+    main.main(["evaluate", str(finished_run), "--out", str(out), "--dataset", str(rebuilt), "--examine", "0"])
     printed = capsys.readouterr().out
     metrics = json.loads((out / "metrics.json").read_text())
     of_file = splits_of(dataset)

@@ -15,7 +15,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from cxr_dist import cli
+from cxr_dist.cli import main
 from tfrecords_builder import remote as storage
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
@@ -397,13 +397,13 @@ def test_the_commands_take_an_address(
     source: Path, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(storage.STAGE_VARIABLE, str(tmp_path / "stage"))
-    cli.main(["build", str(source), bucket.url, "--image-size", str(SIZE), "--workers", "1"])
+    main.main(["build", str(source), bucket.url, "--image-size", str(SIZE), "--workers", "1"])
     shutil.rmtree(tmp_path / "stage")
-    cli.main(["verify", bucket.url])
+    main.main(["verify", bucket.url])
     assert "42 records" in capsys.readouterr().out
-    cli.main(["eda", bucket.url, "--out", str(tmp_path / "eda")])
+    main.main(["eda", bucket.url, "--out", str(tmp_path / "eda")])
     monkeypatch.setenv(storage.STAGE_LIMIT_VARIABLE, "much")
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["verify", bucket.url])
+        main.main(["verify", bucket.url])
     assert stopped.value.code == 2
     assert f"error: {storage.STAGE_LIMIT_VARIABLE}=much" in capsys.readouterr().err

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from tensorflow.python.framework import config as tf_config
 
-from cxr_dist import commands
-from cxr_dist.commands import run_training
+from cxr_dist.cli import dataset as commands
+from cxr_dist.cli.dataset import run_training
 from cxr_dist.config.schema import Config, load_config
 from cxr_dist.distributed.strategy import prepare_devices
 from cxr_dist.features.cache import FrozenFeatures

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist.commands import run_training
+from cxr_dist.cli.dataset import run_training
 from cxr_dist.config.schema import StageConfig, load_config
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.runs import run_folder

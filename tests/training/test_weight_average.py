@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist import commands
-from cxr_dist.commands import run_training
+from cxr_dist.cli import dataset as commands
+from cxr_dist.cli.dataset import run_training
 from cxr_dist.config.schema import load_config
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.evaluation.evaluate import Request, predict_run

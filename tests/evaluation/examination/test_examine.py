@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_dist.commands import run_training
+from cxr_dist.cli.dataset import run_training
 from cxr_dist.config.schema import load_config
 from cxr_dist.evaluation.evaluate import Request, evaluate_run
 from cxr_dist.evaluation.examination import attention

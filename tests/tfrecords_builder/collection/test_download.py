@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from cxr_dist import cli
+from cxr_dist.cli import main
 from tests.tfrecords_builder.conftest import write_images
 from tfrecords_builder.collection import download
 from tfrecords_builder.collection.download import FOLDER, download_database
@@ -180,7 +180,7 @@ def test_what_kaggle_refuses(kaggle: type[Kaggle], tmp_path: Path, status: str, 
 def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "TEST")
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["download", str(tmp_path / "d")])
+        main.main(["download", str(tmp_path / "d")])
     assert stopped.value.code == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: kaggle.com/datasets/")

@@ -12,7 +12,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cxr_dist import cli
+from cxr_dist.cli import main
 from tests.tfrecords_builder.conftest import write_images
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.collection.file_kinds import Reason, not_taken_lines, printable, suffix_of
@@ -432,7 +432,7 @@ def test_links_to_images(flat: Path, tmp_path: Path) -> None:
 def test_the_output_of_a_build(flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def lines(*options: str) -> list[str]:
         arguments = [str(flat), str(tmp_path / "d"), "--image-size", "16", "--workers", "1", *options]
-        cli.main(["build", *arguments])
+        main.main(["build", *arguments])
         return capsys.readouterr().out.splitlines()
 
     clean = lines()

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from cxr_dist import cli
+from cxr_dist.cli import main
 from tests.html_page import Page
 from tests.tfrecords_builder.eda.eda_images import CONFLICT, TRIPLE, build, draw, draw_varied
 from tfrecords_builder.common.errors import UserError
@@ -448,7 +448,7 @@ def test_the_command_says_what_was_found(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    cli.main(["eda", str(dataset), "--out", str(tmp_path / "a")])
+    main.main(["eda", str(dataset), "--out", str(tmp_path / "a")])
     lines = capsys.readouterr().out.splitlines()
     assert content(tmp_path / "a") == content(out)
     assert lines[0].split() == ["class", "train", "validation", "test", "all"]
@@ -459,7 +459,7 @@ def test_the_command_says_what_was_found(
     assert "0 of 95 files of the source folder are neither image nor mask" in lines
     warnings = numbers_of(plain_out)["warnings"]
     assert warnings
-    cli.main(["eda", str(plain), "--out", str(tmp_path / "b")])
+    main.main(["eda", str(plain), "--out", str(tmp_path / "b")])
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("warning: ")] == [f"warning: {text}" for text in warnings]
     assert lines[-1] == f"page: {tmp_path / 'b' / PAGE}"
@@ -470,7 +470,7 @@ def test_the_commands_errors_are_one_line(
     arguments: list[str], dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["eda", *(str(dataset) if argument == "DATASET" else argument for argument in arguments)])
+        main.main(["eda", *(str(dataset) if argument == "DATASET" else argument for argument in arguments)])
     captured = capsys.readouterr()
     assert caught.value.code == 2
     assert captured.out == ""
@@ -484,7 +484,7 @@ def test_no_tensorflow_is_loaded(plain: Path, tmp_path: Path) -> None:
         "write_analysis(Path(sys.argv[1]), Path(sys.argv[2])); "
         "print(sorted({'tensorflow', 'keras', 'ray', 'cxr_dist', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
-    root = Path(cli.__file__).parents[1]
+    root = Path(main.__file__).parents[1]
     arguments = [sys.executable, "-c", code, str(plain), str(tmp_path / "out")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=root, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

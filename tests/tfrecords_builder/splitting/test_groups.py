@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_dist import cli
+from cxr_dist.cli import main
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import BuildSummary, build_dataset
 from tfrecords_builder.common.errors import UserError
@@ -102,7 +102,7 @@ def test_a_given_split(source: Path, tmp_path: Path) -> None:
 
 
 def printed(capsys: pytest.CaptureFixture[str], source: Path, dataset: Path, *options: str) -> list[str]:
-    cli.main(["build", str(source), str(dataset), "--image-size", "16", "--workers", "1", *options])
+    main.main(["build", str(source), str(dataset), "--image-size", "16", "--workers", "1", *options])
     return capsys.readouterr().out.splitlines()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from cxr_dist.commands import local_dataset
+from cxr_dist.cli.dataset import local_dataset
 from cxr_dist.config.schema import resolve_preset
 from cxr_dist.runs import run_folder
 from cxr_dist.tuning.experiment import ENDED, EVALUATION, SEARCH, Experiment, Outcome

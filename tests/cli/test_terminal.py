@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist import cli, terminal
+from cxr_dist.cli import main, terminal
 from cxr_dist.runs.interrupt import INTERRUPTED, exit_now, say_interrupted
 from tests.interrupting import ROOT, duration, interrupted_after, interrupted_at_import
 
@@ -66,7 +66,7 @@ def test_a_broken_pipe_of_another_kind_is_a_defect(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("tfrecords_builder.verify.verify_dataset", broken)
     with pytest.raises(BrokenPipeError):
-        cli.main(["verify", str(tmp_path)])
+        main.main(["verify", str(tmp_path)])
 
 
 @pytest.mark.parametrize("arguments", ["config", "--help"])
@@ -126,13 +126,13 @@ def test_another_backend_is_refused_before_anything_is_done(
 ) -> None:
     monkeypatch.setenv("KERAS_BACKEND", backend)
     with pytest.raises(SystemExit) as caught:
-        cli.main(["synth", str(tmp_path / "out")])
+        main.main(["synth", str(tmp_path / "out")])
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert error == f"error: KERAS_BACKEND {backend}: only TensorFlow is supported; unset it, or set it to tensorflow\n"
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit) as caught:
-        cli.main(["--help"])
+        main.main(["--help"])
     assert caught.value.code == 0
 
 
@@ -234,7 +234,7 @@ def test_handlers_of_others_stay(handler: Callable[..., None] | signal.Handlers)
 
 def test_who_is_told_to_resume(capfd: pytest.CaptureFixture[str]) -> None:
     resumed = {"build", "demo", "download", "train", "tune"}
-    choices: Sequence[str] = next(a.choices for a in cli.build_parser()._actions if a.dest == "command") or ()
+    choices: Sequence[str] = next(a.choices for a in main.build_parser()._actions if a.dest == "command") or ()
     assert resumed < set(choices)
     for name in choices:
         say_interrupted(["--verbose", name, "train"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_dist import cli
+from cxr_dist.cli import main
 from cxr_dist.config.schema import load_config
 from cxr_dist.runs import run_folder
 from tfrecords_builder.common.errors import UserError
@@ -46,7 +46,7 @@ TRAIN = ["--launcher", "local", "--config", "smoke"]
 
 def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A process of its own, which finds the packages wherever it runs."""
-    root = str(Path(cli.__file__).parents[1])
+    root = str(Path(main.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": root}
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=120)
@@ -63,13 +63,13 @@ class Command:
         self._capsys = capsys
 
     def succeeds(self, *arguments: object) -> str:
-        cli.main([str(argument) for argument in arguments])
+        main.main([str(argument) for argument in arguments])
         return self._capsys.readouterr().out
 
     def fails(self, *arguments: object) -> str:
         """Its one line on stderr, without `error: `."""
         with pytest.raises(SystemExit) as caught:
-            cli.main([str(argument) for argument in arguments])
+            main.main([str(argument) for argument in arguments])
         captured = self._capsys.readouterr()
         assert caught.value.code == 2
         assert captured.out == ""
@@ -107,7 +107,7 @@ def truncate(path: Path) -> Path:
 @pytest.mark.parametrize("name", [None, *COMMANDS])
 def test_help(name: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main([name, "--help"] if name else ["--help"])
+        main.main([name, "--help"] if name else ["--help"])
     captured = capsys.readouterr()
     assert caught.value.code == 0
     assert captured.err == ""
@@ -118,7 +118,7 @@ def test_help(name: str | None, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_command_is_tested_here() -> None:
-    parser = cli.build_parser()
+    parser = main.build_parser()
     actions = [action for action in parser._actions if action.dest == "command"]
     assert set(actions[0].choices or ()) == set(COMMANDS)
 
@@ -188,10 +188,10 @@ def test_mistyped_options(arguments: list[str], words: list[str], command: Comma
 def test_verbose_goes_before_and_after_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TF_CPP_MIN_LOG_LEVEL", "ABSL_MIN_LOG_LEVEL"):
         monkeypatch.delenv(name, raising=False)
-    cli.main(["--verbose", "config"])
-    cli.main(["config", "--verbose"])
+    main.main(["--verbose", "config"])
+    main.main(["config", "--verbose"])
     assert "TF_CPP_MIN_LOG_LEVEL" not in os.environ
-    cli.main(["config"])
+    main.main(["config"])
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "3"
 
 
@@ -203,7 +203,7 @@ def test_the_printed_configuration_is_one(command: Command, tmp_path: Path) -> N
     path.write_text(command.succeeds("config", "--config", "cpu", "--set", "seed=5", "--set", "xla=on"))
     config = load_config(path)
     assert (config.seed, config.xla) == (5, "on")
-    assert config.stages == load_config(Path(cli.__file__).parents[1] / "tune_configs" / "cpu.yaml").stages
+    assert config.stages == load_config(Path(main.__file__).parents[1] / "tune_configs" / "cpu.yaml").stages
 
 
 @pytest.mark.parametrize(
@@ -374,12 +374,14 @@ def test_a_finished_run_is_not_trained_again(
 ) -> None:
     run = tmp_path / "run"
     manifest = read_manifest(dataset)
-    config = run_folder.resolve_config(load_config(Path(cli.__file__).parents[1] / "tune_configs/smoke.yaml"), manifest)
+    config = run_folder.resolve_config(
+        load_config(Path(main.__file__).parents[1] / "tune_configs/smoke.yaml"), manifest
+    )
     run_folder.prepare(run, config, dataset, manifest)
     result = '{"best": {"val_accuracy": 0.75, "stage": 2, "epoch": 1}, "seconds": {"total": 12.3}}'
     (run / run_folder.RESULT).write_text(result)
     before = content(run)
-    cli.main(["train", str(dataset), "--out", str(run), *TRAIN])
+    main.main(["train", str(dataset), "--out", str(run), *TRAIN])
     captured = capsys.readouterr()
     assert captured.err == f"{run}: was finished already\n"
     assert "validation accuracy 0.7500 (stage 2, epoch 1), 12 s" in captured.out
@@ -436,7 +438,7 @@ def test_defects_are_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     monkeypatch.setattr("tfrecords_builder.verify.verify_dataset", broken)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["verify", str(tmp_path)])
+        main.main(["verify", str(tmp_path)])
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
@@ -450,7 +452,7 @@ def test_a_disk_that_cannot_be_written_is_the_users_to_mend(
     assert command.fails("verify", tmp_path).startswith(f"run/checkpoints/x.npz: {os.strerror(number)}; ")
     monkeypatch.setattr("tfrecords_builder.verify.verify_dataset", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O")))
     with pytest.raises(OSError, match="I/O"):
-        cli.main(["verify", str(tmp_path)])
+        main.main(["verify", str(tmp_path)])
 
 
 @pytest.mark.usefixtures("small_network")
@@ -471,7 +473,7 @@ def test_compare(
     assert told["metrics"]["accuracy"]["difference"] == 0
     command.succeeds("evaluate", finished_run, "--out", tmp_path / "third", "--images", phantom_source)
     assert "the images differ" in command.fails("compare", tmp_path / "first", tmp_path / "third")
-    cli.main(["compare", str(tmp_path / "third"), str(tmp_path / "third")])
+    main.main(["compare", str(tmp_path / "third"), str(tmp_path / "third")])
     assert f"warning: {tmp_path / 'third'}: its model has seen 85.0% of these images" in capsys.readouterr().err
     (tmp_path / "first" / "metrics.json").unlink()
     assert "not complete" in command.fails("compare", tmp_path / "first", tmp_path / "second")
@@ -487,9 +489,9 @@ def test_notes_of_an_error_are_printed_before_it(
         error.add_note("dataset/.cxr-build: keeps the images that were decoded")
         raise error
 
-    monkeypatch.setattr(cli.commands, "verify", fail)
+    monkeypatch.setattr(main.commands, "verify", fail)
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["verify", "dataset"])
+        main.main(["verify", "dataset"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
         "note: dataset/.cxr-build: keeps the images that were decoded",
@@ -524,7 +526,7 @@ def test_calibrate(
 ) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     image = next(phantom_source.glob("*/images/*.png"))
-    cli.main(["predict", str(run), str(image)])
+    main.main(["predict", str(run), str(image)])
     assert f"warning: {run}: is not calibrated" in capsys.readouterr().err
     assert "run `cxr-dist calibrate" in command.succeeds("evaluate", run, "--out", tmp_path / "out", "--examine", 0)
     said = command.succeeds("calibrate", run)
@@ -533,7 +535,7 @@ def test_calibrate(
     assert "replaces" not in said
     assert "it replaces an earlier calibration" in command.succeeds("calibrate", run, "--risk", "0.2")
     assert json.loads((run / "calibration.json").read_text())["target_risk"] == 0.2
-    cli.main(["predict", str(run), str(image)])
+    main.main(["predict", str(run), str(image)])
     assert "is not calibrated" not in capsys.readouterr().err
     assert "note:" not in command.succeeds("evaluate", run, "--out", tmp_path / "out", "--examine", 0)
     assert "--risk 2.0" in command.fails("calibrate", run, "--risk", "2")

@@ -12,7 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cxr_dist import commands, evaluation_commands, job_options, model_commands, search_commands, terminal
+from cxr_dist.cli import (
+    dataset as commands,
+)
+from cxr_dist.cli import (
+    evaluate as evaluation_commands,
+)
+from cxr_dist.cli import (
+    inference,
+    job_options,
+    terminal,
+)
+from cxr_dist.cli import (
+    tune as search_commands,
+)
 from cxr_dist.distributed.strategy import QUIET, check_backend
 from cxr_dist.runs.stop_request import StoppedError
 from tfrecords_builder.common.errors import UserError
@@ -289,7 +302,7 @@ def _add_evaluation(command: Command) -> None:
 
 
 def _add_use(command: Command) -> None:
-    predict = command("predict", model_commands.predict, "what a model sees in images that nobody has labelled")
+    predict = command("predict", inference.predict, "what a model sees in images that nobody has labelled")
     predict.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
     predict.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files, or folders that hold such"
@@ -300,14 +313,12 @@ def _add_use(command: Command) -> None:
     )
     predict.add_argument("--workers", type=_positive, metavar="N", help="threads that decode (default: one per core)")
 
-    export = command(
-        "export", model_commands.export, "a model as a file for other programs: pixels in, probabilities out"
-    )
+    export = command("export", inference.export, "a model as a file for other programs: pixels in, probabilities out")
     export.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
     export.add_argument("out", type=Path, metavar="OUT", help="a new folder, or an earlier export")
     export.add_argument("--format", choices=["savedmodel", "onnx"], default="savedmodel", help="(default: %(default)s)")
 
-    serve = command("serve", model_commands.serve, "a model behind HTTP: an image in, a class and probabilities out")
+    serve = command("serve", inference.serve, "a model behind HTTP: an image in, a class and probabilities out")
     serve.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
     serve.add_argument("--host", default="127.0.0.1", help="(default: %(default)s, this machine alone)")
     serve.add_argument("--port", type=_positive, default=8000, metavar="N", help="(default: %(default)s)")

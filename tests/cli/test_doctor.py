@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from cxr_dist import doctor
-from cxr_dist.cli import main
+from cxr_dist.cli import doctor
+from cxr_dist.cli.main import main
 from cxr_dist.launch.placement import Node
 from cxr_dist.runs import versions
 

@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cxr_dist.cli.evaluate import print_metrics
 from cxr_dist.config.schema import Config, load_config, resolve_preset
-from cxr_dist.evaluation_commands import print_metrics
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.loggers import ConsoleReporter, progress_bar
 from tfrecords_builder.common.errors import UserError
@@ -291,7 +291,7 @@ def _finished(run: Path) -> dict[str, Any] | None:
 
 def doctor(options: argparse.Namespace) -> None:
     """What this machine can run, or a cluster; exit status 1 when something that training needs is missing."""
-    from cxr_dist import doctor as findings_of
+    from cxr_dist.cli import doctor as findings_of
 
     if options.address:
         from cxr_dist.launch.placement import cluster_nodes
@@ -315,7 +315,7 @@ def show_config(options: argparse.Namespace) -> None:
 
 def bench(options: argparse.Namespace) -> None:
     """The benchmark that was named."""
-    from cxr_dist.bench import commands as benchmarks
+    from cxr_dist.cli import bench as benchmarks
 
     measure = {
         "accuracy": benchmarks.bench_accuracy,

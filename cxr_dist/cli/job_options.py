@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cxr_dist import job_commands
+from cxr_dist.cli import jobs as job_commands
 from cxr_dist.launch.job_plan import Step, pipeline_steps
 
 Parsers = Mapping[str, argparse.ArgumentParser]
