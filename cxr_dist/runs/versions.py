@@ -77,7 +77,7 @@ def made_with(hardware: Mapping[str, str], launcher: str) -> dict[str, str]:
         launcher: Of the run; Ray counts where it is used.
     """
     packages = {name: version_of(name) for name in (*PACKAGES, *(["ray"] if launcher == "ray" else []))}
-    commit = commit_of(Path(__file__).parents[1])
+    commit = commit_of(Path(__file__).parents[2])
     program = {DISTRIBUTION: version_of(DISTRIBUTION)} | ({} if commit is None else {"commit": commit})
     return program | {"python": platform.python_version()} | packages | dict(hardware)
 

@@ -58,7 +58,7 @@ class Progress:
         """
         progress = cls(**state | {"best": Best(**state["best"])})
         if len(progress.totals) != train_step.TOTALS:
-            raise ValueError(f"{len(progress.totals)} totals, not {steps.TOTALS}")
+            raise ValueError(f"{len(progress.totals)} totals, not {train_step.TOTALS}")
         return progress
 
     @property

@@ -46,7 +46,7 @@ TRAIN = ["--launcher", "local", "--config", "smoke"]
 
 def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A process of its own, which finds the packages wherever it runs."""
-    root = str(Path(main.__file__).parents[1])
+    root = str(Path(main.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": root}
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=120)
@@ -203,7 +203,7 @@ def test_the_printed_configuration_is_one(command: Command, tmp_path: Path) -> N
     path.write_text(command.succeeds("config", "--config", "cpu", "--set", "seed=5", "--set", "xla=on"))
     config = load_config(path)
     assert (config.seed, config.xla) == (5, "on")
-    assert config.stages == load_config(Path(main.__file__).parents[1] / "tune_configs" / "cpu.yaml").stages
+    assert config.stages == load_config(Path(main.__file__).parents[2] / "tune_configs" / "cpu.yaml").stages
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_a_finished_run_is_not_trained_again(
     run = tmp_path / "run"
     manifest = read_manifest(dataset)
     config = run_folder.resolve_config(
-        load_config(Path(main.__file__).parents[1] / "tune_configs/smoke.yaml"), manifest
+        load_config(Path(main.__file__).parents[2] / "tune_configs/smoke.yaml"), manifest
     )
     run_folder.prepare(run, config, dataset, manifest)
     result = '{"best": {"val_accuracy": 0.75, "stage": 2, "epoch": 1}, "seconds": {"total": 12.3}}'

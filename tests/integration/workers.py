@@ -188,6 +188,8 @@ def train_small_worker(arguments: dict[str, Any]) -> None:
     from tests.conftest import use_small_base
 
     use_small_base(pytest.MonkeyPatch())
+    from cxr_dist.launch import ray_train
+
     rank = ray.train.get_context().get_world_rank()
     Path(f"{arguments['run']}.node-{rank}").write_text(ray.get_runtime_context().get_node_id())
     ray_train._train_worker(arguments)

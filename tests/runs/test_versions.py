@@ -20,7 +20,7 @@ def git(folder: Path, *words: str) -> str:
 def test_every_version_that_decides_a_run_is_named() -> None:
     hardware = {"processor": "one", "device": "CPU"}
     found = versions.made_with(hardware, "local")
-    assert found.pop("commit", None) == versions.commit_of(Path(versions.__file__).parents[1])
+    assert found.pop("commit", None) == versions.commit_of(Path(versions.__file__).parents[2])
     packages = {name: importlib.metadata.version(name) for name in ("cxr-dist", "numpy", "tensorflow", "keras")}
     assert found == {"python": platform.python_version(), **packages, **hardware}
     assert versions.made_with(hardware, "ray")["ray"] == importlib.metadata.version("ray")

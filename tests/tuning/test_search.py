@@ -548,6 +548,7 @@ def test_points_of_a_parameter() -> None:
 def test_a_search_whose_trials_find_no_place_says_so_once_a_minute(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from cxr_dist.launch import ray_tune
     from cxr_dist.launch.placement import TrialPlan
 
     now = 100.0

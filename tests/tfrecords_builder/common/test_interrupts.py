@@ -39,7 +39,7 @@ def test_processes_of_the_pool() -> None:
 
 def test_the_first_process_of_all() -> None:
     """Before it multiprocessing starts its tracker, and Python 3.11 then lets signals through."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     command = [sys.executable, "-c", FIRST_CHILD]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment)
     assert done.stdout == "True\n", done.stderr

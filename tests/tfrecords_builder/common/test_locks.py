@@ -24,7 +24,7 @@ from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.locks import LOCK
 from tfrecords_builder.writing import output_folder
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LIMIT_S = 60.0
 HOLDER = """
 import sys

@@ -484,7 +484,7 @@ def test_no_tensorflow_is_loaded(plain: Path, tmp_path: Path) -> None:
         "write_analysis(Path(sys.argv[1]), Path(sys.argv[2])); "
         "print(sorted({'tensorflow', 'keras', 'ray', 'cxr_dist', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
-    root = Path(main.__file__).parents[1]
+    root = Path(main.__file__).parents[2]
     arguments = [sys.executable, "-c", code, str(plain), str(tmp_path / "out")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=root, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

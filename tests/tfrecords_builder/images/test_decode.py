@@ -294,7 +294,7 @@ sys.exit((list(warnings.filters), Image.core.get_blocks_max()) != before)
 
 
 def test_importing_the_builder_changes_nothing_of_the_process() -> None:
-    subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True, cwd=Path(__file__).parents[3])
 
 
 def test_decoding_is_quiet_and_leaves_no_filter() -> None:

@@ -117,5 +117,5 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str | None, message: str) -> 
 
 
 def test_the_example_can_be_read() -> None:
-    found = read_cluster(Path(__file__).parent.parent / "cluster" / "example.yaml")
+    found = read_cluster(Path(__file__).parents[2] / "cluster" / "example.yaml")
     assert found.machines > 1
