@@ -8,9 +8,9 @@ set and it is not too late:
   at 64. It also changes results in their last digits, so import this package before TensorFlow, or set the variable, to
   have the same numbers as the command line and Ray's workers.
 - ``KERAS_BACKEND=tensorflow``, unless Keras has been imported. There is no other backend here; one that was chosen
-  before is refused when it is first needed (`strategy.check_backend`).
+  before is refused when it is first needed (`devices.check_backend`).
 
-Whatever computes on a CPU also has glibc keep freed memory for the whole process (`strategy.keep_freed_memory`).
+Whatever computes on a CPU also has glibc keep freed memory for the whole process (`devices.keep_freed_memory`).
 """
 
 import os

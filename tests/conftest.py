@@ -29,7 +29,7 @@ _SHARED = Path(__file__).parents[2] / "shared"
 @pytest.fixture(scope="session", autouse=True)
 def logical_cpus() -> None:
     """Divide the CPU once: it cannot be done after TensorFlow has started."""
-    from cxr_dist.distributed.strategy import prepare_devices
+    from cxr_dist.distributed.devices import prepare_devices
 
     prepare_devices(LOGICAL_CPUS)
 
@@ -139,7 +139,7 @@ def use_small_base(patch: pytest.MonkeyPatch) -> None:
     from cxr_dist.inference import classifier
     from cxr_dist.model.resnet import build_model
     from cxr_dist.training import loop
-    from tests.training import small_base
+    from tests.small_training import small_base
 
     for module in (loop, classifier):
         patch.setattr(module, "build_model", functools.partial(build_model, make_base=small_base))
@@ -154,21 +154,21 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def run_with_checkpoints(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `finished_run`, killed before its checkpoints were removed. Do not change it."""
-    from cxr_dist.cli import dataset as commands
-    from cxr_dist.config.schema import load_config
+    from cxr_dist.config.loading import load_config
+    from cxr_dist.launch import train
 
     run = tmp_path_factory.mktemp("run") / "run"
     with pytest.MonkeyPatch.context() as patch:
         use_small_base(patch)
-        patch.setattr(commands, "remove_checkpoints", lambda _run: None)
-        commands.run_training(load_config(None, SMALL_RUN), dataset, run, launcher="local")
+        patch.setattr(train, "remove_checkpoints", lambda _run: None)
+        train.run_training(load_config(None, SMALL_RUN), dataset, run, launcher="local")
     return run
 
 
 @pytest.fixture(scope="session")
 def finished_run(run_with_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two epochs of stage 1 and one of stage 2 of the small network. Do not change it."""
-    from cxr_dist.cli.dataset import remove_checkpoints
+    from cxr_dist.launch.train import remove_checkpoints
 
     run = Path(shutil.copytree(run_with_checkpoints, tmp_path_factory.mktemp("finished") / "run"))
     remove_checkpoints(run)

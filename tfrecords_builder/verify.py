@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.format import record as schema
-from tfrecords_builder.format import tfrecord
+from tfrecords_builder.format import record as schema, tfrecord
 from tfrecords_builder.format.manifest import (
     ACCEPTED,
     MANIFEST_NAME,

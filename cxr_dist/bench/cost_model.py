@@ -16,7 +16,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cxr_dist.config.schema import read_yaml
+from cxr_dist.config.loading import read_yaml
 from tfrecords_builder.common.errors import UserError
 
 

@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cxr_dist.data import pipeline
+from cxr_dist.data.arrays import Slice
 from cxr_dist.data.batch_sampler import TrainingPlan
-from cxr_dist.data.shards import ShardSource, Slice
-from cxr_dist.distributed.strategy import make_strategy, prepare_devices
-from cxr_dist.training import train_step
+from cxr_dist.data.shards import ShardSource
+from cxr_dist.distributed.devices import prepare_devices
+from cxr_dist.distributed.strategy import make_strategy
 from tfrecords_builder.format.manifest import read_manifest
 
 _KINDS = ("cold", "warm")
@@ -129,7 +131,7 @@ def _ours(dataset: Path, count: int, batch_size: int, memory_bytes: int) -> Call
     topology = prepare_devices(1)
     source = ShardSource(dataset, read_manifest(dataset), "train").in_memory(memory_bytes)
     plan = TrainingPlan(count, batch_size, 1, seed=0)
-    batches = train_step.distributed_batches(make_strategy(topology), topology, Slice(source, 0, count), plan)
+    batches = pipeline.distributed_batches(make_strategy(topology), topology, Slice(source, 0, count), plan)
     return lambda: (batch["inputs"] for batch in batches)
 
 

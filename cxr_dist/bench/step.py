@@ -14,10 +14,11 @@ from statistics import median
 from typing import Any
 
 from cxr_dist.config.schema import Config
-from cxr_dist.distributed.strategy import Topology, dtype_policy, prepare_devices, resolve_precision, resolve_xla
+from cxr_dist.distributed.devices import Topology, prepare_devices
+from cxr_dist.distributed.precision import dtype_policy, resolve_precision, resolve_xla
 from cxr_dist.model.resnet import build_model, set_trainable, trains_base_batch_norm
 from cxr_dist.runs import run_folder
-from cxr_dist.runs.loggers import Event, Reporter
+from cxr_dist.runs.events import Event, Reporter
 from cxr_dist.training.loop import train
 from tfrecords_builder.format.manifest import read_manifest
 

@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 from cxr_dist.bench import accuracy, build, cost_model, features, growth, reading, scaling, serve, step, tune
-from cxr_dist.config.schema import Config, load_config, resolve_preset
+from cxr_dist.config.loading import load_config, resolve_preset
+from cxr_dist.config.schema import Config
 from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
 from cxr_dist.runs.loggers import ConsoleReporter, progress_bar
 from cxr_dist.tuning.experiment import best_run
@@ -202,3 +203,19 @@ def bench_serve(options: argparse.Namespace) -> None:
         f"{summary.service:13.2f} {summary.bare:17.2f}  {summary.ratio:.3f} ({summary.rounds})"
         f"{summary.seconds_per_answer:29.3f} s"
     )
+
+
+def bench(options: argparse.Namespace) -> None:
+    """The benchmark that was named."""
+    measure = {
+        "accuracy": bench_accuracy,
+        "build": bench_build,
+        "growth": bench_growth,
+        "input": bench_input,
+        "step": bench_step,
+        "features": bench_features,
+        "scaling": bench_scaling,
+        "serve": bench_serve,
+        "tune": bench_tune,
+    }
+    measure[options.what](options)

@@ -3,8 +3,10 @@
 Everything is looked at where it is used: devices through TensorFlow, room for workers through the plan of `train`.
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -39,6 +41,24 @@ class Finding:
     state: State
     """note: something works less well, or is not installed and not needed by everybody; missing: training fails."""
     said: str
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """What this machine can run, or a cluster; exit status 1 when something that training needs is missing."""
+    if options.address:
+        from cxr_dist.launch.placement import cluster_nodes
+        from cxr_dist.launch.ray_connection import connected
+
+        with connected(options.address, options.verbose):
+            findings = examine_cluster(cluster_nodes())
+    else:
+        findings = examine_machine()
+    if options.json:
+        print(json.dumps([vars(finding) for finding in findings]))
+    else:
+        print("\n".join(table(findings)))
+    if any(finding.state == "missing" for finding in findings):
+        raise SystemExit(1)
 
 
 def examine_machine() -> list[Finding]:
@@ -129,7 +149,8 @@ def _devices() -> list[Finding]:
     if importlib.util.find_spec("tensorflow") is None:
         return []
     from cxr_dist.config.schema import Config
-    from cxr_dist.distributed.strategy import prepare_devices, resolve_precision, resolve_xla
+    from cxr_dist.distributed.devices import prepare_devices
+    from cxr_dist.distributed.precision import resolve_precision, resolve_xla
 
     topology = prepare_devices(None)
     if topology.kind == "CPU" and list(Path("/dev").glob("nvidia[0-9]*")):

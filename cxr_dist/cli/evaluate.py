@@ -12,7 +12,7 @@ from tfrecords_builder.common.errors import UserError
 
 if TYPE_CHECKING:
     from cxr_dist.evaluation.compare import Images
-    from cxr_dist.evaluation.metrics import Predictions
+    from cxr_dist.evaluation.predictions import Predictions
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -70,8 +70,7 @@ def print_calibration(path: Path, fitted: Mapping[str, Any], replaced: bool = Fa
 
 def compare(options: argparse.Namespace) -> None:
     """Both on the same images; what is not evaluated yet is predicted here, and nothing is written."""
-    from cxr_dist.evaluation.compare import check_same_images
-    from cxr_dist.evaluation.compare import compare as compare_predictions
+    from cxr_dist.evaluation.compare import check_same_images, compare as compare_predictions
 
     folders = (options.first, options.second)
     check_same_images(*(_images(folder) for folder in folders))  # predicting takes minutes
@@ -163,7 +162,7 @@ def _predictions(folder: Path, devices: int | None) -> "Predictions":
 
 def _evaluated(folder: Path) -> "Predictions | None":
     """What an evaluation's folder holds; None for another folder."""
-    from cxr_dist.evaluation.metrics import read_predictions
+    from cxr_dist.evaluation.predictions import read_predictions
     from cxr_dist.evaluation.report import METRICS, PREDICTIONS
 
     if not folder.exists():

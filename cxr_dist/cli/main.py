@@ -13,20 +13,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from cxr_dist.cli import (
-    dataset as commands,
-)
-from cxr_dist.cli import (
-    evaluate as evaluation_commands,
-)
-from cxr_dist.cli import (
-    inference,
+    bench as bench_commands,
+    dataset as dataset_commands,
+    doctor as doctor_command,
+    evaluate as evaluate_commands,
+    inference as inference_commands,
     job_options,
     terminal,
+    train as train_commands,
+    tune as tune_commands,
 )
-from cxr_dist.cli import (
-    tune as search_commands,
-)
-from cxr_dist.distributed.strategy import QUIET, check_backend
+from cxr_dist.distributed.devices import QUIET, check_backend
 from cxr_dist.runs.stop_request import StoppedError
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import disk_error
@@ -89,7 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_phantoms(command: Command) -> None:
-    demo = command("demo", commands.demo, "phantom X-rays -> dataset -> both stages -> evaluation, in a few minutes")
+    demo = command(
+        "demo", train_commands.demo, "phantom X-rays -> dataset -> both stages -> evaluation, in a few minutes"
+    )
     demo.add_argument("--out", type=Path, default=Path("demo"), help="a new folder (default: %(default)s)")
     demo.add_argument(
         "--launcher",
@@ -98,7 +97,7 @@ def _add_phantoms(command: Command) -> None:
         help="Ray Train, or this process (default: %(default)s)",
     )
 
-    synth = command("synth", commands.synth, "draw phantom X-rays of the four classes, with lung masks")
+    synth = command("synth", dataset_commands.synth, "draw phantom X-rays of the four classes, with lung masks")
     synth.add_argument("folder", type=Path, metavar="DIR")
     synth.add_argument("--per-class", type=int, default=250, metavar="N", help="images (default: %(default)s)")
     synth.add_argument("--size", type=int, default=299, metavar="PX", help="pixels (default: %(default)s)")
@@ -107,10 +106,10 @@ def _add_phantoms(command: Command) -> None:
 
 
 def _add_datasets(command: Command) -> None:
-    download = command("download", commands.download, "the COVID-19 Radiography Database from Kaggle, 0.8 GB")
+    download = command("download", dataset_commands.download, "the COVID-19 Radiography Database from Kaggle, 0.8 GB")
     download.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
 
-    build = command("build", commands.build, "labelled image files -> a verified dataset of TFRecord shards")
+    build = command("build", dataset_commands.build, "labelled image files -> a verified dataset of TFRecord shards")
     build.add_argument("source", type=Path, metavar="SOURCE", help="<Class>/images/*.png or <Class>/*.png (or .jpg)")
     build.add_argument(
         "dataset", type=parse_place, metavar="DATASET", help="a new folder, or an address: s3://bucket/name, gs://..."
@@ -154,18 +153,18 @@ def _add_datasets(command: Command) -> None:
         help="what a damaged file does, and a class that would lose over 1 %% of its pictures (default: %(default)s)",
     )
 
-    verify = command("verify", commands.verify, "read a dataset back: every record, checksum and count")
+    verify = command("verify", dataset_commands.verify, "read a dataset back: every record, checksum and count")
     verify.add_argument("dataset", type=parse_place, metavar="DATASET", help=DATASET_HELP)
 
     eda = command(
-        "eda", commands.eda, "explore a dataset: counts, pictures, duplicates, and what could mislead a network"
+        "eda", dataset_commands.eda, "explore a dataset: counts, pictures, duplicates, and what could mislead a network"
     )
     eda.add_argument("dataset", type=parse_place, metavar="DATASET", help=DATASET_HELP)
     eda.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an earlier analysis")
 
 
 def _add_training(command: Command) -> None:
-    train = command("train", commands.train, "train both stages; started again with the same --out it resumes")
+    train = command("train", train_commands.train, "train both stages; started again with the same --out it resumes")
     train.add_argument("dataset", type=parse_place, metavar="DATASET", help=DATASET_HELP)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     train.add_argument(
@@ -193,7 +192,7 @@ def _add_training(command: Command) -> None:
 
 
 def _add_search(command: Command) -> None:
-    tune = command("tune", search_commands.tune, "search settings; started again with the same --out it resumes")
+    tune = command("tune", tune_commands.tune, "search settings; started again with the same --out it resumes")
     tune.add_argument("dataset", type=parse_place, metavar="DATASET", help=DATASET_HELP)
     tune.add_argument("--out", type=Path, required=True, metavar="EXPERIMENT", help="the search's folder")
     tune.add_argument(
@@ -231,7 +230,7 @@ def _add_search(command: Command) -> None:
 def _add_evaluation(command: Command) -> None:
     evaluate = command(
         "evaluate",
-        evaluation_commands.evaluate,
+        evaluate_commands.evaluate,
         "metrics with intervals, predictions, figures and report of a run, or of a search's best trial",
     )
     evaluate.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
@@ -264,7 +263,7 @@ def _add_evaluation(command: Command) -> None:
 
     calibrate = command(
         "calibrate",
-        evaluation_commands.calibrate,
+        evaluate_commands.calibrate,
         "fit on the validation images how sure a run is, and when it abstains; predict, serve and export obey",
     )
     calibrate.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
@@ -284,7 +283,7 @@ def _add_evaluation(command: Command) -> None:
     )
     calibrate.add_argument("--devices", type=_positive, metavar="M", help="GPUs, or logical CPUs")
 
-    compare = command("compare", evaluation_commands.compare, "two runs on the same test images, with intervals")
+    compare = command("compare", evaluate_commands.compare, "two runs on the same test images, with intervals")
     for name in ("first", "second"):
         compare.add_argument(
             name, type=Path, metavar="RUN", help="a run, a search, or an evaluation of one, which saves predicting"
@@ -292,17 +291,17 @@ def _add_evaluation(command: Command) -> None:
     compare.add_argument("--devices", type=_positive, metavar="M", help="GPUs, or logical CPUs")
     compare.add_argument("--json", action="store_true", help="for scripts")
 
-    doctor = command("doctor", commands.doctor, "what this machine or a cluster can run, and what is missing")
+    doctor = command("doctor", doctor_command.doctor, "what this machine or a cluster can run, and what is missing")
     doctor.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster to look at, in place of this machine")
     doctor.add_argument("--json", action="store_true", help="for scripts")
 
-    config = command("config", commands.show_config, "print the resolved configuration as YAML")
+    config = command("config", train_commands.show_config, "print the resolved configuration as YAML")
     config.add_argument("--config", type=Path, metavar="YAML")
     config.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
 
 
 def _add_use(command: Command) -> None:
-    predict = command("predict", inference.predict, "what a model sees in images that nobody has labelled")
+    predict = command("predict", inference_commands.predict, "what a model sees in images that nobody has labelled")
     predict.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
     predict.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files, or folders that hold such"
@@ -313,12 +312,16 @@ def _add_use(command: Command) -> None:
     )
     predict.add_argument("--workers", type=_positive, metavar="N", help="threads that decode (default: one per core)")
 
-    export = command("export", inference.export, "a model as a file for other programs: pixels in, probabilities out")
+    export = command(
+        "export", inference_commands.export, "a model as a file for other programs: pixels in, probabilities out"
+    )
     export.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
     export.add_argument("out", type=Path, metavar="OUT", help="a new folder, or an earlier export")
     export.add_argument("--format", choices=["savedmodel", "onnx"], default="savedmodel", help="(default: %(default)s)")
 
-    serve = command("serve", inference.serve, "a model behind HTTP: an image in, a class and probabilities out")
+    serve = command(
+        "serve", inference_commands.serve, "a model behind HTTP: an image in, a class and probabilities out"
+    )
     serve.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT")
     serve.add_argument("--host", default="127.0.0.1", help="(default: %(default)s, this machine alone)")
     serve.add_argument("--port", type=_positive, default=8000, metavar="N", help="(default: %(default)s)")
@@ -348,7 +351,7 @@ def _add_use(command: Command) -> None:
 
 
 def _add_bench(command: Command) -> None:
-    bench = command("bench", commands.bench, "measure this machine, each figure beside its baseline")
+    bench = command("bench", bench_commands.bench, "measure this machine, each figure beside its baseline")
     bench.add_argument(
         "what",
         choices=["build", "input", "step", "features", "accuracy", "growth", "tune", "scaling", "serve"],

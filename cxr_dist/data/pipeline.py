@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cxr_dist.data.arrays import Source
 from cxr_dist.data.batch_sampler import PADDING, EvaluationPlan, TrainingPlan
-from cxr_dist.data.shards import Source, weakly
+from cxr_dist.data.numpy_function import weakly
+from cxr_dist.distributed.devices import Topology
 
 _CHUNK = 64
 """Elements of which Python tells TensorFlow at a time what they are: a call for each took longer than its images."""
@@ -86,3 +88,31 @@ def worker_batches(
     batches = batches.prefetch(2 * local_replicas).with_options(options)
     batches.kept = (source, elements)  # as long as the dataset, which its iterators hold
     return batches
+
+
+def distributed_batches(
+    strategy: Any,
+    topology: Topology,
+    source: Source,
+    plan: TrainingPlan | EvaluationPlan,
+    start_step: int = 0,
+    extra: npt.NDArray[np.float32] | None = None,
+) -> Any:
+    """An iterator over the batches of this worker's replicas; see `pipeline.worker_batches`."""
+    local = len(topology.devices)
+
+    def pipeline(_context: Any) -> Any:
+        return worker_batches(
+            source,
+            plan,
+            first_replica=topology.worker * local,
+            local_replicas=local,
+            start_step=start_step,
+            extra=extra,
+        )
+
+    if topology.kind == "CPU" and local == 1:
+        # A distributed iterator would fetch to the device, which is where the batch is, with an autotuning thread
+        # that cannot be turned off, wakes up ever less often, and holds up the iterator's end: by up to a minute.
+        return iter(pipeline(None))
+    return iter(strategy.distribute_datasets_from_function(pipeline))

@@ -6,43 +6,29 @@ Images are read through the byte offsets in the manifest: a worker touches only 
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cxr_dist.data.arrays import MemorySource, Source
 from cxr_dist.data.batch_sampler import Positions
+from cxr_dist.data.numpy_function import weakly
 from cxr_dist.runs.seen_images import Digests, digests_of
 from tfrecords_builder.collection.metadata import normalized_patient
 from tfrecords_builder.common.pool import default_workers
 from tfrecords_builder.format import record, tfrecord
 from tfrecords_builder.format.manifest import Manifest
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 _READERS = 8
 """At most, of a split that is read into memory; no more than processors, as each decodes what it reads."""
 _RUN_BYTES = 1 << 19
 """What a sequential pass reads at once: it stays in the processor's cache until it is checked and copied."""
-
-
-class Source(Protocol):
-    """Labelled inputs that are read by position."""
-
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def labels(self) -> npt.NDArray[np.int32]: ...
-
-    def batches(self, positions: Any) -> Any:
-        """TensorFlow ops from positions int64 [B] (all valid) to inputs [B, ...] of static shape."""
 
 
 class ShardSource:
@@ -222,130 +208,3 @@ class ShardSource:
 def _close(files: dict[int, int]) -> None:
     for file in files.values():
         os.close(file)
-
-
-class Indexed(Protocol):
-    """What NumPy arrays do, and rows on disk."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> Any: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, positions: Positions) -> npt.NDArray[Any]: ...
-
-
-class ArraySource:
-    """Inputs in memory or on disk: `inputs` [N, ...], taken by an array of positions, and `labels` int32 [N]."""
-
-    failure: Exception | None = None
-
-    def __init__(self, inputs: Indexed, labels: npt.NDArray[np.int32]) -> None:
-        if len(inputs) != len(labels):
-            raise ValueError(f"{len(inputs)} inputs and {len(labels)} labels")
-        self._inputs, self._labels = inputs, labels
-
-    @property
-    def count(self) -> int:
-        return len(self._labels)
-
-    @property
-    def labels(self) -> npt.NDArray[np.int32]:
-        return self._labels
-
-    def batches(self, positions: Any) -> Any:
-        import tensorflow as tf
-
-        rows = tf.numpy_function(weakly(self._take), [positions], self._inputs.dtype)
-        rows.set_shape([positions.shape[0], *self._inputs.shape[1:]])
-        return rows
-
-    def _take(self, positions: Positions) -> npt.NDArray[Any]:
-        return self._inputs[positions]
-
-
-class MemorySource(ArraySource):
-    """Inputs in memory, [N, ...], of which TensorFlow takes rows itself, without a call into Python for each batch."""
-
-    _ALIGNMENT = 64
-    """Bytes; TensorFlow ends the process where it finds other memory (`EIGEN_MAX_ALIGN_BYTES`)."""
-
-    def __init__(self, inputs: npt.NDArray[Any], labels: npt.NDArray[np.int32]) -> None:
-        """Args:
-        inputs: Made by `empty`; not copied.
-        """
-        import tensorflow as tf
-
-        super().__init__(inputs, labels)
-        if inputs.ctypes.data % self._ALIGNMENT:
-            raise ValueError(f"inputs at {inputs.ctypes.data:#x}: not aligned to {self._ALIGNMENT} bytes")
-        self._tensor = tf.experimental.dlpack.from_dlpack(inputs.__dlpack__())
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """An array for what is to come."""
-        size = int(np.prod(shape)) * dtype.itemsize
-        memory = np.empty(size + cls._ALIGNMENT, np.uint8)
-        first = -memory.ctypes.data % cls._ALIGNMENT
-        return memory[first : first + size].view(dtype).reshape(shape)
-
-    def batches(self, positions: Any) -> Any:
-        import tensorflow as tf
-
-        return tf.gather(self._tensor, positions)
-
-
-class Slice:
-    """Some of a source's inputs, from `first` up to `last`."""
-
-    def __init__(self, source: Source, first: int, last: int) -> None:
-        self._source, self._first, self._last = source, first, last
-
-    @property
-    def count(self) -> int:
-        return self._last - self._first
-
-    @property
-    def labels(self) -> npt.NDArray[np.int32]:
-        return self._source.labels[self._first : self._last]
-
-    def batches(self, positions: Any) -> Any:
-        """As the source, from positions in the slice."""
-        return self._source.batches(positions + self._first)
-
-
-def weakly(method: Callable[P, R]) -> Callable[P, R]:
-    """The bound `method` for `tf.numpy_function`, which keeps what it is given in a list of the default graph for ever.
-
-    Its object must be kept by who reads: the function of one that is gone raises RuntimeError, and leaves that list.
-    """
-    import tensorflow as tf
-
-    reference = weakref.WeakMethod(method)
-
-    def call(*arguments: P.args, **named: P.kwargs) -> R:
-        found = reference()
-        if found is None:
-            raise RuntimeError("the source of these batches is gone")
-        return found(*arguments, **named)
-
-    graph = tf.compat.v1.get_default_graph()  # now: that of the thread in which the object goes may be another
-    while (outer := getattr(graph, "outer_graph", graph)) is not graph:
-        graph = outer
-    left = weakref.finalize(method.__self__, _forget, graph, call)  # type: ignore[attr-defined]  # bound: WeakMethod
-    left.atexit = False  # iterators may still read then
-    return call
-
-
-def _forget(graph: Any, function: Callable[..., Any]) -> None:
-    """Take `function` out of the list of `graph` in which TensorFlow keeps all that `tf.numpy_function` was given.
-
-    Else a process of many runs grows by each of their datasets. There is no public way; where TensorFlow keeps them
-    elsewhere (`ops/script_ops.py`, `_internal_py_func`), nothing is found and nothing is done.
-    """
-    with suppress(AttributeError, ValueError):
-        # One call, as another thread may add to the list at this moment.
-        graph._py_funcs_used_in_graph.remove(function.ag_dnc_wrapper__)  # type: ignore[attr-defined]

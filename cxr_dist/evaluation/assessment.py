@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.evaluation import bootstrap, calibration, reference
-from cxr_dist.evaluation.metrics import Predictions, evaluate_predictions
+from cxr_dist.evaluation.metrics import evaluate_predictions
+from cxr_dist.evaluation.predictions import Predictions
 
 _PROPER = ("log_loss", "brier", "calibration_error")
 

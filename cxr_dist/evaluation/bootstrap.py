@@ -29,14 +29,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special, stats
 
-from cxr_dist.evaluation.metrics import (
-    CALIBRATION_BINS,
-    Predictions,
-    at_label,
-    brier_of_images,
-    confidence_bins,
-    log_loss_of_images,
-)
+from cxr_dist.evaluation.metrics import CALIBRATION_BINS, at_label, brier_of_images, confidence_bins, log_loss_of_images
+from cxr_dist.evaluation.predictions import Predictions
 
 Floats = npt.NDArray[np.float64]
 Values = dict[str, Floats]

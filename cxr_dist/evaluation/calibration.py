@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import optimize, special, stats
 
-from cxr_dist.evaluation.metrics import CALIBRATION_BINS, Predictions, confidence_bins
+from cxr_dist.evaluation.metrics import CALIBRATION_BINS, confidence_bins
+from cxr_dist.evaluation.predictions import Predictions
 
 RISK = 0.05
 """Share of wrong answers that the threshold allows by default."""

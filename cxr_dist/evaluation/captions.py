@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from cxr_dist.evaluation import figures
-from cxr_dist.evaluation.metrics import Predictions, roc_curves
+from cxr_dist.evaluation.history import best_epoch_of, stage_label, stage_spans
+from cxr_dist.evaluation.metrics import roc_curves
+from cxr_dist.evaluation.predictions import Predictions
+from tfrecords_builder.common.figure_style import display_name
 
 _NOTHING = "–"  # noqa: RUF001
 
@@ -14,7 +16,7 @@ _NOTHING = "–"  # noqa: RUF001
 def confusion_caption(metrics: Mapping[str, Any], kind: str) -> str:
     """How many images lie on the diagonal, and the most frequent confusion (ties: the first in label order)."""
     counts = np.array(metrics["confusion_matrix"])
-    names = [figures.display_name(name) for name in metrics["class_names"]]
+    names = [display_name(name) for name in metrics["class_names"]]
     hits, total = int(np.trace(counts)), int(counts.sum())
     text = f"{hits:,} of {_count(total, kind)} lie on the diagonal ({percent(hits / total)})"
     wrong = counts - np.diag(np.diag(counts))
@@ -37,18 +39,18 @@ def roc_caption(metrics: Mapping[str, Any], predictions: Predictions) -> str:
     if f"{aucs[best]:.3f}" == f"{aucs[worst]:.3f}":
         text += f"; every class has an AUC of {aucs[best]:.3f}"
     else:
-        text += f"; {figures.display_name(best)} is separated best (AUC {aucs[best]:.3f})"
-        text += f" and {figures.display_name(worst)} least (AUC {aucs[worst]:.3f})"
-    absent = [figures.display_name(name) for name in predictions.class_names if name not in aucs]
+        text += f"; {display_name(best)} is separated best (AUC {aucs[best]:.3f})"
+        text += f" and {display_name(worst)} least (AUC {aucs[worst]:.3f})"
+    absent = [display_name(name) for name in predictions.class_names if name not in aucs]
     return f"{text}; there is no curve for {', '.join(absent)}, which has no images." if absent else f"{text}."
 
 
 def history_caption(history: Sequence[Mapping[str, Any]], best_epoch: int | None = None) -> str:
     """The epochs of each stage, and the best one by validation."""
-    spans = figures.stage_spans(history)
+    spans = stage_spans(history)
     parts = [f"{_count(end - start + 1, '', 'epoch')} of {_stage_words(stage)}" for stage, start, end in spans]
     text = f"Accuracy and loss by epoch: {', then '.join(parts)}"
-    best = figures.best_epoch_of(history) if best_epoch is None else best_epoch
+    best = best_epoch_of(history) if best_epoch is None else best_epoch
     if best is None:
         return f"{text}; no epoch was validated."
     accuracy = history[best - 1].get("val_accuracy")
@@ -115,10 +117,10 @@ def uncertainty_words(uncertainty: Mapping[str, Any]) -> str:
 
 def missing_words(metrics: Mapping[str, Any]) -> str:
     """Which classes have no images, and so no part in the macro averages."""
-    missing = [figures.display_name(name) for name in metrics["missing_classes"]]
+    missing = [display_name(name) for name in metrics["missing_classes"]]
     if not missing:
         return ""
-    averaged = [figures.display_name(name) for name in metrics["averaged_classes"]]
+    averaged = [display_name(name) for name in metrics["averaged_classes"]]
     return f"There are no images of {' and '.join(missing)}. Macro averages are over {', '.join(averaged)}."
 
 
@@ -215,7 +217,7 @@ def info_tables(info: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]
 
 
 def _stage_words(stage: str) -> str:
-    name, _, what = figures.stage_label(stage).partition(": ")
+    name, _, what = stage_label(stage).partition(": ")
     return f"{name} ({what})" if what else name
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from cxr_dist.evaluation.bootstrap import LEVEL, RESAMPLES, group_numbers, resampled_metrics, weighted_metrics
-from cxr_dist.evaluation.metrics import Predictions
+from cxr_dist.evaluation.predictions import Predictions
 from cxr_dist.runs.seen_images import Digests
 from tfrecords_builder.common.errors import UserError
 

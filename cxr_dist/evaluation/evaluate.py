@@ -10,24 +10,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cxr_dist.data import pipeline
+from cxr_dist.data.arrays import ArraySource, Source
 from cxr_dist.data.batch_sampler import EvaluationPlan, Positions
 from cxr_dist.data.image_folder import FolderSource
-from cxr_dist.data.shards import ArraySource, ShardSource, Source
-from cxr_dist.distributed.strategy import Topology, make_strategy, prepare_devices, resolve_precision, resolve_xla
+from cxr_dist.data.shards import ShardSource
+from cxr_dist.distributed.devices import Topology, prepare_devices
+from cxr_dist.distributed.precision import resolve_precision, resolve_xla
+from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.evaluation import calibration
 from cxr_dist.evaluation.assessment import Origin
 from cxr_dist.evaluation.compare import Images
 from cxr_dist.evaluation.examination import examine as examine_run
 from cxr_dist.evaluation.examination.findings import Examination
 from cxr_dist.evaluation.examination.statistics import balanced_sample
-from cxr_dist.evaluation.metrics import Predictions
+from cxr_dist.evaluation.predictions import Predictions
 from cxr_dist.evaluation.report import check_output_folder, write_evaluation
-from cxr_dist.inference.classifier import BATCH_SIZE, FinishedRun, load_model, read_finished
-from cxr_dist.model import split_point
+from cxr_dist.inference.classifier import BATCH_SIZE, load_model
+from cxr_dist.model import forward, split_point
 from cxr_dist.runs import corrupt_records, run_folder
 from cxr_dist.runs.calibration_file import CALIBRATION, read_fitted
+from cxr_dist.runs.finished import FinishedRun, read_finished
 from cxr_dist.runs.seen_images import SeenImages, read_seen
-from cxr_dist.training import train_step
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_json
 from tfrecords_builder.format.manifest import Manifest, check_shards, read_manifest
@@ -176,7 +180,7 @@ class Network:
     @cached_property
     def _forward_step(self) -> Any:
         xla = resolve_xla(self.run.config, self.topology.kind)
-        return train_step.make_forward_step(self.strategy, split_point.whole_network(self.model), xla=xla)
+        return forward.make_forward_step(self.strategy, split_point.whole_network(self.model), xla=xla)
 
     def predict(self, source: ImageSource, progress: Callable[[int, int], None] | None = None) -> Predictions:
         """Predictions of every image of `source`; `progress` is called with the images done and their number."""
@@ -301,14 +305,14 @@ def class_probabilities(
 
     Args:
         batch_size: Images per replica and step.
-        step: `train_step.make_forward_step` of the network; traced once, whatever the number of sources.
+        step: `forward.make_forward_step` of the network; traced once, whatever the number of sources.
         progress: Called with the steps done and their number.
 
     Returns:
         float32 [N, C], complete on every worker.
     """
     plan = EvaluationPlan(source.count, batch_size, topology.replicas)
-    iterator = train_step.distributed_batches(strategy, topology, source, plan)
+    iterator = pipeline.distributed_batches(strategy, topology, source, plan)
     outputs: list[npt.NDArray[np.float32]] = []
     for number in range(plan.steps):
         outputs.append(step(iterator))

@@ -7,7 +7,6 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -19,35 +18,13 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import auc
 
 from cxr_dist.evaluation.calibration import risk_coverage
-from cxr_dist.evaluation.metrics import Predictions, mean_roc_curve, roc_curves
-from cxr_dist.runs.ranking import best_index
+from cxr_dist.evaluation.history import _column, best_epoch_of, stage_label, stage_spans
+from cxr_dist.evaluation.metrics import mean_roc_curve, roc_curves
+from cxr_dist.evaluation.predictions import Predictions
+from tfrecords_builder.common.figure_style import BLUE, COLOURS, DASHES, GRAY, RULE, STYLE, VERMILLION, display_name
 
-STAGE_LABELS = {"1": "stage 1: head", "2": "stage 2: fine-tuning"}
-
-_BLUE, _VERMILLION = "#0072B2", "#D55E00"
-_COLOURS = (_BLUE, _VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES = ("-", "--", "-.")
-_GRAY, _RULE = "#6b6b6b", "#d0d4d9"
 # Above this, one-vs-rest curves are told apart only in the upper left corner.
 _ZOOM_FROM_AUC = 0.95
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 11.0,
-    "axes.labelsize": 12.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "legend.fontsize": 10.5,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "text.usetex": False,
-    "savefig.facecolor": "white",
-}
-
-
-def display_name(class_name: str) -> str:
-    """A class name as people read it: underscores as spaces."""
-    return class_name.replace("_", " ").strip() or class_name
 
 
 def confusion_matrix_figure(confusion: npt.ArrayLike, class_names: Sequence[str]) -> Figure:
@@ -72,7 +49,7 @@ def confusion_matrix_figure(confusion: npt.ArrayLike, class_names: Sequence[str]
         for name, total in zip(class_names, totals[:, 0], strict=True)
     ]
     upright = max(len(line) for label in columns for line in label.split("\n")) <= (14 if size <= 5 else 7)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(cell * size + 2.0, cell * size + (1.0 if upright else 2.0)), layout="constrained")
         axes = figure.add_subplot()
         axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
@@ -84,10 +61,10 @@ def confusion_matrix_figure(confusion: npt.ArrayLike, class_names: Sequence[str]
             axes.tick_params(axis="x", rotation=90)
         axes.set_xlabel("Predicted class")
         axes.set_ylabel("True class")
-        axes.spines[:].set(visible=True, color=_RULE, linewidth=0.8)
+        axes.spines[:].set(visible=True, color=RULE, linewidth=0.8)
         for edge in range(1, size):
-            axes.axhline(edge - 0.5, color=_RULE, linewidth=0.8)
-            axes.axvline(edge - 0.5, color=_RULE, linewidth=0.8)
+            axes.axhline(edge - 0.5, color=RULE, linewidth=0.8)
+            axes.axvline(edge - 0.5, color=RULE, linewidth=0.8)
         for row, column in np.ndindex(counts.shape):
             # White on the dark half of the map: a contrast of at least 4.5 to 1 on either side.
             style: dict[str, Any] = {
@@ -110,11 +87,11 @@ def roc_figure(predictions: Predictions) -> Figure:
     """
     curves = roc_curves(predictions)
     outside = len(predictions.class_names) > 5 or max(map(len, predictions.class_names)) > 24
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.0 if outside else 6.0, 5.6), layout="constrained")
         axes = figure.add_subplot()
         for index, name in enumerate(predictions.class_names):
-            colour, dashes = _COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)]
+            colour, dashes = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
             if name in curves:
                 label = f"{_label(name, 34)} (AUC {auc(*curves[name]):.3f})"
                 axes.plot(*curves[name], color=colour, linestyle=dashes, label=label)
@@ -126,7 +103,7 @@ def roc_figure(predictions: Predictions) -> Figure:
             axes.plot(*mean, color="black", linewidth=2.2, linestyle=":", label=f"macro average (AUC {auc(*mean):.3f})")
             if auc(*mean) >= _ZOOM_FROM_AUC:
                 _zoom_into_corner(axes)
-        axes.plot([0, 1], [0, 1], color=_GRAY, linewidth=1.0, linestyle=(0, (2, 3)), label="chance (AUC 0.500)")
+        axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1.0, linestyle=(0, (2, 3)), label="chance (AUC 0.500)")
         # Room at the borders: a good curve runs along them.
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
         axes.set_xlabel("False positive rate (1 − specificity)")  # noqa: RUF001
@@ -147,12 +124,12 @@ def reliability_figure(
         before: of `calibration.reliability`, with the network's own probabilities.
         after: likewise with the scaled ones, if there are any.
     """
-    series = [("as the network gives them", before, _VERMILLION, "s", "--")]
-    series += [("after temperature scaling", after, _BLUE, "o", "-")] if after else []
-    with mpl.rc_context(_STYLE):
+    series = [("as the network gives them", before, VERMILLION, "s", "--")]
+    series += [("after temperature scaling", after, BLUE, "o", "-")] if after else []
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.0, 6.2), layout="constrained")
         axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        axes.plot([0, 1], [0, 1], color=_GRAY, linewidth=1.0, linestyle=(0, (2, 3)), label="as sure as right")
+        axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1.0, linestyle=(0, (2, 3)), label="as sure as right")
         for number, (label, bins, colour, marker, dashes) in enumerate(series):
             points = [row["confidence"] for row in bins], [row["accuracy"] for row in bins]
             axes.plot(*points, color=colour, marker=marker, markersize=5, linestyle=dashes, label=label)
@@ -173,11 +150,11 @@ def risk_coverage_figure(predictions: Predictions, risk: float, coverage: float 
         risk: that was asked for, a horizontal line.
         coverage: at the threshold that was chosen on validation, a vertical line; None if there is none.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(*risk_coverage(predictions), color=_BLUE, drawstyle="steps-post", label="wrong answers")
-        axes.axhline(risk, color=_VERMILLION, linestyle="--", linewidth=1.4, label=f"risk asked for ({risk:.0%})")
+        axes.plot(*risk_coverage(predictions), color=BLUE, drawstyle="steps-post", label="wrong answers")
+        axes.axhline(risk, color=VERMILLION, linestyle="--", linewidth=1.4, label=f"risk asked for ({risk:.0%})")
         if coverage is not None:
             label = f"chosen on validation ({coverage:.0%} answered)"
             axes.axvline(coverage, color="black", linestyle=":", linewidth=1.8, label=label)
@@ -203,14 +180,14 @@ def history_figure(history: Sequence[Mapping[str, Any]], best_epoch: int | None 
     epochs = np.arange(1, len(history) + 1)
     best = best_epoch_of(history) if best_epoch is None else best_epoch
     spans = stage_spans(history)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 6.4), layout="constrained")
         panels = figure.subplots(2, 1, sharex=True)
         for axes, key, title in zip(panels, ("accuracy", "loss"), ("Accuracy", "Loss"), strict=True):
             training, validation = _column(history, key), _column(history, f"val_{key}")
-            axes.plot(epochs, training, color=_BLUE, marker="o", markersize=4.5, label="training")
+            axes.plot(epochs, training, color=BLUE, marker="o", markersize=4.5, label="training")
             axes.plot(
-                epochs, validation, color=_VERMILLION, marker="s", markersize=4.5, linestyle="--", label="validation"
+                epochs, validation, color=VERMILLION, marker="s", markersize=4.5, linestyle="--", label="validation"
             )
             if best is not None and math.isfinite(validation[best - 1]):
                 ring = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgewidth": 1.6}
@@ -223,7 +200,7 @@ def history_figure(history: Sequence[Mapping[str, Any]], best_epoch: int | None 
                     label=f"best (epoch {best})",
                 )
             for _, start, _ in spans[1:]:
-                axes.axvline(start - 0.5, color=_GRAY, linewidth=1.2, linestyle=(0, (4, 3)), gid="stage-boundary")
+                axes.axvline(start - 0.5, color=GRAY, linewidth=1.2, linestyle=(0, (4, 3)), gid="stage-boundary")
             axes.set_ylabel(title)
             axes.set_xlim(0.5, len(history) + 0.5)
             axes.grid(axis="y", color="#e3e3e3", linewidth=0.8)
@@ -236,29 +213,10 @@ def history_figure(history: Sequence[Mapping[str, Any]], best_epoch: int | None 
     return figure
 
 
-def best_epoch_of(history: Sequence[Mapping[str, Any]]) -> int | None:
-    """The best epoch (from 1, through all stages); None if no epoch was validated."""
-    index = best_index(history)
-    return None if index is None else index + 1
-
-
-def stage_spans(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
-    """(stage, first epoch, last epoch) of each run of equal stages, epochs counted through all stages from 1."""
-    stages = [str(row["stage"]) for row in history]
-    starts = [1, *(index + 2 for index, (one, other) in enumerate(pairwise(stages)) if one != other)]
-    ends = [*(start - 1 for start in starts[1:]), len(stages)]
-    return [(stages[start - 1], start, end) for start, end in zip(starts, ends, strict=True)]
-
-
-def stage_label(stage: str) -> str:
-    """What a stage is called in figures and captions."""
-    return STAGE_LABELS.get(stage, f"stage {stage}")
-
-
 def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
     """`figure` as a PNG, grown to hold whatever reaches over its edge; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -283,7 +241,7 @@ def _zoom_into_corner(axes: Axes) -> None:
         )
     inset.set(xlim=(-0.004, 0.2), ylim=(0.8, 1.004), xticks=(0, 0.1, 0.2), yticks=(0.8, 0.9, 1.0))
     inset.tick_params(labelsize=9.5)
-    axes.indicate_inset_zoom(inset, edgecolor=_GRAY, alpha=0.6)
+    axes.indicate_inset_zoom(inset, edgecolor=GRAY, alpha=0.6)
 
 
 def _label_stages(axes: Axes, spans: Sequence[tuple[str, int, int]]) -> None:
@@ -298,10 +256,5 @@ def _label_stages(axes: Axes, spans: Sequence[tuple[str, int, int]]) -> None:
             textcoords="offset points",
             ha="right" if first_of_several else "left",
             va="bottom",
-            color=_GRAY,
+            color=GRAY,
         )
-
-
-def _column(history: Sequence[Mapping[str, Any]], key: str) -> npt.NDArray[np.float64]:
-    values = (row.get(key) for row in history)
-    return np.array([math.nan if value is None else value for value in values], np.float64)

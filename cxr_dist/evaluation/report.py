@@ -16,11 +16,11 @@ from cxr_dist.evaluation import captions, figures
 from cxr_dist.evaluation.assessment import UNKNOWN, Origin, assess
 from cxr_dist.evaluation.calibration import scaled
 from cxr_dist.evaluation.examination.findings import Examination
-from cxr_dist.evaluation.metrics import Predictions, is_predictions_file, write_predictions
+from cxr_dist.evaluation.predictions import Predictions, is_predictions_file, write_predictions
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.figure_style import display_name, svg_bytes
 from tfrecords_builder.common.files import intended_name, write_bytes
 from tfrecords_builder.common.page import template_environment
-from tfrecords_builder.eda.figures import svg_bytes
 
 METRICS, PREDICTIONS, REPORT = "metrics.json", "predictions.parquet", "report.html"
 CONFUSION, ROC, HISTORY = "confusion_matrix.png", "roc.png", "history.png"
@@ -186,7 +186,7 @@ def render_report(
     shown = {drawing.file: drawing.shown for drawing in drawings}
     environment = template_environment("cxr_dist")
     environment.filters |= {
-        "display": figures.display_name,
+        "display": display_name,
         "percent": captions.percent,
         "decimal": captions.decimal,
         "interval": captions.interval,

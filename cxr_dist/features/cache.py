@@ -24,15 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
-from cxr_dist.data import augmentation as augment
-from cxr_dist.data import random_streams
+from cxr_dist.data import augmentation as augment, pipeline, random_streams
+from cxr_dist.data.arrays import ArraySource, Slice, Source
 from cxr_dist.data.batch_sampler import EvaluationPlan
-from cxr_dist.data.shards import ArraySource, ShardSource, Slice, Source
-from cxr_dist.distributed.strategy import Topology
+from cxr_dist.data.shards import ShardSource
+from cxr_dist.distributed import collectives
+from cxr_dist.distributed.devices import Topology
 from cxr_dist.features.store import Description, FeatureStore, PartWriter, Rows
-from cxr_dist.model import split_point
+from cxr_dist.model import forward, split_point
 from cxr_dist.model.resnet import IMAGENET_MEAN_BGR, POOL_NAME
-from cxr_dist.training import train_step
 from tfrecords_builder.common.errors import UserError
 
 BATCH_SIZE = 32
@@ -111,7 +111,7 @@ class FrozenFeatures:
         self._precision, self._xla, self._progress = precision, xla, progress
         self._waiting = waiting
         self._iterators: list[Any] = []
-        """Kept until the run ends: destroying one may take a minute (see `train_step.distributed_batches`)."""
+        """Kept until the run ends: destroying one may take a minute (see `pipeline.distributed_batches`)."""
 
     def sources(
         self, model: Any, name: str, also: Sequence[str], images: SplitImages, augmentation: AugmentationConfig | None
@@ -134,9 +134,9 @@ class FrozenFeatures:
         """Whether the tensors at a cut are worth their bytes, from a measurement of one batch and of the disk."""
         needed = total * where.bytes_per_image
         present = self._store.has(self._describe(model, where.name, images, None, None))
-        if train_step.all_agree(self._strategy, present):
+        if collectives.all_agree(self._strategy, present):
             return True
-        if not train_step.all_agree(self._strategy, self._store.fits(needed)):
+        if not collectives.all_agree(self._strategy, self._store.fits(needed)):
             return False
         dtypes = [split_point.stored_dtype(where.name)]
         run, iterator, batch = self._passes(model, [where.name], dtypes, images.source, None, None)
@@ -153,7 +153,7 @@ class FrozenFeatures:
             read_rate=read_rate,
             write_rate=write_rate,
         )
-        return train_step.all_agree(self._strategy, answer)
+        return collectives.all_agree(self._strategy, answer)
 
     def _find_or_compute(
         self,
@@ -166,10 +166,10 @@ class FrozenFeatures:
         entries = {name: self._describe(model, name, images, augmentation, view) for name in names}
         with ExitStack() as held:
             other = _OtherRun()
-            while not train_step.all_agree(self._strategy, self._hold(list(entries.values()), held, other)):
+            while not collectives.all_agree(self._strategy, self._hold(list(entries.values()), held, other)):
                 self._waiting()
             found = {name: self._store.find(entry) for name, entry in entries.items()}
-            missing = [name for name in names if not train_step.all_agree(self._strategy, found[name] is not None)]
+            missing = [name for name in names if not collectives.all_agree(self._strategy, found[name] is not None)]
             if missing:
                 self._compute(model, {name: entries[name] for name in missing}, images, augmentation, view)
                 found |= {name: self._store.find(entries[name]) for name in missing}
@@ -179,7 +179,7 @@ class FrozenFeatures:
 
     def _must_agree(self, seen: bool) -> None:
         """End the run on all workers unless each has `seen` what the others wrote."""
-        if not train_step.all_agree(self._strategy, seen):
+        if not collectives.all_agree(self._strategy, seen):
             raise UserError(
                 f"features.folder {self._store.folder}: what one worker writes there, others do not see; name a folder "
                 "that all workers share, or set features.cache=off"
@@ -220,7 +220,7 @@ class FrozenFeatures:
             for name, entry in entries.items():
                 row = int(np.prod(shapes[name])) * np.dtype(dtypes[name]).itemsize
                 self._store.begin(entry, images.source.count * row)
-        train_step.all_agree(self._strategy, True)
+        collectives.all_agree(self._strategy, True)
         self._must_agree(all(self._store.has_begun(entry) for entry in entries.values()))
         count, workers = images.source.count, topology.workers
         first, last = count * topology.worker // workers, count * (topology.worker + 1) // workers
@@ -233,11 +233,11 @@ class FrozenFeatures:
             ]
             if mine.count:  # or there are more workers than images
                 self._write(writers, model, names, mine, augmentation, draws)
-        train_step.all_agree(self._strategy, True)
+        collectives.all_agree(self._strategy, True)
         if topology.is_chief:
             for name, entry in entries.items():
                 self._store.commit(entry, topology.workers, shapes[name], dtypes[name])
-        train_step.all_agree(self._strategy, True)
+        collectives.all_agree(self._strategy, True)
 
     def _write(
         self,
@@ -273,10 +273,10 @@ class FrozenFeatures:
         local = len(self._topology.devices)
         alone = Topology(1, 0, self._topology.kind, self._topology.devices)
         plan = EvaluationPlan(source.count, BATCH_SIZE, local)
-        run = train_step.make_feature_step(
+        run = forward.make_feature_step(
             self._strategy, split_point.frozen_outputs(model, names), dtypes, augmentation, self._xla
         )
-        iterator = train_step.distributed_batches(self._strategy, alone, source, plan, extra=draws)
+        iterator = pipeline.distributed_batches(self._strategy, alone, source, plan, extra=draws)
         self._iterators.append(iterator)
         return run, iterator, BATCH_SIZE * local
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cxr_dist.config.schema import Config, StageConfig
-from cxr_dist.data.shards import Source
+from cxr_dist.data.arrays import Source
 from cxr_dist.features import cache
 from cxr_dist.model import split_point
 from cxr_dist.model.resnet import set_trainable, trains_base_batch_norm

@@ -18,10 +18,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.distributed.strategy import muted_stderr, prepare_devices
-from cxr_dist.inference.classifier import calibrated, load_model, read_finished
+from cxr_dist.distributed.devices import muted_stderr, prepare_devices
+from cxr_dist.inference.classifier import calibrated, load_model
 from cxr_dist.model import split_point
 from cxr_dist.runs.calibration_file import Calibration, read_calibration
+from cxr_dist.runs.finished import read_finished
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import sync, write_json
 

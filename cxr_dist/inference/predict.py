@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.data.image_files import read_square
-from cxr_dist.evaluation.examination.attention import make_explain
-from cxr_dist.evaluation.examination.gallery import overlay_png
 from cxr_dist.inference.classifier import BATCH_SIZE, Answer, Classifier
+from cxr_dist.inference.grad_cam import make_explain
+from cxr_dist.inference.overlay import overlay_png
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import intended_name, write_bytes
 from tfrecords_builder.images.decode import ImageError

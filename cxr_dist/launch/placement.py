@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cxr_dist.distributed.strategy import DeviceKind
+from cxr_dist.distributed.devices import DeviceKind
 from cxr_dist.tuning.search_space import SearchConfig
 from tfrecords_builder.common.errors import UserError
 

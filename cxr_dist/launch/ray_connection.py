@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cxr_dist.distributed.strategy import QUIET
+from cxr_dist.distributed.devices import QUIET
 from cxr_dist.launch.ray_tokens import HOW_TO_SET, ask_for_tokens, token_sent
 from tfrecords_builder.common.errors import UserError, one_line
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from cxr_dist.runs.loggers import Event, Reporter
+from cxr_dist.runs.events import Event, Reporter
 from cxr_dist.tuning.experiment import Outcome, Trial
 from cxr_dist.tuning.trial_jobs import Watch
 

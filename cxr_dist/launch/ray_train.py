@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config
-from cxr_dist.distributed.strategy import muted_stderr, prepare_devices, scratch_folder
+from cxr_dist.distributed.devices import muted_stderr, prepare_devices, scratch_folder
 from cxr_dist.launch.placement import WorkerPlan, cluster_nodes, plan_most_workers
 from cxr_dist.launch.ray_connection import connected
 from cxr_dist.launch.ray_metrics import RayMetrics
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.checkpoints import CheckpointFolder
+from cxr_dist.runs.events import EventFile, EventFollower, Reporter, Reporters, closing
 from cxr_dist.runs.heartbeat import BEATS, reasons
 from cxr_dist.runs.interrupt import RESUME
-from cxr_dist.runs.loggers import EventFile, EventFollower, Reporter, Reporters, closing, end_mlflow_run, run_reporters
+from cxr_dist.runs.loggers import end_mlflow_run, run_reporters
 from cxr_dist.runs.stop_request import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
 from cxr_dist.tuning.search_space import Values
 from tfrecords_builder.common.errors import UserError, one_line
@@ -366,23 +367,3 @@ def _errors_in(error: BaseException) -> Iterator[BaseException]:
         ]
         failures = getattr(current, "worker_failures", None)
         pending += failures.values() if isinstance(failures, dict) else []
-
-
-def train_locally(
-    config: Config,
-    dataset: Path,
-    run: Path,
-    reporter: Reporter,
-    *,
-    prepare: Prepare,
-    devices_per_worker: int | None = None,
-) -> dict[str, Any]:
-    """Train in this process, with no Ray at all: the single-node fallback."""
-    from cxr_dist.training.loop import train
-
-    topology = prepare_devices(devices_per_worker)
-    if not prepare(topology.replicas):
-        return _result(run)
-    reporters = Reporters([reporter, *run_reporters(run, run_folder.TENSORBOARD, run.name)])
-    with stopped_by_sigterm(run), closing(reporters):
-        return train(config, dataset, run, topology, reporters, "local")

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config
-from cxr_dist.distributed.strategy import muted_stderr, prepare_devices, scratch_folder
+from cxr_dist.distributed.devices import muted_stderr, prepare_devices, scratch_folder
 from cxr_dist.launch.placement import TrialPlan, WorkerPlan, cluster_nodes, plan_trials, this_machine
 from cxr_dist.launch.ray_connection import OWN_CLUSTER, connected, resolved_address
 from cxr_dist.launch.ray_metrics import CountingWatch, RayMetrics
 from cxr_dist.launch.ray_train import following, launch_training
 from cxr_dist.runs import run_folder
-from cxr_dist.runs.loggers import ConsoleReporter, Reporter, Reporters
+from cxr_dist.runs.events import Reporter, Reporters
+from cxr_dist.runs.loggers import ConsoleReporter
 from cxr_dist.tuning.experiment import TUNE, Experiment, Trial
 from cxr_dist.tuning.sampler import Sampler
 from cxr_dist.tuning.search_space import SearchPlan

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cxr_dist.config.schema import Config, load_config
+from cxr_dist.config.loading import load_config
+from cxr_dist.config.schema import Config
 from cxr_dist.runs.heartbeat import BEATS
 from cxr_dist.runs.seen_images import SEEN, write_seen
 from cxr_dist.runs.stop_request import REGROUP, STOP, StopRequest

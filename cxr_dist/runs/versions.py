@@ -73,7 +73,7 @@ def made_with(hardware: Mapping[str, str], launcher: str) -> dict[str, str]:
     """All that decides a run's numbers beside its configuration and its dataset, of this process.
 
     Args:
-        hardware: What is known of the devices, by name (`strategy.hardware`).
+        hardware: What is known of the devices, by name (`devices.hardware`).
         launcher: Of the run; Ray counts where it is used.
     """
     packages = {name: version_of(name) for name in (*PACKAGES, *(["ray"] if launcher == "ray" else []))}

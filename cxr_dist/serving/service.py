@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.inference.classifier import Answer, Classifier, load_classifier, read_finished, weights_file
+from cxr_dist.inference.classifier import Answer, Classifier, load_classifier
 from cxr_dist.launch.ray_connection import OWN_CLUSTER, connected
 from cxr_dist.runs.calibration_file import read_calibration
+from cxr_dist.runs.finished import read_finished, weights_file
 from cxr_dist.serving.batcher import Batcher
 from cxr_dist.serving.http_app import HttpApp, Limits
 from tfrecords_builder.common.errors import UserError, one_line

@@ -6,7 +6,6 @@ does on as many replicas, and so dropout draws.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,44 +13,10 @@ import numpy.typing as npt
 
 from cxr_dist.config.schema import AugmentationConfig
 from cxr_dist.data import augmentation as augment
+from cxr_dist.model.variables import Variables
 
 # Domains of the counter-based random numbers, so that no two uses share a stream.
 _AUGMENTATION, _DROPOUT = 1, 2
-
-
-@dataclass(frozen=True)
-class Variables:
-    """A model's variables by what a step does with them, as indices into Keras's own lists."""
-
-    trainable: list[Any]
-    other: list[Any]
-    statistics: list[int]
-    """Of `other`: moving statistics of BatchNorm layers that train."""
-    seeds: list[int]
-    """Of `other`: states of dropout's seed generators, which are set by the step and never saved."""
-
-    @classmethod
-    def of(cls, model: Any) -> "Variables":
-        import keras
-
-        trainable, other = list(model.trainable_variables), list(model.non_trainable_variables)
-        place = {id(variable): index for index, variable in enumerate(other)}
-        statistics, seeds = [], []
-        for layer in model._flatten_layers():
-            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
-                statistics += [place[id(layer.moving_mean)], place[id(layer.moving_variance)]]
-            if isinstance(layer, keras.layers.Dropout) and layer.rate > 0:
-                seeds.append(place[id(layer.seed_generator.state)])
-        return cls(trainable, other, statistics, seeds)
-
-    def values(self) -> tuple[list[Any], list[Any]]:
-        """This replica's values, as tensors: what `stateless_call` takes."""
-        import tensorflow as tf
-
-        return (
-            [tf.convert_to_tensor(variable.value) for variable in self.trainable],
-            [tf.convert_to_tensor(variable.value) for variable in self.other],
-        )
 
 
 class Place(NamedTuple):

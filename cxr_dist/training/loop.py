@@ -14,16 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.config.schema import Config, StageConfig
+from cxr_dist.data import pipeline
+from cxr_dist.data.arrays import Source
 from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
-from cxr_dist.data.shards import ShardSource, Source
-from cxr_dist.distributed.strategy import (
-    Topology,
-    dtype_policy,
-    hardware,
-    make_strategy,
-    resolve_precision,
-    resolve_xla,
-)
+from cxr_dist.data.shards import ShardSource
+from cxr_dist.distributed import collectives
+from cxr_dist.distributed.devices import Topology, hardware
+from cxr_dist.distributed.precision import dtype_policy, resolve_precision, resolve_xla
+from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.evaluation.metrics import counts_metrics
 from cxr_dist.features import cache
 from cxr_dist.features.stage_inputs import StageInputs
@@ -38,10 +36,9 @@ from cxr_dist.model.resnet import (
 )
 from cxr_dist.runs import checkpoints, corrupt_records, heartbeat, run_folder, versions
 from cxr_dist.runs.checkpoint_writer import Keeper
-from cxr_dist.runs.loggers import Reporter
+from cxr_dist.runs.events import Reporter
 from cxr_dist.runs.stop_request import StoppedError, StopRequest
-from cxr_dist.training import schedules
-from cxr_dist.training import train_step as steps
+from cxr_dist.training import schedules, train_step as steps
 from cxr_dist.training.progress import Best, Progress
 from cxr_dist.training.stage_state import StageState
 from cxr_dist.training.steps_per_call import FixedLengths, Pace
@@ -412,7 +409,7 @@ class _Run:
 
     def _batches(self, source: Source, plan: TrainingPlan | EvaluationPlan, start_step: int = 0) -> Any:
         """An endless iterator, kept until the run ends: making and destroying one costs seconds."""
-        iterator = steps.distributed_batches(self.strategy, self.topology, source, plan, start_step)
+        iterator = pipeline.distributed_batches(self.strategy, self.topology, source, plan, start_step)
         self.iterators.append(iterator)
         return iterator
 
@@ -470,7 +467,7 @@ class _Run:
             self.folder.clean()
             found = self.folder.newest(self._warn, set_aside=True)
         position = found[0] if found else checkpoints.Position(-1)
-        epochs_done, step = steps.chiefs(self.strategy, self.topology, (position.epochs_done, position.step))
+        epochs_done, step = collectives.chiefs(self.strategy, self.topology, (position.epochs_done, position.step))
         if epochs_done < 0:
             load_base_weights(self.model, self.config.model.weights)
             if self.topology.is_chief:

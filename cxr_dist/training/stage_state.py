@@ -5,7 +5,7 @@ from typing import Any
 
 from cxr_dist.config.schema import StageConfig
 from cxr_dist.runs import checkpoints
-from cxr_dist.training import optimizers, train_step
+from cxr_dist.training import loss_scale, optimizers
 from cxr_dist.training.weight_average import WeightAverage
 
 
@@ -15,7 +15,7 @@ class StageState:
 
     model: Any
     optimizer: Any
-    loss_scale: train_step.LossScale
+    loss_scale: loss_scale.LossScale
     average: WeightAverage | None
     """Of the trainable weights; None where the stage asks for none."""
 
@@ -32,7 +32,7 @@ class StageState:
             optimizer.build(model.trainable_variables)
             decay = stage.weight_average
             average = None if decay is None else WeightAverage(model.trainable_variables, decay)
-        return cls(model, optimizer, train_step.LossScale.create(precision), average)
+        return cls(model, optimizer, loss_scale.LossScale.create(precision), average)
 
     def arrays(self) -> checkpoints.Arrays:
         """What a checkpoint holds of it."""

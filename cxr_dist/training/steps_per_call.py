@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from cxr_dist.distributed.strategy import DeviceKind
+from cxr_dist.distributed.devices import DeviceKind
 from cxr_dist.training.train_step import MOST_STEPS_PER_CALL
 
 SECONDS_PER_CALL = 1.0

@@ -13,7 +13,7 @@ gradient, `global_clipnorm` clips before the reduction), which gives NaN weights
 Many steps run in one call (`tf.function` with a loop over steps), so the host is asked once per call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.config.schema import AugmentationConfig, StageConfig
-from cxr_dist.data import augmentation as augment
-from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
-from cxr_dist.data.pipeline import worker_batches
-from cxr_dist.data.shards import Source
-from cxr_dist.distributed.strategy import Topology
+from cxr_dist.model.variables import Variables
 from cxr_dist.training import optimizers
-from cxr_dist.training.gradients import Place, Variables, in_parts, make_gradient
+from cxr_dist.training.gradients import Place, in_parts, make_gradient
+from cxr_dist.training.loss_scale import LossScale
 from cxr_dist.training.weight_average import WeightAverage
 
 MOST_STEPS_PER_CALL = 100
@@ -37,52 +34,6 @@ TOTALS = 6
 LOSS, CORRECT, COUNT, SKIPPED, WAITED, OVERFLOWED = range(TOTALS)
 """WAITED: seconds in which a step was ready and its batch was not. OVERFLOWED: of the skipped steps, those that a lower
 loss scale may have saved."""
-
-
-@dataclass
-class LossScale:
-    """Dynamic loss scale for float16 (Micikevicius et al. 2018): halved on overflow, doubled now and then."""
-
-    scale: Any
-    good_steps: Any
-    dynamic: bool
-    growth_interval: int = 2000
-
-    @classmethod
-    def create(cls, precision: str, initial: float = 2.0**15) -> "LossScale":
-        """Outside the strategy's scope: every worker makes the same decisions on a variable of its own."""
-        import tensorflow as tf
-
-        dynamic = precision == "float16"
-        scale = tf.Variable(initial if dynamic else 1.0, dtype=tf.float32, trainable=False, name="loss_scale")
-        return cls(scale, tf.Variable(0, dtype=tf.int32, trainable=False, name="good_steps"), dynamic)
-
-    def update(self, finite: Any) -> None:
-        """Called once per step, outside the replicas, inside the compiled loop."""
-        import tensorflow as tf
-
-        if not self.dynamic:
-            return
-        good = tf.where(finite, self.good_steps + 1, 0)
-        grow = good >= self.growth_interval
-        changed = tf.where(finite, tf.where(grow, self.scale * 2.0, self.scale), self.scale * 0.5)
-        self.scale.assign(tf.clip_by_value(changed, 1.0, 2.0**24))
-        self.good_steps.assign(tf.where(grow, 0, good))
-
-    def may_be_at_fault(self) -> Any:
-        """1 where an overflow may be the scale's fault, as it can still go down, else 0: a float64 scalar."""
-        import tensorflow as tf
-
-        return tf.cast(self.scale > 1.0, tf.float64) if self.dynamic else tf.zeros([], tf.float64)
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """What a checkpoint holds of it."""
-        return {"loss_scale": np.asarray(self.scale), "loss_scale_good_steps": np.asarray(self.good_steps)}
-
-    def restore(self, arrays: dict[str, npt.NDArray[Any]]) -> None:
-        """Assign what `arrays` gave."""
-        self.scale.assign(arrays["loss_scale"])
-        self.good_steps.assign(arrays["loss_scale_good_steps"])
 
 
 @dataclass
@@ -278,122 +229,3 @@ def make_evaluation_step(
         return np.rint(confusion.numpy()).astype(np.int64), float(loss.numpy())
 
     return run
-
-
-def make_forward_step(strategy: Any, model: Any, *, xla: bool) -> Callable[[Any], Any]:
-    """run(iterator) -> probabilities of the global batch in slot order, float32 [replicas * B, C], on every worker."""
-    import tensorflow as tf
-
-    variables = Variables.of(model)
-
-    def forward(batch: dict[str, Any], trainable: list[Any], other: list[Any]) -> Any:
-        inputs = tf.cast(batch["inputs"], tf.float32)
-        logits, _ = model.stateless_call(trainable, other, inputs, training=False)
-        return tf.nn.softmax(tf.cast(logits, tf.float32))
-
-    inner = tf.function(forward, jit_compile=True) if xla else forward
-
-    def replica_step(batch: dict[str, Any]) -> Any:
-        outputs = inner(batch, *variables.values())
-        context = tf.distribute.get_replica_context()
-        return context.all_gather(outputs, axis=0) if strategy.num_replicas_in_sync > 1 else outputs
-
-    @tf.function
-    def step(iterator: Any) -> Any:
-        return strategy.experimental_local_results(strategy.run(replica_step, args=(next(iterator),)))[0]
-
-    return lambda iterator: step(iterator).numpy()
-
-
-def distributed_batches(
-    strategy: Any,
-    topology: Topology,
-    source: Source,
-    plan: TrainingPlan | EvaluationPlan,
-    start_step: int = 0,
-    extra: npt.NDArray[np.float32] | None = None,
-) -> Any:
-    """An iterator over the batches of this worker's replicas; see `pipeline.worker_batches`."""
-    local = len(topology.devices)
-
-    def pipeline(_context: Any) -> Any:
-        return worker_batches(
-            source,
-            plan,
-            first_replica=topology.worker * local,
-            local_replicas=local,
-            start_step=start_step,
-            extra=extra,
-        )
-
-    if topology.kind == "CPU" and local == 1:
-        # A distributed iterator would fetch to the device, which is where the batch is, with an autotuning thread
-        # that cannot be turned off, wakes up ever less often, and holds up the iterator's end: by up to a minute.
-        return iter(pipeline(None))
-    return iter(strategy.distribute_datasets_from_function(pipeline))
-
-
-def make_feature_step(
-    strategy: Any, model: Any, dtypes: Sequence[str], augmentation: AugmentationConfig | None, xla: bool
-) -> Callable[[Any], list[list[npt.NDArray[Any]]]]:
-    """run(iterator) -> for each replica of this worker, the outputs of `model` for its batch, in inference mode.
-
-    `model` has one output or several, [B, ...], which come in `dtypes`. Involves no other worker. With an augmentation,
-    batches have a row of its draws for each image as `extra`.
-    """
-    import tensorflow as tf
-
-    variables = Variables.of(model)
-
-    def forward(batch: dict[str, Any], trainable: list[Any], other: list[Any]) -> list[Any]:
-        inputs = tf.cast(batch["inputs"], tf.float32)
-        if augmentation is not None:
-            inputs = augment.augment(inputs, batch["extra"], augmentation)
-        outputs, _ = model.stateless_call(trainable, other, inputs, training=False)
-        flat = tf.nest.flatten(outputs)  # Keras makes one tensor of a list of one
-        return [tf.cast(output, dtype) for output, dtype in zip(flat, dtypes, strict=True)]
-
-    inner = tf.function(forward, jit_compile=True) if xla else forward
-
-    def replica_step(batch: dict[str, Any]) -> list[Any]:
-        return inner(batch, *variables.values())
-
-    @tf.function
-    def step(iterator: Any) -> list[Any]:
-        outputs = strategy.run(replica_step, args=(next(iterator),))
-        return [list(strategy.experimental_local_results(output)) for output in outputs]
-
-    def run(iterator: Any) -> list[list[npt.NDArray[Any]]]:
-        by_output = step(iterator)
-        return [[output[replica].numpy() for output in by_output] for replica in range(len(by_output[0]))]
-
-    return run
-
-
-def all_agree(strategy: Any, answer: bool) -> bool:
-    """Whether every worker answers yes; workers wait here for each other."""
-    import tensorflow as tf
-
-    def count() -> Any:
-        context = tf.distribute.get_replica_context()
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(1.0 if answer else 0.0))
-
-    if strategy.num_replicas_in_sync == 1:
-        return answer
-    counted = strategy.experimental_local_results(tf.function(lambda: strategy.run(count))())[0]
-    return int(counted) == strategy.num_replicas_in_sync
-
-
-def chiefs(strategy: Any, topology: Topology, values: Sequence[int]) -> list[int]:
-    """The chief's values, on every worker; workers wait here for each other. Below 2^53."""
-    import tensorflow as tf
-
-    def share() -> Any:
-        context = tf.distribute.get_replica_context()
-        is_first = tf.cast(context.replica_id_in_sync_group == 0, tf.float64)
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.constant(list(values), tf.float64) * is_first)
-
-    if topology.workers == 1:
-        return list(values)
-    shared = strategy.experimental_local_results(tf.function(lambda: strategy.run(share))())[0]
-    return [int(value) for value in shared]

@@ -19,10 +19,11 @@ from typing import Any, Literal
 
 import yaml
 
-from cxr_dist.config.schema import read_yaml
+from cxr_dist.config.loading import read_yaml
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.checkpoints import CheckpointFolder
-from cxr_dist.runs.loggers import EndState, end_mlflow_run
+from cxr_dist.runs.events import EndState
+from cxr_dist.runs.loggers import end_mlflow_run
 from cxr_dist.runs.ranking import best_index, rank
 from cxr_dist.runs.versions import FORMAT, check_format
 from cxr_dist.tuning import hparams

@@ -15,20 +15,9 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from cxr_dist.runs.ranking import rank
 from cxr_dist.tuning.search_space import Parameter, Value, Values
+from tfrecords_builder.common.figure_style import BLUE, GRAY, RULE, STYLE, VERMILLION
 
-_BLUE, _VERMILLION, _GRAY, _RULE = "#0072B2", "#D55E00", "#6b6b6b", "#d0d4d9"
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 11.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "text.usetex": False,
-    "savefig.facecolor": "white",
-    "svg.fonttype": "path",
-    "svg.hashsalt": "cxr-dist",
-}
-_MARKERS = {"complete": ("o", _BLUE, _BLUE, "complete"), "stopped": ("o", "white", _GRAY, "stopped early")}
+_MARKERS = {"complete": ("o", BLUE, BLUE, "complete"), "stopped": ("o", "white", GRAY, "stopped early")}
 
 
 @dataclass(frozen=True)
@@ -50,12 +39,12 @@ class Point:
 
 def history_figure(points: Sequence[Point]) -> Figure:
     """Validation accuracy of each trial by number, and the best complete one so far as a line."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 3.6), layout="constrained")
         axes = figure.add_subplot()
         _scatter(axes, [point.number for point in points], points)
         numbers, best = best_so_far(points)
-        axes.step(numbers, best, where="post", color=_VERMILLION, linestyle="--", label="best so far")
+        axes.step(numbers, best, where="post", color=VERMILLION, linestyle="--", label="best so far")
         axes.set_xlabel("Trial")
         axes.set_ylabel("Validation accuracy")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -76,7 +65,7 @@ def best_so_far(points: Sequence[Point]) -> tuple[list[int], list[float]]:
 
 def parameter_figure(key: str, parameter: Parameter, points: Sequence[Point]) -> Figure:
     """Validation accuracy against one key."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 3.4), layout="constrained")
         axes = figure.add_subplot()
         if parameter.choices is not None:
@@ -111,7 +100,7 @@ def _scatter(axes: Axes, places: Sequence[float], points: Sequence[Point]) -> No
         if chosen:
             across, up = zip(*chosen, strict=True)
             axes.scatter(across, up, marker=marker, c=face, edgecolors=edge, s=42, label=label, zorder=3)
-    axes.grid(axis="y", color=_RULE, linewidth=0.7)
+    axes.grid(axis="y", color=RULE, linewidth=0.7)
 
 
 def parallel_figure(parameters: dict[str, Parameter], points: Sequence[Point]) -> Figure:
@@ -121,7 +110,7 @@ def parallel_figure(parameters: dict[str, Parameter], points: Sequence[Point]) -
     low, high = float(objectives.min()), float(objectives.max())
     shade = (objectives - low) / (high - low) if high > low else np.ones(len(points))
     best = max(range(len(points)), key=lambda index: points[index].rank)
-    with mpl.rc_context(_STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
+    with mpl.rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(max(5.0, 2.2 * (len(keys) + 1)), 4.2), layout="constrained")
         axes = figure.add_subplot()
         colours = mpl.colormaps["cividis_r"]
@@ -139,7 +128,7 @@ def parallel_figure(parameters: dict[str, Parameter], points: Sequence[Point]) -
             _scale(axes, place, parameters[key])
         for height, value in ((0.0, low), (1.0, high)):
             axes.annotate(f"{value:.4f}", (len(keys), height), (6, 0), textcoords="offset points", va="center")
-        axes.axvline(len(keys), color=_RULE, zorder=0)
+        axes.axvline(len(keys), color=RULE, zorder=0)
         axes.set_xticks(range(len(keys) + 1), [*[_two_lines(key) for key in keys], "validation\naccuracy"])
         axes.set_yticks([])
         axes.tick_params(length=0)
@@ -165,8 +154,8 @@ def _two_lines(key: str) -> str:
 
 
 def _scale(axes: Axes, place: int, parameter: Parameter) -> None:
-    axes.axvline(place, color=_RULE, zorder=0)
+    axes.axvline(place, color=RULE, zorder=0)
     for value in parameter.extremes():
         height = position(parameter, value)
         text = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-        axes.annotate(text, (place, height), (-6, 0), textcoords="offset points", ha="right", va="center", color=_GRAY)
+        axes.annotate(text, (place, height), (-6, 0), textcoords="offset points", ha="right", va="center", color=GRAY)

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from cxr_dist.distributed.strategy import prepare_devices, scratch_folder
+from cxr_dist.distributed.devices import prepare_devices, scratch_folder
 from cxr_dist.tuning.experiment import Experiment, Outcome, Trial
 from cxr_dist.tuning.sampler import Sampler
 from cxr_dist.tuning.search_space import SearchConfig

@@ -12,9 +12,9 @@ from cxr_dist.tuning.experiment import PAGE, Experiment, Outcome, best_outcome
 from cxr_dist.tuning.figures import Point
 from cxr_dist.tuning.sampler import Sampler
 from cxr_dist.tuning.search_space import SearchPlan
+from tfrecords_builder.common.figure_style import svg_bytes
 from tfrecords_builder.common.files import write_bytes
 from tfrecords_builder.common.page import template_environment
-from tfrecords_builder.eda.figures import svg_bytes
 
 TRIALS_FOR_IMPORTANCE = 8
 """Complete trials below which an estimate of importance says nothing."""

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from cxr_dist.config.schema import Config, known_keys, load_config, nested, parse_override, read_yaml, resolve_preset
+from cxr_dist.config.loading import known_keys, load_config, nested, parse_override, read_yaml, resolve_preset
+from cxr_dist.config.schema import Config
 from tfrecords_builder.common.errors import UserError
 
 Value = bool | int | float | str

@@ -20,7 +20,7 @@ from pathlib import Path
 from cxr_dist.config.schema import Config
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.checkpoints import BASE_PATTERN, CheckpointFolder, Position
-from cxr_dist.runs.loggers import Event, Reporter
+from cxr_dist.runs.events import Event, Reporter
 from tfrecords_builder.common import locks
 from tfrecords_builder.common.files import move_durably, sync
 

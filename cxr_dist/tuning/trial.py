@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config
-from cxr_dist.distributed.strategy import Topology
+from cxr_dist.distributed.devices import Topology
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.corrupt_records import leave_out
-from cxr_dist.runs.loggers import Event, Reporter, Reporters, closing, run_reporters
+from cxr_dist.runs.events import Event, Reporter, Reporters, closing
+from cxr_dist.runs.loggers import run_reporters
 from cxr_dist.runs.stop_request import StoppedError
 from cxr_dist.tuning.experiment import SHARED, Experiment
 from cxr_dist.tuning.search_space import Values

@@ -7,12 +7,12 @@ import pytest
 
 from cxr_dist.bench import step
 from cxr_dist.bench.step import Round, Summary
-from cxr_dist.config.schema import load_config
+from cxr_dist.config.loading import load_config
 from cxr_dist.model.resnet import build_model
-from cxr_dist.runs.loggers import Reporters
+from cxr_dist.runs.events import Reporters
 from cxr_dist.runs.run_folder import read_history
 from tests.conftest import SMALL_RUN, use_small_base
-from tests.training import small_base
+from tests.small_training import small_base
 
 
 def test_the_first_round_of_a_stage_counts_nowhere_and_ratios_are_paired() -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cxr_dist.cli import main
-from cxr_dist.config.schema import load_config
+from cxr_dist.config.loading import load_config
 from cxr_dist.runs import run_folder
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
@@ -489,7 +489,7 @@ def test_notes_of_an_error_are_printed_before_it(
         error.add_note("dataset/.cxr-build: keeps the images that were decoded")
         raise error
 
-    monkeypatch.setattr(main.commands, "verify", fail)
+    monkeypatch.setattr(main.dataset_commands, "verify", fail)
     with pytest.raises(SystemExit) as stopped:
         main.main(["verify", "dataset"])
     assert stopped.value.code == 2

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import tune_configs
-from cxr_dist.config.schema import BASE_LAYERS, Config, known_keys, load_config, resolve_preset
+from cxr_dist.config.loading import known_keys, load_config, resolve_preset
+from cxr_dist.config.schema import BASE_LAYERS, Config
 from tfrecords_builder.common.errors import UserError
 
 Write = Callable[[str], Path]

@@ -8,7 +8,7 @@ import pytest
 
 from cxr_dist.data.image_folder import FolderSource
 from cxr_dist.evaluation import bootstrap, captions
-from cxr_dist.evaluation.metrics import Predictions
+from cxr_dist.evaluation.predictions import Predictions
 
 NAMES = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
 

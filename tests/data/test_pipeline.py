@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from cxr_dist.data import batch_sampler as plans
-from cxr_dist.data import shards
+from cxr_dist.data import batch_sampler as plans, shards
+from cxr_dist.data.arrays import ArraySource, MemorySource
 from cxr_dist.data.batch_sampler import PADDING, EvaluationPlan, TrainingPlan, epoch_order
 from cxr_dist.data.pipeline import worker_batches
-from cxr_dist.data.shards import ArraySource, MemorySource, ShardSource
+from cxr_dist.data.shards import ShardSource
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest

@@ -8,16 +8,12 @@ from typing import Any
 
 import pytest
 
-from cxr_dist.config.schema import AllReduceConfig, Config, load_config
-from cxr_dist.distributed import strategy
-from cxr_dist.distributed.strategy import (
-    DeviceKind,
-    Topology,
-    dtype_policy,
-    muted_stderr,
-    resolve_precision,
-    resolve_xla,
-)
+from cxr_dist.config.loading import load_config
+from cxr_dist.config.schema import AllReduceConfig, Config
+from cxr_dist.distributed import devices, precision, strategy
+from cxr_dist.distributed.devices import DeviceKind, Topology, muted_stderr
+from cxr_dist.distributed.precision import dtype_policy, resolve_precision, resolve_xla
+from tfrecords_builder.common.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -30,7 +26,7 @@ from cxr_dist.distributed.strategy import (
     ],
 )
 def test_auto_precision_of_a_cpu(monkeypatch: pytest.MonkeyPatch, flags: set[str], expected: str) -> None:
-    monkeypatch.setattr(strategy, "_cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset(flags))
     assert resolve_precision("auto", "CPU") == expected
     for asked in ("float32", "bfloat16", "float16"):
         assert resolve_precision(asked, "CPU") == asked
@@ -61,11 +57,11 @@ def test_cpu_flags_are_read_from_the_system(monkeypatch: pytest.MonkeyPatch) -> 
             return self.text
 
     monkeypatch.setattr(strategy, "Path", Cpuinfo)
-    assert strategy._cpu_flags() == {"fpu", "avx512_bf16", "sse"}
+    assert precision._cpu_flags() == {"fpu", "avx512_bf16", "sse"}
     Cpuinfo.text = "processor : 0\n"
-    assert strategy._cpu_flags() == frozenset()
+    assert precision._cpu_flags() == frozenset()
     Cpuinfo.text = None
-    assert strategy._cpu_flags() == frozenset()
+    assert precision._cpu_flags() == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +77,7 @@ def test_cpu_flags_are_read_from_the_system(monkeypatch: pytest.MonkeyPatch) -> 
         ("off", True, "GPU", False),
     ],
 )
-def test_xla(xla: str, synchronized: bool, kind: strategy.DeviceKind, expected: bool) -> None:
+def test_xla(xla: str, synchronized: bool, kind: devices.DeviceKind, expected: bool) -> None:
     config: Config = load_config(overrides=[f"xla={xla}", f"model.synchronize_batch_norm={synchronized}"])
     assert resolve_xla(config, kind) is expected
 
@@ -89,21 +85,21 @@ def test_xla(xla: str, synchronized: bool, kind: strategy.DeviceKind, expected: 
 def test_policies_and_replicas() -> None:
     import keras
 
-    for precision in ("float32", "bfloat16", "float16"):
-        policy = keras.DTypePolicy(dtype_policy(precision))
-        assert (policy.variable_dtype, policy.compute_dtype) == ("float32", precision)
+    for name in ("float32", "bfloat16", "float16"):
+        policy = keras.DTypePolicy(dtype_policy(name))
+        assert (policy.variable_dtype, policy.compute_dtype) == ("float32", name)
     topology = Topology(3, 1, "GPU", ("GPU:0", "GPU:1"))
     assert (topology.replicas, topology.is_chief) == (6, False)
     assert Topology(3, 0, "GPU", ("GPU:0",)).is_chief
 
 
-@pytest.mark.parametrize(("devices", "name"), [(1, "OneDeviceStrategy"), (2, "MirroredStrategy")])
-def test_the_strategy_is_chosen_from_the_devices(devices: int, name: str) -> None:
-    topology = strategy.prepare_devices(devices)
-    assert len(topology.devices) == topology.replicas == devices
+@pytest.mark.parametrize(("count", "name"), [(1, "OneDeviceStrategy"), (2, "MirroredStrategy")])
+def test_the_strategy_is_chosen_from_the_devices(count: int, name: str) -> None:
+    topology = devices.prepare_devices(count)
+    assert len(topology.devices) == topology.replicas == count
     made = strategy.make_strategy(topology)
     assert type(made).__name__ == name
-    assert made.num_replicas_in_sync == devices
+    assert made.num_replicas_in_sync == count
     assert strategy.make_strategy(topology, AllReduceConfig(pack_mb=1)) is made
 
 
@@ -123,9 +119,9 @@ def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     grown: list[Any] = []
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda _kind: ["a", "b"])
     monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda gpu, on: grown.append((gpu, on)))
-    with pytest.raises(strategy.UserError, match=r"^--devices-per-worker 3: .* 2 GPU"):
-        strategy.prepare_devices(3)
-    assert strategy.prepare_devices(None, 2, 1) == Topology(2, 1, "GPU", ("GPU:0", "GPU:1"))
+    with pytest.raises(UserError, match=r"^--devices-per-worker 3: .* 2 GPU"):
+        devices.prepare_devices(3)
+    assert devices.prepare_devices(None, 2, 1) == Topology(2, 1, "GPU", ("GPU:0", "GPU:1"))
     assert grown == [("a", True), ("b", True)]
 
 
@@ -196,7 +192,7 @@ def test_what_tensorflow_leaves_of_converted_functions_is_removed(
 
     import tensorflow as tf
 
-    from cxr_dist.distributed.strategy import scratch_folder
+    from cxr_dist.distributed.devices import scratch_folder
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import sklearn.metrics as sk
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cxr_dist.evaluation import bootstrap
-from cxr_dist.evaluation.metrics import Predictions, evaluate_predictions
+from cxr_dist.evaluation.metrics import evaluate_predictions
+from cxr_dist.evaluation.predictions import Predictions
 from tests.evaluation.test_metrics import make_predictions
 
 NAMES = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")

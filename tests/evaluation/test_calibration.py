@@ -7,7 +7,8 @@ import pytest
 from scipy import special
 
 from cxr_dist.evaluation import calibration
-from cxr_dist.evaluation.metrics import Predictions, evaluate_predictions
+from cxr_dist.evaluation.metrics import evaluate_predictions
+from cxr_dist.evaluation.predictions import Predictions
 
 NAMES = ("A", "B", "C")
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cxr_dist.cli import main
-from cxr_dist.config.schema import load_config
+from cxr_dist.config.loading import load_config
+from cxr_dist.data import pipeline
 from cxr_dist.data.batch_sampler import EvaluationPlan
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.evaluation import calibration, evaluate
@@ -21,10 +22,10 @@ from cxr_dist.evaluation.evaluate import (
     evaluate_run,
     predict_run,
 )
-from cxr_dist.evaluation.metrics import read_predictions
-from cxr_dist.model import resnet
+from cxr_dist.evaluation.predictions import read_predictions
+from cxr_dist.model import forward, resnet
 from cxr_dist.training import train_step
-from tests.training import CLASSES, SIZE, config, images, local_topology, small_base
+from tests.small_training import CLASSES, SIZE, config, images, local_topology, small_base
 from tfrecords_builder import remote
 from tfrecords_builder.build import build_dataset
 from tfrecords_builder.common.errors import UserError
@@ -44,10 +45,10 @@ def test_101_images_on_1_2_and_3_replicas() -> None:
         with strategy.scope():
             network = resnet.build_model(CLASSES, SIZE, config(), "float32", small_base)
         plan = EvaluationPlan(source.count, 16, replicas)
-        iterator = train_step.distributed_batches(strategy, local_topology(replicas), source, plan)
+        iterator = pipeline.distributed_batches(strategy, local_topology(replicas), source, plan)
         confusion, _ = train_step.make_evaluation_step(strategy, network, CLASSES, xla=False)(iterator, plan.steps)
         confusions.append(confusion)
-        step = train_step.make_forward_step(strategy, network, xla=False)
+        step = forward.make_forward_step(strategy, network, xla=False)
         outputs.append(class_probabilities(strategy, local_topology(replicas), source, 16, step))
     assert confusions[0].sum() == 101
     assert confusions[0].sum(axis=1).tolist() == np.bincount(source.labels).tolist()

@@ -12,11 +12,10 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as sk
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cxr_dist.evaluation import metrics
-from cxr_dist.evaluation.metrics import Predictions
+from cxr_dist.evaluation.predictions import Predictions, is_predictions_file, read_predictions, write_predictions
 from tfrecords_builder.common import files
 from tfrecords_builder.common.errors import UserError
 
@@ -72,7 +71,7 @@ def test_metrics_equal_scikit_learn_on_the_written_file(
         classes, images, seed, sharpness=sharpness, absent=min(absent, classes - 1), coarse=coarse
     )
     path = tmp_path_factory.mktemp("predictions") / "predictions.parquet"
-    metrics.write_predictions(path, predictions)
+    write_predictions(path, predictions)
     result = metrics.evaluate_predictions(predictions)
     labels, predicted, probabilities = read_columns(path, result["class_names"])
     options: dict[str, Any] = {"labels": np.unique(labels), "zero_division": 0}
@@ -171,17 +170,17 @@ def test_ties_go_to_the_lowest_index() -> None:
 def test_the_file_holds_the_documented_columns_and_reads_back_bit_for_bit(tmp_path: Path) -> None:
     predictions = make_predictions(3, 200, 5, sharpness=12.0)
     path = tmp_path / "predictions.parquet"
-    metrics.write_predictions(path, predictions)
+    write_predictions(path, predictions)
     schema = pq.read_schema(path)
     assert schema.names == ["path", "label", "predicted", "prob_Class_0", "prob_Class_1", "prob_Class_2"]
     assert [str(field.type) for field in schema] == ["string", "int32", "int32", "double", "double", "double"]
-    again = metrics.read_predictions(path)
+    again = read_predictions(path)
     assert again.paths == predictions.paths
     assert again.class_names == predictions.class_names
     np.testing.assert_array_equal(again.labels, predictions.labels)
     np.testing.assert_array_equal(again.probabilities, predictions.probabilities)
     assert np.abs(again.probabilities.sum(axis=1) - 1).max() < 1e-12
-    assert metrics.is_predictions_file(path)
+    assert is_predictions_file(path)
 
 
 def test_a_file_that_is_not_predictions_is_named(tmp_path: Path) -> None:
@@ -190,15 +189,15 @@ def test_a_file_that_is_not_predictions_is_named(tmp_path: Path) -> None:
     other = tmp_path / "other.parquet"
     pq.write_table(pq.read_table(_written(tmp_path)).select(["path"]).replace_schema_metadata({}), other)
     for path in (broken, other, tmp_path / "missing.parquet"):
-        assert not metrics.is_predictions_file(path)
+        assert not is_predictions_file(path)
         with pytest.raises(UserError, match=path.name) as caught:
-            metrics.read_predictions(path)
+            read_predictions(path)
         assert "\n" not in str(caught.value)
 
 
 def _written(folder: Path) -> Path:
     path = folder / "good.parquet"
-    metrics.write_predictions(path, make_predictions(3, 5, 0))
+    write_predictions(path, make_predictions(3, 5, 0))
     return path
 
 

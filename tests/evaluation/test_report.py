@@ -12,12 +12,13 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cxr_dist.evaluation import captions, figures, metrics, report
+from cxr_dist.evaluation import captions, figures, metrics, predictions, report
 from cxr_dist.evaluation.assessment import assess
-from cxr_dist.evaluation.metrics import Predictions
+from cxr_dist.evaluation.history import best_epoch_of
+from cxr_dist.evaluation.predictions import Predictions, read_predictions
 from tests.html_page import Page
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.eda.figures import svg_bytes
+from tfrecords_builder.common.figure_style import svg_bytes
 
 FOUR = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
 CALIBRATED = {
@@ -83,7 +84,7 @@ def test_an_evaluation_is_complete(written: tuple[Path, dict[str, Any], Predicti
     out, result, predictions = written
     assert {entry.name for entry in out.iterdir()} == set(report.FILES)
     content = json.loads((out / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    expected = assess(metrics.read_predictions(out / "predictions.parquet"), CALIBRATED, comparable=True)
+    expected = assess(read_predictions(out / "predictions.parquet"), CALIBRATED, comparable=True)
     assert content == result == expected | {"calibration_note": None}
     assert content["n"] == len(predictions)
     for name in (report.CONFUSION, report.ROC, report.HISTORY):
@@ -149,7 +150,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     assert not any("onerror" in attributes for attributes in page.all("img"))
     assert evil in page.text
     assert "{{ 7*7 }}" in page.text
-    assert metrics.read_predictions(tmp_path / "out" / "predictions.parquet").class_names == names
+    assert read_predictions(tmp_path / "out" / "predictions.parquet").class_names == names
 
 
 def test_no_history_is_said_and_an_old_plot_does_not_stay(tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_metrics_come_last_and_an_interrupted_evaluation_can_be_repeated(
     report.write_evaluation(tmp_path, make_predictions(images=30), make_history(), {})
     (tmp_path / "own_notes.txt").write_text("mine")
     order = []
-    write = metrics.write_bytes
+    write = predictions.write_bytes
 
     def recorded(path: Path, content: bytes) -> None:
         assert not (tmp_path / "metrics.json").exists(), "the old metrics must not stand beside new files"
@@ -375,10 +376,10 @@ def test_history_figure_with_gaps_and_a_given_best_epoch() -> None:
     history[0] |= {"val_loss": None, "val_accuracy": None}
     figure = figures.history_figure(history, best_epoch=3)
     assert any(line.get_label() == "best (epoch 3)" for line in figure.axes[0].get_lines())
-    assert figures.best_epoch_of(history) == 2
+    assert best_epoch_of(history) == 2
     for row in history:
         row.pop("val_accuracy", None)
-    assert figures.best_epoch_of(history) is None
+    assert best_epoch_of(history) is None
     figures.png_bytes(figures.history_figure(history))
     assert "no epoch was validated" in captions.history_caption(history)
     with pytest.raises(ValueError, match="empty"):
@@ -387,7 +388,7 @@ def test_history_figure_with_gaps_and_a_given_best_epoch() -> None:
 
 def test_best_epoch_breaks_ties_by_loss_then_by_order() -> None:
     rows = [{"val_accuracy": a, "val_loss": b} for a, b in [(0.9, 0.5), (0.9, 0.3), (0.9, 0.3), (0.8, 0.1)]]
-    assert figures.best_epoch_of(rows) == 2
+    assert best_epoch_of(rows) == 2
 
 
 def test_a_figure_is_the_same_bytes_each_time() -> None:

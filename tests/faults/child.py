@@ -20,8 +20,8 @@ class Lines:
 
 
 def main() -> None:
-    from cxr_dist.cli import dataset as commands
-    from cxr_dist.config.schema import load_config
+    from cxr_dist.config.loading import load_config
+    from cxr_dist.launch import train
     from cxr_dist.runs import run_folder
     from cxr_dist.runs.checkpoints import CheckpointFolder, save_arrays
     from tests.conftest import use_small_base
@@ -29,8 +29,8 @@ def main() -> None:
     dataset, run, *overrides = sys.argv[1:]
     with pytest.MonkeyPatch.context() as patch:
         use_small_base(patch)
-        patch.setattr(commands, "ConsoleReporter", Lines)
-        remove = commands.remove_checkpoints
+        patch.setattr(train, "ConsoleReporter", Lines)
+        remove = train.remove_checkpoints
 
         def copy_and_remove(run: Path) -> None:
             """The last checkpoint says more than the model: optimizer and loss scale too."""
@@ -41,8 +41,8 @@ def main() -> None:
             print("copied None None None", flush=True)
             remove(run)
 
-        patch.setattr(commands, "remove_checkpoints", copy_and_remove)
-        commands.run_training(load_config(None, overrides), Path(dataset), Path(run), launcher="local")
+        patch.setattr(train, "remove_checkpoints", copy_and_remove)
+        train.run_training(load_config(None, overrides), Path(dataset), Path(run), launcher="local")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def keep() -> Scenario:
 def report() -> Scenario:
     from cxr_dist.evaluation import figures
     from cxr_dist.evaluation.assessment import assess
-    from cxr_dist.evaluation.metrics import Predictions, read_predictions
+    from cxr_dist.evaluation.predictions import Predictions, read_predictions
     from cxr_dist.evaluation.report import FILES, METRICS, PREDICTIONS, metrics_json, write_evaluation
 
     figures.png_bytes = lambda _figure: b"PNG" * 1000  # drawing takes seconds and writes nothing

@@ -37,9 +37,9 @@ def held() -> dict[str, int]:
 
 
 def main() -> None:
-    from cxr_dist.cli.dataset import run_training
-    from cxr_dist.config.schema import load_config
+    from cxr_dist.config.loading import load_config
     from cxr_dist.evaluation.evaluate import Request, evaluate_run
+    from cxr_dist.launch.train import run_training
     from tests.integration.workers import small_search
 
     dataset, folder, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cxr_dist.config.schema import read_yaml
+from cxr_dist.config.loading import read_yaml
 from cxr_dist.evaluation.evaluate import Request, evaluate_run
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.checkpoints import load_arrays, load_state, save_arrays, seal_archive

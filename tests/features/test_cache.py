@@ -8,13 +8,13 @@ import pytest
 
 from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
 from cxr_dist.data import augmentation as augment
+from cxr_dist.data.arrays import ArraySource
 from cxr_dist.data.batch_sampler import TrainingPlan
-from cxr_dist.data.shards import ArraySource
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.features import cache
 from cxr_dist.features.store import FeatureStore
 from cxr_dist.model import resnet, split_point
-from tests.training import CLASSES, SIZE, config, images, local_topology, pixels_of, small_base
+from tests.small_training import CLASSES, SIZE, config, images, local_topology, pixels_of, small_base
 from tfrecords_builder.common.errors import UserError
 
 COUNT = 75  # no multiple of what a step takes

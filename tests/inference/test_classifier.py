@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from cxr_dist.evaluation.evaluate import Request, evaluate_run
-from cxr_dist.evaluation.metrics import read_predictions
+from cxr_dist.evaluation.predictions import read_predictions
 from cxr_dist.inference.classifier import calibrated, load_classifier
 from cxr_dist.model import resnet, split_point
 from cxr_dist.runs.calibration_file import CALIBRATION, Calibration, read_calibration
-from tests.training import CLASSES, SIZE, config, small_base
+from tests.small_training import CLASSES, SIZE, config, small_base
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images.decode import load_gray
 

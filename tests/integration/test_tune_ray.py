@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist.cli.tune import resumed
+from cxr_dist.launch.tune import resumed
 from cxr_dist.tuning.experiment import BEST, Experiment
 from cxr_dist.tuning.search_space import SearchConfig, SearchPlan
 from cxr_dist.tuning.trial_jobs import Jobs

@@ -41,8 +41,8 @@ def train_curves(arguments: dict[str, Any]) -> None:
     """Train the small two stages under MultiWorkerMirroredStrategy, once per variant, and write the curves."""
     import ray.train
 
-    from cxr_dist.distributed.strategy import prepare_devices
-    from tests import training
+    from cxr_dist.distributed.devices import prepare_devices
+    from tests import small_training as training
 
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -63,8 +63,8 @@ def train_on_poisoned_images(arguments: dict[str, Any]) -> None:
     import ray.train
 
     from cxr_dist.config.schema import StageConfig
-    from cxr_dist.distributed.strategy import prepare_devices
-    from tests import training
+    from cxr_dist.distributed.devices import prepare_devices
+    from tests import small_training as training
 
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -144,7 +144,7 @@ def _raise(*_: Any) -> None:
 
 def small_search(dataset: Path, out: Path, parameters: dict[str, Any], **changes: Any) -> Any:
     """Run a search of the small network in processes of this machine; goes on when it is called again."""
-    from cxr_dist.cli.tune import resumed
+    from cxr_dist.launch.tune import resumed
     from cxr_dist.tuning.experiment import Experiment
     from cxr_dist.tuning.local_search import search_locally
     from cxr_dist.tuning.search_space import SearchConfig, SearchPlan

@@ -3,8 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from cxr_dist.launch.placement import Node, WorkerPlan, plan_most_workers, plan_workers
 from tfrecords_builder.common.errors import UserError

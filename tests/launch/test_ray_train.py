@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cxr_dist.config.schema import load_config
+from cxr_dist.config.loading import load_config
 from cxr_dist.launch import ray_train
 from cxr_dist.launch.placement import WorkerPlan
 from cxr_dist.launch.ray_train import LostWorkersError, UnplacedError, launch_training

@@ -10,7 +10,7 @@ import pytest
 
 from cxr_dist.config.schema import Config, ModelConfig, StageConfig
 from cxr_dist.model import resnet
-from tests.training import CLASSES, SIZE, Training, config, small_base
+from tests.small_training import CLASSES, SIZE, Training, config, small_base
 from tfrecords_builder.common.errors import UserError
 
 

@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist.model import batch_norm_folding, keras_graph, split_point
-from cxr_dist.model import resnet as model
-from tests.training import CLASSES, SIZE, config, small_base
+from cxr_dist.model import batch_norm_folding, keras_graph, resnet as model, split_point
+from tests.small_training import CLASSES, SIZE, config, small_base
 
 
 def randomized(network: Any) -> Any:

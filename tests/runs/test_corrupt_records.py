@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist.cli.dataset import run_training
-from cxr_dist.config.schema import load_config
+from cxr_dist.config.loading import load_config
 from cxr_dist.data.shards import ShardSource
 from cxr_dist.evaluation.evaluate import Request, predict_run
+from cxr_dist.launch.train import run_training
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.corrupt_records import LeftOut, find_damaged, leave_out, left_out
 from tests.conftest import SMALL_RUN

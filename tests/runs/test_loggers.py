@@ -9,15 +9,8 @@ from typing import Any
 import pytest
 
 from cxr_dist.runs import loggers
-from cxr_dist.runs.loggers import (
-    ConsoleReporter,
-    EventFile,
-    EventFollower,
-    Reporters,
-    closing,
-    end_mlflow_run,
-    run_reporters,
-)
+from cxr_dist.runs.events import EventFile, EventFollower, Reporters, closing
+from cxr_dist.runs.loggers import ConsoleReporter, end_mlflow_run, run_reporters
 from cxr_dist.runs.stop_request import StoppedError
 from tfrecords_builder.common.errors import UserError
 

@@ -30,9 +30,9 @@ def modes(folder: Path) -> dict[str, int]:
     "umask", [pytest.param(0o077, id="077"), pytest.param(0o022, id="022", marks=pytest.mark.slow)], indirect=True
 )
 def test_all_that_a_build_a_run_and_an_evaluation_leave(umask: int, tmp_path: Path) -> None:
-    from cxr_dist.cli.dataset import run_training
-    from cxr_dist.config.schema import load_config
+    from cxr_dist.config.loading import load_config
     from cxr_dist.evaluation.evaluate import Request, evaluate_run
+    from cxr_dist.launch.train import run_training
     from cxr_dist.phantoms import write_phantoms
     from tfrecords_builder.build import build_dataset
     from tfrecords_builder.eda.page import write_analysis

@@ -4,7 +4,7 @@ import itertools
 import math
 from typing import Any
 
-from cxr_dist.evaluation.figures import best_epoch_of
+from cxr_dist.evaluation.history import best_epoch_of
 from cxr_dist.runs.ranking import best_index, rank
 from cxr_dist.training.progress import Best
 from cxr_dist.tuning.experiment import Outcome, Trial, best_outcome

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist.config.schema import Config, load_config
+from cxr_dist.config.loading import load_config
+from cxr_dist.config.schema import Config
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.versions import FORMAT
 from tfrecords_builder.common.errors import UserError

@@ -12,7 +12,7 @@ import sklearn.metrics as sk
 from cxr_dist.cli import main
 from cxr_dist.evaluation import bootstrap
 from cxr_dist.evaluation.evaluate import Request, evaluate_run, predict_run
-from cxr_dist.evaluation.metrics import read_predictions
+from cxr_dist.evaluation.predictions import read_predictions
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.seen_images import SEEN, digests_of, read_seen
 from tests.html_page import Page

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 from tensorflow.python.framework import config as tf_config
 
-from cxr_dist.cli import dataset as commands
-from cxr_dist.cli.dataset import run_training
-from cxr_dist.config.schema import Config, load_config
-from cxr_dist.distributed.strategy import prepare_devices
+from cxr_dist.config.loading import load_config
+from cxr_dist.config.schema import Config
+from cxr_dist.distributed.devices import prepare_devices
 from cxr_dist.features.cache import FrozenFeatures
-from cxr_dist.inference.classifier import load_model, read_finished
+from cxr_dist.inference.classifier import load_model
 from cxr_dist.inference.export import export_run
+from cxr_dist.launch import train
+from cxr_dist.launch.train import run_training
 from cxr_dist.runs import checkpoints, run_folder, versions
-from cxr_dist.runs.loggers import Event, Reporter, Reporters
+from cxr_dist.runs.events import Event, Reporter, Reporters
+from cxr_dist.runs.finished import read_finished
 from cxr_dist.training import loop, train_step
 from cxr_dist.training.steps_per_call import FixedLengths, Pace
 from tests.conftest import SMALL_RUN
@@ -59,7 +61,7 @@ def test_a_finished_run_keeps_its_model_and_no_checkpoint(
     assert not list((finished_run / run_folder.CHECKPOINTS).iterdir())
     run = Path(shutil.copytree(run_with_checkpoints, tmp_path / "run"))
     (run / run_folder.RESULT).rename(tmp_path / "result.json")
-    commands.remove_checkpoints(run)
+    train.remove_checkpoints(run)
     assert list((run / run_folder.CHECKPOINTS).iterdir()), "the run is not finished"
     (tmp_path / "result.json").rename(run / run_folder.RESULT)
     run_training(small(), dataset, run, launcher="local")
@@ -174,7 +176,7 @@ CLOCKS = {"images_per_second", "input_wait", "run_seconds", "seconds"}
 def test_a_damaged_newest_checkpoint_is_passed_over(
     run_with_checkpoints: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "remove_checkpoints", lambda _run: None)
+    monkeypatch.setattr(train, "remove_checkpoints", lambda _run: None)
     run = tmp_path / "run"
     shutil.copytree(run_with_checkpoints, run)
     for name in ("result.json", "model.keras", "history.jsonl"):

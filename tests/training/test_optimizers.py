@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist.cli.dataset import run_training
-from cxr_dist.config.schema import StageConfig, load_config
+from cxr_dist.config.loading import load_config
+from cxr_dist.config.schema import StageConfig
 from cxr_dist.distributed.strategy import make_strategy
+from cxr_dist.launch.train import run_training
 from cxr_dist.runs import run_folder
 from cxr_dist.training import optimizers
 from cxr_dist.training.stage_state import StageState
-from tests import training
+from tests import small_training as training
 from tests.conftest import SMALL_RUN
-from tests.training import Training, local_topology
+from tests.small_training import Training, local_topology
 from tfrecords_builder.common.errors import UserError
 
 SETTINGS = [

@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from cxr_dist.config.schema import StageConfig
 from cxr_dist.training.schedules import class_weights, learning_rates

@@ -12,8 +12,8 @@ import pytest
 from cxr_dist.config.schema import StageConfig
 from cxr_dist.data.batch_sampler import TrainingPlan
 from cxr_dist.model import resnet
-from tests import training
-from tests.training import Trace, Training
+from tests import small_training as training
+from tests.small_training import Trace, Training
 from tfrecords_builder.common.errors import UserError
 
 

@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cxr_dist.cli import dataset as commands
-from cxr_dist.cli.dataset import run_training
-from cxr_dist.config.schema import load_config
+from cxr_dist.config.loading import load_config
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.evaluation.evaluate import Request, predict_run
+from cxr_dist.launch import train
+from cxr_dist.launch.train import run_training
 from cxr_dist.runs import checkpoints, run_folder
 from cxr_dist.training.weight_average import WeightAverage
 from tests.conftest import SMALL_RUN
-from tests.training import local_topology
+from tests.small_training import local_topology
 from tests.training.test_loop import comparable
 
 DECAY = 0.5
@@ -74,7 +74,7 @@ def test_the_loop_validates_and_keeps_the_average(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A decay of 0 is the weights themselves; with another, the model of the run is the one that was validated."""
-    monkeypatch.setattr(commands, "remove_checkpoints", lambda _run: None)
+    monkeypatch.setattr(train, "remove_checkpoints", lambda _run: None)
     settings = [*SMALL_RUN, "stages.1.epochs=1", "stages.2.epochs=2", "stages.2.learning_rate=3e-3"]
     rows = {}
     for name, decay in (("plain", None), ("none", 0.0), ("averaged", 0.9)):

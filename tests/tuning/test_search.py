@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import given, settings, strategies as some
 
 import tune_configs
-from cxr_dist.config.schema import resolve_preset
+from cxr_dist.config.loading import resolve_preset
 from cxr_dist.launch.placement import Node, plan_trials
 from cxr_dist.runs import checkpoints, run_folder
 from cxr_dist.runs.checkpoints import Position

@@ -30,8 +30,7 @@ from tfrecords_builder.eda.counts import (
     source_folder_numbers,
 )
 from tfrecords_builder.eda.shortcuts import Features, Gray
-from tfrecords_builder.format import record as schema
-from tfrecords_builder.format import tfrecord
+from tfrecords_builder.format import record as schema, tfrecord
 from tfrecords_builder.format.manifest import Manifest, Row, check_shards, read_manifest
 
 FORMAT_VERSION = 1

@@ -4,7 +4,6 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart, and no meani
 in dashes, parts of bars in hatching, and what is marked is named.
 """
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -18,11 +17,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from tfrecords_builder.common.figure_style import BLUE, COLOURS, DASHES, STYLE, VERMILLION, display_name
 from tfrecords_builder.eda.shortcuts import Gray, reduced
 
-_BLUE, _VERMILLION = "#0072B2", "#D55E00"
-_COLOURS = (_BLUE, _VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES = ("-", "--", "-.", ":")
 _SPLIT_STYLES = {"train": ("#0072B2", ""), "validation": ("#E69F00", "///"), "test": ("#bdbdbd", "\\\\\\")}
 _GRAY, _RULE = "#6b6b6b", "#e3e3e3"
 _BOX = ("q05", "q25", "median", "q75", "q95")
@@ -32,32 +29,12 @@ _MEAN_SIDE = 256
 _GAP = 4
 LABEL_WIDTH = 22
 """Letters in a line of a label."""
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 11.0,
-    "axes.labelsize": 11.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.fontsize": 10.5,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "hatch.linewidth": 0.6,
-    "text.usetex": False,
-    "savefig.facecolor": "white",
-    "svg.fonttype": "path",  # no font has to be there, or be fetched
-    "svg.hashsalt": "cxr-dist",  # the same figure gives the same bytes
-}
-
-
-def display_name(class_name: str) -> str:
-    """A class name as people read it: underscores as spaces."""
-    return class_name.replace("_", " ").strip() or class_name
 
 
 def counts_figure(counts: Mapping[str, Any]) -> Figure:
     """Images of each class, its bar divided into the splits; `counts` as `counts.count_numbers` gives them."""
     names = list(counts["classes"])
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 1.3 + 0.55 * len(names)), layout="constrained")
         axes = figure.add_subplot()
         left = np.zeros(len(names))
@@ -80,15 +57,15 @@ def counts_figure(counts: Mapping[str, Any]) -> Figure:
 def sizes_figure(classes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Figure:
     """Width and height of the source images of each class: boxes from 25 to 75 %, lines from 5 to 95 %."""
     names = list(classes)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 1.2 + 0.55 * len(names)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, side in zip(panels, ("width", "height"), strict=True):
             rows = [row for row, name in enumerate(names) if classes[name][side]]
             of = {key: np.array([classes[names[row]][side][key] for row in rows]) for key in _BOX}
-            axes.hlines(rows, of["q05"], of["q95"], color=_BLUE, linewidth=1.4)
-            axes.barh(rows, of["q75"] - of["q25"], 0.5, of["q25"], color="#cfe3f1", edgecolor=_BLUE)
-            axes.plot(of["median"], rows, "|", color=_VERMILLION, markersize=20, markeredgewidth=2.6)
+            axes.hlines(rows, of["q05"], of["q95"], color=BLUE, linewidth=1.4)
+            axes.barh(rows, of["q75"] - of["q25"], 0.5, of["q25"], color="#cfe3f1", edgecolor=BLUE)
+            axes.plot(of["median"], rows, "|", color=VERMILLION, markersize=20, markeredgewidth=2.6)
             axes.set_yticks(range(len(names)), [_label(name) for name in names])
             axes.set_xlabel(f"{side.capitalize()} (pixels)")
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -102,7 +79,7 @@ def distributions_figure(pixels: Mapping[str, Any], kind: str = "class") -> Figu
     step = pixels["histogram_step"]
     longest = max(map(len, pixels["classes"]))
     columns = 4 if longest <= LABEL_WIDTH else 2
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 4.0 if columns == 4 else 4.8), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, key, title in zip(
@@ -143,7 +120,7 @@ def means_figure(
     columns = min(len(class_names), _COLUMNS)
     blocks = -(-len(class_names) // columns)
     greatest = max(float(deviations.max()), 1.0)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.9 * columns + 1.2, 4.2 * blocks), layout="constrained")
         grid = figure.subplots(2 * blocks, columns, squeeze=False)
         for axes in grid.flat:
@@ -165,7 +142,7 @@ def samples_figure(pictures: Sequence[Gray]) -> Figure:
     """Pictures of one size as a grid, row by row; a row that is not full ends in white."""
     columns = _SAMPLE_COLUMNS
     rows = -(-len(pictures) // columns)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.25 * columns, 1.25 * rows))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.imshow(_montage(pictures, columns), cmap="gray", vmin=0, vmax=255, interpolation="none")
@@ -175,10 +152,10 @@ def samples_figure(pictures: Sequence[Gray]) -> Figure:
 
 def group_sizes_figure(sizes: Mapping[str, int]) -> Figure:
     """How many groups have how many images."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        bars = axes.bar(range(len(sizes)), list(sizes.values()), 0.6, color=_BLUE)
+        bars = axes.bar(range(len(sizes)), list(sizes.values()), 0.6, color=BLUE)
         axes.bar_label(bars, [f"{count:,}" for count in sizes.values()], padding=2)
         axes.set_xticks(range(len(sizes)), list(sizes))
         axes.margins(y=0.14)
@@ -191,7 +168,7 @@ def group_sizes_figure(sizes: Mapping[str, int]) -> Figure:
 def groups_figure(groups: Sequence[Sequence[Gray | None]]) -> Figure:
     """A row of pictures for each group, numbered from 1; None is an image of which there is no picture."""
     columns = max(_SAMPLE_COLUMNS, *map(len, groups))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.25 * columns + 0.9, 1.3 * len(groups)), layout="constrained")
         grid = figure.subplots(len(groups), columns, squeeze=False)
         for number, (row, pictures) in enumerate(zip(grid, groups, strict=True), start=1):
@@ -211,13 +188,13 @@ def groups_figure(groups: Sequence[Sequence[Gray | None]]) -> Figure:
 
 def shortcuts_figure(shortcuts: Mapping[str, Mapping[str, Any]], words: Mapping[str, str]) -> Figure:
     """Accuracy of each trivial feature, the guess, and the line above which there is a warning."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.4, 1.6 + 0.5 * len(shortcuts)), layout="constrained")
         axes = figure.add_subplot()
         for row, item in enumerate(shortcuts.values()):
             axes.barh(
                 row, item["accuracy"], 0.6,
-                color=_VERMILLION if item["suspicious"] else _BLUE, hatch="///" if item["suspicious"] else "",
+                color=VERMILLION if item["suspicious"] else BLUE, hatch="///" if item["suspicious"] else "",
                 edgecolor="white",
             )  # fmt: skip
             # Beside the panel: on the bars, the lines would cross the words.
@@ -239,15 +216,6 @@ def shortcuts_figure(shortcuts: Mapping[str, Mapping[str, Any]], words: Mapping[
     return figure
 
 
-def svg_bytes(figure: Figure) -> bytes:
-    """`figure` as SVG, text as outlines, grown to hold what reaches over its edge; the same figure, the same bytes."""
-    buffer = io.BytesIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with mpl.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.1, metadata=nothing)
-    return buffer.getvalue()
-
-
 def _montage(pictures: Sequence[Gray], columns: int) -> Gray:
     """Pictures beside and below each other, with white gaps; white where the last row is not full."""
     side = len(pictures[0])
@@ -266,7 +234,7 @@ def _label(text: str, width: int = LABEL_WIDTH) -> str:
 
 def _line_style(number: int) -> tuple[str, str]:
     """Colours first and dashes with them, so that no two neighbours differ in colour alone."""
-    return _COLOURS[number % len(_COLOURS)], _DASHES[(number + number // len(_COLOURS)) % len(_DASHES)]
+    return COLOURS[number % len(COLOURS)], DASHES[(number + number // len(COLOURS)) % len(DASHES)]
 
 
 def _grid(axes: Axes, axis: Literal["x", "y"]) -> None:

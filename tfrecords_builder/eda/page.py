@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tfrecords_builder.common import figure_style
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.figure_style import display_name
 from tfrecords_builder.common.files import intended_name, sync, write_bytes
 from tfrecords_builder.common.page import template_environment
-from tfrecords_builder.eda import analysis as eda
-from tfrecords_builder.eda import figures as eda_figures
+from tfrecords_builder.eda import analysis as eda, figures as eda_figures
 from tfrecords_builder.eda.analysis import Analysis
-from tfrecords_builder.eda.figures import display_name
 from tfrecords_builder.writing.output_folder import explained
 
 NUMBERS, PAGE = "eda.json", "eda.html"
@@ -157,7 +157,7 @@ def draw(analysis: Analysis) -> list[Shown]:
              samples_caption(name, paths, numbers["counts"]["splits"]["train"][name]["images"]),
              eda_figures.samples_figure([analysis.pictures[path] for path in paths]))
         )  # fmt: skip
-    return [Shown(file, title, caption, eda_figures.svg_bytes(figure)) for file, title, caption, figure in figures]
+    return [Shown(file, title, caption, figure_style.svg_bytes(figure)) for file, title, caption, figure in figures]
 
 
 def render(numbers: Mapping[str, Any], figures: list[Shown]) -> str:

@@ -12,8 +12,7 @@ from typing import IO
 
 from tfrecords_builder.common import files
 from tfrecords_builder.format import record, tfrecord
-from tfrecords_builder.images import decode as images
-from tfrecords_builder.images import resizing
+from tfrecords_builder.images import decode as images, resizing
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
 from tfrecords_builder.writing import parts
 

@@ -3,93 +3,15 @@
 Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization", ICCV 2017.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from scipy import stats
 
 from cxr_dist.evaluation.examination.findings import Finding
 from cxr_dist.evaluation.examination.statistics import CONFIDENCE
-from cxr_dist.model import keras_graph
-
-BATCH_SIZE = 32
-Maps = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Explained:
-    """Of N images."""
-
-    maps: Maps
-    """float32 [N, h, w], 0 to 1: each divided by its highest value; zeros where no place raises the score."""
-    features: npt.NDArray[np.float32]
-    """float32 [N, F]: means over the last feature map's places."""
-
-
-def last_feature_map(model: Any) -> Any:
-    """The Keras tensor [B, h, w, F] from which `model` goes on without places: what global pooling takes.
-
-    Raises:
-        ValueError: `model` has no such tensor.
-    """
-    found = None
-    for call in keras_graph.calls(model):
-        if len(call.inputs) == 1 and len(call.inputs[0].shape) == 4 and len(call.outputs[0].shape) == 2:
-            found = call.inputs[0]
-    if found is None:
-        raise ValueError(f"{model.name}: no layer turns a feature map [B, h, w, F] into a vector [B, F]")
-    return found
-
-
-Explain = Callable[[npt.NDArray[np.uint8], npt.NDArray[np.int32]], Explained]
-"""(images uint8 [N, S, S], targets int32 [N]: the class that each map is about) -> Explained."""
-
-
-def make_explain(model: Any, done: Callable[[int], None] = lambda _: None) -> Explain:
-    """Grad-CAM maps of the classes `targets`, and pooled features, in inference mode.
-
-    With A the last feature map and y the class's logit: weights a_k = mean over places of dy/dA_k, map = relu(sum over
-    k of a_k A_k) (Selvaraju et al. 2017, equations 1 and 2).
-
-    Args:
-        model: A functional Keras model, float [B, S, S, 1] of 0 to 255 -> logits [B, C].
-        done: Called after each batch with its number of images.
-    """
-    import keras
-    import tensorflow as tf
-
-    tensor = last_feature_map(model)
-    below, above = keras.Model(model.input, tensor), keras.Model(tensor, model.output)
-
-    def explain(images: npt.NDArray[np.uint8], targets: npt.NDArray[np.int32]) -> Explained:
-        maps, features = [], []
-        for start in range(0, len(images), BATCH_SIZE):
-            part = slice(start, start + BATCH_SIZE)
-            values = tf.cast(below(tf.cast(images[part, ..., None], tf.float32), training=False), tf.float32)
-            with tf.GradientTape() as tape:
-                tape.watch(values)
-                logits = above(values, training=False)
-                of_target = tf.gather(logits, targets[part], axis=1, batch_dims=1)
-            weights = tf.reduce_mean(tape.gradient(of_target, values), axis=(1, 2), keepdims=True)
-            maps.append(tf.nn.relu(tf.reduce_sum(weights * values, axis=-1)).numpy())
-            features.append(tf.reduce_mean(values, axis=(1, 2)).numpy())
-            done(len(images[part]))
-        raw = np.concatenate(maps)
-        highest = raw.max(axis=(1, 2), keepdims=True)
-        scaled = np.divide(raw, highest, out=np.zeros_like(raw), where=highest > 0)
-        return Explained(scaled.astype(np.float32), np.concatenate(features).astype(np.float32))
-
-    return explain
-
-
-def enlarged(maps: Maps, side: int) -> Maps:
-    """Maps [N, h, w] at the size of the images, float32 [N, side, side], bilinear."""
-    scaled = (Image.fromarray(each).resize((side, side), Image.Resampling.BILINEAR) for each in maps)
-    return np.stack([np.clip(np.asarray(each, np.float32), 0, 1) for each in scaled])
+from cxr_dist.inference.grad_cam import Maps, enlarged
 
 
 def lung_shares(maps: Maps, masks: npt.NDArray[np.bool_]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from cxr_dist.evaluation.examination.occlusion import Masks
 from cxr_dist.evaluation.examination.perturbations import Images
 from cxr_dist.evaluation.examination.robustness import LOOKS, named, robustness, robustness_findings
 from cxr_dist.evaluation.examination.statistics import Labels, score
+from cxr_dist.inference import grad_cam
 
 Forward = Callable[[Images], npt.NDArray[np.float64]]
 """uint8 [B, S, S] -> probabilities float64 [B, C]."""
@@ -85,7 +86,7 @@ def examine(
     ]
     looked, features = None, None
     if model is not None:
-        explained = attention.make_explain(model, done)(images, predicted)
+        explained = grad_cam.make_explain(model, done)(images, predicted)
         features = explained.features
         looked = None if masks is None else attention.lung_shares(explained.maps, masks)
         findings += attention.attention_findings(looked) if looked else []

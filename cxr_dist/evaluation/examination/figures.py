@@ -12,10 +12,7 @@ from matplotlib.figure import Figure
 
 from cxr_dist.evaluation.examination.findings import Panel
 from cxr_dist.evaluation.examination.shortcuts import WITHOUT_LUNGS
-from tfrecords_builder.eda.figures import svg_bytes
-
-_BLUE, _VERMILLION, _GRAY = "#0072B2", "#D55E00", "#6b6b6b"
-_STYLE = {"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+from tfrecords_builder.common.figure_style import BLUE, GRAY, STYLE, VERMILLION, svg_bytes
 
 
 def occlusion_panel(occlusions: Mapping[str, Any]) -> Panel:
@@ -23,7 +20,7 @@ def occlusion_panel(occlusions: Mapping[str, Any]) -> Panel:
     chance, before = occlusions["chance"], occlusions["as_they_are"]["accuracy"]
     rows = [("As they are", before, False)]
     rows += [(item["title"], item["accuracy"], name in WITHOUT_LUNGS) for name, item in occlusions["variants"].items()]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.0, 1.2 + 0.5 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         for place, (_, accuracy, lungless) in enumerate(rows):
@@ -31,13 +28,13 @@ def occlusion_panel(occlusions: Mapping[str, Any]) -> Panel:
                 place,
                 accuracy,
                 0.62,
-                color=_VERMILLION if lungless else _BLUE,
+                color=VERMILLION if lungless else BLUE,
                 hatch="///" if lungless else "",
                 edgecolor="white",
             )
             axes.annotate(f"{100 * accuracy:.0f}%", (accuracy, place), (4, 0), textcoords="offset points", va="center")
-        axes.axvline(chance, color=_GRAY, linestyle="--")
-        axes.annotate("chance", (chance, -0.55), (4, 0), textcoords="offset points", color=_GRAY, va="bottom")
+        axes.axvline(chance, color=GRAY, linestyle="--")
+        axes.annotate("chance", (chance, -0.55), (4, 0), textcoords="offset points", color=GRAY, va="bottom")
         axes.set_yticks(range(len(rows)), [row[0] for row in rows])
         axes.invert_yaxis()
         axes.set(xlim=(0, 1.08), xlabel="Accuracy (hatched: no lung is to be seen)")
@@ -53,15 +50,15 @@ def occlusion_panel(occlusions: Mapping[str, Any]) -> Panel:
 
 def robustness_panel(curves: Mapping[str, Any], chance: float) -> Panel:
     """Accuracy and macro F1 over the strengths of each perturbation."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 4.8), layout="constrained")
         panels = figure.subplots(2, -(-len(curves) // 2), sharey=True)
         for axes, curve in zip(panels.flat, curves.values(), strict=False):
             points = curve["points"]
             places = range(len(points))
-            axes.plot(places, [point["accuracy"] for point in points], "o-", color=_BLUE, label="accuracy")
-            axes.plot(places, [point["macro_f1"] for point in points], "s--", color=_VERMILLION, label="macro F1")
-            axes.axhline(chance, color=_GRAY, linestyle=":", label="chance")
+            axes.plot(places, [point["accuracy"] for point in points], "o-", color=BLUE, label="accuracy")
+            axes.plot(places, [point["macro_f1"] for point in points], "s--", color=VERMILLION, label="macro F1")
+            axes.axhline(chance, color=GRAY, linestyle=":", label="chance")
             axes.set_xticks(
                 places, ["none" if point["strength"] is None else f"{point['strength']:g}" for point in points]
             )

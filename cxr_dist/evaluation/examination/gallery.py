@@ -1,26 +1,18 @@
 """Pictures for people: an X-ray with the network's attention over it. Pure."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from cxr_dist.data import random_streams
-from cxr_dist.evaluation.examination.attention import Maps, enlarged
 from cxr_dist.evaluation.examination.findings import Panel
+from cxr_dist.inference.grad_cam import Maps
+from cxr_dist.inference.overlay import overlay_png
 
 MISTAKES = 12
 SUCCESSES_PER_CLASS = 2
-SIDE = 168
-"""Of a picture, in pixels: small, as a report holds twenty."""
-HEAT = "cividis"
-"""Nunez, Anderton and Renslow, PLOS ONE 13, 2018: looks alike with and without a colour vision deficiency."""
-OPACITY = 0.65
-"""Of the highest heat; none is transparent, so that the X-ray stays to be seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +41,6 @@ def chosen(answers: Answers, seed: int) -> tuple[list[int], list[int]]:
         rows = random.permutation(np.flatnonzero(right & (answers.labels == label)))
         successes += sorted(rows[:SUCCESSES_PER_CLASS].tolist())
     return mistakes, successes
-
-
-def overlay_png(image: npt.NDArray[np.uint8], heat: npt.NDArray[np.float32], side: int = SIDE) -> bytes:
-    """A gray image, uint8 [S, S], with a map, float32 [h, w] of 0 to 1, over it, as PNG of `side` pixels."""
-    gray = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR), np.float64)
-    heat = enlarged(heat[None], side)[0]
-    colours = np.asarray(mpl.colormaps[HEAT](heat))[..., :3] * 255
-    opacity = OPACITY * heat[..., None].astype(np.float64)
-    mixed = (1 - opacity) * gray[..., None] + opacity * colours
-    buffer = io.BytesIO()
-    Image.fromarray(np.rint(mixed).astype(np.uint8)).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def gallery(images: npt.NDArray[np.uint8], maps: Maps, answers: Answers, seed: int) -> list[Panel]:

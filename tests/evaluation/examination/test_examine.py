@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_dist.cli.dataset import run_training
-from cxr_dist.config.schema import load_config
+from cxr_dist.config.loading import load_config
 from cxr_dist.evaluation.evaluate import Request, evaluate_run
 from cxr_dist.evaluation.examination import attention
+from cxr_dist.inference import grad_cam
+from cxr_dist.launch.train import run_training
 from tests.html_page import Page
 from tfrecords_builder.build import build_dataset
 
@@ -43,7 +44,7 @@ def test_grad_cam_of_a_linear_head_is_its_weights_over_the_area() -> None:
     network = linear_network()
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16)).astype(np.uint8)
     targets = np.array([0, 1, 2, 3, 0], np.int32)
-    explained = attention.make_explain(network)(images, targets)
+    explained = grad_cam.make_explain(network)(images, targets)
     values = np.asarray(network.layers[1](images[..., None].astype("float32")))
     kernel = np.asarray(network.layers[-1].kernel)
     raw = np.maximum((values * kernel.T[targets][:, None, None, :] / 64).sum(axis=-1), 0)
@@ -62,7 +63,7 @@ def test_the_map_lights_up_where_the_evidence_is() -> None:
     network.layers[-1].kernel.assign([[1.0, -1.0]])
     images = np.zeros((2, 16, 16), np.uint8)
     images[:, 2:6, 8:12] = 200
-    explained = attention.make_explain(network)(images, np.array([0, 1], np.int32))
+    explained = grad_cam.make_explain(network)(images, np.array([0, 1], np.int32))
     assert explained.maps[0, 1:3, 4:6].min() == 1
     assert explained.maps[0].sum() == 4
     assert not explained.maps[1].any()

@@ -15,8 +15,7 @@ from PIL import Image
 from tests.tfrecords_builder.eda import eda_images
 from tests.tfrecords_builder.eda.eda_images import CONFLICT, PAIR, REJECTED, TRIPLE, build, draw, draw_varied, read_all
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.eda import analysis as eda
-from tfrecords_builder.eda import counts as eda_counts
+from tfrecords_builder.eda import analysis as eda, counts as eda_counts
 from tfrecords_builder.eda.analysis import Analysis, PixelStatistics, analyse
 from tfrecords_builder.format.manifest import read_manifest, write_manifest
 from tfrecords_builder.splitting.splits import SPLITS

@@ -20,8 +20,7 @@ from cxr_dist.cli import main
 from tests.html_page import Page
 from tests.tfrecords_builder.eda.eda_images import CONFLICT, TRIPLE, build, draw, draw_varied
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.eda import figures as eda_figures
-from tfrecords_builder.eda import page as eda_page
+from tfrecords_builder.eda import figures as eda_figures, page as eda_page
 from tfrecords_builder.eda.analysis import analyse
 from tfrecords_builder.eda.page import NUMBERS, PAGE, write_analysis
 

@@ -4,8 +4,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tfrecords_builder.format.record import (
     ENCODINGS,

@@ -3,8 +3,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tfrecords_builder.format.tfrecord import (
     FRAME_BYTES,

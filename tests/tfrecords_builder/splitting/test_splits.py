@@ -1,7 +1,6 @@
 from collections import Counter
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tfrecords_builder.splitting.splits import MIN_IMAGES_PER_CLASS, SPLITS, assign_splits, split_sizes, stable_order
 

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 
 from cxr_dist.config.schema import Config, ModelConfig, StageConfig
+from cxr_dist.data import pipeline
+from cxr_dist.data.arrays import ArraySource
 from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
-from cxr_dist.data.shards import ArraySource
-from cxr_dist.distributed.strategy import Topology, dtype_policy, make_strategy
+from cxr_dist.distributed.devices import Topology
+from cxr_dist.distributed.precision import dtype_policy
+from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.model import resnet
-from cxr_dist.training import optimizers
-from cxr_dist.training import train_step as steps
+from cxr_dist.training import optimizers, train_step as steps
+from cxr_dist.training.loss_scale import LossScale
 
 CLASSES = 4
 SIZE = 32
@@ -111,7 +114,7 @@ class Training:
         with self.strategy.scope():
             optimizer = optimizers.make_optimizer(row)
             optimizer.build(self.model.trainable_variables)
-        self.loss_scale = steps.LossScale.create(self.precision, loss_scale)
+        self.loss_scale = LossScale.create(self.precision, loss_scale)
         train_step = steps.make_train_step(
             self.strategy,
             self.model,
@@ -128,14 +131,14 @@ class Training:
         )
         evaluate = steps.make_evaluation_step(self.strategy, self.model, CLASSES, self.xla)
         evaluation = EvaluationPlan(self.source.count, 5, self.topology.replicas)
-        iterator = steps.distributed_batches(self.strategy, self.topology, self.source, self.plan)
+        iterator = pipeline.distributed_batches(self.strategy, self.topology, self.source, self.plan)
         rates = np.full(self.plan.steps_per_epoch, row.learning_rate, np.float32)
         for epoch in range(row.epochs):
             # Two calls of different lengths: neither may cause another trace.
             first = epoch * len(rates)
             totals = train_step.run(iterator, first, rates[:1], np.zeros(steps.TOTALS))
             totals = train_step.run(iterator, first + 1, rates[1:], totals)
-            counted = steps.distributed_batches(self.strategy, self.topology, self.source, evaluation)
+            counted = pipeline.distributed_batches(self.strategy, self.topology, self.source, evaluation)
             confusion, loss = evaluate(counted, evaluation.steps)
             assert confusion.sum() == self.source.count
             trace.losses.append(totals[steps.LOSS] / max(totals[steps.COUNT], 1))

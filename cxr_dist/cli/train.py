@@ -1,0 +1,79 @@
+"""The commands train, config and demo."""
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+from cxr_dist.cli.evaluate import print_metrics
+from cxr_dist.config.loading import load_config, resolve_preset
+from cxr_dist.launch.train import run_training
+from cxr_dist.runs.loggers import progress_bar
+from tfrecords_builder.common.errors import UserError
+
+
+def train(options: argparse.Namespace) -> None:
+    config = load_config(resolve_preset(options.config), options.overrides)
+    result = run_training(
+        config,
+        options.dataset,
+        options.out,
+        launcher=options.launcher,
+        workers=options.workers,
+        devices_per_worker=options.devices_per_worker,
+        address=options.address,
+        verbose=options.verbose,
+    )
+    best = result["best"]
+    print(
+        f"{options.out}: validation accuracy {best['val_accuracy']:.4f} "
+        f"(stage {best['stage']}, epoch {best['epoch']}), {result['seconds']['total']:.0f} s"
+    )
+
+
+def show_config(options: argparse.Namespace) -> None:
+    print(load_config(resolve_preset(options.config), options.overrides).to_yaml(), end="")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """The whole pipeline on phantoms, at a size that a laptop does in minutes; goes on where it was stopped."""
+    from cxr_dist.evaluation.evaluate import Request, calibrate_run, evaluate_run
+    from cxr_dist.phantoms import write_phantoms
+    from tfrecords_builder.build import build_dataset
+
+    out: Path = options.out
+    if out.exists() and not (out.is_dir() and all(DEMO_NAMES.fullmatch(entry.name) for entry in out.iterdir())):
+        raise UserError(f"{out}: holds something other than a demo; give a new folder with --out")
+    started = time.perf_counter()
+    if not (out / "phantoms").exists():
+        with progress_bar("1/5 phantom X-rays") as progress:
+            write_phantoms(out / "phantoms", per_class=DEMO_PER_CLASS, size=DEMO_SIZE, progress=progress)
+    with progress_bar("2/5 build") as progress:
+        build_dataset(out / "phantoms", out / "dataset", image_size=DEMO_IMAGE_SIZE, progress=progress)
+    print("3/5 train", file=sys.stderr)
+    config = load_config(resolve_preset(Path("demo")))
+    run_training(config, out / "dataset", out / "run", launcher=options.launcher, verbose=options.verbose)
+    with progress_bar("4/5 calibrate") as progress:
+        calibrate_run(out / "run", progress=progress)
+    with progress_bar("5/5 evaluate") as progress:
+        metrics = evaluate_run(
+            Request(out / "run", out / "evaluation", examine=DEMO_EXAMINED, drawn=True), progress=progress
+        )
+    print_metrics(metrics)
+    print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
+
+
+DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation|feature-cache")
+
+
+DEMO_PER_CLASS = 400
+
+
+DEMO_SIZE = 128
+
+
+DEMO_IMAGE_SIZE = 56
+
+
+DEMO_EXAMINED = 64

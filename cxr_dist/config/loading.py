@@ -1,0 +1,212 @@
+"""A configuration from a preset, a file and overrides, checked once."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    ValidationError,
+)
+
+from cxr_dist.config.schema import Config, StageConfig
+from tfrecords_builder.common.errors import UserError
+
+
+def load_config(
+    path: Path | None = None, overrides: list[str] | None = None, layers: Sequence[tuple[str, Mapping[str, Any]]] = ()
+) -> Config:
+    """Defaults, then the YAML file at `path`, then `layers`, then `key=value` overrides with dotted keys.
+
+    Args:
+        layers: Trees of keys, each with the words that an error about one of them begins with.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, or a key or value is not valid.
+    """
+    tree = _plain(Config().tree())
+    if path is not None:
+        written = read_yaml(path)
+        if "search" in written:
+            raise UserError(f"{path}: is a search space; give it to tune, or a recipe")
+        _merge(tree, written, f"{path}: ")
+    for where, layer in layers:
+        _merge(tree, _plain(layer), where)
+    for override in overrides or []:
+        _merge(tree, parse_override(override), "--set ")
+    return _validated(tree)
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    """`a.b=value` as the tree {a: {b: value}}; the value is YAML."""
+    key, found, value = override.partition("=")
+    if not found or not key:
+        raise UserError(f"--set {override}: expected key=value, such as stages.1.epochs=5")
+    return nested(key.strip(), _plain(_parse_value(override, value)))
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """The tree in which `value` stands at the dotted `key`."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def resolve_preset(path: Path | None) -> Path | None:
+    """A file as it is; a bare name that is no file is that preset of `tune_configs`.
+
+    Raises:
+        UserError: neither a file nor a preset.
+    """
+    if path is None or path.is_file():
+        return path
+    import tune_configs
+
+    folder = Path(tune_configs.__file__).parent
+    preset = folder / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent.name in ("", "tune_configs") and preset.is_file():
+        return preset
+    names = ", ".join(sorted(item.stem for item in folder.glob("*.yaml")))
+    raise UserError(f"--config {path}: no such file, and no preset of that name ({names})")
+
+
+def _validated(tree: dict[str, Any]) -> Config:
+    first = tree["stages"].get("1", {})
+    second = tree["stages"].get("2")
+    rate = first.get("learning_rate")
+    is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if second is not None and second.get("learning_rate") is None and is_number:
+        second["learning_rate"] = float(f"{rate / 10:.6g}")
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+        message = problem["msg"].removeprefix("Value error, ")
+        given = problem["input"]
+        shown = f" {given!r}" if isinstance(given, str | int | float | bool) else " null" if given is None else ""
+        raise UserError(f"config {field}{shown}: {message}".replace("config :", "config:")) from None
+    for number, stage in config.stages.items():
+        if stage.learning_rate is None:
+            raise UserError(f"config stages.{number}.learning_rate: not given; give a peak learning rate, such as 1e-4")
+    return config
+
+
+MOST_VALUES = 10_000
+"""In a YAML file: far more than there are keys."""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in the file, keys as strings; `UserError` when there is none."""
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no date though it looks like one
+        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply; give a mapping of config keys") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: holds a {type(loaded).__name__}, not a mapping of config keys")
+    if _is_larger(loaded, MOST_VALUES):
+        raise UserError(f"{path}: holds more than {MOST_VALUES} values, aliases written out; give fewer")
+    return _plain(loaded)
+
+
+def _is_larger(node: Any, most: int) -> bool:
+    """Whether a tree has more nodes; aliases make a few bytes many, or endless."""
+    pending, count = [node], 0
+    while pending and count <= most:
+        current = pending.pop()
+        count += 1
+        children = current.values() if isinstance(current, dict) else current if isinstance(current, list) else ()
+        pending.extend(children)
+    return count > most
+
+
+class _Loader(yaml.SafeLoader):
+    """As people mean it: 1e-3 is a number, where YAML 1.1 reads a string, and a key is there once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # Before keys are merged in from elsewhere (`<<`), which may be repeated: the mapping's own take precedence.
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                reason = f"the key {key} is there more than once; keep one"
+                raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_value(override: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"--set {override}: the value is not YAML; quote it") from None
+
+
+def _plain(node: Any) -> Any:
+    """Keys as strings, so that stages.1 from YAML and from the command line are the same key."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    return node
+
+
+def _merge(tree: dict[str, Any], update: dict[str, Any], where: str, prefix: str = "") -> None:
+    for key, value in update.items():
+        name = f"{prefix}{key}"
+        if prefix == "stages." and key not in tree and key.isdigit():
+            tree[key] = _plain(StageConfig().model_dump(mode="json"))
+        if key not in tree:
+            meant = _first_leaf(name, value)
+            raise UserError(f"{where}{meant}: unknown config key{_nearest(meant)}")
+        if isinstance(tree[key], dict):
+            if not isinstance(value, dict):
+                inner = ", ".join(f"{name}.{child}" for child in tree[key])
+                raise UserError(f"{where}{name}: holds keys of its own ({inner}), not a value")
+            _merge(tree[key], value, where, f"{name}.")
+        elif isinstance(value, dict):
+            raise UserError(f"{where}{name}: is a value, not a mapping")
+        else:
+            tree[key] = value
+
+
+def _first_leaf(name: str, value: Any) -> str:
+    """The dotted name of the first value below `name`: it tells better than a section's what was meant."""
+    while isinstance(value, dict) and value:
+        key, value = next(iter(value.items()))
+        name = f"{name}.{key}"
+    return name
+
+
+def known_keys() -> dict[str, Any]:
+    """Every dotted key with its default value."""
+
+    def walk(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in node.items():
+            found |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return found
+
+    return walk(_plain(Config().tree()), "")
+
+
+def _nearest(name: str) -> str:
+    keys = list(known_keys())
+    by_leaf = [key for key in keys if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5) or by_leaf[:1]
+    if not near:
+        leaves = {key.rsplit(".", 1)[-1]: key for key in keys}
+        close = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.5)
+        near = [leaves[close[0]]] if close else []
+    return f"; did you mean {near[0]}?" if near else "; cxr-dist config prints them all"
