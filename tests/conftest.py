@@ -6,11 +6,12 @@ import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -42,24 +43,39 @@ def keras_policy_stays() -> Iterator[None]:
         assert keras.config.dtype_policy().name == "float32"
 
 
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first process of this test session to ask for it makes, and all read."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # each process has a folder of its own below it
+    folder = shared / "shared" / name
+    with FileLock(f"{shared}/{name}.lock"):
+        if not folder.exists():
+            unfinished = shared / "unfinished" / name
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.parent.mkdir(exist_ok=True)
+            make(unfinished)
+            folder.parent.mkdir(exist_ok=True)
+            unfinished.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def phantom_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Phantoms of the four classes, 20 of each at 48 pixels."""
+    """Phantoms of the four classes, 20 of each at 48 pixels. Do not change it: all processes share it."""
     from cxr_dist.phantoms import write_phantoms
 
-    folder = tmp_path_factory.mktemp("source") / "phantoms"
-    write_phantoms(folder, per_class=20, size=48, workers=1)
-    return folder
+    return _made_once(tmp_path_factory, "phantoms", lambda out: write_phantoms(out, per_class=20, size=48, workers=1))
 
 
 @pytest.fixture(scope="session")
 def dataset(phantom_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of 80 phantoms at 32 pixels: 56 for training, 12 for validation, 12 for the test."""
+    """A dataset of 80 phantoms at 32 pixels: 56 for training, 12 for validation, 12 for the test. Do not change it."""
     from tfrecords_builder.build import build_dataset
 
-    folder = tmp_path_factory.mktemp("dataset") / "phantoms"
-    build_dataset(phantom_source, folder, image_size=32, workers=1)
-    return folder
+    return _made_once(
+        tmp_path_factory, "dataset", lambda out: build_dataset(phantom_source, out, image_size=32, workers=1)
+    )
 
 
 def _real(variable: str, default: Path) -> Path:
@@ -81,9 +97,11 @@ def imagenet_weights() -> Path:
     return _real("CXR_WEIGHTS", _SHARED / "weights" / "resnet50_imagenet_notop.h5")
 
 
-# How long an example takes says how busy the machine is.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# `pytest --hypothesis-profile=nightly` chooses the other one. No deadline: how long an example takes says how busy the
+# machine is.
+settings.register_profile("quick", deadline=None, max_examples=25)
+settings.register_profile("nightly", deadline=None, max_examples=500)
+settings.load_profile("quick")
 
 
 _RAY_FILES = tuple(f"tests/integration/test_{name}.py" for name in ("connection", "ray", "serve", "submit", "tune_ray"))
@@ -157,12 +175,13 @@ def run_with_checkpoints(dataset: Path, tmp_path_factory: pytest.TempPathFactory
     from cxr_dist.config.loading import load_config
     from cxr_dist.launch import train
 
-    run = tmp_path_factory.mktemp("run") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        use_small_base(patch)
-        patch.setattr(train, "remove_checkpoints", lambda _run: None)
-        train.run_training(load_config(None, SMALL_RUN), dataset, run, launcher="local")
-    return run
+    def make(run: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            use_small_base(patch)
+            patch.setattr(train, "remove_checkpoints", lambda _run: None)
+            train.run_training(load_config(None, SMALL_RUN), dataset, run, launcher="local")
+
+    return _made_once(tmp_path_factory, "run", make)
 
 
 @pytest.fixture(scope="session")
