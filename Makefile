@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves: they need Python 3.11 to 3.13 and make, nothing else.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-faults lint audit clean
+.PHONY: help demo test test-all lint audit clean
 MAKEFLAGS += --no-builtin-rules
 
 # TensorFlow 2.21 has no wheels for later Pythons; raise the upper bound when the pinned version has.
@@ -44,14 +44,11 @@ demo: $(VENV)/.installed ## set up, then phantom X-rays -> dataset -> training -
 	@$(REMOVE_DEMO)
 	$(BIN)/cxr-dist demo --out $(DEMO)
 
-test: lint ## set up, then all checks and tests
+test: lint ## set up, then all checks and the tests of every change
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.installed-test ## set up, then the tests that take minutes each
-	$(BIN)/python -m pytest -m slow
-
-test-faults: $(VENV)/.installed-test ## set up, then the whole fault suite: processes killed, files damaged
-	$(BIN)/python -m pytest -m "fault or not slow" tests/faults
+test-all: lint ## set up, then all checks and all tests, those for the night too
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "nightly or not nightly" --hypothesis-profile=nightly
 
 lint: $(VENV)/.installed-test ## set up, then the checks that run nothing: style, types, direction of imports
 	$(BIN)/ruff check

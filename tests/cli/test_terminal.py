@@ -255,7 +255,7 @@ def test_an_interrupt_while_the_command_line_is_imported(number: int) -> None:
     assert interrupted_well(status, lines, ENDS)
 
 
-@pytest.mark.parametrize("number", [1200, pytest.param(2500, marks=pytest.mark.fault)])
+@pytest.mark.parametrize("number", [1200, pytest.param(2500, marks=pytest.mark.nightly)])
 def test_an_interrupt_while_tensorflow_is_imported(number: int, finished_run: Path, phantom_source: Path) -> None:
     status, lines = interrupted_at_import(number, "predict", finished_run, phantom_source)
     assert interrupted_well(status, lines, ENDS)
@@ -267,7 +267,7 @@ def moments(seed: int, number: int) -> list[float]:
     return [(part + generator.random()) / number for part in range(number)]
 
 
-@pytest.mark.parametrize("number", [3, pytest.param(15, marks=pytest.mark.fault)])
+@pytest.mark.parametrize("number", [3, pytest.param(15, marks=pytest.mark.nightly)])
 def test_an_interrupt_of_a_build_with_processes(number: int, phantom_source: Path, tmp_path: Path) -> None:
     """They are told of it too, wherever they are: while they are started, import, work."""
 
@@ -282,7 +282,7 @@ def test_an_interrupt_of_a_build_with_processes(number: int, phantom_source: Pat
     assert any(ends)
 
 
-@pytest.mark.fault
+@pytest.mark.nightly
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("launcher", ["local", "ray"])
 @pytest.mark.parametrize("name", ["train", "tune"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import tune_configs
 from cxr_dist.config.loading import known_keys, load_config, resolve_preset
@@ -91,7 +91,6 @@ def test_the_resolved_tree_loads_again_unchanged(path: Path | None, tmp_path: Pa
     assert Config.model_validate(config.tree()) == config
 
 
-@settings(max_examples=50)
 @given(
     rate=st.floats(1e-12, 10),
     angle=st.floats(0, 45),

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics as sk
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from cxr_dist.evaluation import metrics
 from cxr_dist.evaluation.predictions import Predictions, is_predictions_file, read_predictions, write_predictions
@@ -49,7 +49,6 @@ def read_columns(path: Path, names: list[str]) -> tuple[npt.NDArray[Any], npt.ND
     )
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     classes=st.integers(2, 12),
     images=st.integers(1, 150),
@@ -239,7 +238,6 @@ def test_counts_refuse_what_makes_no_sense(confusion: npt.NDArray[Any]) -> None:
         metrics.counts_metrics(confusion)
 
 
-@settings(max_examples=20, deadline=None)
 @given(classes=st.integers(2, 6), images=st.integers(10, 80), seed=st.integers(0, 2**32 - 1), coarse=st.booleans())
 def test_area_below_the_mean_curve_is_the_macro_auc(classes: int, images: int, seed: int, coarse: bool) -> None:
     predictions = make_predictions(classes, images, seed, coarse=coarse)

@@ -30,7 +30,7 @@ def few_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.fault)])
+@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("scenario", "least"), [("build", 60), ("keep", 20), ("report", 20), ("cache", 15)])
 def test_the_disk_is_full_at_every_call(
     library: Path, few_images: Path, tmp_path: Path, scenario: str, least: int, every: int

@@ -133,7 +133,7 @@ def check_decoded_once(lines: list[list[str]]) -> None:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("kills", "seed"), [(3, 1), pytest.param(20, 2, marks=pytest.mark.fault)])
+@pytest.mark.parametrize(("kills", "seed"), [(2, 1), pytest.param(20, 2, marks=pytest.mark.nightly)])
 def test_workers_of_this_machine_are_killed(
     images: Path, undisturbed: dict[str, bytes], tmp_path: Path, kills: int, seed: int
 ) -> None:
@@ -143,7 +143,7 @@ def test_workers_of_this_machine_are_killed(
 @pytest.mark.ray
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("kills", "seed"), [(3, 1), pytest.param(20, 2, marks=pytest.mark.fault)])
+@pytest.mark.parametrize(("kills", "seed"), [(2, 1), pytest.param(20, 2, marks=pytest.mark.nightly)])
 def test_workers_of_a_cluster_are_killed(
     images: Path, undisturbed: dict[str, bytes], tmp_path: Path, kills: int, seed: int
 ) -> None:

@@ -18,7 +18,7 @@ import pytest
 from cxr_dist.runs import run_folder
 from tests.faults.test_lost_workers import LIMIT_S, ROOT, SETTINGS, wait_until_in
 
-pytestmark = [pytest.mark.ray, pytest.mark.fault]
+pytestmark = [pytest.mark.ray, pytest.mark.nightly]
 RAY = Path(sys.executable).with_name("ray")
 PORT = 6399
 LOSS = """

@@ -25,7 +25,7 @@ Some 60 KiB a run stay in TensorFlow's own C++; a plain Keras model of this size
 `clear_session`, leaves 19,800 and 43,000 objects. What is resident also rises and falls with the allocator's needs."""
 
 
-@pytest.mark.fault
+@pytest.mark.nightly
 @pytest.mark.timeout(SECONDS + 600)
 def test_nothing_grows(dataset: Path, tmp_path: Path) -> None:
     temporary, folder = tmp_path / "temporary", tmp_path / "work"

@@ -43,7 +43,7 @@ def reports(folder: Path, pattern: str = "[0-9]*.json") -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_bundles_of_gpus_that_are_only_declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     start_cluster(num_cpus=8, num_gpus=8)
@@ -70,17 +70,22 @@ def check_bundles(found: list[dict[str, Any]], asked: int) -> None:
     assert [bundle.get("GPU") for bundle in found[0]["bundles"] if bundle.get("GPU")] == [8 / asked] * asked
 
 
-def test_two_workers_follow_one_device(tmp_path: Path) -> None:
+@pytest.mark.parametrize("all_variants", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_two_workers_follow_one_device(tmp_path: Path, all_variants: bool) -> None:
     """The same curve, whatever compiles it and in what precision, the same weights on both workers, and an overflow
     on one skips the step on both."""
     start_cluster(num_cpus=2)
     variants: dict[str, dict[str, Any]] = {
         "synchronized": {"synchronize_batch_norm": True},
-        "plain": {},
-        "xla": {"xla": True},
-        "bfloat16": {"precision": "bfloat16"},
-        "float16": {"precision": "float16"},
+        "synchronized float16": {"synchronize_batch_norm": True, "precision": "float16"},
     }
+    if all_variants:
+        variants |= {
+            "plain": {},
+            "plain xla": {"xla": True},
+            "plain bfloat16": {"precision": "bfloat16"},
+            "plain float16": {"precision": "float16"},
+        }
     plan = plan_workers(cluster_nodes(), 2, None)
     launch(workers.curves_and_overflow, {"out": str(tmp_path), "variants": variants}, plan, tmp_path / "run")
     first, second = reports(tmp_path)
@@ -89,8 +94,10 @@ def test_two_workers_follow_one_device(tmp_path: Path) -> None:
     one = curve()
     for key, expected in (("losses", one.losses), ("validation", one.validation)):
         np.testing.assert_allclose(first["synchronized"][key], expected, atol=1e-4)
-        for name, tolerance in (("xla", 1e-3), ("bfloat16", 0.05), ("float16", 0.05)):
-            np.testing.assert_allclose(first[name][key], first["plain"][key], atol=tolerance)
+        for name in variants:
+            base, _, change = name.partition(" ")
+            tolerance = {"": 0.0, "xla": 1e-3}.get(change, 0.05)
+            np.testing.assert_allclose(first[name][key], first[base][key], atol=tolerance, err_msg=name)
     for found in reports(tmp_path, "poisoned-*.json"):
         assert found == {"skipped": [4], "same": True, "scale": 2.0**11}
 
@@ -141,25 +148,38 @@ def command(*arguments: object, timeout_s: float = 480) -> subprocess.CompletedP
     return subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
 
 
-def test_the_commands_train_and_evaluate_resnet50_and_say_what_the_user_can_mend(dataset: Path, tmp_path: Path) -> None:
-    settings = [word for change in SMALL_RUN for word in ("--set", change)]
+def settings_of(*changes: str) -> list[str]:
+    return [word for change in (*SMALL_RUN, *changes) for word in ("--set", change)]
+
+
+def test_the_commands_train_resnet50_on_two_workers(dataset: Path, tmp_path: Path) -> None:
+    """Stage 1, from cached activations: both stages take minutes to trace (`test_the_commands_train_both_stages`)."""
+    run = tmp_path / "run"
+    done = command("train", dataset, "--out", run, *settings_of("stages.2.epochs=0"), "--workers", 2)
+    check_trained(done, run, "stage 1 epoch 2")
+
+
+@pytest.mark.nightly
+def test_the_commands_train_both_stages(dataset: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
-    done = command("train", dataset, "--out", run, *settings, "--workers", 2)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((run / "result.json").read_text())
-    assert (result["launcher"], result["workers"], result["strategy"]) == (
-        "ray",
-        2,
-        "CollectiveAllReduceStrategy",
-    )
-    assert result["parameters"] == 24_122_500
-    assert "Traceback" not in done.stderr
-    assert "stage 2 epoch 1" in done.stderr
+    done = command("train", dataset, "--out", run, *settings_of(), "--workers", 2)
+    check_trained(done, run, "stage 2 epoch 1")
     evaluated = command("evaluate", run, "--out", out)
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads((out / "metrics.json").read_text())["n"] == 12
 
-    too_many = command("train", dataset, "--out", tmp_path / "other", *settings, "--workers", "64")
-    assert too_many.returncode == 2
-    assert too_many.stderr.splitlines()[-1].startswith("error: --workers 64")
+
+def check_trained(done: subprocess.CompletedProcess[str], run: Path, last: str) -> None:
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "result.json").read_text())
+    expected = ("ray", 2, "CollectiveAllReduceStrategy", 24_122_500)
+    assert tuple(result[key] for key in ("launcher", "workers", "strategy", "parameters")) == expected
+    assert "Traceback" not in done.stderr
+    assert last in done.stderr
+
+
+def test_too_many_workers_are_refused_before_the_run(dataset: Path, tmp_path: Path) -> None:
+    done = command("train", dataset, "--out", tmp_path / "other", *settings_of(), "--workers", "64")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --workers 64")
     assert not (tmp_path / "other").exists()

@@ -124,7 +124,7 @@ def user_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_pipeline_on_phantoms(phantom_source: Path, tmp_path: Path) -> None:
     """Build, tune and evaluate on a cluster of the command's own, from the command line.
 
@@ -154,7 +154,7 @@ def test_the_jobs_exit_status_is_the_commands(cluster: Cluster) -> None:
     assert cluster.cxr_dist("jobs", "logs", "bad").stdout == done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_chain_goes_on_after_the_step_that_failed(
     cluster: Cluster, user_environment: Path, phantom_source: Path, tmp_path: Path
 ) -> None:

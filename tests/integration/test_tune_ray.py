@@ -14,7 +14,7 @@ from tests.integration.workers import tune_small_trial
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_stopped")]
+pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.usefixtures("ray_stopped")]
 ROOT = Path(__file__).parents[2]
 
 

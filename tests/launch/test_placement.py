@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from cxr_dist.launch.placement import Node, WorkerPlan, plan_most_workers, plan_workers
 from tfrecords_builder.common.errors import UserError
@@ -46,7 +46,6 @@ NODES = st.lists(
 SOME = st.one_of(st.none(), st.integers(1, 9))
 
 
-@settings(max_examples=500)
 @given(nodes=NODES, workers=SOME, devices=SOME)
 def test_a_plan_fits_and_a_refusal_is_right(nodes: list[Node], workers: int | None, devices: int | None) -> None:
     kind = "GPU" if any(node.gpus for node in nodes) else "CPU"

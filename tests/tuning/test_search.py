@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from hypothesis import given, settings, strategies as some
+from hypothesis import given, strategies as some
 
 import tune_configs
 from cxr_dist.config.loading import resolve_preset
@@ -100,7 +100,6 @@ def test_a_recipe_is_no_search_space() -> None:
     low=some.floats(1e-6, 10), width=some.floats(1e-3, 10), log=some.booleans(), seed=some.integers(0, 1000),
     sampler=some.sampled_from(["tpe", "random"]),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
 def test_samples_stay_in_their_ranges(low: float, width: float, log: bool, seed: int, sampler: str) -> None:
     parameters = {
         "augmentation.zoom": {"low": low, "high": low + width, "log": log},

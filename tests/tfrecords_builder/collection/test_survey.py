@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import event, given, settings, strategies as st
+from hypothesis import event, given, strategies as st
 from PIL import Image
 
 from cxr_dist.cli import main
@@ -109,7 +109,6 @@ def plant(root: Path, tree: Tree) -> None:
             file.symlink_to(target)
 
 
-@settings(max_examples=300)
 @given(trees())
 def test_taken_and_counted_files_are_all_files(tree: Tree) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image, PngImagePlugin
 
 from tfrecords_builder.images.png import SIGNATURE, decode_plain_gray
@@ -46,7 +46,6 @@ def filtered(pixels: npt.NDArray[np.uint8], filters: list[int], pieces: int) -> 
     return SIGNATURE + header + b"".join(parts) + chunk(b"IEND", b"")
 
 
-@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_every_filter_and_shape_as_pillow_reads_them(data: st.DataObject) -> None:
     height, width = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 70))
