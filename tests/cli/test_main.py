@@ -126,7 +126,7 @@ def test_every_command_is_tested_here() -> None:
 def test_help_starts_without_what_is_slow() -> None:
     code = (
         "import sys\n"
-        "from cxr_dist.cli import main\n"
+        "from cxr_dist.cli.main import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit as done: assert done.code == 0\n"
         "slow = {'tensorflow', 'keras', 'ray', 'matplotlib', 'sklearn', 'scipy', 'pandas'} & set(sys.modules)\n"

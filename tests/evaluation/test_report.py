@@ -219,7 +219,7 @@ def test_metrics_come_last_and_an_interrupted_evaluation_can_be_repeated(
             raise KeyboardInterrupt
         write(path, content)
 
-    for module in (metrics, report):
+    for module in (predictions, report):
         monkeypatch.setattr(module, "write_bytes", recorded)
     report.write_evaluation(tmp_path, make_predictions(images=40), make_history(), {}, calibrated=CALIBRATED)
     assert order[0] == "predictions.parquet"
@@ -228,7 +228,7 @@ def test_metrics_come_last_and_an_interrupted_evaluation_can_be_repeated(
     assert {entry.name for entry in tmp_path.iterdir()} == {*report.FILES, "own_notes.txt"}
 
     other = tmp_path / "other"
-    for module in (metrics, report):
+    for module in (predictions, report):
         monkeypatch.setattr(module, "write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         report.write_evaluation(other, make_predictions(), make_history(), {})

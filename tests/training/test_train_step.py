@@ -93,8 +93,8 @@ def test_gradients_are_clipped_after_the_reduction() -> None:
     one, two = Training(1), Training(2, synchronize_batch_norm=True)
     assert_close(one.stage(row).losses, two.stage(row).losses, 1e-4)
     assert_close(
-        np.asarray(training.model.head_of(one.model).get_layer("logits").kernel),
-        np.asarray(training.model.head_of(two.model).get_layer("logits").kernel),
+        np.asarray(resnet.head_of(one.model).get_layer("logits").kernel),
+        np.asarray(resnet.head_of(two.model).get_layer("logits").kernel),
         1e-5,
     )
 
