@@ -55,10 +55,10 @@ def phantom_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(phantom_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of 80 phantoms at 32 pixels: 56 for training, 12 for validation, 12 for the test."""
-    from tfrecords_builder.build import build_dataset
+    from tfrecords_builder.build import BuildOptions, build_dataset
 
     folder = tmp_path_factory.mktemp("dataset") / "phantoms"
-    build_dataset(phantom_source, folder, image_size=32, workers=1)
+    build_dataset(phantom_source, folder, BuildOptions(image_size=32, workers=1))
     return folder
 
 

@@ -40,7 +40,7 @@ def demo(options: argparse.Namespace) -> None:
     """The whole pipeline on phantoms, at a size that a laptop does in minutes; goes on where it was stopped."""
     from cxr_dist.evaluation.evaluate import Request, calibrate_run, evaluate_run
     from cxr_dist.phantoms import write_phantoms
-    from tfrecords_builder.build import build_dataset
+    from tfrecords_builder.build import BuildOptions, build_dataset
 
     out: Path = options.out
     if out.exists() and not (out.is_dir() and all(DEMO_NAMES.fullmatch(entry.name) for entry in out.iterdir())):
@@ -50,7 +50,7 @@ def demo(options: argparse.Namespace) -> None:
         with progress_bar("1/5 phantom X-rays") as progress:
             write_phantoms(out / "phantoms", per_class=DEMO_PER_CLASS, size=DEMO_SIZE, progress=progress)
     with progress_bar("2/5 build") as progress:
-        build_dataset(out / "phantoms", out / "dataset", image_size=DEMO_IMAGE_SIZE, progress=progress)
+        build_dataset(out / "phantoms", out / "dataset", BuildOptions(image_size=DEMO_IMAGE_SIZE), progress=progress)
     print("3/5 train", file=sys.stderr)
     config = load_config(resolve_preset(Path("demo")))
     run_training(config, out / "dataset", out / "run", launcher=options.launcher, verbose=options.verbose)

@@ -27,7 +27,7 @@ from cxr_dist.model import forward, resnet
 from cxr_dist.training import train_step
 from tests.small_training import CLASSES, SIZE, config, images, local_topology, small_base
 from tfrecords_builder import remote
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 
@@ -222,7 +222,7 @@ def test_another_dataset_calibrates_nothing(
     finished_run: Path, dataset: Path, phantom_source: Path, tmp_path: Path, opened: list[object]
 ) -> None:
     other = tmp_path / "other"
-    build_dataset(phantom_source, other, image_size=32, workers=1, seed=1)
+    build_dataset(phantom_source, other, BuildOptions(image_size=32, workers=1, seed=1))
     run = run_naming(finished_run, dataset, tmp_path / "run")  # it is there, and nobody asked for it
     metrics = evaluate_run(Request(run, tmp_path / "out", dataset=other))
     assert metrics["calibration"] is None

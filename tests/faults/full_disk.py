@@ -31,7 +31,7 @@ class Scenario:
 
 
 def build(source: Path) -> Scenario:
-    from tfrecords_builder.build import build_dataset
+    from tfrecords_builder.build import BuildOptions, build_dataset
     from tfrecords_builder.format.manifest import read_manifest
     from tfrecords_builder.images import decode as images
     from tfrecords_builder.verify import verify_dataset
@@ -53,7 +53,7 @@ def build(source: Path) -> Scenario:
         pass
 
     def act(folder: Path) -> None:
-        build_dataset(source, folder / "dataset", image_size=8, workers=1, masks="ignore")
+        build_dataset(source, folder / "dataset", BuildOptions(image_size=8, workers=1, masks="ignore"))
 
     def check(folder: Path, ended_well: bool) -> None:
         nonlocal decoded

@@ -16,7 +16,7 @@ from cxr_dist.evaluation.predictions import read_predictions
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.seen_images import SEEN, digests_of, read_seen
 from tests.html_page import Page
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 
@@ -32,7 +32,7 @@ def splits_of(dataset: Path) -> dict[str, str | None]:
 def rebuilt(phantom_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same images, dealt to the splits by another seed."""
     folder = tmp_path_factory.mktemp("rebuilt") / "dataset"
-    build_dataset(phantom_source, folder, image_size=32, workers=1, seed=1)
+    build_dataset(phantom_source, folder, BuildOptions(image_size=32, workers=1, seed=1))
     return folder
 
 

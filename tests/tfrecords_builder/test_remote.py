@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 
 from cxr_dist.cli import main
 from tfrecords_builder import remote as storage
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import MANIFEST_NAME, read_manifest
 from tfrecords_builder.remote import Stage, local_copy, staged_output
@@ -83,7 +83,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def put(source: Path, bucket: Bucket, stage: Stage, **options: object) -> bool:
     with staged_output(bucket.url, 1000, stage) as folder:
-        return build_dataset(source, folder, image_size=SIZE, workers=1, **options).reused  # type: ignore[arg-type]
+        return build_dataset(source, folder, BuildOptions(image_size=SIZE, workers=1, **options)).reused  # type: ignore[arg-type]
 
 
 def datasets(stage: Stage) -> list[Path]:
@@ -122,7 +122,7 @@ def test_another_dataset_replaces_the_first(source: Path, bucket: Bucket, stage:
     with local_copy(bucket.url, stage) as held:
         put(source, bucket, stage, seed=1)
         assert content(held) == before, "whoever reads the first goes on with the first"
-    build_dataset(source, tmp_path / "seed-1", image_size=SIZE, workers=1, seed=1)
+    build_dataset(source, tmp_path / "seed-1", BuildOptions(image_size=SIZE, workers=1, seed=1))
     assert bucket.content() == content(tmp_path / "seed-1")
     with local_copy(bucket.url, stage) as folder:
         assert content(folder) == content(tmp_path / "seed-1")
@@ -202,7 +202,7 @@ def test_a_storage_that_fails_now_and_then(
     source: Path, bucket: Bucket, stage: Stage, tmp_path: Path, flaky: Counter[str]
 ) -> None:
     with staged_output(bucket.url, ROOM, stage) as folder:
-        build_dataset(source, folder, image_size=SIZE)
+        build_dataset(source, folder, BuildOptions(image_size=SIZE))
     assert sum(flaky.values()) > 10
     flaky.clear()
     with local_copy(bucket.url, Stage(tmp_path / "other", ROOM)) as there:
@@ -214,7 +214,7 @@ def test_a_storage_that_fails_always_is_named(
     source: Path, bucket: Bucket, stage: Stage, tmp_path: Path, flaky: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with staged_output(bucket.url, ROOM, stage) as folder:
-        build_dataset(source, folder, image_size=SIZE)
+        build_dataset(source, folder, BuildOptions(image_size=SIZE))
     flaky.clear()
     monkeypatch.setattr(storage, "PAUSES_S", ())
     other = Stage(tmp_path / "other", ROOM)

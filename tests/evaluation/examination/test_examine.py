@@ -14,7 +14,7 @@ from cxr_dist.evaluation.examination import attention
 from cxr_dist.inference import grad_cam
 from cxr_dist.launch.train import run_training
 from tests.html_page import Page
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 
 SETTINGS = [
     "global_batch_size=16",
@@ -90,7 +90,7 @@ def trained(folder: Path, phantoms: Path, letter: bool) -> Path:
                 pixels[lungs] = pixels[lungs] // 8 + 60 * label
         (folder / "source" / Path(*path.parts[-3:-1])).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / "source" / Path(*path.parts[-3:]))
-    build_dataset(folder / "source", folder / "dataset", image_size=32, workers=1)
+    build_dataset(folder / "source", folder / "dataset", BuildOptions(image_size=32, workers=1))
     run_training(load_config(None, SETTINGS), folder / "dataset", folder / "run", launcher="local")
     return folder / "run"
 
