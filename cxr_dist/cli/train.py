@@ -38,7 +38,8 @@ def show_config(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """The whole pipeline on phantoms, at a size that a laptop does in minutes; goes on where it was stopped."""
-    from cxr_dist.evaluation.evaluate import Request, calibrate_run, evaluate_run
+    from cxr_dist.evaluation.evaluate import calibrate_run, evaluate_run
+    from cxr_dist.evaluation.evaluated_images import EvaluationSpec
     from cxr_dist.phantoms import write_phantoms
     from tfrecords_builder.build import BuildOptions, build_dataset
 
@@ -58,7 +59,7 @@ def demo(options: argparse.Namespace) -> None:
         calibrate_run(out / "run", progress=progress)
     with progress_bar("5/5 evaluate") as progress:
         metrics = evaluate_run(
-            Request(out / "run", out / "evaluation", examine=DEMO_EXAMINED, drawn=True), progress=progress
+            EvaluationSpec(out / "run", out / "evaluation", examine=DEMO_EXAMINED, drawn=True), progress=progress
         )
     print_metrics(metrics)
     print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")

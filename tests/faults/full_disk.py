@@ -114,7 +114,7 @@ def report() -> Scenario:
     from cxr_dist.evaluation import figures
     from cxr_dist.evaluation.assessment import assess
     from cxr_dist.evaluation.predictions import Predictions, read_predictions
-    from cxr_dist.evaluation.report import FILES, METRICS, PREDICTIONS, metrics_json, write_evaluation
+    from cxr_dist.evaluation.report import FILES, METRICS, PREDICTIONS, Evaluation, metrics_json, write_evaluation
 
     figures.png_bytes = lambda _figure: b"PNG" * 1000  # drawing takes seconds and writes nothing
 
@@ -126,7 +126,7 @@ def report() -> Scenario:
         )
 
     def write(folder: Path, seed: int) -> None:
-        write_evaluation(folder / "evaluation", predictions(seed), [], {"split": "test"})
+        write_evaluation(folder / "evaluation", Evaluation(predictions(seed), [], {"split": "test"}))
 
     def prepare(folder: Path) -> None:
         write(folder, 0)
