@@ -10,7 +10,7 @@ from cxr_dist.cli.evaluate import print_metrics
 from cxr_dist.config.loading import load_config, resolve_preset
 from cxr_dist.launch.train import run_training
 from cxr_dist.runs.loggers import progress_bar
-from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import check_output_folder
 
 
 def train(options: argparse.Namespace) -> None:
@@ -44,8 +44,7 @@ def demo(options: argparse.Namespace) -> None:
     from tfrecords_builder.build import BuildOptions, build_dataset
 
     out: Path = options.out
-    if out.exists() and not (out.is_dir() and all(DEMO_NAMES.fullmatch(entry.name) for entry in out.iterdir())):
-        raise UserError(f"{out}: holds something other than a demo; give a new folder with --out")
+    check_output_folder(out, "a demo", "--out", lambda name: bool(DEMO_NAMES.fullmatch(name)))
     started = time.perf_counter()
     if not (out / "phantoms").exists():
         with progress_bar("1/5 phantom X-rays") as progress:

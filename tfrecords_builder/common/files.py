@@ -118,12 +118,15 @@ def check_output_folder(
     Raises:
         UserError: `folder` is a file, lies in one, or is a folder that holds something else.
     """
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not above.is_dir():
         raise UserError(f"{folder}: {'' if above == folder else f'{above} '}is a file; give a folder for {what}")
     if above != folder:
         return
-    names = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); give another folder with {option}") from error
     foreign = [name for name in names if not is_ours(intended_name(name) or name)]
     whole = [name for name in names if intended_name(name) is None]
     if whole and not foreign and not is_marked():

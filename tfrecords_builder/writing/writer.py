@@ -105,7 +105,7 @@ def ingest(task: IngestTask) -> Part | EncodedImage:
     part = parts.read_part(task.folder, task.number, task.key, files, task.images)
     if part is not None and not (task.stop_at_reject and any(image.reason for image in part.images)):
         return part
-    with images.quiet_decoding(), resizing.kept_memory():
+    with images.quiet_decoding():
         return _decode(task, files)
 
 
