@@ -71,10 +71,12 @@ def phantom_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(phantom_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of 80 phantoms at 32 pixels: 56 for training, 12 for validation, 12 for the test. Do not change it."""
-    from tfrecords_builder.build import build_dataset
+    from tfrecords_builder.build import BuildOptions, build_dataset
 
     return _made_once(
-        tmp_path_factory, "dataset", lambda out: build_dataset(phantom_source, out, image_size=32, workers=1)
+        tmp_path_factory,
+        "dataset",
+        lambda out: build_dataset(phantom_source, out, BuildOptions(image_size=32, workers=1)),
     )
 
 

@@ -36,7 +36,7 @@ def visit(page: Path, folder: Path, *options: str) -> tuple[str, list[str]]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("browser") / "evaluation"
     info = {"split": "test", "images": "phantoms, split test"}
-    report.write_evaluation(out, make_predictions(), make_history(), info, calibrated=CALIBRATED)
+    report.write_evaluation(out, report.Evaluation(make_predictions(), make_history(), info, calibrated=CALIBRATED))
     return out / "report.html"
 
 

@@ -11,7 +11,6 @@ often the build was stopped and started again.
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder import plan
-from tfrecords_builder.collection.find import SourceImage, class_counts, list_source, read_split_file
+from tfrecords_builder.collection.file_kinds import Note
+from tfrecords_builder.collection.find import Listing, class_counts, list_source, read_split_file
 from tfrecords_builder.collection.metadata import Metadata, examine_metadata, metadata_digest
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.pool import Pool, default_workers
@@ -46,10 +46,10 @@ from tfrecords_builder.images.decode import DECODERS, ImageError
 from tfrecords_builder.splitting import splits
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
 from tfrecords_builder.writing import output_folder, parts
+from tfrecords_builder.writing.parts import EncodedImage
 from tfrecords_builder.writing.writer import IngestTask, ingest, write_shard
 
 ON_ERROR = ("stop", "skip")
-
 CONFLICTS = ("exclude", "keep")
 MASKS = ("read", "ignore")
 
@@ -65,8 +65,48 @@ class Workers(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """How to build a dataset. A value that no build takes raises `UserError`."""
+
+    image_size: int = 224
+    """Side of the stored images in pixels."""
+    encoding: str = "raw"
+    """raw, png or jpeg; see `format.record`."""
+    seed: int = 0
+    """Of the split and the order of records."""
+    split: str = "leak-free"
+    """leak-free (near-duplicates and images of a patient stay in one split) or published (image by image)."""
+    split_file: Path | None = None
+    """CSV with the columns path and split, in place of a rule."""
+    conflicts: str | None = None
+    """Near-duplicates in several classes: exclude or keep. None excludes them unless `split` is published."""
+    masks: str = "read"
+    """Lung masks: read or ignore."""
+    on_error: str = "stop"
+    """A file that is no whole image: "stop" ends the build, "skip" lists the file. With "skip", a class may also lose
+    more than 1 % of its pictures to other formats and the like; see `list_source`."""
+    workers: int | None = None
+    """Processes; None is one per processor."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise UserError(f"image-size: must be from 1 to {MAX_IMAGE_SIZE} pixels, not {self.image_size}")
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"workers: must be at least 1, not {self.workers}")
+        for name, value, known in (
+            ("encoding", self.encoding, ENCODINGS),
+            ("split", self.split, splits.RULES),
+            ("conflicts", self.conflicts or "keep", CONFLICTS),
+            ("masks", self.masks, MASKS),
+            ("on-error", self.on_error, ON_ERROR),
+        ):
+            if value not in known:
+                raise UserError(f"{name}: must be one of {', '.join(known)}, not '{value}'")
+
+
+@dataclass(frozen=True, slots=True)
 class BuildSummary:
-    """What a build made, or found made already."""
+    """The dataset that a build wrote, or that was there already."""
 
     manifest: Manifest
     seconds: float
@@ -81,39 +121,21 @@ class BuildSummary:
 def build_dataset(
     source: Path,
     dataset: Path,
+    options: BuildOptions = BuildOptions(),
     *,
-    image_size: int = 224,
-    encoding: str = "raw",
-    workers: int | None = None,
-    seed: int = 0,
-    split: str = "leak-free",
-    split_file: Path | None = None,
-    conflicts: str | None = None,
-    masks: str = "read",
-    on_error: str = "stop",
     progress: Progress | None = None,
     pool: Workers | None = None,
 ) -> BuildSummary:
     """Build the dataset of the images in `source` into the folder `dataset`.
 
     A folder that holds this very dataset already is left as it is. One that holds a dataset of other settings or other
-    images is built anew; what it held stays whole until the new shards are. A build that was stopped goes on. Anything
-    else in the folder is an error and is not touched.
+    images is built anew; the old dataset stays whole until the new shards are. A build that was stopped resumes.
+    Anything else in the folder is an error and is not touched.
 
     Args:
         source: Holds one folder per class; see `find.list_source`.
         dataset: The output folder: absent, empty, or of an earlier build.
-        image_size: Side of the stored images in pixels.
-        encoding: raw, png or jpeg; see `schema`.
-        workers: Processes; None is one per processor.
-        seed: Of the split and the order of records.
-        split: leak-free (near-duplicates and images of a patient stay in one split) or published (image by image).
-        split_file: CSV with the columns path and split, in place of a rule.
-        conflicts: What becomes of near-duplicates in several classes: exclude or keep. None excludes them
-            unless `split` is published.
-        masks: What becomes of lung masks: read or ignore.
-        on_error: What a file that is no whole image does: "stop" ends the build, "skip" lists the file. With "skip",
-            a class may also lose more than 1 % of its pictures to other formats and the like; see `list_source`.
+        options: How to build it.
         progress: Called with (images decoded, images in all), from the calling thread.
         pool: Where the work is done, in place of processes of this machine.
 
@@ -122,41 +144,66 @@ def build_dataset(
         UserError: Anything else that the user can mend; see the message.
     """
     started = time.perf_counter()
-    conflicts = conflicts or ("keep" if split == "published" else "exclude")
-    _check_options(image_size, encoding, workers, split, conflicts, masks, on_error)
-    listing = list_source(source, on_error, masks)
-    found = listing.images
-    classes = class_counts(found)
-    _check_classes(source, classes)
-    given, rule = None, split
-    if split_file is not None:
-        given, digest = read_split_file(split_file, {image.path for image in found})
-        rule = f"file:{digest}"
-    metadata, notes = examine_metadata(source, found)
-    has_masks = any(image.mask for image in found)
-    settings = Settings(image_size, encoding, seed, rule, conflicts, has_masks, metadata_digest(metadata))
+    collection = _Collection.read(source, options)
     with output_folder.locked_folder(dataset):
-        present, changes = _existing(source, dataset, settings, found)
-        if present is not None and not changes:
-            if on_error == "stop" and present.rejected:
+        present, changes = _existing(dataset, collection)
+        reused = present is not None and not changes
+        if present is not None and reused:
+            if options.on_error == "stop" and present.rejected:
                 path, reason = present.rejected[0]
                 raise ImageError(source / path, reason)
             output_folder.remove_work(dataset)
-            manifest = replace(present, not_taken=listing.not_taken, notes=(*listing.notes, *notes))
+            manifest = replace(present, not_taken=collection.listing.not_taken, notes=collection.notes)
             if (manifest.not_taken, manifest.notes) != (present.not_taken, present.notes):
                 write_manifest(dataset, manifest)  # the same dataset, of a folder that holds other files beside it
         else:
             with output_folder.work_folder(dataset) as work:
-                tasks = _ingest_tasks(source, work, settings, found, on_error)
-                with _workers(pool, min(workers or default_workers(), len(tasks))) as used:
-                    known, thumbnails = _ingest(source, tasks, found, metadata, used, progress)
-                    manifest = _write(source, work, settings, known, thumbnails, given, used)
-                manifest = replace(manifest, not_taken=listing.not_taken, notes=(*listing.notes, *notes))
+                tasks = _ingest_tasks(collection, work, options)
+                with _workers(pool, min(options.workers or default_workers(), len(tasks))) as workers:
+                    images, thumbnails = _ingest(collection, tasks, workers, progress)
+                    manifest = _write(collection, work, images, thumbnails, workers)
                 output_folder.publish(dataset, work, manifest)
-    reused = present is not None and not changes
     seconds = time.perf_counter() - started
-    rate = 0.0 if reused else len(manifest.rows) / seconds
-    return BuildSummary(manifest, seconds, rate, reused, tuple(changes))
+    return BuildSummary(manifest, seconds, 0.0 if reused else len(manifest.rows) / seconds, reused, tuple(changes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Collection:
+    """The source folder before any of its images is read."""
+
+    source: Path
+    listing: Listing
+    class_counts: dict[str, int]
+    """Images by class; the order is that of the labels."""
+    metadata: Mapping[str, Metadata]
+    notes: tuple[Note, ...]
+    split_of: Mapping[str, str] | None
+    """By path, from the split file; None without one."""
+    settings: Settings
+
+    @classmethod
+    def read(cls, source: Path, options: BuildOptions) -> "_Collection":
+        listing = list_source(source, options.on_error, options.masks)
+        images = listing.images
+        counts = class_counts(images)
+        if len(counts) < 2:
+            raise UserError(f"{source}: holds one class only, '{next(iter(counts))}'; at least two are needed")
+        _check_class_sizes(source, counts)
+        split_of, rule = None, options.split
+        if options.split_file is not None:
+            split_of, digest = read_split_file(options.split_file, {image.path for image in images})
+            rule = f"file:{digest}"
+        metadata, notes = examine_metadata(source, images)
+        settings = Settings(
+            image_size=options.image_size,
+            encoding=options.encoding,
+            seed=options.seed,
+            split_rule=rule,
+            conflicts=options.conflicts or ("keep" if options.split == "published" else "exclude"),
+            masks=any(image.mask for image in images),
+            metadata=metadata_digest(metadata),
+        )
+        return cls(source, listing, counts, metadata, (*listing.notes, *notes), split_of, settings)
 
 
 @contextmanager
@@ -168,30 +215,10 @@ def _workers(pool: Workers | None, workers: int) -> Iterator[Workers]:
         yield own
 
 
-def _check_options(
-    image_size: int, encoding: str, workers: int | None, split: str, conflicts: str, masks: str, on_error: str
-) -> None:
-    if not 1 <= image_size <= MAX_IMAGE_SIZE:
-        raise UserError(f"image-size: must be from 1 to {MAX_IMAGE_SIZE} pixels, not {image_size}")
-    if workers is not None and workers < 1:
-        raise UserError(f"workers: must be at least 1, not {workers}")
-    for name, value, known in (
-        ("encoding", encoding, ENCODINGS),
-        ("split", split, splits.RULES),
-        ("conflicts", conflicts, CONFLICTS),
-        ("masks", masks, MASKS),
-        ("on-error", on_error, ON_ERROR),
-    ):
-        if value not in known:
-            raise UserError(f"{name}: must be one of {', '.join(known)}, not '{value}'")
-
-
-def _check_classes(source: Path, classes: dict[str, int], rejected: Counter[str] | None = None) -> None:
-    """`classes`: images by class, of which `rejected` (by class) do not count."""
-    if len(classes) < 2:
-        raise UserError(f"{source}: holds one class only, '{next(iter(classes))}'; at least two are needed")
-    for name, count in classes.items():
-        lost = rejected[name] if rejected else 0
+def _check_class_sizes(source: Path, counts: Mapping[str, int], rejected: Mapping[str, int] | None = None) -> None:
+    """`counts`: images by class, of which `rejected` (by class) do not count."""
+    for name, count in counts.items():
+        lost = (rejected or {}).get(name, 0)
         if count - lost < splits.MIN_IMAGES_PER_CLASS:
             without = f" (without {lost} rejected)" if lost else ""
             raise UserError(
@@ -200,128 +227,107 @@ def _check_classes(source: Path, classes: dict[str, int], rejected: Counter[str]
             )
 
 
-def _ingest_tasks(
-    source: Path, work: Path, settings: Settings, found: Sequence[SourceImage], on_error: str
-) -> list[IngestTask]:
-    key = json.dumps([FORMAT_VERSION, settings.image_size, settings.encoding, THUMBNAIL_SIZE, DECODERS])
-    files = [
-        _source_file(source, image.path, _source_file(source, image.mask) if image.mask else None) for image in found
-    ]
-    size = parts.images_per_part(len(files))
+def _ingest_tasks(collection: _Collection, work: Path, options: BuildOptions) -> list[IngestTask]:
+    key = json.dumps([FORMAT_VERSION, options.image_size, options.encoding, THUMBNAIL_SIZE, DECODERS])
+    images = collection.listing.images
+    size = parts.images_per_part(len(images))
     return [
         IngestTask(
-            source=source,
-            files=files[start : start + size],
+            source=collection.source,
+            images=images[start : start + size],
             folder=work,
             number=number,
             key=key,
-            image_size=settings.image_size,
-            encoding=settings.encoding,
-            stop_at_reject=on_error == "stop",
+            image_size=options.image_size,
+            encoding=options.encoding,
+            stop_at_reject=options.on_error == "stop",
         )
-        for number, start in enumerate(range(0, len(files), size))
+        for number, start in enumerate(range(0, len(images), size))
     ]
 
 
-def _source_file(source: Path, path: str, mask: parts.SourceFile | None = None) -> parts.SourceFile:
-    try:
-        status = os.stat(f"{source}/{path}")  # noqa: PTH116 - by a Path, ten thousand take a tenth of a second more
-    except OSError:
-        return parts.SourceFile(path, -1, -1, mask)  # reading it says what is wrong
-    return parts.SourceFile(path, status.st_size, status.st_mtime_ns, mask)
-
-
 def _ingest(
-    source: Path,
-    tasks: Sequence[IngestTask],
-    found: Sequence[SourceImage],
-    metadata: Mapping[str, Metadata],
-    pool: Workers,
-    progress: Progress | None,
-) -> tuple[list[plan.Known], npt.NDArray[np.uint8]]:
-    """The first pass: every source file as it was found, and the thumbnails of the whole ones."""
-    image_of = {image.path: image for image in found}
-    label_of = {name: label for label, name in enumerate(class_counts(list(found)))}
+    collection: _Collection, tasks: Sequence[IngestTask], pool: Workers, progress: Progress | None
+) -> tuple[list[EncodedImage], npt.NDArray[np.uint8]]:
+    """The first pass: every source image, in the order of the listing, and the thumbnails of the whole ones."""
     parts.remove_other_parts(tasks[0].folder, len(tasks))
-    known: list[plan.Known] = []
+    images: list[EncodedImage] = []
     thumbnails = []
-    for done in pool.map(ingest, tasks):
-        if done.part is None:
-            last = done.images[-1]
-            raise ImageError(source / last.path, last.reason or "")
-        thumbnails.append(done.part.thumbnails())
-        for image in done.images:
-            of = image_of[image.path]
-            about = metadata.get(image.path, Metadata())
-            known.append(plan.Known(image, done.part.data.name, of.class_name, label_of[of.class_name], about, of.mask))
+    for result in pool.map(ingest, tasks):
+        if isinstance(result, EncodedImage):
+            raise ImageError(collection.source / result.source.path, result.reason or "")
+        thumbnails.append(result.thumbnails())
+        images += result.images
         if progress is not None:
-            progress(len(known), len(found))
-    return known, np.concatenate(thumbnails)
+            progress(len(images), len(collection.listing.images))
+    return images, np.concatenate(thumbnails)
 
 
 def _write(
-    source: Path,
+    collection: _Collection,
     work: Path,
-    settings: Settings,
-    known: Sequence[plan.Known],
+    images: Sequence[EncodedImage],
     thumbnails: npt.NDArray[np.uint8],
-    given: Mapping[str, str] | None,
     pool: Workers,
 ) -> Manifest:
     """The second pass: every shard, in `work`; the manifest that goes with them."""
-    lost = Counter(item.class_name for item in known if item.image.reason is not None)
-    classes = dict(sorted(Counter(item.class_name for item in known).items()))
-    _check_classes(source, classes, lost)
-    decision = plan.decide(known, thumbnails, settings, given)
-    _check_splits(source, known, decision)
-    planned = plan.plan_shards(work, known, decision.split_of, settings)
-    written = list(pool.map(write_shard, [task for _, task in planned]))
-    rows = plan.manifest_rows(known, decision, list(zip((task for _, task in planned), written, strict=True)))
+    settings, class_names = collection.settings, tuple(collection.class_counts)
+    rejected = Counter(image.source.class_name for image in images if image.reason is not None)
+    _check_class_sizes(collection.source, collection.class_counts, rejected)
+    decision = plan.decide(images, thumbnails, collection.metadata, settings, collection.split_of)
+    _check_splits(collection, decision)
+    tasks = plan.plan_shards(work, images, decision.split_of, class_names, settings)
+    written = list(pool.map(write_shard, tasks))
+    shards = list(zip(tasks, written, strict=True))
+    rows = plan.manifest_rows(
+        images, decision, collection.metadata, class_names, list(zip(tasks, written, strict=True))
+    )
     return Manifest(
-        class_names=tuple(classes),
+        class_names=class_names,
         settings=settings,
         fingerprint=compute_fingerprint(
-            settings, tuple(classes), [(row.path, row.class_name, row.sha256, row.mask_sha256) for row in rows]
+            settings, class_names, [(row.path, row.class_name, row.sha256, row.mask_sha256) for row in rows]
         ),
         shards=tuple(
-            ShardInfo(shard.name, split, len(task.items), shard.bytes, shard.sha256)
-            for (split, task), shard in zip(planned, written, strict=True)
+            ShardInfo(task.name, task.split, len(task.rows), shard.bytes, shard.sha256) for task, shard in shards
         ),
         rows=rows,
         duplicates=decision.duplicates,
         created_with=DECODERS,
+        not_taken=collection.listing.not_taken,
+        notes=collection.notes,
     )
 
 
-def _check_splits(source: Path, known: Sequence[plan.Known], decision: plan.Decision) -> None:
+def _check_splits(collection: _Collection, decision: plan.Decision) -> None:
     """Every class has an image in every split."""
-    present = {(item.class_name, decision.split_of.get(item.image.path)) for item in known}
-    for name in sorted({item.class_name for item in known}):
+    present = {(image.class_name, decision.split_of.get(image.path)) for image in collection.listing.images}
+    for name in collection.class_counts:
         for split in splits.SPLITS:
             if (name, split) not in present:
                 raise UserError(
-                    f"{source}: class '{name}' has no image for the {split} split (near-duplicates and a patient's "
-                    "images stay together, and excluded images do not count); add images or give another split"
+                    f"{collection.source}: class '{name}' has no image for the {split} split (near-duplicates and a "
+                    "patient's images stay together, and excluded images do not count); add images or give another "
+                    "split"
                 )
 
 
-def _existing(
-    source: Path, dataset: Path, settings: Settings, found: Sequence[SourceImage]
-) -> tuple[Manifest | None, list[str]]:
+def _existing(dataset: Path, collection: _Collection) -> tuple[Manifest | None, list[str]]:
     """The manifest of the dataset that is there, and how it differs from the one that was asked for."""
     if not (dataset / MANIFEST_NAME).exists():
         return None, []
     manifest = read_manifest(dataset)
-    wanted, present = asdict(settings), asdict(manifest.settings)
+    wanted, present = asdict(collection.settings), asdict(manifest.settings)
     differences = [f"{name} {present[name]} -> {wanted[name]}" for name in wanted if wanted[name] != present[name]]
     if not differences:
         # Only now are the source files read: equal settings are no proof of equal images.
-        digests = _digests(source, [path for image in found for path in (image.path, image.mask) if path])
+        images = collection.listing.images
+        digests = _digests(collection.source, [path for image in images for path in (image.path, image.mask) if path])
         sources = [
             (image.path, image.class_name, digests[image.path], digests[image.mask] if image.mask else None)
-            for image in found
+            for image in images
         ]
-        if compute_fingerprint(settings, tuple(class_counts(list(found))), sources) != manifest.fingerprint:
+        if compute_fingerprint(collection.settings, tuple(collection.class_counts), sources) != manifest.fingerprint:
             differences = _source_differences(manifest, digests)
     if not differences:
         check_shards(dataset, manifest)

@@ -8,25 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder.collection.metadata import Metadata
-from tfrecords_builder.format.manifest import ACCEPTED, EXCLUDED, REJECTED, Row, Settings
+from tfrecords_builder.format.manifest import Settings
+from tfrecords_builder.format.manifest_rows import ACCEPTED, EXCLUDED, REJECTED, Row
 from tfrecords_builder.format.record import encode_mask
 from tfrecords_builder.format.sharding import shard_bounds, shard_count, shard_name
 from tfrecords_builder.splitting import near_duplicates, splits
-from tfrecords_builder.writing.parts import PartImage
-from tfrecords_builder.writing.writer import ShardItem, ShardTask, WrittenShard
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What the first pass found of one source file, and where it put the image."""
-
-    image: PartImage
-    part: str
-    class_name: str
-    label: int
-    metadata: Metadata
-    mask: str | None
-    """Path of the lung mask, if it is read."""
+from tfrecords_builder.writing.parts import EncodedImage
+from tfrecords_builder.writing.writer import ShardTask, WrittenShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,37 +31,41 @@ class Decision:
 
 
 def decide(
-    known: Sequence[Known],
+    images: Sequence[EncodedImage],
     thumbnails: npt.NDArray[np.uint8],
+    metadata: Mapping[str, Metadata],
     settings: Settings,
     given: Mapping[str, str] | None = None,
 ) -> Decision:
     """Find duplicates, leave out what contradicts itself, and divide the rest.
 
     Args:
-        known: Every source file, in the order of the manifest.
-        thumbnails: uint8 [n, 64, 64], of the n files that are whole images, in the same order.
+        images: Every source image, in the order of the manifest.
+        thumbnails: uint8 [n, 64, 64], of the n that are whole images, in the same order.
+        metadata: By path, of the images of which the collection says something.
         settings: Split rule, seed, and what becomes of conflicts.
         given: With a split rule from a file, the split by path. An image that it leaves out is excluded.
     """
-    whole = [row for row, item in enumerate(known) if item.image.reason is None]
-    found = near_duplicates.find_duplicates([known[row].image.sha256 or "" for row in whole], thumbnails)
-    duplicates = tuple((whole[pair.first], whole[pair.second], pair.score) for pair in found)
+    paths = [image.source.path for image in images]
+    class_names = [image.source.class_name for image in images]
+    whole = [row for row, image in enumerate(images) if image.reason is None]
+    pairs = near_duplicates.find_duplicates([images[row].sha256 or "" for row in whole], thumbnails)
+    duplicates = tuple((whole[pair.first], whole[pair.second], pair.score) for pair in pairs)
     same = [(first, second) for first, second, _ in duplicates]
-    root = near_duplicates.group_of(len(known), [*same, *_patients(known, whole)])
-    paths = [item.image.path for item in known]
+    patients = {row: metadata[paths[row]].patient for row in whole if paths[row] in metadata}
+    root = near_duplicates.group_of(len(images), [*same, *_same_patient(patients)])
     excluded: dict[str, str] = {}
     if settings.conflicts == "exclude":
         # Not of patients: one may well have images in two classes.
-        looks = near_duplicates.group_of(len(known), same)
-        classes = near_duplicates.conflicts(looks, [item.class_name for item in known])
+        looks = near_duplicates.group_of(len(images), same)
+        classes = near_duplicates.conflicts(looks, class_names)
         for row in whole:
             if looks[row] in classes:
                 names = " and ".join(classes[looks[row]])
                 excluded[paths[row]] = f"is a near-duplicate of an image of another class ({names})"
     if given is not None:
         excluded |= {paths[row]: "is not in the split file" for row in whole if paths[row] not in given}
-    classes_of = {paths[row]: known[row].class_name for row in whole if paths[row] not in excluded}
+    classes_of = {paths[row]: class_names[row] for row in whole if paths[row] not in excluded}
     groups = tuple(paths[row] for row in root)
     if given is not None:
         split_of = {path: given[path] for path in classes_of}
@@ -83,72 +75,77 @@ def decide(
     return Decision(groups, split_of, excluded, duplicates)
 
 
-def _patients(known: Sequence[Known], rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Each image of a patient with the patient's first."""
+def _same_patient(patients: Mapping[int, str | None]) -> Iterator[tuple[int, int]]:
+    """Each image of a patient with the patient's first; `patients` by row, in order."""
     first_of: dict[str, int] = {}
-    for row in rows:
-        patient = known[row].metadata.patient
+    for row, patient in patients.items():
         if patient is not None and first_of.setdefault(patient, row) != row:
             yield first_of[patient], row
 
 
 def plan_shards(
-    work: Path, known: Sequence[Known], split_of: Mapping[str, str], settings: Settings
-) -> list[tuple[str, ShardTask]]:
-    """Which record goes where: (split, shard) for every shard, in order.
+    work: Path,
+    images: Sequence[EncodedImage],
+    split_of: Mapping[str, str],
+    class_names: Sequence[str],
+    settings: Settings,
+) -> list[ShardTask]:
+    """Which record goes where: every shard, in order.
 
     Inside a split, records follow `splits.stable_order`, so that every shard holds a mixture of the classes.
     """
     size = settings.image_size
     no_mask = encode_mask(np.zeros((size, size), np.bool_)) if settings.masks else None
-    row_of = {item.image.path: row for row, item in enumerate(known)}
-    plan: list[tuple[str, ShardTask]] = []
+    row_of = {image.source.path: row for row, image in enumerate(images)}
+    tasks: list[ShardTask] = []
     for split in splits.SPLITS:
-        paths = splits.stable_order([path for path, of in split_of.items() if of == split], settings.seed)
-        count = shard_count(len(paths), sum(known[row_of[path]].image.length for path in paths))
-        for number, (start, stop) in enumerate(shard_bounds(len(paths), count)):
-            items = []
-            for path in paths[start:stop]:
-                item = known[row_of[path]]
-                image = item.image
-                items.append(
-                    ShardItem(item.part, image.offset, image.length, image.mask_length, item.label, path, row_of[path])
-                )
-            plan.append((split, ShardTask(work, shard_name(split, number, count), items, no_mask)))
-    return plan
+        ordered = splits.stable_order([path for path, of in split_of.items() if of == split], settings.seed)
+        rows = [row_of[path] for path in ordered]
+        count = shard_count(len(rows), sum(images[row].length for row in rows))
+        for number, (start, stop) in enumerate(shard_bounds(len(rows), count)):
+            records = rows[start:stop]
+            name = shard_name(split, number, count)
+            tasks.append(ShardTask(work, name, split, records, [images[row] for row in records], class_names, no_mask))
+    return tasks
 
 
 def manifest_rows(
-    known: Sequence[Known], decision: Decision, shards: Sequence[tuple[ShardTask, WrittenShard]]
+    images: Sequence[EncodedImage],
+    decision: Decision,
+    metadata: Mapping[str, Metadata],
+    class_names: Sequence[str],
+    shards: Sequence[tuple[ShardTask, WrittenShard]],
 ) -> tuple[Row, ...]:
-    """One row per source file, with the place of its record."""
-    # Shard, number in it, offset and length of each record, by path.
-    places: dict[str, tuple[str | None, int | None, int | None, int | None]] = {}
+    """One row per source image, with the place of its record."""
+    # Shard, number in it, offset and length of each record, by row.
+    places: dict[int, tuple[str, int, int, int]] = {}
     for task, shard in shards:
-        for number, record in enumerate(task.items):
-            places[record.path] = (shard.name, number, shard.offsets[number], shard.lengths[number])
+        for number, row in enumerate(task.rows):
+            places[row] = (task.name, number, shard.offsets[number], shard.lengths[number])
+    label_of = {name: label for label, name in enumerate(class_names)}
     rows = []
-    for item, group in zip(known, decision.groups, strict=True):
-        image = item.image
-        name, index, offset, length = places.get(image.path, (None, None, None, None))
-        reason = image.reason or decision.excluded.get(image.path)
+    for number, (image, group) in enumerate(zip(images, decision.groups, strict=True)):
+        path, class_name, mask = image.source
+        shard_of, index, offset, length = places.get(number, (None, None, None, None))
+        reason = image.reason or decision.excluded.get(path)
+        about = metadata.get(path, Metadata())
         rows.append(
             Row(
-                path=image.path,
-                class_name=item.class_name,
-                label=item.label,
-                split=decision.split_of.get(image.path),
+                path=path,
+                class_name=class_name,
+                label=label_of[class_name],
+                split=decision.split_of.get(path),
                 group=group,
-                source=item.metadata.source,
-                patient=item.metadata.patient,
-                mask=item.mask,
+                source=about.source,
+                patient=about.patient,
+                mask=mask,
                 sha256=image.sha256,
                 mask_sha256=image.mask_sha256,
                 width=image.width,
                 height=image.height,
                 status=REJECTED if image.reason else EXCLUDED if reason else ACCEPTED,
                 reason=reason,
-                shard=name,
+                shard=shard_of,
                 index=index,
                 offset=offset,
                 length=length,

@@ -9,7 +9,6 @@ Every byte is checked: shards against the SHA-256 in the manifest when they come
 them back. The manifest goes up last, and comes into its place last.
 """
 
-import functools
 import hashlib
 import os
 import shutil
@@ -19,15 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, ParamSpec, TypeVar
-from urllib.parse import urlsplit
-
-import pyarrow as pa
-import pyarrow.fs
+from typing import IO
 
 from tfrecords_builder.common import locks
-from tfrecords_builder.common.errors import UserError, one_line
-from tfrecords_builder.common.files import bytes_below, intended_name, move_durably, write_atomically
+from tfrecords_builder.common.disk_cache import DiskCache
+from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import intended_name, move_durably, write_atomically
+from tfrecords_builder.common.object_storage import StorageFolder, patiently
 from tfrecords_builder.format.manifest import MANIFEST_NAME, ShardInfo, read_manifest
 from tfrecords_builder.format.sharding import is_shard_name
 from tfrecords_builder.format.tfds_files import FILES, tfds_files
@@ -41,13 +38,6 @@ DEFAULT_STAGE_LIMIT_GB = 100.0
 SECONDS_TO_WAIT = 3600.0
 """For another process that fetches the same dataset."""
 
-PAUSES_S = (0.3, 1.0, 3.0)
-"""Between attempts at what a storage failed to do."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-_CHUNK_BYTES = 4 * 1024 * 1024
 _TRANSFERS = 4
 """Shards on their way at once: enough to fill a link, and a bound for memory."""
 
@@ -94,24 +84,14 @@ class Stage:
         Raises:
             UserError: They do not fit, even so.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        held = {folder: bytes_below(folder) for folder in self.folder.iterdir() if folder.is_dir()}
-        used = sum(held.values())
-        for folder in sorted(held, key=_last_used):
-            if used + needed <= self.limit and needed <= shutil.disk_usage(self.folder).free:
-                return
-            with _lock(folder) as mine:
-                if mine:
-                    # First what says that the rest is whole, should this be stopped half-way.
-                    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-                    shutil.rmtree(folder)
-                    used -= held[folder]
+        cache = DiskCache(self.folder, self.limit, MANIFEST_NAME, _lock_file)
+        used = cache.make_room(needed)
         if used + needed > self.limit:
             raise UserError(
                 f"{what}: needs {needed / 1e9:.2f} GB in {self.folder}, whose limit is {self.limit / 1e9:.2f} GB "
                 f"({used / 1e9:.2f} GB are in use); set {STAGE_LIMIT_VARIABLE}"
             )
-        if needed > shutil.disk_usage(self.folder).free:
+        if needed > cache.free_bytes():
             raise UserError(
                 f"{what}: needs {needed / 1e9:.2f} GB, and the disk of {self.folder} has less; set {STAGE_VARIABLE} "
                 "to a folder with more room"
@@ -133,7 +113,7 @@ def local_copy(place: Place, stage: Stage | None = None, progress: Progress | No
     if isinstance(place, Path):
         yield place
         return
-    remote = _Remote.open(place)
+    remote = StorageFolder.open(place)
     stage = stage or Stage.from_environment()
     content = remote.read(MANIFEST_NAME)
     if content is None:
@@ -176,8 +156,8 @@ def staged_output(
     Raises:
         UserError: The address holds something else, or cannot be written.
     """
-    remote = _Remote.open(url)
-    remote.check_ours()
+    remote = StorageFolder.open(url)
+    _check_ours(remote)
     stage = stage or Stage.from_environment()
     folder = stage.folder / f"{_key(url)}-build"
     with _lock(folder) as mine:
@@ -203,142 +183,15 @@ def staged_output(
             shutil.rmtree(folder)
 
 
-class StorageError(UserError):
-    """A storage or the network did not do what was asked; it may the next time."""
+def _check_ours(remote: StorageFolder) -> None:
+    """`UserError` when the folder holds what is no dataset, whole or on its way up."""
+    names = remote.names()
+    foreign = [name for name in names if not (is_shard_name(name) or name in (*FILES, MANIFEST_NAME))]
+    if foreign and MANIFEST_NAME not in names:
+        raise UserError(f"{remote.name}: is not empty and no dataset (it holds '{foreign[0]}'); give another address")
 
 
-def _patiently(move: Callable[P, R]) -> Callable[P, R]:
-    """`move`, done again after a pause when the storage fails: one of many machines does now and then.
-
-    Arrow tries a request of S3 again by itself, but not one that breaks off in the middle.
-    """
-
-    @functools.wraps(move)
-    def again(*args: P.args, **kwargs: P.kwargs) -> R:
-        for pause in PAUSES_S:
-            try:
-                return move(*args, **kwargs)
-            except StorageError:
-                time.sleep(pause)
-        return move(*args, **kwargs)
-
-    return again
-
-
-class _Remote:
-    """A folder on a storage, and one-line errors for what goes wrong there."""
-
-    def __init__(self, scheme: str, filesystem: pyarrow.fs.FileSystem, path: str) -> None:
-        self._filesystem, self._path = filesystem, path.rstrip("/")
-        self.name = f"{scheme}://{self._path}"
-        """For messages: without options."""
-
-    @classmethod
-    def open(cls, url: str) -> "_Remote":
-        try:
-            if urlsplit(url).password is not None:
-                raise UserError(
-                    f"{urlsplit(url).scheme}://: addresses are recorded in runs and reports, so leave credentials out; "
-                    "give them in the cloud's own variables or files"
-                )
-            filesystem, path = pyarrow.fs.FileSystem.from_uri(url)
-            if not path.strip("/"):
-                raise ValueError("no folder is named")
-            return cls(url.partition("://")[0], filesystem, path)
-        except (pa.ArrowException, OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{url}: is no address of a storage ({one_line(error)}); give s3://... or gs://..."
-            ) from error
-
-    @contextmanager
-    def explained(self, name: str) -> Iterator[None]:
-        """Turn what the storage or the network does into an error that says where."""
-        try:
-            yield
-        except (pa.ArrowException, OSError) as error:
-            raise StorageError(
-                f"{self.name}/{name}: the storage cannot be used ({one_line(error)}); check the address, the "
-                "credentials and the network, and start the same command again"
-            ) from error
-
-    @_patiently
-    def read(self, name: str) -> bytes | None:
-        """A small file; None when there is none."""
-        with self.explained(name):
-            if self._size(name) is None:
-                return None
-            with self._filesystem.open_input_stream(f"{self._path}/{name}") as file:
-                return bytes(file.read())
-
-    @_patiently
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None when there is none."""
-        return self._size(name)
-
-    def _size(self, name: str) -> int | None:
-        with self.explained(name):
-            info = self._filesystem.get_file_info(f"{self._path}/{name}")
-        return info.size if info.type == pyarrow.fs.FileType.File else None
-
-    @_patiently
-    def names(self) -> list[str]:
-        """Of what the folder holds."""
-        with self.explained(""):
-            selector = pyarrow.fs.FileSelector(self._path, allow_not_found=True)
-            return sorted(info.base_name for info in self._filesystem.get_file_info(selector))
-
-    @_patiently
-    def remove(self, name: str) -> None:
-        with self.explained(name):
-            self._filesystem.delete_file(f"{self._path}/{name}")
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """A file's content, piece by piece."""
-        with self.explained(name), self._filesystem.open_input_stream(f"{self._path}/{name}") as source:
-            while chunk := source.read(_CHUNK_BYTES):
-                yield chunk
-
-    @_patiently
-    def digest(self, name: str) -> str:
-        """SHA-256 of what the storage holds."""
-        return self._digest(name)
-
-    def _digest(self, name: str) -> str:
-        digest = hashlib.sha256()
-        for chunk in self.chunks(name):
-            digest.update(chunk)
-        return digest.hexdigest()
-
-    @_patiently
-    def upload(self, path: Path) -> None:
-        """Copy a local file, and read it back.
-
-        Raises:
-            UserError: It cannot be written, or what is read back is something else.
-        """
-        digest = hashlib.sha256()
-        with self.explained(path.name):
-            if self._filesystem.type_name == "local":
-                self._filesystem.create_dir(self._path)
-            with (
-                path.open("rb") as source,
-                self._filesystem.open_output_stream(f"{self._path}/{path.name}") as target,
-            ):
-                while chunk := source.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    target.write(chunk)
-        if self._digest(path.name) != digest.hexdigest():
-            raise UserError(f"{self.name}/{path.name}: the storage holds something else than was sent; try again")
-
-    def check_ours(self) -> None:
-        """`UserError` when the folder holds what is no dataset, whole or on its way up."""
-        names = self.names()
-        foreign = [name for name in names if not (is_shard_name(name) or name in (*FILES, MANIFEST_NAME))]
-        if foreign and MANIFEST_NAME not in names:
-            raise UserError(f"{self.name}: is not empty and no dataset (it holds '{foreign[0]}'); give another address")
-
-
-def _fetch(remote: _Remote, content: bytes, folder: Path, stage: Stage, progress: Progress | None) -> None:
+def _fetch(remote: StorageFolder, content: bytes, folder: Path, stage: Stage, progress: Progress | None) -> None:
     """Bring a dataset down; shards of a fetch that was stopped are used again when they are whole."""
     incoming = folder / ".incoming"
     incoming.mkdir(parents=True, exist_ok=True)
@@ -354,7 +207,7 @@ def _fetch(remote: _Remote, content: bytes, folder: Path, stage: Stage, progress
     missing = [shard for shard in manifest.shards if shard.name not in present]
     stage.make_room(sum(shard.bytes for shard in missing), remote.name)
 
-    @_patiently
+    @patiently
     def bring(shard: ShardInfo) -> None:
         def write(file: IO[bytes]) -> None:
             digest, left = hashlib.sha256(), shard.bytes  # no more than there was room made for
@@ -379,7 +232,7 @@ def _fetch(remote: _Remote, content: bytes, folder: Path, stage: Stage, progress
     incoming.rmdir()
 
 
-def _put(folder: Path, remote: _Remote, progress: Progress | None) -> None:
+def _put(folder: Path, remote: StorageFolder, progress: Progress | None) -> None:
     """Send a dataset up; shards that are there already, whole, stay."""
     manifest = read_manifest(folder)
     if remote.read(MANIFEST_NAME) == (folder / MANIFEST_NAME).read_bytes() and all(
@@ -443,18 +296,16 @@ def _key(url: str) -> str:
     return f"{readable}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:12]}"
 
 
+def _lock_file(folder: Path) -> Path:
+    """Beside the folder, as that comes and goes."""
+    return folder.with_name(f"{folder.name}.lock")
+
+
 @contextmanager
 def _lock(folder: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Whether the folder's lock could be had; beside the folder, as that comes and goes. Used now, if so."""
+    """Whether the folder's lock could be had; the folder counts as used now, if so."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locks.held(folder.with_name(f"{folder.name}.lock"), shared=shared) as descriptor:
+    with locks.held(_lock_file(folder), shared=shared) as descriptor:
         if descriptor is not None and shared:
             os.utime(descriptor)
         yield descriptor is not None
-
-
-def _last_used(folder: Path) -> float:
-    try:
-        return folder.with_name(f"{folder.name}.lock").stat().st_mtime
-    except OSError:
-        return 0.0

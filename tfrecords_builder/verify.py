@@ -9,15 +9,14 @@ from pathlib import Path
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format import record as schema, tfrecord
 from tfrecords_builder.format.manifest import (
-    ACCEPTED,
     MANIFEST_NAME,
     Manifest,
-    Row,
     ShardInfo,
     check_shards,
     compute_fingerprint,
     read_manifest,
 )
+from tfrecords_builder.format.manifest_rows import ACCEPTED, Row
 from tfrecords_builder.format.sharding import is_shard_name
 from tfrecords_builder.format.tfds_files import tfds_files
 

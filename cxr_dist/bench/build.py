@@ -18,7 +18,7 @@ from statistics import median
 
 from PIL import Image
 
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.collection.find import class_counts, find_images
 from tfrecords_builder.common.pool import Pool
 from tfrecords_builder.images.resizing import RESAMPLING
@@ -70,7 +70,10 @@ def measure(source: Path, work: Path, image_size: int, workers: Sequence[int], r
                         list(pool.map(bare_decode, tasks))
                     else:
                         build_dataset(
-                            source, work / "ours", image_size=image_size, masks="ignore", on_error="skip", pool=pool
+                            source,
+                            work / "ours",
+                            BuildOptions(image_size=image_size, masks="ignore", on_error="skip"),
+                            pool=pool,
                         )
                     seconds.setdefault((name, count), []).append(time.perf_counter() - begun)
                 shutil.rmtree(work / "ours")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cxr_dist.bench import child
 from cxr_dist.runs import run_folder
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.format.manifest import read_manifest
 
 IMAGE_SIZE = 32
@@ -77,7 +77,7 @@ def table(sizes: Sequence[Size]) -> list[str]:
 
 def _measure_one(images: int, arguments: Sequence[str], folder: Path) -> Size:
     write_noise(folder / "images", images)
-    build_dataset(folder / "images", folder / "dataset", image_size=IMAGE_SIZE)
+    build_dataset(folder / "images", folder / "dataset", BuildOptions(image_size=IMAGE_SIZE))
     trained = len(read_manifest(folder / "dataset").split("train"))
     settings = [
         "model.weights=none",

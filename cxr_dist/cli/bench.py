@@ -12,7 +12,7 @@ from cxr_dist.config.schema import Config
 from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
 from cxr_dist.runs.loggers import ConsoleReporter, progress_bar
 from cxr_dist.tuning.experiment import best_run
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.splitting.splits import TRAIN_PERCENT
 
@@ -43,7 +43,9 @@ def bench_input(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = Path(folder)
         source = options.dataset or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
-        first = build_dataset(source, work / "dataset", image_size=BENCH_IMAGE_SIZE, masks="ignore").manifest.rows[0]
+        first = build_dataset(
+            source, work / "dataset", BuildOptions(image_size=BENCH_IMAGE_SIZE, masks="ignore")
+        ).manifest.rows[0]
         if (first.width, first.height) != (BENCH_IMAGE_SIZE, BENCH_IMAGE_SIZE):
             raise UserError(
                 f"{source}: {first.path} has {first.width} x {first.height} pixels; give images of "
@@ -69,7 +71,7 @@ def _batches(folder: Path, images: int) -> Path:
     """A dataset of drawn X-rays of the network's size, with so many images for training, or a few more."""
     per_class = math.ceil(images / len(CLASS_FOLDERS) * 100 / TRAIN_PERCENT)
     write_phantoms(folder / "phantoms", per_class=per_class, size=BENCH_IMAGE_SIZE)
-    build_dataset(folder / "phantoms", folder / "dataset", image_size=BENCH_IMAGE_SIZE)
+    build_dataset(folder / "phantoms", folder / "dataset", BuildOptions(image_size=BENCH_IMAGE_SIZE))
     return folder / "dataset"
 
 
@@ -86,7 +88,7 @@ def bench_features(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = Path(folder)
         source = options.dataset or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
-        built = build_dataset(source, work / "dataset", image_size=BENCH_IMAGE_SIZE, masks="ignore")
+        built = build_dataset(source, work / "dataset", BuildOptions(image_size=BENCH_IMAGE_SIZE, masks="ignore"))
         drawn = _batches(work / "drawn", options.steps * config.global_batch_size)
         (work / "runs").mkdir()
         ways = features.measure(
@@ -105,7 +107,7 @@ def bench_accuracy(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = Path(folder)
         source = options.dataset or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
-        built = build_dataset(source, work / "dataset", image_size=BENCH_IMAGE_SIZE, masks="ignore")
+        built = build_dataset(source, work / "dataset", BuildOptions(image_size=BENCH_IMAGE_SIZE, masks="ignore"))
         (work / "runs").mkdir()
         courses = accuracy.measure(
             config, arguments, source, work / "dataset", built.seconds, options.seeds, work / "runs"

@@ -12,7 +12,8 @@ from tfrecords_builder.common.errors import UserError
 
 if TYPE_CHECKING:
     from tfrecords_builder.build import Workers
-    from tfrecords_builder.format.manifest import Manifest, Row
+    from tfrecords_builder.format.manifest import Manifest
+    from tfrecords_builder.format.manifest_rows import Row
 
 
 def synth(options: argparse.Namespace) -> None:
@@ -38,22 +39,24 @@ def download(options: argparse.Namespace) -> None:
 
 
 def build(options: argparse.Namespace) -> None:
-    from tfrecords_builder.build import build_dataset
+    from tfrecords_builder.build import BuildOptions, build_dataset
     from tfrecords_builder.collection.file_kinds import not_taken_lines
 
     with _builders(options) as pool, _output_folder(options) as dataset, progress_bar("build") as progress:
         summary = build_dataset(
             options.source,
             dataset,
-            image_size=options.image_size,
-            encoding=options.encoding,
-            workers=options.workers,
-            seed=options.seed,
-            split=options.split,
-            split_file=options.split_file,
-            conflicts=options.conflicts,
-            masks=options.masks,
-            on_error=options.on_error,
+            BuildOptions(
+                image_size=options.image_size,
+                encoding=options.encoding,
+                workers=options.workers,
+                seed=options.seed,
+                split=options.split,
+                split_file=options.split_file,
+                conflicts=options.conflicts,
+                masks=options.masks,
+                on_error=options.on_error,
+            ),
             progress=progress,
             pool=pool,
         )

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from cxr_dist.evaluation.evaluate import Request, evaluate_run
+    from cxr_dist.evaluation.evaluate import evaluate_run
+    from cxr_dist.evaluation.evaluated_images import EvaluationSpec
     from cxr_dist.tuning.experiment import best_run
 
     _check_risk(options.risk)
-    request = Request(
+    request = EvaluationSpec(
         best_run(options.run),
         options.out,
         options.split,
@@ -86,7 +87,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def print_metrics(metrics: dict[str, Any]) -> None:
     """The table of an evaluation, for people, and what must be known of it."""
-    from cxr_dist.evaluation.captions import missing_words, seen_warning, seen_words
+    from cxr_dist.evaluation.page_text import missing_words, seen_warning, seen_words
 
     width = max(len(name) for name in [*metrics["per_class"], "class"])
     print(f"{'class':{width}} precision  recall      F1  images")
@@ -139,25 +140,27 @@ def print_comparison(result: dict[str, Any]) -> None:
 def _images(folder: Path) -> "Images":
     """Of an evaluation, or of the test split of a run or search."""
     from cxr_dist.evaluation.compare import Images
-    from cxr_dist.evaluation.evaluate import Request, images_of
+    from cxr_dist.evaluation.evaluate import images_of
+    from cxr_dist.evaluation.evaluated_images import EvaluationSpec
     from cxr_dist.tuning.experiment import best_run
 
     evaluated = _evaluated(folder)
     if evaluated is None:
-        return images_of(Request(best_run(folder), folder))
+        return images_of(EvaluationSpec(best_run(folder), folder))
     return Images(evaluated.paths, evaluated.labels, evaluated.class_names)
 
 
 def _predictions(folder: Path, devices: int | None) -> "Predictions":
     """Of an evaluation's folder, or of a run or search, on the test split."""
-    from cxr_dist.evaluation.evaluate import Request, predict_run
+    from cxr_dist.evaluation.evaluate import predict_run
+    from cxr_dist.evaluation.evaluated_images import EvaluationSpec
     from cxr_dist.tuning.experiment import best_run
 
     evaluated = _evaluated(folder)
     if evaluated is not None:
         return evaluated
     with progress_bar(f"predict {folder.name}") as progress:
-        return predict_run(Request(best_run(folder), folder), devices, progress)
+        return predict_run(EvaluationSpec(best_run(folder), folder), devices, progress)
 
 
 def _evaluated(folder: Path) -> "Predictions | None":

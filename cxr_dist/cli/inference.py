@@ -29,7 +29,7 @@ def predict(options: argparse.Namespace) -> None:
         print(table_head(classifier.class_names))
     unreadable = 0
     for outcome in predict_files(classifier, paths, options.workers or default_workers(), overlays=overlays):
-        unreadable += outcome.answer is None
+        unreadable += outcome.prediction is None
         print(outcome.to_json() if options.json else table_line(outcome, classifier.class_names), flush=True)
     if unreadable:
         print(f"{unreadable:,} of {len(paths):,} files could not be read", file=sys.stderr)

@@ -10,7 +10,7 @@ from cxr_dist.cli.evaluate import print_metrics
 from cxr_dist.config.loading import load_config, resolve_preset
 from cxr_dist.launch.train import run_training
 from cxr_dist.runs.loggers import progress_bar
-from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import check_output_folder
 
 
 def train(options: argparse.Namespace) -> None:
@@ -38,19 +38,19 @@ def show_config(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """The whole pipeline on phantoms, at a size that a laptop does in minutes; goes on where it was stopped."""
-    from cxr_dist.evaluation.evaluate import Request, calibrate_run, evaluate_run
+    from cxr_dist.evaluation.evaluate import calibrate_run, evaluate_run
+    from cxr_dist.evaluation.evaluated_images import EvaluationSpec
     from cxr_dist.phantoms import write_phantoms
-    from tfrecords_builder.build import build_dataset
+    from tfrecords_builder.build import BuildOptions, build_dataset
 
     out: Path = options.out
-    if out.exists() and not (out.is_dir() and all(DEMO_NAMES.fullmatch(entry.name) for entry in out.iterdir())):
-        raise UserError(f"{out}: holds something other than a demo; give a new folder with --out")
+    check_output_folder(out, "a demo", "--out", lambda name: bool(DEMO_NAMES.fullmatch(name)))
     started = time.perf_counter()
     if not (out / "phantoms").exists():
         with progress_bar("1/5 phantom X-rays") as progress:
             write_phantoms(out / "phantoms", per_class=DEMO_PER_CLASS, size=DEMO_SIZE, progress=progress)
     with progress_bar("2/5 build") as progress:
-        build_dataset(out / "phantoms", out / "dataset", image_size=DEMO_IMAGE_SIZE, progress=progress)
+        build_dataset(out / "phantoms", out / "dataset", BuildOptions(image_size=DEMO_IMAGE_SIZE), progress=progress)
     print("3/5 train", file=sys.stderr)
     config = load_config(resolve_preset(Path("demo")))
     run_training(config, out / "dataset", out / "run", launcher=options.launcher, verbose=options.verbose)
@@ -58,7 +58,7 @@ def demo(options: argparse.Namespace) -> None:
         calibrate_run(out / "run", progress=progress)
     with progress_bar("5/5 evaluate") as progress:
         metrics = evaluate_run(
-            Request(out / "run", out / "evaluation", examine=DEMO_EXAMINED, drawn=True), progress=progress
+            EvaluationSpec(out / "run", out / "evaluation", examine=DEMO_EXAMINED, drawn=True), progress=progress
         )
     print_metrics(metrics)
     print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")

@@ -1,5 +1,6 @@
 """All that an evaluation says in numbers: metrics, their uncertainty, the published result, calibration. Pure."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,10 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.evaluation import bootstrap, calibration, reference
+from cxr_dist.evaluation import bootstrap, calibration
 from cxr_dist.evaluation.metrics import evaluate_predictions
 from cxr_dist.evaluation.predictions import Predictions
 
+PUBLISHED = {"accuracy": 0.95, "f1_macro": 0.94}
+"""As the project on the COVID-19 Radiography Database gives them, on its own test split."""
+
+PUBLISHED_IMAGES = 3_179
+PUBLISHED_CLASSES = {"COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia"}
+_ROUNDING = 0.005
+_NORMAL = 1.959963985  # quantile of the normal distribution for an interval of 95 %
 _PROPER = ("log_loss", "brier", "calibration_error")
 
 
@@ -56,23 +64,23 @@ def assess(
             and asked_for; None where it is not known.
         metrics_unseen: what `evaluate_predictions` gives of the images that the run has not seen, with `uncertainty`;
             None if it has seen none or all of them, or if they were asked for.
-        published: of `reference.beside_published`; empty if the images are no test split, if the classes with images
+        published: of `beside_published`; empty if the images are no test split, if the classes with images
             are not the published four, or if the run has seen images of another dataset.
         calibration: None without `calibrated`; else that, with `before` and `after` (log_loss, brier and
             calibration_error with the network's probabilities and with the scaled ones), `reliability` of both,
-            and `answers` (answered, coverage and accuracy at the threshold), and `in_sample` (how many of the images
-            it was fitted on; None where that is not known).
+            `at_threshold` (images predicted, coverage and accuracy at the threshold), and `in_sample` (how many of the
+            images it was fitted on; None where that is not known).
     """
     metrics = evaluate_predictions(predictions)
     uncertainty = bootstrap.bootstrap(predictions)
     seen = _seen(origin)
-    comparable = comparable and set(metrics["averaged_classes"]) == reference.CLASSES
+    comparable = comparable and set(metrics["averaged_classes"]) == PUBLISHED_CLASSES
     comparable = comparable and (origin.own or not (seen and seen["share"]))
     return metrics | {
         "uncertainty": uncertainty | {"patients": origin.patients},
         "seen": seen,
         "metrics_unseen": _unseen(predictions, origin),
-        "published": reference.beside_published(metrics, uncertainty) if comparable else [],
+        "published": beside_published(metrics, uncertainty) if comparable else [],
         "calibration": None if calibrated is None else _calibration(predictions, metrics, calibrated, origin),
     }
 
@@ -109,6 +117,40 @@ def _calibration(
         "before": {name: metrics[name] for name in _PROPER},
         "after": {name: after[name] for name in _PROPER},
         "reliability": {"before": calibration.reliability(predictions), "after": calibration.reliability(scaled)},
-        "answers": calibration.answered(predictions, calibrated),
+        "at_threshold": calibration.coverage_at_threshold(predictions, calibrated),
         "in_sample": None if origin.validation is None else int(origin.validation.sum()),
     }
+
+
+def beside_published(metrics: Mapping[str, Any], uncertainty: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each published metric: name, published, ours, difference, noise and verdict.
+
+    Args:
+        metrics: Of `metrics.evaluate_predictions`.
+        uncertainty: Of `bootstrap.bootstrap`, at a level of 95 %.
+
+    Returns:
+        `noise` is how large a difference may be that means nothing: both uncertainties together (the images differ, so
+        nothing is paired), and half of the published number's last digit.
+        `verdict` is "within noise", "higher" or "lower"; None without interval.
+    """
+    rows = []
+    for name, published in PUBLISHED.items():
+        low, high = uncertainty["intervals"][name]
+        difference = metrics[name] - published
+        noise = verdict = None
+        if low is not None:
+            theirs = _NORMAL * math.sqrt(published * (1 - published) / PUBLISHED_IMAGES)
+            noise = math.hypot(metrics[name] - low if difference > 0 else high - metrics[name], theirs) + _ROUNDING
+            verdict = "within noise" if abs(difference) <= noise else "higher" if difference > 0 else "lower"
+        rows.append(
+            {
+                "metric": name,
+                "published": published,
+                "ours": metrics[name],
+                "difference": difference,
+                "noise": noise,
+                "verdict": verdict,
+            }
+        )
+    return rows

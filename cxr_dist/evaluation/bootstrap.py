@@ -9,8 +9,8 @@ The standard error of the resampled values is what the bootstrap gives; the inte
 is: on the scale of log(x / (1 - x)) for what lies between 0 and 1 (Agresti and Coull 1998 compare such intervals of
 shares; Qin and Hotilovac 2008 those of AUCs), and of log(x) for losses. Percentiles of the resampled values miss the
 true value of an accuracy of 0.96 in 500 images seven times in a hundred, mostly by being too high; these do not
-(`tests/test_intervals.py` counts). Student's t stands for the normal quantile, with as many degrees of freedom as there
-are groups behind the number, less one.
+(`tests/evaluation/test_bootstrap.py` counts). Student's t stands for the normal quantile, with as many degrees of
+freedom as there are groups behind the number, less one.
 
 A class of which every image is right has no variance in any resample, and still is not known to be perfect. A share
 of exactly zero or one gets the exact interval of Clopper and Pearson (1934), and a mean over classes the variance that
@@ -29,7 +29,15 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special, stats
 
-from cxr_dist.evaluation.metrics import CALIBRATION_BINS, at_label, brier_of_images, confidence_bins, log_loss_of_images
+from cxr_dist.evaluation.exact import share_interval
+from cxr_dist.evaluation.metrics import (
+    CALIBRATION_BINS,
+    at_label,
+    brier_of_images,
+    confidence_bins,
+    log_loss_of_images,
+    ratio,
+)
 from cxr_dist.evaluation.predictions import Predictions
 
 Floats = npt.NDArray[np.float64]
@@ -86,10 +94,10 @@ def weighted_metrics(predictions: Predictions, weights: Floats) -> Values:
     others = total[:, None] - of_label
     present = of_label > 0
     precision, recall, f1 = (
-        np.where(present, _share(part, whole), np.nan)
+        np.where(present, ratio(part, whole), np.nan)
         for part, whole in ((hits, of_answer), (hits, of_label), (2 * hits, of_answer + of_label))
     )
-    specificity = np.where(others > 0, _share(others - (of_answer - hits), others), np.nan)
+    specificity = np.where(others > 0, ratio(others - (of_answer - hits), others), np.nan)
     aucs, averages = np.full((2, len(weights), len(classes)), np.nan)
     for index in classes:
         aucs[:, index], averages[:, index] = _ranking(labels == index, probabilities[:, index], weights)
@@ -186,8 +194,7 @@ def interval_of(values: Floats, observed: float, evidence: Evidence, level: floa
         return None, None
     units, tail = evidence.units, (1 - level) / 2
     if observed in (0.0, 1.0) and evidence.is_share:
-        ends = stats.binomtest(round(observed * units), units).proportion_ci(level, "exact")
-        return float(ends.low), float(ends.high)
+        return share_interval(round(observed * units), units, level)
     error = float(np.sqrt(np.var(defined) * units / (units - 1) + evidence.unseen_variance))
     if error == 0:
         return None, None
@@ -263,7 +270,3 @@ def _mean_of_defined(values: Floats) -> Floats:
     defined = np.isfinite(values)
     count = defined.sum(axis=1)
     return np.where(count > 0, np.where(defined, values, 0).sum(axis=1) / np.maximum(count, 1), np.nan)
-
-
-def _share(part: Floats, whole: Floats) -> Floats:
-    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
+from cxr_dist.evaluation.exact import share_interval
 from cxr_dist.evaluation.metrics import CALIBRATION_BINS, confidence_bins
 from cxr_dist.evaluation.predictions import Predictions
 
@@ -114,14 +115,14 @@ def risk_coverage(predictions: Predictions) -> tuple[npt.NDArray[np.float64], np
     return (ends + 1) / len(order), wrong[ends] / (ends + 1)
 
 
-def answered(predictions: Predictions, calibration: Mapping[str, Any]) -> dict[str, float | int | None]:
-    """What the threshold of `calibration` does to these images: coverage, answered, and accuracy of the answers."""
+def coverage_at_threshold(predictions: Predictions, calibration: Mapping[str, Any]) -> dict[str, float | int | None]:
+    """What the threshold of `calibration` does to these images: predicted (images), coverage, and their accuracy."""
     threshold = calibration["abstain_threshold"]
     probabilities = scaled(predictions, calibration["temperature"]).probabilities.max(axis=1)
     given = probabilities >= (math.inf if threshold is None else threshold)
     right = predictions.labels == predictions.predicted
     return {
-        "answered": int(given.sum()),
+        "predicted": int(given.sum()),
         "coverage": float(given.mean()),
         "accuracy": float(right[given].mean()) if given.any() else None,
     }
@@ -149,8 +150,6 @@ def _log_probabilities(predictions: Predictions) -> npt.NDArray[np.float64]:
     return np.log(np.maximum(predictions.probabilities, _SMALLEST))
 
 
-def _risk_bound(wrong: int, answers: int, delta: float) -> float:
-    """The largest share of wrong answers at which as few as `wrong` have a probability of `delta` or more."""
-    if answers == 0 or wrong == answers:
-        return 1.0
-    return float(stats.beta.ppf(1 - delta, wrong + 1, answers - wrong))
+def _risk_bound(wrong: int, total: int, delta: float) -> float:
+    """The largest error rate at which as few as `wrong` errors have a probability of `delta` or more."""
+    return share_interval(wrong, total, 1 - delta, "less")[1] if total else 1.0

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from cxr_dist.evaluation.bootstrap import LEVEL, RESAMPLES, group_numbers, resampled_metrics, weighted_metrics
+from cxr_dist.evaluation.exact import mcnemar
 from cxr_dist.evaluation.predictions import Predictions
 from cxr_dist.runs.seen_images import Digests
 from tfrecords_builder.common.errors import UserError
@@ -88,7 +89,6 @@ def compare(
         }
     right = [predictions.labels == predictions.predicted for predictions in (first, second)]
     only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
-    discordant = only_first + only_second
     return {
         "n": len(first),
         "unit": "image" if first.groups is None else "group",
@@ -98,7 +98,7 @@ def compare(
         "mcnemar": {
             "only_first_right": only_first,
             "only_second_right": only_second,
-            "p_value": float(stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0,
+            "p_value": mcnemar(only_first, only_second),
         },
     }
 

@@ -1,9 +1,8 @@
-"""The figures of an evaluation. Pure: numbers in, a `matplotlib.figure.Figure` out; no pyplot, no display.
+"""The figures of an evaluation, each drawn and worded by one function. Pure: numbers in, no pyplot, no display.
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart, and no meaning hangs on colour alone.
 """
 
-import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,32 +12,56 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import auc
 
-from cxr_dist.evaluation.calibration import risk_coverage
-from cxr_dist.evaluation.history import _column, best_epoch_of, stage_label, stage_spans
+from cxr_dist.evaluation import calibration
+from cxr_dist.evaluation.history import best_epoch_of, column, stage_label, stage_spans
 from cxr_dist.evaluation.metrics import mean_roc_curve, roc_curves
+from cxr_dist.evaluation.page_text import count, percent
 from cxr_dist.evaluation.predictions import Predictions
+from tfrecords_builder.common.figure import Figure
 from tfrecords_builder.common.figure_style import BLUE, COLOURS, DASHES, GRAY, RULE, STYLE, VERMILLION, display_name
+
+CONFUSION, ROC, HISTORY = "confusion_matrix.png", "roc.png", "history.png"
+RELIABILITY, RISK = "reliability.png", "risk_coverage.png"
 
 # Above this, one-vs-rest curves are told apart only in the upper left corner.
 _ZOOM_FROM_AUC = 0.95
 
 
-def confusion_matrix_figure(confusion: npt.ArrayLike, class_names: Sequence[str]) -> Figure:
+def confusion_matrix(confusion: npt.ArrayLike, class_names: Sequence[str], kind: str = "") -> Figure:
     """Counts, with the percentage of the true class below each; the shade is that percentage.
 
     Args:
         confusion: [C, C] counts; rows are true classes, columns predicted ones. A class without images has
             no percentages.
         class_names: C names in label order.
+        kind: Of the images, for the caption: training, validation or test.
     """
-    counts = np.asarray(confusion).astype(np.int64)
-    size = len(class_names)
+    counts, size = np.asarray(confusion).astype(np.int64), len(class_names)
     if counts.shape != (size, size):
         raise ValueError(f"confusion must be [{size}, {size}] for {size} classes, not {list(counts.shape)}")
+    hits, total = int(np.trace(counts)), int(counts.sum())
+    caption = f"{hits:,} of {count(total, kind)} lie on the diagonal ({percent(hits / total)})"
+    wrong = counts - np.diag(np.diag(counts))
+    if wrong.any():
+        true, predicted = divmod(int(np.argmax(wrong)), size)
+        most = int(wrong[true, predicted])
+        # In a tie no confusion is the most frequent one.
+        phrase = "the most frequent error" if np.sum(wrong == most) == 1 else "among the most frequent errors"
+        caption += (
+            f"; {phrase} is {display_name(class_names[true])} predicted as {display_name(class_names[predicted])} "
+            f"({most:,} of {int(counts[true].sum()):,})."
+        )
+    else:
+        caption += ": no image was misclassified."
+    return Figure(CONFUSION, "Confusion matrix", caption, _draw_confusion(counts, class_names))
+
+
+def _draw_confusion(counts: npt.NDArray[np.int64], class_names: Sequence[str]) -> Drawing:
+    size = len(class_names)
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
     # Few classes leave room for wide cells, whose names stand upright in two or three lines.
@@ -50,7 +73,7 @@ def confusion_matrix_figure(confusion: npt.ArrayLike, class_names: Sequence[str]
     ]
     upright = max(len(line) for label in columns for line in label.split("\n")) <= (14 if size <= 5 else 7)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(cell * size + 2.0, cell * size + (1.0 if upright else 2.0)), layout="constrained")
+        figure = Drawing(figsize=(cell * size + 2.0, cell * size + (1.0 if upright else 2.0)), layout="constrained")
         axes = figure.add_subplot()
         axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
         axes.set_xticks(range(size), columns)
@@ -79,16 +102,39 @@ def confusion_matrix_figure(confusion: npt.ArrayLike, class_names: Sequence[str]
     return figure
 
 
-def roc_figure(predictions: Predictions) -> Figure:
+def roc(predictions: Predictions, metrics: Mapping[str, Any]) -> Figure:
     """One-vs-rest ROC curve of every class, their mean at equal false positive rate, and the chance line.
 
     A good classifier's curves are repeated in an inset of the upper left corner. A class whose curve does not
     exist (no image inside it, or none outside) is named in the legend without one.
+
+    Args:
+        predictions: Of the evaluated images.
+        metrics: Of `metrics.evaluate_predictions` on the same.
     """
     curves = roc_curves(predictions)
+    aucs = {name: metrics["per_class"][name]["auc"] for name in curves}
+    if aucs:
+        best, worst = max(aucs, key=aucs.__getitem__), min(aucs, key=aucs.__getitem__)
+        caption = f"One class against the rest, macro-averaged AUC {metrics['auc_macro_ovr']:.3f}"
+        if f"{aucs[best]:.3f}" == f"{aucs[worst]:.3f}":
+            caption += f"; every class has an AUC of {aucs[best]:.3f}"
+        else:
+            caption += f"; {display_name(best)} is separated best (AUC {aucs[best]:.3f})"
+            caption += f" and {display_name(worst)} least (AUC {aucs[worst]:.3f})"
+        absent = [display_name(name) for name in predictions.class_names if name not in aucs]
+        caption += f"; there is no curve for {', '.join(absent)}, which has no images." if absent else "."
+    else:
+        caption = "No class has a ROC curve, because all images are of one class."
+    return Figure(ROC, "ROC curves", caption, _draw_roc(predictions, curves))
+
+
+def _draw_roc(
+    predictions: Predictions, curves: Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
+) -> Drawing:
     outside = len(predictions.class_names) > 5 or max(map(len, predictions.class_names)) > 24
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.0 if outside else 6.0, 5.6), layout="constrained")
+        figure = Drawing(figsize=(9.0 if outside else 6.0, 5.6), layout="constrained")
         axes = figure.add_subplot()
         for index, name in enumerate(predictions.class_names):
             colour, dashes = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
@@ -115,76 +161,145 @@ def roc_figure(predictions: Predictions) -> Figure:
     return figure
 
 
-def reliability_figure(
-    before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]] | None = None
-) -> Figure:
-    """Accuracy by the probability of the answer, and how many images have that.
+def reliability(calibrated: Mapping[str, Any]) -> Figure:
+    """Accuracy by the model's confidence before and after temperature scaling, and how many images have that.
 
     Args:
-        before: of `calibration.reliability`, with the network's own probabilities.
-        after: likewise with the scaled ones, if there are any.
+        calibrated: `calibration` of `assessment.assess`.
     """
-    series = [("as the network gives them", before, VERMILLION, "s", "--")]
-    series += [("after temperature scaling", after, BLUE, "o", "-")] if after else []
+    before, after, temperature = calibrated["before"], calibrated["after"], calibrated["temperature"]
+    caption = (
+        f"On the validation images the model was {'over' if temperature > 1 else 'under'}confident; the best "
+        f"temperature is {temperature:.3g}. On these images, scaling changes the expected calibration error "
+        f"from {before['calibration_error']:.3f} to {after['calibration_error']:.3f}, the log loss from "
+        f"{before['log_loss']:.3f} to {after['log_loss']:.3f}, and the Brier score from {before['brier']:.3f} to "
+        f"{after['brier']:.3f}.{_in_sample_words(calibrated)}"
+    )
+    bins = calibrated["reliability"]
+    return Figure(RELIABILITY, "Reliability", caption, _draw_reliability(bins["before"], bins["after"]))
+
+
+def _draw_reliability(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]) -> Drawing:
+    series = [
+        ("before temperature scaling", before, VERMILLION, "s", "--"),
+        ("after temperature scaling", after, BLUE, "o", "-"),
+    ]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.0, 6.2), layout="constrained")
+        figure = Drawing(figsize=(6.0, 6.2), layout="constrained")
         axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1.0, linestyle=(0, (2, 3)), label="as sure as right")
+        axes.plot([0, 1], [0, 1], color=GRAY, linewidth=1.0, linestyle=(0, (2, 3)), label="perfect calibration")
         for number, (label, bins, colour, marker, dashes) in enumerate(series):
             points = [row["confidence"] for row in bins], [row["accuracy"] for row in bins]
             axes.plot(*points, color=colour, marker=marker, markersize=5, linestyle=dashes, label=label)
             width = (bins[0]["high"] - bins[0]["low"]) / (len(series) + 0.4)
             left = [row["low"] + width * (number + 0.2) for row in bins]
             counts.bar(left, [row["images"] for row in bins], width, align="edge", color=colour)
-        axes.set(xlim=(0, 1.01), ylim=(-0.02, 1.02), ylabel="Share of right answers")
+        axes.set(xlim=(0, 1.01), ylim=(-0.02, 1.02), ylabel="Accuracy")
         axes.legend(loc="upper left")
-        counts.set(xlabel="Probability of the answer", ylabel="Images", yscale="log")
+        counts.set(xlabel="Confidence (probability of the predicted class)", ylabel="Images", yscale="log")
     return figure
 
 
-def risk_coverage_figure(predictions: Predictions, risk: float, coverage: float | None = None) -> Figure:
-    """The share of wrong answers by the share of images that get one, the surest first.
+def risk_coverage(predictions: Predictions, calibrated: Mapping[str, Any]) -> Figure:
+    """The error rate by the share of images that get a prediction, the most confident first.
 
     Args:
-        predictions: with calibrated probabilities.
-        risk: that was asked for, a horizontal line.
-        coverage: at the threshold that was chosen on validation, a vertical line; None if there is none.
+        predictions: Of the evaluated images, with the probabilities as the network gives them.
+        calibrated: `calibration` of `assessment.assess`.
     """
+    risk, threshold, at_threshold = (calibrated[key] for key in ("target_risk", "abstain_threshold", "at_threshold"))
+    scaled = calibration.scaled(predictions, calibrated["temperature"])
+    if threshold is None:
+        caption = (
+            f"No threshold on validation keeps the error rate at {percent(risk)}: this model should always abstain."
+        )
+        return Figure(RISK, "Risk and coverage", caption, _draw_risk(scaled, risk, None))
+    caption = (
+        f"To keep the error rate at {percent(risk)} or less, the model abstains below a probability of "
+        f"{threshold:.3f}, a threshold that was chosen on validation images. "
+    )
+    if calibrated.get("selected_the_model", True):
+        caption += (
+            "The validation images also chose the model, so the bound behind the threshold (95% confidence) is "
+            "optimistic: on new images the error rate may be higher. "
+        )
+    caption += _in_sample_words(calibrated).lstrip() + " " if calibrated["in_sample"] else ""
+    if at_threshold["predicted"]:
+        error_rate = percent(1 - at_threshold["accuracy"])
+        caption += (
+            f"On these images the coverage is {percent(at_threshold['coverage'])} and the error rate {error_rate}."
+        )
+    else:
+        caption += "On these images it always abstains."
+    return Figure(RISK, "Risk and coverage", caption, _draw_risk(scaled, risk, at_threshold["coverage"]))
+
+
+def _in_sample_words(calibrated: Mapping[str, Any]) -> str:
+    """A warning where the images are, at least in part, those that the calibration was fitted on."""
+    number = calibrated["in_sample"]
+    if number is None:
+        return " Whether the temperature was fitted on any of these images is not known."
+    if not number:
+        return ""
+    return f" Temperature and threshold were fitted on {number:,} of these images: on new images they are worse."
+
+
+def _draw_risk(predictions: Predictions, risk: float, coverage: float | None) -> Drawing:
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        figure = Drawing(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(*risk_coverage(predictions), color=BLUE, drawstyle="steps-post", label="wrong answers")
-        axes.axhline(risk, color=VERMILLION, linestyle="--", linewidth=1.4, label=f"risk asked for ({risk:.0%})")
+        axes.plot(*calibration.risk_coverage(predictions), color=BLUE, drawstyle="steps-post", label="error rate")
+        axes.axhline(risk, color=VERMILLION, linestyle="--", linewidth=1.4, label=f"target error rate ({risk:.0%})")
         if coverage is not None:
-            label = f"chosen on validation ({coverage:.0%} answered)"
+            label = f"threshold from validation (coverage {coverage:.0%})"
             axes.axvline(coverage, color="black", linestyle=":", linewidth=1.8, label=label)
-        axes.set(xlim=(0, 1.01), xlabel="Share of images that get an answer", ylabel="Share of wrong answers")
+        axes.set(
+            xlim=(0, 1.01),
+            xlabel="Coverage: share of images with a prediction",
+            ylabel="Error rate of these predictions",
+        )
         axes.set_ylim(0, None)
         axes.legend(loc="upper left")
     return figure
 
 
-def history_figure(history: Sequence[Mapping[str, Any]], best_epoch: int | None = None) -> Figure:
+def history(rows: Sequence[Mapping[str, Any]], best_epoch: int | None = None) -> Figure:
     """Accuracy and loss by epoch, training and validation, with the boundary between stages marked.
 
     Args:
-        history: one row per epoch, in order, with stage, loss, accuracy, val_loss, val_accuracy (a missing or
-            null value leaves a gap). Epochs are counted through all stages, from 1: the rows' own `epoch` is not used.
-        best_epoch: the epoch to mark, counted likewise; `best_epoch_of(history)` if None.
+        rows: One per epoch, in order, with stage, loss, accuracy, val_loss, val_accuracy (a missing or null value
+            leaves a gap). Epochs are counted through all stages, from 1: the rows' own `epoch` is not used.
+        best_epoch: The epoch to mark, counted likewise; `best_epoch_of(rows)` if None.
 
     Raises:
-        ValueError: `history` is empty.
+        ValueError: `rows` is empty.
     """
-    if not history:
+    if not rows:
         raise ValueError("history is empty: there is nothing to plot")
+    spans, best = stage_spans(rows), best_epoch_of(rows) if best_epoch is None else best_epoch
+    stages = []
+    for stage, start, end in spans:
+        name, _, what = stage_label(stage).partition(": ")
+        stages.append(f"{count(end - start + 1, noun='epoch')} of {name}" + (f" ({what})" if what else ""))
+    caption = f"Accuracy and loss by epoch: {', then '.join(stages)}; "
+    if best is None:
+        caption += "no epoch was validated."
+    else:
+        accuracy = rows[best - 1].get("val_accuracy")
+        value = "" if accuracy is None else f", with a validation accuracy of {percent(accuracy)}"
+        caption += f"the best epoch is {best}{value}."
+    return Figure(HISTORY, "Training history", caption, _draw_history(rows, spans, best))
+
+
+def _draw_history(
+    history: Sequence[Mapping[str, Any]], spans: Sequence[tuple[str, int, int]], best: int | None
+) -> Drawing:
     epochs = np.arange(1, len(history) + 1)
-    best = best_epoch_of(history) if best_epoch is None else best_epoch
-    spans = stage_spans(history)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 6.4), layout="constrained")
+        figure = Drawing(figsize=(7.0, 6.4), layout="constrained")
         panels = figure.subplots(2, 1, sharex=True)
         for axes, key, title in zip(panels, ("accuracy", "loss"), ("Accuracy", "Loss"), strict=True):
-            training, validation = _column(history, key), _column(history, f"val_{key}")
+            training, validation = column(history, key), column(history, f"val_{key}")
             axes.plot(epochs, training, color=BLUE, marker="o", markersize=4.5, label="training")
             axes.plot(
                 epochs, validation, color=VERMILLION, marker="s", markersize=4.5, linestyle="--", label="validation"
@@ -211,14 +326,6 @@ def history_figure(history: Sequence[Mapping[str, Any]], best_epoch: int | None 
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure
-
-
-def png_bytes(figure: Figure, dpi: int = 150) -> bytes:
-    """`figure` as a PNG, grown to hold whatever reaches over its edge; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _label(class_name: str, width: int) -> str:

@@ -32,6 +32,7 @@ def stage_label(stage: str) -> str:
     return STAGE_LABELS.get(stage, f"stage {stage}")
 
 
-def _column(history: Sequence[Mapping[str, Any]], key: str) -> npt.NDArray[np.float64]:
+def column(history: Sequence[Mapping[str, Any]], key: str) -> npt.NDArray[np.float64]:
+    """One value of each row; NaN where it is missing."""
     values = (row.get(key) for row in history)
     return np.array([math.nan if value is None else value for value in values], np.float64)

@@ -1,6 +1,6 @@
-"""What a classifier's answers are worth: predictions, their file, and the metrics computed from them.
+"""The metrics of a classifier, from its predictions alone.
 
-Nothing here knows a model. scikit-learn computes every metric that it has, from exactly the numbers
+scikit-learn computes every metric that it has, from exactly the numbers
 that the predictions file holds, so that whoever recomputes from the file gets the same.
 """
 
@@ -41,8 +41,7 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
         average_precision_macro: one-vs-rest, unweighted mean over the classes that have one.
         log_loss: mean negative log-likelihood, in nats.
         brier: mean squared distance of the probabilities from the label as one-hot, 0 to 2 (Brier 1950).
-        calibration_error: expected calibration error of the answer's probability, in 15 bins of equal width (Guo et
-            al. 2017).
+        calibration_error: expected calibration error of the predicted probability, in 15 equal bins (Guo et al. 2017).
         per_class: for each class precision, recall (which is its sensitivity), f1 (None without images of the class),
             specificity (None without images outside the class), support (number of images), auc and average_precision.
         confusion_matrix: C lists of C counts; rows are true classes, columns predicted ones.
@@ -147,9 +146,9 @@ def counts_metrics(confusion: npt.ArrayLike) -> dict[str, float]:
     hits, true, predicted = (values[present] for values in (np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)))
     return {
         "accuracy": float(np.trace(counts) / counts.sum()),
-        "precision_macro": float(_ratio(hits, predicted).mean()),
-        "recall_macro": float(_ratio(hits, true).mean()),
-        "f1_macro": float(_ratio(2 * hits, true + predicted).mean()),
+        "precision_macro": float(ratio(hits, predicted).mean()),
+        "recall_macro": float(ratio(hits, true).mean()),
+        "f1_macro": float(ratio(2 * hits, true + predicted).mean()),
     }
 
 
@@ -210,5 +209,6 @@ def _limits(
     return np.where(on_curve, tpr[np.minimum(first, len(tpr) - 1)], between), np.where(on_curve, tpr[last], between)
 
 
-def _ratio(part: npt.NDArray[np.float64], whole: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def ratio(part: npt.NDArray[np.float64], whole: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """part / whole, 0 where `whole` is 0."""
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder.common import locks
+from tfrecords_builder.common.disk_cache import UNFINISHED, DiskCache, unused
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import ENVIRONMENT_ERRORS, bytes_below, sync, write_bytes, write_json
 from tfrecords_builder.common.seal import read_sealed_json, sealed_json
@@ -32,7 +33,6 @@ Description = Mapping[str, Any]
 """What decides every byte of an entry, as plain data."""
 
 _ENTRY = "entry.json"
-_WORK = ".work"
 _LOCK = ".lock"
 _CHUNK = 1 << 24
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
@@ -109,7 +109,8 @@ class FeatureStore:
     """Entries in `folder`, of at most `limit_bytes` together: beyond, those not used for longest are removed."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self.folder, self._limit = folder, limit_bytes
+        self.folder = folder
+        self._cache = DiskCache(folder, limit_bytes, _ENTRY, lambda entry: entry / _ENTRY)
         self._used: list[int] = []
         """Descriptors that hold the entries in use."""
 
@@ -164,9 +165,8 @@ class FeatureStore:
     def fits(self, needed: int) -> bool:
         """Whether `needed` bytes would, once everything that may be removed was."""
         with _explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            removable = sum(bytes_below(entry) for entry in self._entries() if not _is_locked(entry / _ENTRY))
-            return needed <= min(self._limit, shutil.disk_usage(self.folder).free + removable)
+            removable = self._cache.removable_bytes()
+            return needed <= min(self._cache.limit, self._cache.free_bytes() + removable)
 
     def begin(self, description: Description, needed: int) -> None:
         """Make room, and an empty work folder for the parts; by the process that holds `computing`."""
@@ -175,8 +175,8 @@ class FeatureStore:
             if work.exists():
                 shutil.rmtree(work)
             self._remove_abandoned()
-            self._make_room(needed)
-            free = shutil.disk_usage(self.folder).free
+            self._cache.make_room(needed)
+            free = self._cache.free_bytes()
             if free < needed:  # said now, not after minutes of computing
                 raise UserError(
                     f"features.folder {self.folder}: has {free / 1e9:.3f} GB free where {needed / 1e9:.3f} GB are "
@@ -209,37 +209,16 @@ class FeatureStore:
             sync(self.folder)
 
     def _work(self, description: Description) -> Path:
-        return self.folder / f"{key_of(description)}{_WORK}"
-
-    def _entries(self) -> list[Path]:
-        """Least recently used first."""
-        used = {}
-        for path in self.folder.glob(f"*/{_ENTRY}"):
-            if path.parent.suffix != _WORK:
-                with suppress(FileNotFoundError):  # another process makes room too
-                    used[path.parent] = path.stat().st_mtime
-        return sorted(used, key=lambda entry: used[entry])
+        return self.folder / f"{key_of(description)}{UNFINISHED}"
 
     def _remove_abandoned(self) -> None:
         """What processes left that were stopped while they computed other entries: nobody holds their locks."""
-        for work in self.folder.glob(f"*{_WORK}"):
+        for work in self.folder.glob(f"*{UNFINISHED}"):
             lock = work.with_suffix(_LOCK)
             if lock.exists():
-                with _if_free(lock) as free:  # held while it is removed, or another process could begin there
+                with unused(lock) as free:  # held while it is removed, or another process could begin there
                     if free:
                         shutil.rmtree(work, ignore_errors=True)
-
-    def _make_room(self, needed: int) -> None:
-        entries = self._entries()
-        total = sum(bytes_below(entry) for entry in entries)
-        for entry in entries:
-            if total + needed <= self._limit and shutil.disk_usage(self.folder).free >= needed:
-                return
-            with _if_free(entry / _ENTRY) as free:
-                if free:
-                    total -= bytes_below(entry)
-                    (entry / _ENTRY).unlink(missing_ok=True)  # first: without it, it is no entry
-                    shutil.rmtree(entry, ignore_errors=True)  # another process may be at it
 
 
 def _read(entry: Path, description: Description) -> Rows | None:
@@ -267,31 +246,6 @@ def _crc(path: Path) -> int:
         while chunk := file.read(_CHUNK):
             crc = google_crc32c.extend(crc, chunk)
     return crc
-
-
-@contextmanager
-def _if_free(path: Path) -> Iterator[bool]:
-    """Whether no process holds `path`, one that reads an entry or computes one; nobody can take it meanwhile.
-
-    What is gone is held by nobody; what may not be opened is somebody else's, and counts as held.
-    """
-    with ExitStack() as stack:
-        try:
-            descriptor = stack.enter_context(locks.held(path, create=False))
-        except FileNotFoundError:
-            yield True
-            return
-        except OSError as error:
-            if error.errno not in ENVIRONMENT_ERRORS:
-                raise
-            yield False
-            return
-        yield descriptor is not None
-
-
-def _is_locked(path: Path) -> bool:
-    with _if_free(path) as free:
-        return not free
 
 
 @contextmanager

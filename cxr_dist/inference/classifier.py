@@ -48,8 +48,8 @@ def load_model(run: FinishedRun, precision: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What is said of one image."""
+class Prediction:
+    """The prediction for one image."""
 
     predicted: str
     """The class of the highest probability."""
@@ -60,7 +60,7 @@ class Answer:
 
 
 class Classifier:
-    """Answers for gray images, on one device.
+    """Predictions for gray images, on one device.
 
     Attributes:
         class_names: C names, in the order of the probabilities.
@@ -90,16 +90,16 @@ class Classifier:
             raise ValueError(f"images of {images.dtype} {images.shape}, not uint8 [B, {self.image_size}, ...]")
         return self._forward(images).numpy()
 
-    def answers(self, images: npt.NDArray[np.uint8]) -> list[Answer]:
-        """An answer for each of uint8 [B, S, S]."""
-        return [self.answer(row) for row in self.probabilities(images)]
+    def predict(self, images: npt.NDArray[np.uint8]) -> list[Prediction]:
+        """A prediction for each of uint8 [B, S, S]."""
+        return [self.prediction(row) for row in self.probabilities(images)]
 
-    def answer(self, probabilities: npt.NDArray[np.float32]) -> Answer:
-        """What float32 [C] says."""
+    def prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
+        """Of probabilities float32 [C]."""
         top = int(np.argmax(probabilities))
         abstained = float(probabilities[top]) < self.calibration.abstain_threshold
         by_class = {name: float(value) for name, value in zip(self.class_names, probabilities, strict=True)}
-        return Answer(self.class_names[top], abstained, by_class)
+        return Prediction(self.class_names[top], abstained, by_class)
 
 
 def load_classifier(run: Path, precision: str | None = None) -> Classifier:

@@ -24,7 +24,7 @@ from cxr_dist.model import split_point
 from cxr_dist.runs.calibration_file import Calibration, read_calibration
 from cxr_dist.runs.finished import read_finished
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.common.files import sync, write_json
+from tfrecords_builder.common.files import check_output_folder, sync, write_json
 
 Format = Literal["savedmodel", "onnx"]
 METADATA = "metadata.json"
@@ -49,12 +49,13 @@ def export_run(run: Path, out: Path, format_name: Format) -> dict[str, Any]:
     """
     found = read_finished(run)
     calibration = read_calibration(run) or Calibration()
-    _check_output(out)
+    names = {METADATA, *NAMES.values()}
+    check_output_folder(out, "an export", "OUT", lambda name: name in names, lambda: _is_export(out))
     if format_name == "onnx":
         _require_onnx()
     prepare_devices(1)
     model = load_model(found, "float32")
-    size, names = found.info.image_size, found.info.class_names
+    size, class_names = found.info.image_size, found.info.class_names
     function = _with_channel(calibrated(split_point.whole_network(model), size, calibration.temperature), size)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.parent / f".{out.name}.{secrets.token_hex(4)}.tmp"
@@ -73,8 +74,8 @@ def export_run(run: Path, out: Path, format_name: Format) -> dict[str, Any]:
             "format": format_name,
             "model": target.name,
             "input": {"name": "images", "dtype": "uint8", "shape": [None, size, size, 1]},
-            "output": {"name": "probabilities", "dtype": "float32", "shape": [None, len(names)]},
-            "class_names": list(names),
+            "output": {"name": "probabilities", "dtype": "float32", "shape": [None, len(class_names)]},
+            "class_names": list(class_names),
             "image_size": size,
             "temperature": calibration.temperature,
             "abstain_threshold": calibration.abstain_threshold if calibration.abstain_threshold <= 1 else None,
@@ -177,18 +178,7 @@ def _load_onnx(target: Path) -> Run:
     return lambda images: session.run(["probabilities"], {"images": images})[0]
 
 
-def _check_output(out: Path) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"{out}: is a file; give a new folder for the export")
-    if any(out.iterdir()) and not _is_export(out):
-        raise UserError(f"{out}: holds something other than an export; give an empty or new folder")
-
-
 def _is_export(out: Path) -> bool:
-    if not {entry.name for entry in out.iterdir()} <= {METADATA, *NAMES.values()}:
-        return False
     try:
         found = json.loads((out / METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Answers for image files, a batch at a time: thousands of files take the memory of one batch."""
+"""Predictions for image files, a batch at a time: thousands of files take the memory of one batch."""
 
 import itertools
 import json
@@ -12,29 +12,28 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.data.image_files import read_square
-from cxr_dist.inference.classifier import BATCH_SIZE, Answer, Classifier
+from cxr_dist.inference.classifier import BATCH_SIZE, Classifier, Prediction
 from cxr_dist.inference.grad_cam import make_explain
 from cxr_dist.inference.overlay import overlay_png
-from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.common.files import intended_name, write_bytes
+from tfrecords_builder.common.files import check_output_folder, write_bytes
 from tfrecords_builder.images.decode import ImageError
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one file: an answer, or why there is none."""
+    """A file's prediction, or why there is none."""
 
     path: Path
-    answer: Answer | None = None
+    prediction: Prediction | None = None
     error: str | None = None
     overlay: Path | None = None
     """The image with the network's attention over it, where that was asked for."""
 
     def to_json(self) -> str:
-        """One line: path, and error or the fields of the answer."""
-        said = asdict(self.answer) if self.answer is not None else {"error": self.error}
+        """One line: path, and error or the fields of the prediction."""
+        result = asdict(self.prediction) if self.prediction is not None else {"error": self.error}
         drawn = {} if self.overlay is None else {"overlay": str(self.overlay)}
-        return json.dumps({"path": str(self.path), **said, **drawn}, allow_nan=False)
+        return json.dumps({"path": str(self.path), **result, **drawn}, allow_nan=False)
 
 
 class Overlays:
@@ -47,16 +46,15 @@ class Overlays:
     def __init__(self, folder: Path, classifier: Classifier) -> None:
         """Raises UserError where the folder holds anything else."""
         self._folder, self._classifier, self._number = folder, classifier, 0
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        own = [name for name in names if self._NAME.fullmatch(intended_name(name) or name)]
-        if (folder.exists() and not folder.is_dir()) or len(own) < len(names):
-            raise UserError(f"--overlay {folder}: holds something other than overlays; give a new folder")
+        check_output_folder(folder, "overlays", "--overlay", lambda name: bool(self._NAME.fullmatch(name)))
         self._explain = make_explain(classifier.model)
 
-    def draw(self, paths: Sequence[Path], images: npt.NDArray[np.uint8], answers: Sequence[Answer]) -> Iterator[Path]:
+    def draw(
+        self, paths: Sequence[Path], images: npt.NDArray[np.uint8], predictions: Sequence[Prediction]
+    ) -> Iterator[Path]:
         """Write one for each of uint8 [B, S, S], and say where."""
         names = self._classifier.class_names
-        targets = np.array([names.index(answer.predicted) for answer in answers], np.int32)
+        targets = np.array([names.index(prediction.predicted) for prediction in predictions], np.int32)
         for path, image, heat in zip(paths, images, self._explain(images, targets).maps, strict=True):
             self._number += 1
             target = self._folder / f"{self._number:05d}-{path.stem[: self._LONGEST]}.png"
@@ -93,36 +91,36 @@ def predict_files(
             part = paths[first : first + batch_size]
             squares = list(pool.map(read, part))
             whole = [square for square in squares if isinstance(square, np.ndarray)]
-            answers: list[Answer] = []
+            predictions: list[Prediction] = []
             drawn: Iterator[Path | None] = itertools.repeat(None)
             if whole:
                 images = np.stack(whole)
-                answers = classifier.answers(images)
+                predictions = classifier.predict(images)
                 if overlays is not None:
                     shown = [path for path, square in zip(part, squares, strict=True) if isinstance(square, np.ndarray)]
-                    drawn = overlays.draw(shown, images, answers)
-            answered = zip(answers, drawn, strict=False)
+                    drawn = overlays.draw(shown, images, predictions)
+            results = zip(predictions, drawn, strict=False)
             for path, square in zip(part, squares, strict=True):
                 if isinstance(square, ImageError):
                     yield Outcome(path, error=square.reason)
                 else:
-                    answer, overlay = next(answered)
-                    yield Outcome(path, answer, overlay=overlay)
+                    prediction, overlay = next(results)
+                    yield Outcome(path, prediction, overlay=overlay)
 
 
 def table_head(class_names: Sequence[str]) -> str:
     """The first line of the table for people."""
-    return "  ".join([f"{'answer':{_width(class_names)}}", *map(_column, class_names), "path"])
+    return "  ".join([f"{'predicted':{_width(class_names)}}", *map(_column, class_names), "path"])
 
 
 def table_line(outcome: Outcome, class_names: Sequence[str]) -> str:
     """One file's line: what it shows, every probability, and where it is."""
-    answer, path = outcome.answer, printable(str(outcome.path))
-    if answer is None:
+    prediction, path = outcome.prediction, printable(str(outcome.path))
+    if prediction is None:
         return f"{'unreadable':{_width(class_names)}}  {path}: {outcome.error}"
-    said = "abstains" if answer.abstained else answer.predicted
-    values = [f"{value:>{len(_column(name))}.4f}" for name, value in answer.probabilities.items()]
-    return "  ".join([f"{said:{_width(class_names)}}", *values, path])
+    word = "abstains" if prediction.abstained else prediction.predicted
+    values = [f"{value:>{len(_column(name))}.4f}" for name, value in prediction.probabilities.items()]
+    return "  ".join([f"{word:{_width(class_names)}}", *values, path])
 
 
 def printable(name: str) -> str:

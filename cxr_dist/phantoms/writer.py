@@ -1,14 +1,11 @@
 """A folder of phantoms in the database's own layout, drawn by several processes, whole or absent."""
 
 import math
-import multiprocessing
-import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +15,13 @@ from cxr_dist.phantoms.drawing import draw_phantom
 from cxr_dist.phantoms.signs import CLASS_FOLDERS
 from tfrecords_builder.collection.file_kinds import IMAGES_FOLDER, MASKS_FOLDER
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.common.interrupts import interrupts_held
-from tfrecords_builder.common.pool import prepare_child
+from tfrecords_builder.common.files import check_output_folder
+from tfrecords_builder.common.pool import Pool, default_workers
 
 SMALLEST_SIZE = 32
 LARGEST_SIZE = 4096
 IMAGES_PER_WORKER = 100
 """Fewer are drawn sooner than another process starts."""
-_CHUNK = 16
 
 
 def write_phantoms(
@@ -59,7 +55,6 @@ def write_phantoms(
     """
     _check(per_class, size, seed, workers)
     _check_free(folder)
-    total = per_class * len(CLASS_FOLDERS)
     unfinished = folder.absolute().parent / f".{folder.name}.unfinished-{uuid.uuid4().hex[:8]}"
     try:
         for class_name in CLASS_FOLDERS:
@@ -69,9 +64,15 @@ def write_phantoms(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(f"{folder}: cannot be made ({error.strerror}); name a folder that you may write") from error
     try:
-        jobs = [(class_name, number) for number in range(1, per_class + 1) for class_name in CLASS_FOLDERS]
-        draw = partial(_write_one, unfinished, size, seed)
-        _run(draw, jobs, workers or min(_cores(), math.ceil(total / IMAGES_PER_WORKER)), progress)
+        tasks = [
+            _Phantom(unfinished, class_name, number, size, seed)
+            for number in range(1, per_class + 1)
+            for class_name in CLASS_FOLDERS
+        ]
+        with Pool(workers or min(default_workers(), math.ceil(len(tasks) / IMAGES_PER_WORKER))) as pool:
+            for done, _ in enumerate(pool.map(_write, tasks), start=1):
+                if progress is not None:
+                    progress(done, len(tasks))
         _check_free(folder)
         unfinished.replace(folder)
     except BaseException:
@@ -85,37 +86,29 @@ def phantom_rng(class_name: str, number: int, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(class_name.encode()), number])
 
 
-def _write_one(root: Path, size: int, seed: int, job: tuple[str, int]) -> None:
-    class_name, number = job
-    image, mask = draw_phantom(class_name, size, phantom_rng(class_name, number, seed))
+@dataclass(frozen=True, slots=True)
+class _Phantom:
+    """One phantom to draw, and the folder that it goes into."""
+
+    root: Path
+    class_name: str
+    number: int
+    size: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"the phantom {self.class_name}-{self.number}"
+
+
+def _write(phantom: _Phantom) -> None:
+    name = phantom.class_name
+    image, mask = draw_phantom(name, phantom.size, phantom_rng(name, phantom.number, phantom.seed))
     for part, pixels in ((IMAGES_FOLDER, image), (MASKS_FOLDER, mask)):
-        Image.fromarray(pixels).save(root / class_name / part / f"{class_name}-{number}.png")
+        Image.fromarray(pixels).save(phantom.root / name / part / f"{name}-{phantom.number}.png")
 
 
-def _run(
-    draw: Callable[[tuple[str, int]], None],
-    jobs: list[tuple[str, int]],
-    workers: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    if workers == 1:
-        _count(map(draw, jobs), len(jobs), progress)
-        return
-    # Spawned, not forked: the caller may have started threads (TensorFlow has), and a fork would copy their locks.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_child)
-    try:
-        with interrupts_held():
-            drawn = pool.map(draw, jobs, chunksize=_CHUNK)
-        _count(drawn, len(jobs), progress)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _count(written: Iterable[None], total: int, progress: Callable[[int, int], None] | None) -> None:
-    for done, _ in enumerate(written, start=1):
-        if progress is not None:
-            progress(done, total)
+def _check_free(folder: Path) -> None:
+    check_output_folder(folder, "phantoms", "DIR", lambda _: False)
 
 
 def _check(per_class: int, size: int, seed: int, workers: int | None) -> None:
@@ -127,19 +120,3 @@ def _check(per_class: int, size: int, seed: int, workers: int | None) -> None:
         raise UserError(f"seed: must not be negative, not {seed}")
     if workers is not None and workers < 1:
         raise UserError(f"workers: must be at least 1, not {workers}")
-
-
-def _check_free(folder: Path) -> None:
-    if folder.is_dir():
-        try:
-            empty = not any(folder.iterdir())
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be read ({error.strerror}); name another folder") from error
-        if not empty:
-            raise UserError(f"{folder}: is not empty; name a new folder, or remove this one")
-    elif folder.exists() or folder.is_symlink():
-        raise UserError(f"{folder}: is not a folder; name a new one")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

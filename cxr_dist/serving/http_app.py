@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.data.image_files import decode_square
-from cxr_dist.inference.classifier import Answer
+from cxr_dist.inference.classifier import Prediction
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images.decode import ImageError, TooLargeError
 
@@ -72,7 +72,7 @@ class HttpApp:
 
     def __init__(
         self,
-        answer: Callable[[npt.NDArray[np.uint8]], Awaitable[Answer]],
+        answer: Callable[[npt.NDArray[np.uint8]], Awaitable[Prediction]],
         image_size: int,
         class_names: tuple[str, ...],
         limits: Limits,
@@ -115,7 +115,7 @@ class HttpApp:
             return JSONResponse({"error": "POST an image to /predict"}, 405, headers={"Allow": "POST"})
         return JSONResponse({"error": "there is GET /docs, and POST /predict"}, 404)
 
-    async def _predict(self, request: "Request") -> Answer:
+    async def _predict(self, request: "Request") -> Prediction:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in TYPES:
             raise RefusedError(415, f"send the image as the body, with Content-Type {', '.join(TYPES)}")
@@ -151,7 +151,7 @@ class HttpApp:
         finally:
             self._held -= len(body)
 
-    async def _answered(self, body: bytes, kind: str) -> Answer:
+    async def _answered(self, body: bytes, kind: str) -> Prediction:
         self._held += len(body)
         try:
             loop = asyncio.get_running_loop()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.inference.classifier import Answer, Classifier, load_classifier
+from cxr_dist.inference.classifier import Classifier, Prediction, load_classifier
 from cxr_dist.launch.ray_connection import OWN_CLUSTER, connected
 from cxr_dist.runs.calibration_file import read_calibration
 from cxr_dist.runs.finished import read_finished, weights_file
@@ -97,7 +97,7 @@ def _application(run: Path, limits: Limits, load: Load) -> Any:
             size = self._classifier.image_size
             for count in (1, limits.max_batch):  # what is slow the first time is done before the first request
                 self._classifier.probabilities(np.zeros((count, size, size), np.uint8))
-            batcher: Batcher[npt.NDArray[np.uint8], Answer] = Batcher(
+            batcher: Batcher[npt.NDArray[np.uint8], Prediction] = Batcher(
                 self._answers, most=limits.max_batch, wait_s=limits.batch_wait_s, at_once=limits.batches_at_once
             )
             self._app = HttpApp(batcher.result, size, self._classifier.class_names, limits)
@@ -105,9 +105,9 @@ def _application(run: Path, limits: Limits, load: Load) -> Any:
         async def __call__(self, request: Request) -> Any:
             return await self._app.respond(request)
 
-        def _answers(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Answer]:
+        def _answers(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Prediction]:
             started = time.perf_counter()
-            answers = self._classifier.answers(np.stack(images))
+            answers = self._classifier.predict(np.stack(images))
             self._app.count_batch(len(images), time.perf_counter() - started)
             return answers
 

@@ -1,35 +1,19 @@
 """The page of a search: one HTML file that loads nothing, from the files of the experiment alone."""
 
-import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from cxr_dist.tuning import figures
 from cxr_dist.tuning.experiment import PAGE, Experiment, Outcome, best_outcome
 from cxr_dist.tuning.figures import Point
 from cxr_dist.tuning.sampler import Sampler
 from cxr_dist.tuning.search_space import SearchPlan
-from tfrecords_builder.common.figure_style import svg_bytes
+from tfrecords_builder.common.figure import Figure
 from tfrecords_builder.common.files import write_bytes
 from tfrecords_builder.common.page import template_environment
 
 TRIALS_FOR_IMPORTANCE = 8
 """Complete trials below which an estimate of importance says nothing."""
-
-
-@dataclass(frozen=True)
-class _Shown:
-    title: str
-    caption: str
-    alt: str
-    svg: bytes
-
-    @property
-    def data(self) -> str:
-        return base64.b64encode(self.svg).decode()
 
 
 def write_page(experiment: Experiment) -> None:
@@ -93,16 +77,18 @@ def importance(plan: SearchPlan, outcomes: Sequence[Outcome]) -> dict[str, float
     return {key: float(share) for key, share in found.items()}
 
 
-def _figures(plan: SearchPlan, points: Sequence[Point]) -> list[_Shown]:
+def _figures(plan: SearchPlan, points: Sequence[Point]) -> list[Figure]:
     best = max(points, key=lambda point: point.rank)
     span = f"from {min(point.objective for point in points):.4f} to {best.objective:.4f}"
     shown = [
-        _shown(
+        Figure(
+            "history.svg",
             "Optimisation history",
             f"Best validation accuracy of each trial, {span}; the highest is trial {best.number}.",
             figures.history_figure(points),
         ),
-        _shown(
+        Figure(
+            "parallel.svg",
             "Parallel coordinates",
             "A line is a trial: where it stands on each scale is its value. Dark is good, dotted was stopped early; "
             f"the thick line is trial {best.number}.",
@@ -111,9 +97,5 @@ def _figures(plan: SearchPlan, points: Sequence[Point]) -> list[_Shown]:
     ]
     for key, parameter in plan.search.parameters.items():
         caption = f"Best validation accuracy of each trial against {key}; the highest is at {_value(best.values[key])}."
-        shown.append(_shown(key, caption, figures.parameter_figure(key, parameter, points)))
+        shown.append(Figure(f"{key}.svg", key, caption, figures.parameter_figure(key, parameter, points)))
     return shown
-
-
-def _shown(title: str, caption: str, figure: Figure) -> _Shown:
-    return _Shown(title, caption, f"{title}. {caption}", svg_bytes(figure))

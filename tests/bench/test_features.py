@@ -11,7 +11,7 @@ from cxr_dist.bench import child, features, plain_keras, scaling
 from cxr_dist.bench.cost_model import Cluster
 from cxr_dist.bench.features import Way
 from cxr_dist.phantoms import write_phantoms
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 
 
@@ -32,7 +32,7 @@ def test_the_table_says_how_often_ours_fits_into_theirs() -> None:
 
 def test_the_baseline_times_its_epochs(tmp_path: Path) -> None:
     write_phantoms(tmp_path / "phantoms", per_class=8, size=32)
-    build_dataset(tmp_path / "phantoms", tmp_path / "dataset", image_size=32)
+    build_dataset(tmp_path / "phantoms", tmp_path / "dataset", BuildOptions(image_size=32))
     command = [sys.executable, str(Path(plain_keras.__file__)), str(tmp_path / "phantoms")]
     command += [str(tmp_path / "dataset" / "manifest.parquet"), "--out", str(tmp_path / "out.json")]
     command += ["--weights", "none", "--image-size", "32", "--batch-size", "4", "--steps", "1", "--epochs", "2", "0"]

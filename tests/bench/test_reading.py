@@ -9,14 +9,14 @@ from PIL import Image
 
 from cxr_dist.bench import reading
 from cxr_dist.phantoms import write_phantoms
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reading") / "phantoms"
     write_phantoms(folder, per_class=20, size=32, workers=1)
-    build_dataset(folder, folder.parent / "dataset", image_size=32, workers=1)
+    build_dataset(folder, folder.parent / "dataset", BuildOptions(image_size=32, workers=1))
     return folder
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cxr_dist.data.image_folder import FolderSource
-from cxr_dist.evaluation import bootstrap, captions
+from cxr_dist.evaluation import bootstrap, page_text
 from cxr_dist.evaluation.predictions import Predictions
 
 NAMES = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
@@ -87,4 +87,4 @@ def test_intervals_resample_patients(folder: Path) -> None:
     alone = bootstrap.bootstrap(Predictions(source.paths, source.labels, predictions.probabilities, NAMES))
     narrow = alone["intervals"]["accuracy"]
     assert high - low > 1.5 * (narrow[1] - narrow[0])
-    assert "8 patients are named" in captions.uncertainty_words(result | {"patients": source.patients})
+    assert "8 patients are named" in page_text.uncertainty_words(result | {"patients": source.patients})

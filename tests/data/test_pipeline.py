@@ -16,7 +16,7 @@ from cxr_dist.data.arrays import ArraySource, MemorySource
 from cxr_dist.data.batch_sampler import PADDING, EvaluationPlan, TrainingPlan, epoch_order
 from cxr_dist.data.pipeline import worker_batches
 from cxr_dist.data.shards import ShardSource
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 from tfrecords_builder.format.tfrecord import HEADER_BYTES, CorruptRecordError
@@ -282,7 +282,7 @@ def test_a_split_in_memory_is_the_split(
     encoding: str, run_bytes: int, phantom_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "_RUN_BYTES", run_bytes)  # one record at a time, some, a shard
-    build_dataset(phantom_source, tmp_path / "dataset", image_size=32, encoding=encoding, workers=1)
+    build_dataset(phantom_source, tmp_path / "dataset", BuildOptions(image_size=32, encoding=encoding, workers=1))
     source = ShardSource(tmp_path / "dataset", read_manifest(tmp_path / "dataset"), "train")
     plan = EvaluationPlan(source.count, 7, 1)
     needed = source.count * 32 * 32

@@ -98,10 +98,10 @@ def test_thresholds_at_both_ends() -> None:
     predictions = calibrated_predictions(4, 500, 1.0)
     assert calibration.abstain_threshold(predictions, 0.9) == 0.0
     assert calibration.abstain_threshold(predictions, 1e-6) is None
-    answers = calibration.answered(predictions, {"temperature": 1.0, "abstain_threshold": None})
-    assert answers == {"answered": 0, "coverage": 0.0, "accuracy": None}
-    everything = calibration.answered(predictions, {"temperature": 2.0, "abstain_threshold": 0.0})
-    assert everything["answered"] == 500
+    answers = calibration.coverage_at_threshold(predictions, {"temperature": 1.0, "abstain_threshold": None})
+    assert answers == {"predicted": 0, "coverage": 0.0, "accuracy": None}
+    everything = calibration.coverage_at_threshold(predictions, {"temperature": 2.0, "abstain_threshold": 0.0})
+    assert everything["predicted"] == 500
     assert everything["accuracy"] == evaluate_predictions(predictions)["accuracy"]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cxr_dist.evaluation import bootstrap, reference
+from cxr_dist.evaluation import assessment, bootstrap
 from cxr_dist.evaluation.compare import COMPARED, compare
 from cxr_dist.evaluation.metrics import evaluate_predictions
 from tests.evaluation.test_bootstrap import drawn
@@ -94,7 +94,7 @@ def test_the_published_result_is_beside_ours(accuracy: float, verdict: str) -> N
     base = drawn(0, 1000)
     answers = np.where(random.random(1000) < accuracy, base.labels, (base.labels + 1) % 4)
     predictions = replace(base, probabilities=np.eye(4)[answers] * 0.9 + 0.025)
-    rows = reference.beside_published(evaluate_predictions(predictions), bootstrap.bootstrap(predictions))
+    rows = assessment.beside_published(evaluate_predictions(predictions), bootstrap.bootstrap(predictions))
     assert [row["metric"] for row in rows] == ["accuracy", "f1_macro"]
     for row in rows:
         assert row["verdict"] == verdict

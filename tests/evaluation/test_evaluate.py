@@ -15,8 +15,8 @@ from cxr_dist.data.batch_sampler import EvaluationPlan
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.evaluation import calibration, evaluate
 from cxr_dist.evaluation.evaluate import (
+    EvaluationSpec,
     FolderSource,
-    Request,
     calibrate_run,
     class_probabilities,
     evaluate_run,
@@ -27,7 +27,7 @@ from cxr_dist.model import forward, resnet
 from cxr_dist.training import train_step
 from tests.small_training import CLASSES, SIZE, config, images, local_topology, small_base
 from tfrecords_builder import remote
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 
@@ -59,7 +59,7 @@ def test_101_images_on_1_2_and_3_replicas() -> None:
 
 
 def test_a_folder_of_other_images(finished_run: Path, phantom_source: Path, tmp_path: Path) -> None:
-    metrics = evaluate_run(Request(finished_run, tmp_path / "out", images=phantom_source))
+    metrics = evaluate_run(EvaluationSpec(finished_run, tmp_path / "out", images=phantom_source))
     assert metrics["n"] == 80
     assert metrics["published"] == [], "these are not the test images of anything"
     predictions = read_predictions(tmp_path / "out" / "predictions.parquet")
@@ -73,19 +73,19 @@ def test_a_folder_of_other_images(finished_run: Path, phantom_source: Path, tmp_
 
 
 def test_the_test_split(finished_run: Path, tmp_path: Path) -> None:
-    metrics = evaluate_run(Request(finished_run, tmp_path / "out"))
+    metrics = evaluate_run(EvaluationSpec(finished_run, tmp_path / "out"))
     assert metrics["n"] == 12
     assert metrics["published"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     with pytest.raises(UserError, match="other than an evaluation"):
-        evaluate_run(Request(finished_run, finished_run))
+        evaluate_run(EvaluationSpec(finished_run, finished_run))
 
 
 def test_model_keras_alone_gives_the_same_predictions(finished_run: Path, phantom_source: Path, tmp_path: Path) -> None:
     """A user who loads model.keras with Keras gets what our evaluation got."""
     import keras
 
-    evaluate_run(Request(finished_run, tmp_path / "out", images=phantom_source))
+    evaluate_run(EvaluationSpec(finished_run, tmp_path / "out", images=phantom_source))
     predictions = read_predictions(tmp_path / "out" / "predictions.parquet")
     loaded = keras.models.load_model(finished_run / "model.keras", safe_mode=True)
     source = FolderSource(phantom_source, predictions.class_names, 32)
@@ -98,11 +98,11 @@ def test_model_keras_alone_gives_the_same_predictions(finished_run: Path, phanto
 
 def test_what_cannot_be_evaluated(finished_run: Path, phantom_source: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
-        evaluate_run(Request(tmp_path / "missing", tmp_path / "out"))
+        evaluate_run(EvaluationSpec(tmp_path / "missing", tmp_path / "out"))
     (tmp_path / "other" / "Fracture").mkdir(parents=True)
     (tmp_path / "other" / "Fracture" / "1.png").write_bytes(next(phantom_source.glob("*/images/*.png")).read_bytes())
     with pytest.raises(UserError, match="Fracture"):
-        evaluate_run(Request(finished_run, tmp_path / "out", images=tmp_path / "other"))
+        evaluate_run(EvaluationSpec(finished_run, tmp_path / "out", images=tmp_path / "other"))
     assert not (tmp_path / "out").exists()
     assert load_config(finished_run / "config.yaml").model.image_size == 32
 
@@ -111,29 +111,29 @@ def test_calibrate_fits_on_validation_and_evaluate_takes_what_is_kept(finished_r
     run, out = Path(shutil.copytree(finished_run, tmp_path / "run")), tmp_path / "out"
     fitted = calibrate_run(run)
     assert json.loads((run / "calibration.json").read_text()) == fitted
-    assert fitted == calibration.fit(predict_run(Request(run, out, "validation")))
+    assert fitted == calibration.fit(predict_run(EvaluationSpec(run, out, "validation")))
     assert fitted["selected_the_model"]
-    metrics = evaluate_run(Request(run, out))
+    metrics = evaluate_run(EvaluationSpec(run, out))
     assert {key: metrics["calibration"][key] for key in fitted} == fitted
     assert metrics["calibration"]["kept_with_run"]
     assert metrics["calibration"]["in_sample"] == 0
     assert metrics["calibration_note"] is None
     # Another risk is for one report alone.
-    other = evaluate_run(Request(run, out, risk=0.5))
+    other = evaluate_run(EvaluationSpec(run, out, risk=0.5))
     assert other["calibration"]["target_risk"] == 0.5
     assert not other["calibration"]["kept_with_run"]
     assert "for this report alone" in other["calibration_note"]
     assert json.loads((run / "calibration.json").read_text()) == fitted
     assert calibrate_run(run, risk=0.5)["target_risk"] == 0.5
-    assert evaluate_run(Request(run, out))["calibration"]["target_risk"] == 0.5, "the run's own is the default"
+    assert evaluate_run(EvaluationSpec(run, out))["calibration"]["target_risk"] == 0.5, "the run's own is the default"
     (run / "calibration.json").write_text('{"temperature": -1}')
     with pytest.raises(UserError, match=r"calibration\.json: temperature must be"):
-        evaluate_run(Request(run, out))
+        evaluate_run(EvaluationSpec(run, out))
     assert calibrate_run(run) == fitted, "a damaged one is replaced"
 
 
 def test_calibration_on_the_images_that_it_was_fitted_on_says_so(finished_run: Path, tmp_path: Path) -> None:
-    metrics = evaluate_run(Request(finished_run, tmp_path / "out", "validation"))
+    metrics = evaluate_run(EvaluationSpec(finished_run, tmp_path / "out", "validation"))
     assert metrics["calibration"]["in_sample"] == metrics["n"] == 12
     page = (tmp_path / "out" / "report.html").read_text()
     assert "fitted on 12 of these images: on new images they are worse" in page
@@ -176,7 +176,7 @@ def test_without_the_dataset_there_is_no_calibration_and_the_report_says_so(
     shutil.copytree(finished_run, run)
     info = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(info | {"dataset": str(tmp_path / "gone")}))
-    metrics = evaluate_run(Request(run, tmp_path / "out", images=phantom_source))
+    metrics = evaluate_run(EvaluationSpec(run, tmp_path / "out", images=phantom_source))
     assert metrics["calibration"] is None
     assert "The validation images of the run cannot be had" in (tmp_path / "out" / "report.html").read_text()
 
@@ -207,11 +207,11 @@ def test_a_given_dataset_calibrates_in_place_of_the_one_that_the_run_names(
     finished_run: Path, dataset: Path, phantom_source: Path, tmp_path: Path, opened: list[object]
 ) -> None:
     run = run_naming(finished_run, tmp_path / "gone", tmp_path / "run")
-    expected = calibration.fit(predict_run(Request(finished_run, tmp_path, "validation")))
+    expected = calibration.fit(predict_run(EvaluationSpec(finished_run, tmp_path, "validation")))
     opened.clear()
-    metrics = evaluate_run(Request(run, tmp_path / "out", dataset=dataset))
+    metrics = evaluate_run(EvaluationSpec(run, tmp_path / "out", dataset=dataset))
     assert {key: metrics["calibration"][key] for key in expected} == expected
-    metrics = evaluate_run(Request(run, tmp_path / "out", images=phantom_source, dataset=dataset))
+    metrics = evaluate_run(EvaluationSpec(run, tmp_path / "out", images=phantom_source, dataset=dataset))
     assert {key: metrics["calibration"][key] for key in expected} == expected
     assert calibrate_run(run, dataset=dataset) == expected
     assert json.loads((run / "calibration.json").read_text()) == expected
@@ -222,15 +222,15 @@ def test_another_dataset_calibrates_nothing(
     finished_run: Path, dataset: Path, phantom_source: Path, tmp_path: Path, opened: list[object]
 ) -> None:
     other = tmp_path / "other"
-    build_dataset(phantom_source, other, image_size=32, workers=1, seed=1)
+    build_dataset(phantom_source, other, BuildOptions(image_size=32, workers=1, seed=1))
     run = run_naming(finished_run, dataset, tmp_path / "run")  # it is there, and nobody asked for it
-    metrics = evaluate_run(Request(run, tmp_path / "out", dataset=other))
+    metrics = evaluate_run(EvaluationSpec(run, tmp_path / "out", dataset=other))
     assert metrics["calibration"] is None
     page = (tmp_path / "out" / "report.html").read_text()
     assert "is not the dataset that the run was trained on (seed 1 where it was 0)" in page
     known = {"temperature": 2.0, "abstain_threshold": 0.5, "target_risk": 0.3, "fitted_on": "validation", "images": 12}
     (run / "calibration.json").write_text(json.dumps(known))
-    metrics = evaluate_run(Request(run, tmp_path / "out", "validation", dataset=other, risk=0.05))
+    metrics = evaluate_run(EvaluationSpec(run, tmp_path / "out", "validation", dataset=other, risk=0.05))
     assert {key: metrics["calibration"][key] for key in known} == known
     assert metrics["published"] == [], "of the validation split"
     assert "that of the run, for a risk of 0.3" in (tmp_path / "out" / "report.html").read_text()
@@ -247,21 +247,21 @@ def test_images_alone_open_no_address_that_the_run_names(
     finished_run: Path, dataset: Path, phantom_source: Path, tmp_path: Path, opened: list[object]
 ) -> None:
     run = run_naming(finished_run, f"file://{dataset}", tmp_path / "run")
-    metrics = evaluate_run(Request(run, tmp_path / "out", images=phantom_source))
+    metrics = evaluate_run(EvaluationSpec(run, tmp_path / "out", images=phantom_source))
     assert metrics["calibration"] is None
     assert opened == []
     assert "give the dataset with --dataset" in (tmp_path / "out" / "report.html").read_text()
     # What the user names may be an address, and so may what they ask to be evaluated by default.
-    assert evaluate_run(Request(run, tmp_path / "out"))["calibration"] is not None
+    assert evaluate_run(EvaluationSpec(run, tmp_path / "out"))["calibration"] is not None
     assert set(opened) == {f"file://{dataset}"}
     # A path on this machine is the user's own.
     own = run_naming(finished_run, dataset, tmp_path / "own")
-    assert evaluate_run(Request(own, tmp_path / "out", images=phantom_source))["calibration"] is not None
+    assert evaluate_run(EvaluationSpec(own, tmp_path / "out", images=phantom_source))["calibration"] is not None
 
 
 def test_predictions_know_which_images_belong_together(finished_run: Path, dataset: Path, tmp_path: Path) -> None:
     rows = {row.path: row.group for row in read_manifest(dataset).rows}
-    predictions = predict_run(Request(finished_run, tmp_path))
+    predictions = predict_run(EvaluationSpec(finished_run, tmp_path))
     assert predictions.groups == [rows[path] for path in predictions.paths]
-    evaluate_run(Request(finished_run, tmp_path / "out"))
+    evaluate_run(EvaluationSpec(finished_run, tmp_path / "out"))
     assert read_predictions(tmp_path / "out" / "predictions.parquet").groups == predictions.groups

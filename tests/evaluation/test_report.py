@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Drawing
 from PIL import Image
 
-from cxr_dist.evaluation import captions, figures, metrics, predictions, report
+from cxr_dist.evaluation import figures, metrics, predictions as predictions_module, report
 from cxr_dist.evaluation.assessment import assess
 from cxr_dist.evaluation.history import best_epoch_of
 from cxr_dist.evaluation.predictions import Predictions, read_predictions
 from tests.html_page import Page
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.common.figure_style import svg_bytes
+from tfrecords_builder.common.figure import Figure, png_bytes
 
 FOUR = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
 CALIBRATED = {
@@ -60,7 +60,12 @@ def make_history(stages: str = "1112222") -> list[dict[str, Any]]:
     return rows
 
 
-def texts(figure: Figure) -> list[str]:
+def drawing(figure: Figure) -> Drawing:
+    assert isinstance(figure.drawing, Drawing)
+    return figure.drawing
+
+
+def texts(figure: Drawing) -> list[str]:
     figure.draw_without_rendering()
     return [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
 
@@ -77,7 +82,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         "seconds": {"predict": 12.3456},
         "config": {"seed": 12345, "xla": True, "stages": {"2": {"learning_rate": 1e-4, "tags": ["a", "b"]}}},
     }
-    return out, report.write_evaluation(out, predictions, make_history(), info, calibrated=CALIBRATED), predictions
+    return (
+        out,
+        report.write_evaluation(out, report.Evaluation(predictions, make_history(), info, calibrated=CALIBRATED)),
+        predictions,
+    )
 
 
 def test_an_evaluation_is_complete(written: tuple[Path, dict[str, Any], Predictions]) -> None:
@@ -114,12 +123,15 @@ def test_the_published_result_is_beside_the_test_split_alone(
     out, result, predictions = written
     assert [row["metric"] for row in result["published"]] == ["accuracy", "f1_macro"]
     assert "Against the published result" in (out / "report.html").read_text()
-    other = report.write_evaluation(tmp_path / "other", predictions, [], info)
+    other = report.write_evaluation(tmp_path / "other", report.Evaluation(predictions, [], info))
     assert other["published"] == []
     assert "ublished" not in (tmp_path / "other" / "report.html").read_text()
     # The test split of other classes has none either.
     foreign = make_predictions(("A", "B", "C", "D"))
-    assert report.write_evaluation(tmp_path / "foreign", foreign, [], {"split": "test"})["published"] == []
+    assert (
+        report.write_evaluation(tmp_path / "foreign", report.Evaluation(foreign, [], {"split": "test"}))["published"]
+        == []
+    )
 
 
 def test_the_page_loads_nothing(written: tuple[Path, dict[str, Any], Predictions]) -> None:
@@ -142,7 +154,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     names = (evil, '"><img_src=x_onerror=y>', "$\\frac{$", "{{_7*7_}}")
     predictions = make_predictions(names)
-    report.write_evaluation(tmp_path / "out", predictions, [], {"run": evil, evil: {evil: [evil]}})
+    report.write_evaluation(tmp_path / "out", report.Evaluation(predictions, [], {"run": evil, evil: {evil: [evil]}}))
     text = (tmp_path / "out" / "report.html").read_text()
     page = Page(text)
     assert "<script" not in text.lower()
@@ -154,16 +166,16 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
 
 
 def test_no_history_is_said_and_an_old_plot_does_not_stay(tmp_path: Path) -> None:
-    report.write_evaluation(tmp_path, make_predictions(), make_history(), {})
+    report.write_evaluation(tmp_path, report.Evaluation(make_predictions(), make_history(), {}))
     assert (tmp_path / "history.png").exists()
-    report.write_evaluation(tmp_path, make_predictions(), [], {})
+    report.write_evaluation(tmp_path, report.Evaluation(make_predictions(), [], {}))
     assert not (tmp_path / "history.png").exists()
     assert "no training history" in (tmp_path / "report.html").read_text()
 
 
 def test_absent_classes_and_one_class_alone_are_reported(tmp_path: Path) -> None:
     for name, absent in (("two", (0, 1)), ("one", (0, 1, 2))):
-        report.write_evaluation(tmp_path / name, make_predictions(absent=absent), [], {})
+        report.write_evaluation(tmp_path / name, report.Evaluation(make_predictions(absent=absent), [], {}))
         content = json.loads((tmp_path / name / "metrics.json").read_text())
         assert content["per_class"]["COVID"]["auc"] is content["per_class"]["COVID"]["f1"] is None
         text = Page((tmp_path / name / "report.html").read_text()).text
@@ -174,7 +186,9 @@ def test_absent_classes_and_one_class_alone_are_reported(tmp_path: Path) -> None
 
 def test_a_class_without_images_is_not_held_against_the_published_result(tmp_path: Path) -> None:
     for absent, rows in (((), 2), ((3,), 0)):
-        metrics_ = report.write_evaluation(tmp_path / str(rows), make_predictions(absent=absent), [], {"split": "test"})
+        metrics_ = report.write_evaluation(
+            tmp_path / str(rows), report.Evaluation(make_predictions(absent=absent), [], {"split": "test"})
+        )
         assert len(metrics_["published"]) == rows
 
 
@@ -184,7 +198,7 @@ def test_the_bound_of_the_threshold_is_said_not_to_hold(written: tuple[Path, dic
     assert "also chose the model, so the bound behind the threshold (95% confidence) is optimistic" in (
         Page((out / "report.html").read_text()).text
     )
-    independent = captions.risk_caption(result["calibration"] | {"selected_the_model": False})
+    independent = figures.risk_coverage(written[2], result["calibration"] | {"selected_the_model": False}).caption
     assert "optimistic" not in independent
 
 
@@ -195,7 +209,7 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path, 
     for name, text in content.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=re.escape(str(tmp_path))):
-        report.write_evaluation(tmp_path, make_predictions(), [], {})
+        report.write_evaluation(tmp_path, report.Evaluation(make_predictions(), [], {}))
     assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == content
     with pytest.raises(UserError, match="is a file"):
         report.check_output_folder(tmp_path / next(iter(content)))
@@ -204,10 +218,10 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path, 
 def test_metrics_come_last_and_an_interrupted_evaluation_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report.write_evaluation(tmp_path, make_predictions(images=30), make_history(), {})
+    report.write_evaluation(tmp_path, report.Evaluation(make_predictions(images=30), make_history(), {}))
     (tmp_path / "own_notes.txt").write_text("mine")
     order = []
-    write = predictions.write_bytes
+    write = predictions_module.write_bytes
 
     def recorded(path: Path, content: bytes) -> None:
         assert not (tmp_path / "metrics.json").exists(), "the old metrics must not stand beside new files"
@@ -219,38 +233,40 @@ def test_metrics_come_last_and_an_interrupted_evaluation_can_be_repeated(
             raise KeyboardInterrupt
         write(path, content)
 
-    for module in (predictions, report):
+    for module in (predictions_module, report):
         monkeypatch.setattr(module, "write_bytes", recorded)
-    report.write_evaluation(tmp_path, make_predictions(images=40), make_history(), {}, calibrated=CALIBRATED)
+    report.write_evaluation(
+        tmp_path, report.Evaluation(make_predictions(images=40), make_history(), {}, calibrated=CALIBRATED)
+    )
     assert order[0] == "predictions.parquet"
     assert order[-1] == "metrics.json"
     assert sorted(order) == sorted(report.FILES)
     assert {entry.name for entry in tmp_path.iterdir()} == {*report.FILES, "own_notes.txt"}
 
     other = tmp_path / "other"
-    for module in (predictions, report):
+    for module in (predictions_module, report):
         monkeypatch.setattr(module, "write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        report.write_evaluation(other, make_predictions(), make_history(), {})
+        report.write_evaluation(other, report.Evaluation(make_predictions(), make_history(), {}))
     assert not (other / "metrics.json").exists()
     monkeypatch.undo()
     (other / ".roc.png.17.tmp").write_bytes(b"")
-    report.write_evaluation(other, make_predictions(), make_history(), {})
+    report.write_evaluation(other, report.Evaluation(make_predictions(), make_history(), {}))
     assert (other / "metrics.json").exists()
 
 
 def test_a_figure_that_fails_leaves_an_earlier_evaluation_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report.write_evaluation(tmp_path, make_predictions(), [], {})
+    report.write_evaluation(tmp_path, report.Evaluation(make_predictions(), [], {}))
     before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
 
-    def broken(*_: object) -> Figure:
+    def broken(*_: object) -> Drawing:
         raise RuntimeError("no figure")
 
-    monkeypatch.setattr(figures, "roc_figure", broken)
+    monkeypatch.setattr(figures, "_draw_roc", broken)
     with pytest.raises(RuntimeError, match="no figure"):
-        report.write_evaluation(tmp_path, make_predictions(images=20), [], {})
+        report.write_evaluation(tmp_path, report.Evaluation(make_predictions(images=20), [], {}))
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
 
 
@@ -277,22 +293,25 @@ def test_mistakes_are_wrong_ranked_and_limited() -> None:
 
 
 def test_captions_say_what_the_numbers_say() -> None:
+    def confusion(result: dict[str, Any], kind: str) -> str:
+        return figures.confusion_matrix(result["confusion_matrix"], result["class_names"], kind).caption
+
     result = {"confusion_matrix": [[9, 0, 1], [4, 1_000, 2], [0, 0, 5]], "class_names": ["A_a", "B", "C"]}
-    caption = captions.confusion_caption(result, "test")
+    caption = confusion(result, "test")
     assert caption == (
         "1,014 of 1,021 test images lie on the diagonal (99.3%); "
-        "the most frequent confusion is B taken for A a (4 of 1,006)."
+        "the most frequent error is B predicted as A a (4 of 1,006)."
     )
     result["confusion_matrix"] = [[9, 4, 0], [4, 0, 0], [0, 0, 0]]
-    assert "among the most frequent confusions is A a taken for B (4 of 13)" in captions.confusion_caption(result, "")
+    assert "among the most frequent errors is A a predicted as B (4 of 13)" in confusion(result, "")
     result["confusion_matrix"] = np.eye(3, dtype=int).tolist()
-    assert captions.confusion_caption(result, "").endswith("no image was misclassified.")
-    text = captions.history_caption(make_history())
+    assert confusion(result, "").endswith("no image was misclassified.")
+    text = figures.history(make_history()).caption
     assert "3 epochs of stage 1 (head), then 4 epochs of stage 2 (fine-tuning)" in text
     assert "best epoch is 6, with a validation accuracy of 75.0%" in text
     predictions = make_predictions(absent=(0,))
-    assert "no curve for COVID, which has no images." in captions.roc_caption(
-        metrics.evaluate_predictions(predictions), predictions
+    assert "no curve for COVID, which has no images." in (
+        figures.roc(predictions, metrics.evaluate_predictions(predictions)).caption
     )
 
 
@@ -301,7 +320,7 @@ def test_confusion_figure_shows_every_count_and_clips_no_name(size: int) -> None
     counts = np.arange(1000, 1000 + size * size).reshape(size, size)
     counts[0] = 0
     names = [f"Class_{index}_$of$_something_that_has_a_rather_long_name" for index in range(size)]
-    figure = figures.confusion_matrix_figure(counts, names)
+    figure = drawing(figures.confusion_matrix(counts, names))
     shown = texts(figure)
     assert len(figure.axes) == 1
     for value in counts[1:].ravel():
@@ -316,7 +335,7 @@ def test_confusion_figure_shows_every_count_and_clips_no_name(size: int) -> None
         assert all("something" in label.get_text().replace("\n", " ") for label in labels)
         for one, other in pairwise(boxes):
             assert not one.overlaps(other)
-    with Image.open(BytesIO(figures.png_bytes(figure))) as image:
+    with Image.open(BytesIO(png_bytes(figure))) as image:
         tight = figure.get_tightbbox()
         assert image.width == pytest.approx((tight.width + 0.2) * 150, abs=3)
         assert image.height == pytest.approx((tight.height + 0.2) * 150, abs=3)
@@ -324,14 +343,13 @@ def test_confusion_figure_shows_every_count_and_clips_no_name(size: int) -> None
 
 def test_confusion_figure_refuses_other_shapes() -> None:
     with pytest.raises(ValueError, match=r"\[3, 3\]"):
-        figures.confusion_matrix_figure(np.eye(2), ["a", "b", "c"])
+        figures.confusion_matrix(np.eye(2), ["a", "b", "c"])
 
 
 def test_roc_figure_has_a_curve_per_class_the_mean_and_chance() -> None:
     predictions = make_predictions(absent=(1,))
-    figure = figures.roc_figure(predictions)
-    (axes,) = figure.axes
     result = metrics.evaluate_predictions(predictions)
+    (axes,) = drawing(figures.roc(predictions, result)).axes
     labels = axes.get_legend_handles_labels()[1]
     for name in ("COVID", "Normal", "Viral_Pneumonia"):
         assert f"{name.replace('_', ' ')} (AUC {result['per_class'][name]['auc']:.3f})" in labels
@@ -339,12 +357,9 @@ def test_roc_figure_has_a_curve_per_class_the_mean_and_chance() -> None:
     assert f"macro average (AUC {result['auc_macro_ovr']:.3f})" in labels
     assert any(label.startswith("chance") for label in labels)
     assert len(labels) == 6
-    looks = {
-        (line.get_color(), line.get_linestyle())
-        for line in figures.roc_figure(make_predictions(tuple(f"c{index}" for index in range(12)), images=400))
-        .axes[0]
-        .get_lines()
-    }
+    twelve = make_predictions(tuple(f"c{index}" for index in range(12)), images=400)
+    (axes,) = drawing(figures.roc(twelve, metrics.evaluate_predictions(twelve))).axes
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
     assert len(looks) == 14, "twelve classes, mean and chance look different"
 
 
@@ -353,7 +368,7 @@ def test_roc_figure_has_a_curve_per_class_the_mean_and_chance() -> None:
 )
 def test_history_figure_marks_stage_boundaries_and_the_best_epoch(stages: str, boundaries: list[float]) -> None:
     history = make_history(stages)
-    figure = figures.history_figure(history)
+    figure = drawing(figures.history(history))
     assert [axes.get_ylabel() for axes in figure.axes] == ["Accuracy", "Loss"]
     best = len(stages) - 1  # the last row of make_history is worse
     for axes, key in zip(figure.axes, ("accuracy", "loss"), strict=True):
@@ -374,16 +389,16 @@ def test_history_figure_marks_stage_boundaries_and_the_best_epoch(stages: str, b
 def test_history_figure_with_gaps_and_a_given_best_epoch() -> None:
     history = make_history("112")
     history[0] |= {"val_loss": None, "val_accuracy": None}
-    figure = figures.history_figure(history, best_epoch=3)
+    figure = drawing(figures.history(history, best_epoch=3))
     assert any(line.get_label() == "best (epoch 3)" for line in figure.axes[0].get_lines())
     assert best_epoch_of(history) == 2
     for row in history:
         row.pop("val_accuracy", None)
     assert best_epoch_of(history) is None
-    figures.png_bytes(figures.history_figure(history))
-    assert "no epoch was validated" in captions.history_caption(history)
+    assert figures.history(history).content
+    assert "no epoch was validated" in figures.history(history).caption
     with pytest.raises(ValueError, match="empty"):
-        figures.history_figure([])
+        figures.history([])
 
 
 def test_best_epoch_breaks_ties_by_loss_then_by_order() -> None:
@@ -392,6 +407,6 @@ def test_best_epoch_breaks_ties_by_loss_then_by_order() -> None:
 
 
 def test_a_figure_is_the_same_bytes_each_time() -> None:
-    for draw in (figures.png_bytes, svg_bytes):
-        first, second = (draw(figures.history_figure(make_history())) for _ in range(2))
-        assert first == second
+    first, second = (figures.history(make_history()) for _ in range(2))
+    assert first.content == second.content
+    assert first.source == second.source

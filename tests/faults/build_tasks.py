@@ -20,7 +20,7 @@ LOG = "log.txt"
 SLOW_S = 0.01
 
 
-def ingest(task: writer.IngestTask) -> writer.IngestedImages:
+def ingest(task: writer.IngestTask) -> parts.Part | parts.EncodedImage:
     log = Log(task.folder)
     decode, write = images.decode_gray, parts.write_part
 

@@ -31,7 +31,7 @@ class Scenario:
 
 
 def build(source: Path) -> Scenario:
-    from tfrecords_builder.build import build_dataset
+    from tfrecords_builder.build import BuildOptions, build_dataset
     from tfrecords_builder.format.manifest import read_manifest
     from tfrecords_builder.images import decode as images
     from tfrecords_builder.verify import verify_dataset
@@ -53,7 +53,7 @@ def build(source: Path) -> Scenario:
         pass
 
     def act(folder: Path) -> None:
-        build_dataset(source, folder / "dataset", image_size=8, workers=1, masks="ignore")
+        build_dataset(source, folder / "dataset", BuildOptions(image_size=8, workers=1, masks="ignore"))
 
     def check(folder: Path, ended_well: bool) -> None:
         nonlocal decoded
@@ -114,7 +114,7 @@ def report() -> Scenario:
     from cxr_dist.evaluation import figures
     from cxr_dist.evaluation.assessment import assess
     from cxr_dist.evaluation.predictions import Predictions, read_predictions
-    from cxr_dist.evaluation.report import FILES, METRICS, PREDICTIONS, metrics_json, write_evaluation
+    from cxr_dist.evaluation.report import FILES, METRICS, PREDICTIONS, Evaluation, metrics_json, write_evaluation
 
     figures.png_bytes = lambda _figure: b"PNG" * 1000  # drawing takes seconds and writes nothing
 
@@ -126,7 +126,7 @@ def report() -> Scenario:
         )
 
     def write(folder: Path, seed: int) -> None:
-        write_evaluation(folder / "evaluation", predictions(seed), [], {"split": "test"})
+        write_evaluation(folder / "evaluation", Evaluation(predictions(seed), [], {"split": "test"}))
 
     def prepare(folder: Path) -> None:
         write(folder, 0)

@@ -38,7 +38,8 @@ def held() -> dict[str, int]:
 
 def main() -> None:
     from cxr_dist.config.loading import load_config
-    from cxr_dist.evaluation.evaluate import Request, evaluate_run
+    from cxr_dist.evaluation.evaluate import evaluate_run
+    from cxr_dist.evaluation.evaluated_images import EvaluationSpec
     from cxr_dist.launch.train import run_training
     from tests.integration.workers import small_search
 
@@ -50,7 +51,7 @@ def main() -> None:
         while time.monotonic() < until:
             run = folder / "run"
             run_training(load_config(None, [*SMALL_RUN, f"seed={number}"]), dataset, run, launcher="local")
-            evaluate_run(Request(run, folder / "evaluation"))
+            evaluate_run(EvaluationSpec(run, folder / "evaluation"))
             if number % RUNS_PER_SEARCH == RUNS_PER_SEARCH - 1:
                 small_search(dataset, folder / "search", {"model.dropout": {"choices": [0.05, 0.5]}})
             for left in folder.iterdir():

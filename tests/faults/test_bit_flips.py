@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cxr_dist.data.shards import ShardSource
-from cxr_dist.evaluation.evaluate import Request, evaluate_run
+from cxr_dist.evaluation.evaluate import evaluate_run
+from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.features.store import FeatureStore
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.checkpoints import CheckpointFolder
@@ -143,6 +144,6 @@ def test_the_model_of_a_finished_run(finished_run: Path, tmp_path: Path, monkeyp
     shutil.copytree(finished_run, run)
     for _ in flips([run / run_folder.MODEL], 5, seed=0):
         with pytest.raises(UserError, match=r"model\.keras: cannot be loaded .*checksum"):
-            evaluate_run(Request(run, tmp_path / "evaluation"))
+            evaluate_run(EvaluationSpec(run, tmp_path / "evaluation"))
     assert not (tmp_path / "evaluation").exists()
-    evaluate_run(Request(run, tmp_path / "evaluation"))
+    evaluate_run(EvaluationSpec(run, tmp_path / "evaluation"))

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cxr_dist.config.loading import read_yaml
-from cxr_dist.evaluation.evaluate import Request, evaluate_run
+from cxr_dist.evaluation.evaluate import evaluate_run
+from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.checkpoints import load_arrays, load_state, save_arrays, seal_archive
 from tests.conftest import use_small_base
@@ -117,7 +118,7 @@ def test_a_model_with_code(finished_run: Path, tmp_path: Path, monkeypatch: pyte
     with (run / run_folder.MODEL).open("r+b") as file:
         seal_archive(file)
     with pytest.raises(UserError, match=r"model\.keras: cannot be loaded"):
-        evaluate_run(Request(run, tmp_path / "evaluation"))
+        evaluate_run(EvaluationSpec(run, tmp_path / "evaluation"))
 
 
 # Manifests

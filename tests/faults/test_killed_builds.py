@@ -19,7 +19,7 @@ from cxr_dist.phantoms import write_phantoms
 from tests.faults.build_tasks import Log, logged_tasks
 from tests.tfrecords_builder.poisoned import POISON, poisoned_ingest
 from tfrecords_builder import build as build_module
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.pool import Pool
 from tfrecords_builder.writing import parts
@@ -51,7 +51,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     dataset = tmp_path_factory.mktemp("undisturbed") / "d"
-    build_dataset(images, dataset, image_size=SIZE, masks="ignore", workers=1)
+    build_dataset(images, dataset, BuildOptions(image_size=SIZE, masks="ignore", workers=1))
     return content(dataset)
 
 
@@ -109,7 +109,7 @@ def check_kills(images: Path, undisturbed: dict[str, bytes], folder: Path, where
         log = Log(folder / "d" / WORK_FOLDER)
         pool = nullcontext(RayPool()) if where == "ray" else Pool(2)
         with logged_tasks(), pool as workers, Killer(log, moment) as killer:
-            build_dataset(images, folder / "d", image_size=SIZE, masks="ignore", pool=workers)
+            build_dataset(images, folder / "d", BuildOptions(image_size=SIZE, masks="ignore"), pool=workers)
         assert killer.killed, f"nobody was killed at line {moment}"
         assert content(folder / "d") == undisturbed, f"killed at {killer.killed}"
         check_decoded_once(log.lines())
@@ -164,8 +164,8 @@ def test_an_image_that_kills_its_process_ends_a_build_on_a_cluster(
         remote = partial(ray.remote, runtime_env={"env_vars": {POISON: victim.name, "PYTHONPATH": str(ROOT)}})
         patch.setattr(ray, "remote", remote)
         with pytest.raises(UserError, match=r"^the images .* to .*: the process was lost 3 times \(") as caught:
-            build_dataset(images, tmp_path / "d", image_size=SIZE, masks="ignore", pool=RayPool())
+            build_dataset(images, tmp_path / "d", BuildOptions(image_size=SIZE, masks="ignore"), pool=RayPool())
     assert "start the same command again to resume" in str(caught.value)
     assert list((tmp_path / "d" / WORK_FOLDER).glob("part-*.json")), "what was decoded is kept"
-    build_dataset(images, tmp_path / "d", image_size=SIZE, masks="ignore", pool=RayPool())
+    build_dataset(images, tmp_path / "d", BuildOptions(image_size=SIZE, masks="ignore"), pool=RayPool())
     assert content(tmp_path / "d") == undisturbed

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cxr_dist.features.store import FeatureStore, Rows, key_of
+from tfrecords_builder.common.disk_cache import DiskCache
 from tfrecords_builder.common.errors import UserError
 
 ROWS = np.random.default_rng(0).normal(size=(10, 3, 2)).astype(np.float32)
@@ -185,10 +186,10 @@ def test_an_entry_that_another_process_removes_is_gone_and_no_error(
     store = store_in(tmp_path)
     for number in range(2):
         write(store, about(number))
-    entries = store._entries()
+    entries = store._cache.entries()
     assert len(entries) == 2
     shutil.rmtree(entries[0])
-    monkeypatch.setattr(FeatureStore, "_entries", lambda _store: entries)
+    monkeypatch.setattr(DiskCache, "entries", lambda _cache: entries)
     assert store.fits(1)
     small = FeatureStore(store.folder, 1)
     with small.computing([about(3)]):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist.evaluation.evaluate import Request, evaluate_run
+from cxr_dist.evaluation.evaluate import evaluate_run
+from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.evaluation.predictions import read_predictions
 from cxr_dist.inference.classifier import calibrated, load_classifier
 from cxr_dist.model import resnet, split_point
@@ -43,7 +44,7 @@ def phantoms(source: Path, count: int) -> tuple[list[str], np.ndarray]:
 
 
 def test_the_same_as_evaluation_at_any_batch_size(plain_run: Path, phantom_source: Path, tmp_path: Path) -> None:
-    evaluate_run(Request(plain_run, tmp_path / "out", images=phantom_source))
+    evaluate_run(EvaluationSpec(plain_run, tmp_path / "out", images=phantom_source))
     predictions = read_predictions(tmp_path / "out" / "predictions.parquet")
     paths, images = phantoms(phantom_source, 80)
     by_path = dict(zip(predictions.paths, predictions.probabilities, strict=True))
@@ -55,7 +56,7 @@ def test_the_same_as_evaluation_at_any_batch_size(plain_run: Path, phantom_sourc
         found = np.concatenate(parts)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=1e-5)
-    answers = classifier.answers(images)
+    answers = classifier.predict(images)
     assert [answer.predicted for answer in answers] == [predictions.class_names[top] for top in expected.argmax(axis=1)]
     assert not any(answer.abstained for answer in answers)
 
@@ -67,14 +68,14 @@ def test_temperature_and_threshold(plain_run: Path, calibrated_run: Path, phanto
     roots = plain.probabilities(images).astype(np.float64) ** (1 / FITTED["temperature"])
     expected = roots / roots.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(fitted.probabilities(images), expected, atol=1e-5)
-    answers = fitted.answers(images)
+    answers = fitted.predict(images)
     tops = [max(answer.probabilities.values()) for answer in answers]
     assert [answer.abstained for answer in answers] == [top < 0.4 for top in tops]
     assert fitted.calibration == Calibration(2.5, 0.4)
     threshold = float(np.float32(0.25))
     fitted.calibration = Calibration(1.0, threshold)
-    assert not fitted.answer(np.full(4, 0.25, np.float32)).abstained, "at the threshold it answers"
-    assert fitted.answer(np.array([0.24, 0.24, 0.24, 0.24], np.float32)).abstained
+    assert not fitted.prediction(np.full(4, 0.25, np.float32)).abstained, "at the threshold it answers"
+    assert fitted.prediction(np.array([0.24, 0.24, 0.24, 0.24], np.float32)).abstained
 
 
 def test_any_batch_is_one_trace() -> None:

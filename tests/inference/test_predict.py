@@ -57,7 +57,7 @@ def test_json_lines(
     assert [line["path"] for line in lines] == [str(images / name) for name in ORDER]
     classifier = load_classifier(calibrated_run)
     for line in lines[:3]:
-        (answer,) = classifier.answers(load_gray(Path(line["path"]), 32)[None])
+        (answer,) = classifier.predict(load_gray(Path(line["path"]), 32)[None])
         assert (line["predicted"], line["abstained"]) == (answer.predicted, answer.abstained)
         assert line["probabilities"] == pytest.approx(answer.probabilities, abs=1e-5)
     by_name = {Path(line["path"]).name: line["probabilities"] for line in lines}
@@ -77,7 +77,7 @@ def test_the_table_and_a_file_that_cannot_be_read(
     assert code == 1
     assert err == "2 of 10 files could not be read\n"
     head, *lines = out.splitlines()
-    assert head.split() == ["answer", "COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia", "path"]
+    assert head.split() == ["predicted", "COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia", "path"]
     assert len(lines) == 10
     assert "\x1b" not in out
     (bad,) = (line for line in lines if str(damaged) in line)
@@ -91,7 +91,7 @@ def test_the_table_and_a_file_that_cannot_be_read(
             assert sum(map(float, line.split()[1:5])) == pytest.approx(1, abs=2e-4)
     answers = [line.split()[0] == "abstains" for line in lines if not line.startswith("unreadable")]
     classifier = load_classifier(calibrated_run)
-    assert answers[0] == classifier.answers(load_gray(images / "0.png", 32)[None])[0].abstained
+    assert answers[0] == classifier.predict(load_gray(images / "0.png", 32)[None])[0].abstained
 
 
 def test_overlays_of_what_could_be_read(
@@ -116,7 +116,10 @@ def test_overlays_of_what_could_be_read(
     (folder / "notes.txt").write_text("mine")
     code, _, err = run(capsys, finished_run, images / "0.png", "--overlay", folder)
     assert code == 2
-    assert f"--overlay {folder}: holds something other than overlays" in err
+    assert (
+        f"{folder}: holds something other than overlays ('notes.txt'); give an empty or new folder with --overlay"
+        in err
+    )
 
 
 def test_what_is_not_there_is_said_before_anything_is_read(

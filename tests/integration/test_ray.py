@@ -17,7 +17,7 @@ from cxr_dist.launch.ray_train import launch
 from tests.conftest import SMALL_RUN
 from tests.integration import workers
 from tests.training.test_train_step import curve
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import MANIFEST_NAME
 from tfrecords_builder.images.decode import ImageError
@@ -104,14 +104,14 @@ def test_two_workers_follow_one_device(tmp_path: Path, all_variants: bool) -> No
 
 def test_tasks_on_a_cluster_build_what_processes_build(phantom_source: Path, dataset: Path, tmp_path: Path) -> None:
     start_cluster(num_cpus=2)
-    build_dataset(phantom_source, tmp_path / "d", image_size=32, pool=RayPool())
+    build_dataset(phantom_source, tmp_path / "d", BuildOptions(image_size=32), pool=RayPool())
     for path in dataset.iterdir():
         assert (tmp_path / "d" / path.name).read_bytes() == path.read_bytes(), path.name
     damaged = Path(shutil.copytree(phantom_source, tmp_path / "damaged"))
     victim = next((damaged / "COVID" / "images").iterdir())
     victim.write_bytes(b"no image")
     with pytest.raises(ImageError, match=f"^{victim}: is not a PNG or JPEG image; ") as caught:
-        build_dataset(damaged, tmp_path / "e", image_size=32, pool=RayPool())
+        build_dataset(damaged, tmp_path / "e", BuildOptions(image_size=32), pool=RayPool())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "e" / MANIFEST_NAME).exists()
 

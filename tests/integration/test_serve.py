@@ -107,9 +107,9 @@ def test_the_same_as_predict(port: int, run: Path, phantoms: list[Path], small_n
     alone = [ask(port, path.read_bytes(), kinds[path.suffix]) for path in paths[-3:]]
     for (status, found), outcome in zip([*together, *alone], [*expected, *expected[-3:]], strict=True):
         assert status == 200, found
-        assert outcome.answer is not None
-        assert (found["predicted"], found["abstained"]) == (outcome.answer.predicted, outcome.answer.abstained)
-        assert found["probabilities"] == pytest.approx(outcome.answer.probabilities, abs=1e-5)
+        assert outcome.prediction is not None
+        assert (found["predicted"], found["abstained"]) == (outcome.prediction.predicted, outcome.prediction.abstained)
+        assert found["probabilities"] == pytest.approx(outcome.prediction.probabilities, abs=1e-5)
 
 
 def jpeg() -> bytes:

@@ -9,7 +9,8 @@ import pytest
 
 from cxr_dist.config.loading import load_config
 from cxr_dist.data.shards import ShardSource
-from cxr_dist.evaluation.evaluate import Request, predict_run
+from cxr_dist.evaluation.evaluate import predict_run
+from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.launch.train import run_training
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.corrupt_records import LeftOut, find_damaged, leave_out, left_out
@@ -118,7 +119,7 @@ def test_a_run_leaves_them_out_counts_them_and_says_so(
     assert f"3 damaged records are left out; {tmp_path / 'run' / 'damaged.json'} lists them" in capsys.readouterr().err
     # 54 images in batches of 8: the same 6 steps an epoch as 48 to 55 images have.
     assert result["steps_computed"] == 2 * 6
-    validation = predict_run(Request(tmp_path / "run", tmp_path / "evaluation", "validation"))
+    validation = predict_run(EvaluationSpec(tmp_path / "run", tmp_path / "evaluation", "validation"))
     assert len(validation.paths) == 11
     accuracy = float((validation.probabilities.argmax(1) == validation.labels).mean())
     assert accuracy == pytest.approx(run_folder.read_result(tmp_path / "run")["best"]["val_accuracy"])

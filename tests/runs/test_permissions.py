@@ -31,19 +31,20 @@ def modes(folder: Path) -> dict[str, int]:
 )
 def test_all_that_a_build_a_run_and_an_evaluation_leave(umask: int, tmp_path: Path) -> None:
     from cxr_dist.config.loading import load_config
-    from cxr_dist.evaluation.evaluate import Request, evaluate_run
+    from cxr_dist.evaluation.evaluate import evaluate_run
+    from cxr_dist.evaluation.evaluated_images import EvaluationSpec
     from cxr_dist.launch.train import run_training
     from cxr_dist.phantoms import write_phantoms
-    from tfrecords_builder.build import build_dataset
+    from tfrecords_builder.build import BuildOptions, build_dataset
     from tfrecords_builder.eda.page import write_analysis
 
     out = tmp_path / "out"
     write_phantoms(out / "source", per_class=20, size=48, workers=1)
-    build_dataset(out / "source", out / "dataset", image_size=32, workers=2)
+    build_dataset(out / "source", out / "dataset", BuildOptions(image_size=32, workers=2))
     write_analysis(out / "dataset", out / "eda")
     settings = [*SMALL_RUN, "stages.1.epochs=1", "features.cache=on", f"features.folder={out / 'features'}"]
     run_training(load_config(None, settings), out / "dataset", out / "run", launcher="local")
-    evaluate_run(Request(out / "run", out / "evaluation"))
+    evaluate_run(EvaluationSpec(out / "run", out / "evaluation"))
     found = modes(tmp_path)
     for part in ("source", "dataset", "eda", "features", "run", "run/model.keras", "run/checkpoints", "evaluation"):
         assert f"out/{part}" in found

@@ -11,12 +11,13 @@ import sklearn.metrics as sk
 
 from cxr_dist.cli import main
 from cxr_dist.evaluation import bootstrap
-from cxr_dist.evaluation.evaluate import Request, evaluate_run, predict_run
+from cxr_dist.evaluation.evaluate import evaluate_run, predict_run
+from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.evaluation.predictions import read_predictions
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.seen_images import SEEN, digests_of, read_seen
 from tests.html_page import Page
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 
@@ -32,7 +33,7 @@ def splits_of(dataset: Path) -> dict[str, str | None]:
 def rebuilt(phantom_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same images, dealt to the splits by another seed."""
     folder = tmp_path_factory.mktemp("rebuilt") / "dataset"
-    build_dataset(phantom_source, folder, image_size=32, workers=1, seed=1)
+    build_dataset(phantom_source, folder, BuildOptions(image_size=32, workers=1, seed=1))
     return folder
 
 
@@ -104,11 +105,11 @@ def test_a_rebuilt_dataset(
 
 def test_folders_of_images(finished_run: Path, phantom_source: Path, dataset: Path, tmp_path: Path) -> None:
     splits = splits_of(dataset)
-    everything = evaluate_run(Request(finished_run, tmp_path / "out", images=phantom_source))
+    everything = evaluate_run(EvaluationSpec(finished_run, tmp_path / "out", images=phantom_source))
     assert everything["seen"] == {"training": 56, "validation": 12, "share": 0.85, "asked_for": False}
     assert everything["metrics_unseen"]["n"] == 12
     # The same files as the test split, so the same figures.
-    test = evaluate_run(Request(finished_run, tmp_path / "test"))
+    test = evaluate_run(EvaluationSpec(finished_run, tmp_path / "test"))
     assert test["seen"] == {"training": 0, "validation": 0, "share": 0.0, "asked_for": False}
     assert test["metrics_unseen"] is None
     for key in ("accuracy", "f1_macro", "auc_macro_ovr", "confusion_matrix"):
@@ -121,7 +122,7 @@ def test_folders_of_images(finished_run: Path, phantom_source: Path, dataset: Pa
         if splits[hashlib.sha256(path.read_bytes()).hexdigest()] == "train":
             (copies / path.parts[-3]).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copies / path.parts[-3] / f"copy-{number}.png")
-    metrics = evaluate_run(Request(finished_run, tmp_path / "copied", images=copies))
+    metrics = evaluate_run(EvaluationSpec(finished_run, tmp_path / "copied", images=copies))
     assert metrics["seen"] == {"training": 56, "validation": 0, "share": 1.0, "asked_for": False}
     assert metrics["metrics_unseen"] is None
     assert "There are no others" in (tmp_path / "copied" / "report.html").read_text()
@@ -131,7 +132,7 @@ def test_folders_of_images(finished_run: Path, phantom_source: Path, dataset: Pa
 def test_a_split_that_was_asked_for_is_named_without_an_alarm(
     finished_run: Path, dataset: Path, tmp_path: Path, given: bool
 ) -> None:
-    request = Request(finished_run, tmp_path / "out", "train", dataset=dataset if given else None)
+    request = EvaluationSpec(finished_run, tmp_path / "out", "train", dataset=dataset if given else None)
     metrics = evaluate_run(request)
     assert metrics["seen"] == {"training": 56, "validation": 0, "share": 1.0, "asked_for": True}
     text = Page((tmp_path / "out" / "report.html").read_text()).text
@@ -152,9 +153,9 @@ def test_what_differs_is_named_and_the_mistake_is_not_invited(
     with pytest.raises(
         UserError, match=r"not the dataset that the run was trained on \(seed 1 where it was 0\)"
     ) as error:
-        predict_run(Request(run, tmp_path / "out"))
+        predict_run(EvaluationSpec(run, tmp_path / "out"))
     assert "give the dataset with --dataset" not in str(error.value)
     trained_on(tmp_path / "gone")
     with pytest.raises(UserError, match=rf"was trained on {tmp_path}/gone, which is gone; .*--dataset"):
-        predict_run(Request(run, tmp_path / "out"))
-    assert len(predict_run(Request(run, tmp_path / "out", dataset=dataset))) == 12
+        predict_run(EvaluationSpec(run, tmp_path / "out"))
+    assert len(predict_run(EvaluationSpec(run, tmp_path / "out", dataset=dataset))) == 12

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 
 COUNTS = {"COVID": 20, "Normal": 13, "Viral Pneumonia": 9}
 
@@ -32,5 +32,5 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read only: the raw dataset of `source` at 16 pixels. Copy it to damage it."""
     dataset = tmp_path_factory.mktemp("built") / "dataset"
-    build_dataset(source, dataset, image_size=16, workers=1)
+    build_dataset(source, dataset, BuildOptions(image_size=16, workers=1))
     return dataset

@@ -21,7 +21,7 @@ from PIL import Image
 from tests.tfrecords_builder.conftest import COUNTS, write_images
 from tests.tfrecords_builder.poisoned import POISON, poisoned_ingest
 from tfrecords_builder import build as build_module
-from tfrecords_builder.build import BuildSummary, build_dataset
+from tfrecords_builder.build import BuildOptions, BuildSummary, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.locks import LOCK
 from tfrecords_builder.format.manifest import MANIFEST_NAME, read_manifest
@@ -33,7 +33,7 @@ from tfrecords_builder.splitting.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
 from tfrecords_builder.writing import output_folder, parts
 from tfrecords_builder.writing.output_folder import WORK_FOLDER
-from tfrecords_builder.writing.writer import IngestedImages, IngestTask, ShardTask, WrittenShard, ingest, write_shard
+from tfrecords_builder.writing.writer import IngestTask, ShardTask, WrittenShard, ingest, write_shard
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -42,7 +42,9 @@ TOTAL = sum(COUNTS.values())
 
 
 def build(source: Path, dataset: Path, workers: int = 1, **options: object) -> BuildSummary:
-    return build_dataset(source, dataset, workers=workers, **{"image_size": SIZE, **options})  # type: ignore[arg-type]
+    progress = options.pop("progress", None)
+    chosen = BuildOptions(workers=workers, **{"image_size": SIZE, **options})  # type: ignore[arg-type]
+    return build_dataset(source, dataset, chosen, progress=progress)  # type: ignore[arg-type]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -548,8 +550,8 @@ def test_attempts_at_one_task_at_the_same_time_leave_the_same_bytes(
     assert content(tmp_path / "d") == content(built)
 
 
-def ingest_often(task: IngestTask) -> IngestedImages:
-    parts.write_part(task.folder, task.number, "of other settings", task.files, [], b"other content")
+def ingest_often(task: IngestTask) -> parts.Part | parts.EncodedImage:
+    parts.write_part(task.folder, task.number, "of other settings", [], [], b"other content")
     return often(ingest, task)
 
 
@@ -577,7 +579,7 @@ def interrupted(*_: object) -> NoReturn:
 SLOW_BUILD = """
 import multiprocessing, signal, sys, time
 from pathlib import Path
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 
 def hold(done, total):
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
@@ -586,7 +588,7 @@ def hold(done, total):
 if __name__ == "__main__":
     # A shell's background job ignores SIGINT, and so would this child of tests that run in one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    build_dataset(Path(sys.argv[1]), Path(sys.argv[2]), image_size=16, workers=2, progress=hold)
+    build_dataset(Path(sys.argv[1]), Path(sys.argv[2]), BuildOptions(image_size=16, workers=2), progress=hold)
 """
 
 
@@ -661,13 +663,13 @@ def test_killed_after_the_manifest(source: Path, built: Path, tmp_path: Path) ->
 KILLED_BUILD = """
 import os, random, signal, sys, threading
 from pathlib import Path
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 
 if __name__ == "__main__":
     delay = float(sys.argv[3])
     if delay:
         threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    build_dataset(Path(sys.argv[1]), Path(sys.argv[2]), image_size=16, workers=1)
+    build_dataset(Path(sys.argv[1]), Path(sys.argv[2]), BuildOptions(image_size=16, workers=1))
     os._exit(0)
 """
 

@@ -17,7 +17,8 @@ from moto.server import ThreadedMotoServer
 
 from cxr_dist.cli import main
 from tfrecords_builder import remote as storage
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
+from tfrecords_builder.common import object_storage
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import MANIFEST_NAME, read_manifest
 from tfrecords_builder.remote import Stage, local_copy, staged_output
@@ -83,7 +84,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def put(source: Path, bucket: Bucket, stage: Stage, **options: object) -> bool:
     with staged_output(bucket.url, 1000, stage) as folder:
-        return build_dataset(source, folder, image_size=SIZE, workers=1, **options).reused  # type: ignore[arg-type]
+        return build_dataset(source, folder, BuildOptions(image_size=SIZE, workers=1, **options)).reused  # type: ignore[arg-type]
 
 
 def datasets(stage: Stage) -> list[Path]:
@@ -112,7 +113,7 @@ def test_a_second_build_from_another_machine_changes_nothing(
 ) -> None:
     put(source, bucket, stage)
     with monkeypatch.context() as patch:
-        patch.setattr(storage._Remote, "upload", lambda *_: pytest.fail("sent again"))
+        patch.setattr(object_storage.StorageFolder, "upload", lambda *_: pytest.fail("sent again"))
         assert put(source, bucket, Stage(tmp_path / "elsewhere", ROOM))
 
 
@@ -122,7 +123,7 @@ def test_another_dataset_replaces_the_first(source: Path, bucket: Bucket, stage:
     with local_copy(bucket.url, stage) as held:
         put(source, bucket, stage, seed=1)
         assert content(held) == before, "whoever reads the first goes on with the first"
-    build_dataset(source, tmp_path / "seed-1", image_size=SIZE, workers=1, seed=1)
+    build_dataset(source, tmp_path / "seed-1", BuildOptions(image_size=SIZE, workers=1, seed=1))
     assert bucket.content() == content(tmp_path / "seed-1")
     with local_copy(bucket.url, stage) as folder:
         assert content(folder) == content(tmp_path / "seed-1")
@@ -133,10 +134,10 @@ def test_a_build_that_stops_on_its_way_up_is_no_dataset_and_goes_on(
     source: Path, built: Path, bucket: Bucket, stage: Stage, monkeypatch: pytest.MonkeyPatch, sent: int
 ) -> None:
     put(source, bucket, stage, seed=1)
-    upload = storage._Remote.upload
+    upload = object_storage.StorageFolder.upload
     lock, count = threading.Lock(), 0
 
-    def stop(remote: storage._Remote, path: Path) -> None:
+    def stop(remote: object_storage.StorageFolder, path: Path) -> None:
         nonlocal count
         with lock:
             count += 1
@@ -145,7 +146,7 @@ def test_a_build_that_stops_on_its_way_up_is_no_dataset_and_goes_on(
         upload(remote, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage._Remote, "upload", stop)
+        patch.setattr(object_storage.StorageFolder, "upload", stop)
         with pytest.raises(KeyboardInterrupt):
             put(source, bucket, stage)
     with pytest.raises(UserError, match="no complete dataset"), local_copy(bucket.url, stage):
@@ -188,13 +189,13 @@ class Flaky:
 def flaky(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each path has failed; they do from now on."""
     failed: Counter[str] = Counter()
-    whole = storage._Remote.__init__
+    whole = object_storage.StorageFolder.__init__
 
     def init(self: Any, scheme: str, filesystem: Any, path: str) -> None:
         whole(self, scheme, Flaky(filesystem, failed), path)
 
-    monkeypatch.setattr(storage._Remote, "__init__", init)
-    monkeypatch.setattr(storage, "PAUSES_S", (0.0,) * FAILURES)
+    monkeypatch.setattr(object_storage.StorageFolder, "__init__", init)
+    monkeypatch.setattr(object_storage, "PAUSES_S", (0.0,) * FAILURES)
     return failed
 
 
@@ -202,7 +203,7 @@ def test_a_storage_that_fails_now_and_then(
     source: Path, bucket: Bucket, stage: Stage, tmp_path: Path, flaky: Counter[str]
 ) -> None:
     with staged_output(bucket.url, ROOM, stage) as folder:
-        build_dataset(source, folder, image_size=SIZE)
+        build_dataset(source, folder, BuildOptions(image_size=SIZE))
     assert sum(flaky.values()) > 10
     flaky.clear()
     with local_copy(bucket.url, Stage(tmp_path / "other", ROOM)) as there:
@@ -214,9 +215,9 @@ def test_a_storage_that_fails_always_is_named(
     source: Path, bucket: Bucket, stage: Stage, tmp_path: Path, flaky: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with staged_output(bucket.url, ROOM, stage) as folder:
-        build_dataset(source, folder, image_size=SIZE)
+        build_dataset(source, folder, BuildOptions(image_size=SIZE))
     flaky.clear()
-    monkeypatch.setattr(storage, "PAUSES_S", ())
+    monkeypatch.setattr(object_storage, "PAUSES_S", ())
     other = Stage(tmp_path / "other", ROOM)
     with (
         pytest.raises(UserError, match=r"the storage cannot be used .*INTERNAL_FAILURE"),
@@ -270,9 +271,9 @@ def test_no_more_is_taken_than_the_manifest_says(
         url = f"file://{tmp_path / 'there'}"
     taken: Counter[str] = Counter()
     written: dict[str, int] = {}
-    chunks, write_atomically = storage._Remote.chunks, storage.write_atomically
+    chunks, write_atomically = object_storage.StorageFolder.chunks, storage.write_atomically
 
-    def counted(remote: storage._Remote, of: str) -> Iterator[bytes]:
+    def counted(remote: object_storage.StorageFolder, of: str) -> Iterator[bytes]:
         for chunk in chunks(remote, of):
             taken[of] += len(chunk)
             yield chunk
@@ -286,9 +287,9 @@ def test_no_more_is_taken_than_the_manifest_says(
 
         write_atomically(path, write_and_tell)
 
-    monkeypatch.setattr(storage, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(object_storage, "_CHUNK_BYTES", 1000)
     monkeypatch.setattr(storage, "write_atomically", measured)
-    monkeypatch.setattr(storage._Remote, "chunks", counted)
+    monkeypatch.setattr(object_storage.StorageFolder, "chunks", counted)
     elsewhere = Stage(tmp_path / "elsewhere", ROOM)
     with pytest.raises(UserError, match=f"{name}: is not the file that was built"), local_copy(url, elsewhere):
         pass
@@ -361,7 +362,7 @@ def test_what_is_no_dataset_is_left_alone(source: Path, bucket: Bucket, stage: S
 def test_addresses_that_lead_nowhere(
     bucket: Bucket, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, says: str
 ) -> None:
-    monkeypatch.setattr(storage, "PAUSES_S", ())  # Arrow itself tries for seconds to reach a server
+    monkeypatch.setattr(object_storage, "PAUSES_S", ())  # Arrow itself tries for seconds to reach a server
     with pytest.raises(UserError, match=says), local_copy(url.replace("SERVER", server), Stage(tmp_path, ROOM)):
         pass
 

@@ -8,7 +8,8 @@ import pytest
 
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.format.manifest import Manifest, Row, read_manifest, write_manifest
+from tfrecords_builder.format.manifest import Manifest, read_manifest, write_manifest
+from tfrecords_builder.format.manifest_rows import Row
 from tfrecords_builder.format.record import Record, decode_example, encode_example
 from tfrecords_builder.format.tfrecord import CorruptRecordError, RecordWriter, scan
 from tfrecords_builder.verify import verify_dataset

@@ -7,7 +7,8 @@ import pytest
 
 from cxr_dist.config.loading import load_config
 from cxr_dist.distributed.strategy import make_strategy
-from cxr_dist.evaluation.evaluate import Request, predict_run
+from cxr_dist.evaluation.evaluate import predict_run
+from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.launch import train
 from cxr_dist.launch.train import run_training
 from cxr_dist.runs import checkpoints, run_folder
@@ -88,7 +89,7 @@ def test_the_loop_validates_and_keeps_the_average(
     assert rows["averaged"][0]["loss"] == pytest.approx(rows["plain"][0]["loss"], abs=1e-4)
     assert rows["averaged"][0]["val_loss"] != pytest.approx(rows["plain"][0]["val_loss"], abs=1e-4)
     run = tmp_path / "averaged"
-    predictions = predict_run(Request(run, tmp_path / "evaluation", "validation"))
+    predictions = predict_run(EvaluationSpec(run, tmp_path / "evaluation", "validation"))
     chosen = predictions.probabilities[np.arange(len(predictions.labels)), predictions.labels]
     best = run_folder.read_result(run)["best"]
     assert float(-np.log(chosen).mean()) == pytest.approx(best["val_loss"], rel=1e-3)

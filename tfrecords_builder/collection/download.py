@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tfrecords_builder.collection.find import find_images
 from tfrecords_builder.common.errors import UserError, one_line
-from tfrecords_builder.common.files import bytes_below
+from tfrecords_builder.common.files import bytes_below, check_output_folder
 from tfrecords_builder.common.interrupts import interrupts_held
 
 HANDLE = "tawsifurrahman/covid19-radiography-database"
@@ -47,10 +47,9 @@ def download_database(folder: Path, images: Mapping[str, int] = IMAGES) -> bool:
         UserError: kagglehub is not installed, the disk is too small, Kaggle cannot be reached or wants credentials,
             what arrives is damaged or another collection, or `folder` holds something else.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if folder.is_dir() and _counts(folder) == dict(images):
-            return False
-        raise UserError(f"{folder}: holds something other than the database; give a new folder")
+    if folder.is_dir() and _counts(folder) == dict(images):
+        return False
+    check_output_folder(folder, "the database", "DIR", lambda _: False)
     if importlib.util.find_spec("kagglehub") is None:
         raise UserError("kagglehub: is not installed; install it with: pip install 'cxr-dist[download]'")
     work = folder.absolute().with_name(f".{folder.name}.download")

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tfrecords_builder.collection.file_kinds import (
     FIXES,
@@ -35,8 +36,7 @@ _MASK_NAME = re.compile(rf"{_MASK_WORDS}[_. -]+(?P<after>.+)|(?P<before>.+?)[_. 
 """Of a mask that is named after its image: x_mask, mask-x, x_lung_mask, x_seg."""
 
 
-@dataclass(frozen=True, slots=True)
-class SourceImage:
+class SourceImage(NamedTuple):
     """One labelled image file."""
 
     path: str

@@ -1,4 +1,5 @@
-"""What the builder and the trainer share: errors, atomic files, locks, sealed files, the process pool, HTML pages.
+"""What the builder and the trainer share: errors, atomic files, locks, disk caches, object storage, the process pool,
+HTML pages and figures.
 
 Knows nothing of images, datasets or training.
 """

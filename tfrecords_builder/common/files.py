@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.locks import LOCK
 
 R = TypeVar("R")
 
@@ -97,6 +98,43 @@ def intended_name(name: str) -> str | None:
 def is_temporary(name: str, files: Collection[str]) -> bool:
     """Whether `name` is that of a temporary file which a stopped process left beside one of `files`."""
     return intended_name(name) in files
+
+
+def check_output_folder(
+    folder: Path, what: str, option: str, is_ours: Callable[[str], bool], is_marked: Callable[[], bool] = lambda: True
+) -> None:
+    """Refuse, before any work, a place where a command must not write.
+
+    Good are a path that does not exist, an empty folder, and a folder that holds nothing but what the command writes,
+    whole or interrupted.
+
+    Args:
+        folder: The place.
+        what: The command writes there, with its article: "an evaluation".
+        option: That names the place, for the message.
+        is_ours: Whether the command writes a file of that name. A temporary file counts as what it would have become.
+        is_marked: Whether a file in it says that this program wrote it: names alone prove nothing.
+
+    Raises:
+        UserError: `folder` is a file, lies in one, or is a folder that holds something else.
+    """
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir():
+        raise UserError(f"{folder}: {'' if above == folder else f'{above} '}is a file; give a folder for {what}")
+    if above != folder:
+        return
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); give another folder with {option}") from error
+    foreign = [name for name in names if not is_ours(intended_name(name) or name)]
+    whole = [name for name in names if intended_name(name) is None]
+    if whole and not foreign and not is_marked():
+        foreign = whole
+    if foreign:
+        raise UserError(
+            f"{folder}: holds something other than {what} ('{foreign[0]}'); give an empty or new folder with {option}"
+        )
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -31,7 +31,8 @@ from tfrecords_builder.eda.counts import (
 )
 from tfrecords_builder.eda.shortcuts import Features, Gray
 from tfrecords_builder.format import record as schema, tfrecord
-from tfrecords_builder.format.manifest import Manifest, Row, check_shards, read_manifest
+from tfrecords_builder.format.manifest import Manifest, check_shards, read_manifest
+from tfrecords_builder.format.manifest_rows import Row
 
 FORMAT_VERSION = 1
 KIND = "exploratory analysis of a dataset"

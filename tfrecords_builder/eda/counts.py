@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tfrecords_builder.format.manifest import ACCEPTED, Manifest, Row
+from tfrecords_builder.format.manifest import Manifest
+from tfrecords_builder.format.manifest_rows import ACCEPTED, Row
 from tfrecords_builder.splitting.splits import SPLITS, TRAIN_PERCENT, VALIDATION_PERCENT
 
 GROUPS_SHOWN = 6

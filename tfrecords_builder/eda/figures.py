@@ -1,7 +1,7 @@
-"""The figures of an exploratory analysis. Pure: numbers in, a `matplotlib.figure.Figure` out; no pyplot, no display.
+"""Figures of an exploratory analysis: counts, sizes, duplicates and trivial features. Pure.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart, and no meaning hangs on colour alone: lines differ
-in dashes, parts of bars in hatching, and what is marked is named.
+Each is drawn and worded by one function. Colours are Okabe and Ito's, which colour-blind readers tell apart, and no
+meaning hangs on colour alone: lines differ in dashes, parts of bars in hatching, and what is marked is named.
 """
 
 import textwrap
@@ -10,32 +10,53 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from tfrecords_builder.common.figure_style import BLUE, COLOURS, DASHES, STYLE, VERMILLION, display_name
-from tfrecords_builder.eda.shortcuts import Gray, reduced
+from tfrecords_builder.common.figure import Figure
+from tfrecords_builder.common.figure_style import BLUE, GRAY, STYLE, VERMILLION, display_name
+from tfrecords_builder.eda.analysis import FEATURES, IMAGES_SHOWN_PER_GROUP
+from tfrecords_builder.eda.shortcuts import Gray
 
 _SPLIT_STYLES = {"train": ("#0072B2", ""), "validation": ("#E69F00", "///"), "test": ("#bdbdbd", "\\\\\\")}
-_GRAY, _RULE = "#6b6b6b", "#e3e3e3"
 _BOX = ("q05", "q25", "median", "q75", "q95")
-_COLUMNS = 4
-_SAMPLE_COLUMNS = 6
-_MEAN_SIDE = 256
-_GAP = 4
+SAMPLE_COLUMNS = 6
 LABEL_WIDTH = 22
 """Letters in a line of a label."""
 
 
-def counts_figure(counts: Mapping[str, Any]) -> Figure:
+def counts(counts: Mapping[str, Any]) -> Figure:
     """Images of each class, its bar divided into the splits; `counts` as `counts.count_numbers` gives them."""
+    caption = _counts_caption(counts)
+    return Figure("counts.svg", "Images by class", caption, _draw_counts(counts))
+
+
+def _counts_caption(counts: Mapping[str, Any]) -> str:
+    """Largest and smallest class, and the greatest distance from 70/15/15."""
+    classes = counts["classes"]
+    largest, smallest = counts["largest"], counts["smallest"]
+    if classes[largest] == classes[smallest]:
+        text = f"Every class has {classes[largest]:,} images"
+    else:
+        text = (
+            f"{display_name(largest)} has the most images ({classes[largest]:,}), {counts['imbalance']:.2f} times as "
+            f"many as {display_name(smallest)}, which has the fewest ({classes[smallest]:,})"
+        )
+    far = max(
+        ((abs(item["deviation"]), name, split) for split, of in counts["splits"].items() for name, item in of.items()),
+        key=lambda item: item[0],
+    )
+    return (
+        f"{text}; no share of a class in a split is further than {100 * far[0]:.1f} percentage points from 70/15/15 "
+        f"({display_name(far[1])}, {far[2]})."
+    )
+
+
+def _draw_counts(counts: Mapping[str, Any]) -> Drawing:
     names = list(counts["classes"])
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 1.3 + 0.55 * len(names)), layout="constrained")
+        figure = Drawing(figsize=(7.0, 1.3 + 0.55 * len(names)), layout="constrained")
         axes = figure.add_subplot()
         left = np.zeros(len(names))
         for split, (colour, hatch) in _SPLIT_STYLES.items():
@@ -44,7 +65,7 @@ def counts_figure(counts: Mapping[str, Any]) -> Figure:
             left += widths
         for row, total in enumerate(left):
             axes.annotate(f"{int(total):,}", (total, row), (4, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(names)), [_label(name) for name in names])
+        axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
         axes.invert_yaxis()
         axes.margins(x=0.1)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -54,11 +75,38 @@ def counts_figure(counts: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def sizes_figure(classes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Figure:
+def sizes(sizes: Mapping[str, Any]) -> Figure:
     """Width and height of the source images of each class: boxes from 25 to 75 %, lines from 5 to 95 %."""
+    caption = _sizes_caption(sizes)
+    return Figure("sizes.svg", "Size of the source images", caption, _draw_sizes(sizes["classes"]))
+
+
+def _sizes_caption(sizes: Mapping[str, Any]) -> str:
+    """One size, or how far the medians of the classes are apart."""
+    if not sizes["commonest"]:
+        return "No size of a source image is known."
+    first = sizes["commonest"][0]
+    if sizes["distinct"] == 1:
+        return f"Every source image has {first['width']:,} x {first['height']:,} pixels, so size tells no class."
+    medians = {name: item["width"]["median"] for name, item in sizes["classes"].items() if item["width"]}
+    low, high = min(medians, key=medians.__getitem__), max(medians, key=medians.__getitem__)
+    share = sum(first["images"].values())
+    text = (
+        f"{sizes['distinct']:,} different sizes, the commonest {first['width']:,} x {first['height']:,} pixels "
+        f"({count(share)})"
+    )
+    if medians[low] == medians[high]:
+        return f"{text}; the median width is {medians[low]:,} pixels in every class."
+    return (
+        f"{text}; the median width goes from {medians[low]:,} pixels ({display_name(low)}) to {medians[high]:,} "
+        f"({display_name(high)})."
+    )
+
+
+def _draw_sizes(classes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Drawing:
     names = list(classes)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 1.2 + 0.55 * len(names)), layout="constrained")
+        figure = Drawing(figsize=(7.6, 1.2 + 0.55 * len(names)), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, side in zip(panels, ("width", "height"), strict=True):
             rows = [row for row, name in enumerate(names) if classes[name][side]]
@@ -66,94 +114,42 @@ def sizes_figure(classes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Figu
             axes.hlines(rows, of["q05"], of["q95"], color=BLUE, linewidth=1.4)
             axes.barh(rows, of["q75"] - of["q25"], 0.5, of["q25"], color="#cfe3f1", edgecolor=BLUE)
             axes.plot(of["median"], rows, "|", color=VERMILLION, markersize=20, markeredgewidth=2.6)
-            axes.set_yticks(range(len(names)), [_label(name) for name in names])
+            axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
             axes.set_xlabel(f"{side.capitalize()} (pixels)")
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-            _grid(axes, "x")
+            grid(axes, "x")
         panels[0].invert_yaxis()
     return figure
 
 
-def distributions_figure(pixels: Mapping[str, Any], kind: str = "class") -> Figure:
-    """Brightness and contrast of the images of each class; `pixels` as in the numbers of `analysis.analyse`."""
-    step = pixels["histogram_step"]
-    longest = max(map(len, pixels["classes"]))
-    columns = 4 if longest <= LABEL_WIDTH else 2
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 4.0 if columns == 4 else 4.8), layout="constrained")
-        panels = figure.subplots(1, 2)
-        for axes, key, title in zip(
-            panels,
-            ("brightness", "contrast"),
-            ("Brightness: mean of an image's pixels", "Contrast: their standard deviation"),
-            strict=True,
-        ):
-            used = []
-            for number, (name, numbers) in enumerate(pixels["classes"].items()):
-                bins = np.array(numbers[key]["histogram"])
-                edges = np.arange(len(bins) + 1) * step
-                colour, dashes = _line_style(number)
-                axes.stairs(
-                    bins / max(bins.sum(), 1),
-                    edges,
-                    color=colour,
-                    linestyle=dashes,
-                    linewidth=1.8,
-                    label=_label(name, 90 // columns) if axes is panels[0] else None,
-                )
-                used += [*edges[:-1][bins > 0], *edges[1:][bins > 0]]
-            axes.set_xlim(min(used, default=0) - step, max(used, default=step) + step)
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            axes.set_xlabel(title)
-            _grid(axes, "y")
-        panels[0].set_ylabel(f"Images of the {kind}, in bins of {step} levels")
-        figure.legend(loc="outside upper center", ncols=min(len(pixels["classes"]), columns))
-    return figure
-
-
-def means_figure(
-    class_names: Sequence[str], means: npt.NDArray[np.float32], deviations: npt.NDArray[np.float32]
-) -> Figure:
-    """Mean image of each class above its per-pixel deviation, each kind on one scale: [C, S, S] both."""
-    columns = min(len(class_names), _COLUMNS)
-    blocks = -(-len(class_names) // columns)
-    greatest = max(float(deviations.max()), 1.0)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.9 * columns + 1.2, 4.2 * blocks), layout="constrained")
-        grid = figure.subplots(2 * blocks, columns, squeeze=False)
-        for axes in grid.flat:
-            axes.set_axis_off()
-        for kind, (images, colours, top, what) in enumerate(
-            ((means, "gray", 255.0, "mean (gray level)"), (deviations, "viridis", greatest, "deviation (gray levels)"))
-        ):
-            for label, name in enumerate(class_names):
-                axes = grid[2 * (label // columns) + kind, label % columns]
-                axes.imshow(reduced(images[label], _MEAN_SIDE), cmap=colours, vmin=0, vmax=top, interpolation="none")
-                if kind == 0:
-                    axes.set_title(_label(name, 18), size=11)
-            scale = ScalarMappable(Normalize(0, top), colours)
-            figure.colorbar(scale, ax=list(grid[kind::2].flat), label=what, shrink=0.9, aspect=16)
-    return figure
-
-
-def samples_figure(pictures: Sequence[Gray]) -> Figure:
-    """Pictures of one size as a grid, row by row; a row that is not full ends in white."""
-    columns = _SAMPLE_COLUMNS
-    rows = -(-len(pictures) // columns)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.25 * columns, 1.25 * rows))
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.imshow(_montage(pictures, columns), cmap="gray", vmin=0, vmax=255, interpolation="none")
-        axes.set_axis_off()
-    return figure
-
-
-def group_sizes_figure(sizes: Mapping[str, int]) -> Figure:
+def group_sizes(duplicates: Mapping[str, Any]) -> Figure:
     """How many groups have how many images."""
+    return Figure(
+        "group_sizes.svg",
+        "Sizes of the groups of duplicates",
+        _group_sizes_caption(duplicates),
+        _draw_group_sizes(duplicates["sizes"]),
+    )
+
+
+def _group_sizes_caption(duplicates: Mapping[str, Any]) -> str:
+    """Pairs, groups, and how many straddle splits or classes."""
+    straddling = duplicates["straddling_splits"]
+    text = (
+        f"{count(duplicates['pairs'], 'pair')} of near-duplicates join {count(duplicates['images'])} into "
+        f"{count(duplicates['groups'], 'group')}, the largest of {max(map(int, duplicates['sizes']))}; "
+    )
+    if straddling:
+        text += f"{count(straddling, 'group')} {'lies' if straddling == 1 else 'lie'} in more than one split"
+    else:
+        text += "no group lies in more than one split"
+    across = duplicates["straddling_classes"]
+    return f"{text}, and {across:,} in more than one class." if across else f"{text} or class."
+
+
+def _draw_group_sizes(sizes: Mapping[str, int]) -> Drawing:
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+        figure = Drawing(figsize=(7.2, 2.9), layout="constrained")
         axes = figure.add_subplot()
         bars = axes.bar(range(len(sizes)), list(sizes.values()), 0.6, color=BLUE)
         axes.bar_label(bars, [f"{count:,}" for count in sizes.values()], padding=2)
@@ -165,11 +161,31 @@ def group_sizes_figure(sizes: Mapping[str, int]) -> Figure:
     return figure
 
 
-def groups_figure(groups: Sequence[Sequence[Gray | None]]) -> Figure:
+def groups(duplicates: Mapping[str, Any], pictures: list[list[Gray | None]]) -> Figure:
     """A row of pictures for each group, numbered from 1; None is an image of which there is no picture."""
-    columns = max(_SAMPLE_COLUMNS, *map(len, groups))
+    return Figure(
+        "groups.svg", "The largest groups of duplicates", _groups_caption(duplicates, pictures), _draw_groups(pictures)
+    )
+
+
+def _groups_caption(duplicates: Mapping[str, Any], pictures: list[list[Gray | None]]) -> str:
+    """How many groups are shown, and of what there is no picture."""
+    shown, everything = len(duplicates["largest"]), duplicates["groups"]
+    text = f"All {count(shown, 'group')}" if shown == everything else f"The {shown} largest of {everything:,} groups"
+    text += f", {count(sum(map(len, pictures)))} in all"
+    cut = sum(map(len, duplicates["largest"])) - sum(map(len, pictures))
+    if cut:
+        text += f" (of large groups the first {IMAGES_SHOWN_PER_GROUP}; {cut:,} more are in the table)"
+    without = sum(picture is None for row in pictures for picture in row)
+    if without:
+        text += f"; {without:,} of them {'was' if without == 1 else 'were'} left out of the dataset, so not shown"
+    return f"{text}."
+
+
+def _draw_groups(groups: Sequence[Sequence[Gray | None]]) -> Drawing:
+    columns = max(SAMPLE_COLUMNS, *map(len, groups))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.25 * columns + 0.9, 1.3 * len(groups)), layout="constrained")
+        figure = Drawing(figsize=(1.25 * columns + 0.9, 1.3 * len(groups)), layout="constrained")
         grid = figure.subplots(len(groups), columns, squeeze=False)
         for number, (row, pictures) in enumerate(zip(grid, groups, strict=True), start=1):
             for axes in row:
@@ -178,7 +194,7 @@ def groups_figure(groups: Sequence[Sequence[Gray | None]]) -> Figure:
                 if picture is not None:
                     axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="none")
                 else:
-                    axes.text(0.5, 0.5, "left out", ha="center", va="center", color=_GRAY, transform=axes.transAxes)
+                    axes.text(0.5, 0.5, "left out", ha="center", va="center", color=GRAY, transform=axes.transAxes)
             row[0].annotate(
                 f"group {number}", (0, 0.5), (-6, 0), xycoords="axes fraction", textcoords="offset points",
                 ha="right", va="center",
@@ -186,10 +202,35 @@ def groups_figure(groups: Sequence[Sequence[Gray | None]]) -> Figure:
     return figure
 
 
-def shortcuts_figure(shortcuts: Mapping[str, Mapping[str, Any]], words: Mapping[str, str]) -> Figure:
+def shortcuts(shortcuts: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Accuracy of each trivial feature, the guess, and the line above which there is a warning."""
+    return Figure(
+        "shortcuts.svg",
+        "Class information in trivial features",
+        _shortcuts_caption(shortcuts),
+        _draw_shortcuts(shortcuts),
+    )
+
+
+def _shortcuts_caption(shortcuts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The feature that tells most, and how many tell more than chance."""
+    best = max(shortcuts, key=lambda name: shortcuts[name]["accuracy"])
+    item = shortcuts[best]
+    suspicious = sum(entry["suspicious"] for entry in shortcuts.values())
+    text = (
+        f"Always guessing the largest class is right on {percent(item['guess'])} of "
+        f"{count(item['validation_images'], 'validation image')}; "
+    )
+    if item["accuracy"] > item["guess"]:
+        text += f"the most that one feature reaches is {percent(item['accuracy'])} ({FEATURES[best]})"
+    else:
+        text += "no feature alone does better"
+    return f"{text}, and {suspicious} of {len(shortcuts)} features tell more of the class than chance explains."
+
+
+def _draw_shortcuts(shortcuts: Mapping[str, Mapping[str, Any]]) -> Drawing:
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.4, 1.6 + 0.5 * len(shortcuts)), layout="constrained")
+        figure = Drawing(figsize=(7.4, 1.6 + 0.5 * len(shortcuts)), layout="constrained")
         axes = figure.add_subplot()
         for row, item in enumerate(shortcuts.values()):
             axes.barh(
@@ -206,7 +247,7 @@ def shortcuts_figure(shortcuts: Mapping[str, Mapping[str, Any]], words: Mapping[
         axes.axvline(first["guess"], color="black", linewidth=1.6, label="always the largest class")
         line = min(first["guess"] + first["margin"], 1.0)
         axes.axvline(line, color="black", linewidth=1.4, linestyle="--", label="more than chance from here on")
-        axes.set_yticks(range(len(shortcuts)), [_label(words[name], 26) for name in shortcuts])
+        axes.set_yticks(range(len(shortcuts)), [wrapped(FEATURES[name], 26) for name in shortcuts])
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.set_xticks(np.linspace(0, 1, 6))
@@ -216,27 +257,21 @@ def shortcuts_figure(shortcuts: Mapping[str, Mapping[str, Any]], words: Mapping[
     return figure
 
 
-def _montage(pictures: Sequence[Gray], columns: int) -> Gray:
-    """Pictures beside and below each other, with white gaps; white where the last row is not full."""
-    side = len(pictures[0])
-    rows = -(-len(pictures) // columns)
-    sheet = np.full((rows * (side + _GAP) - _GAP, columns * (side + _GAP) - _GAP), 255, np.uint8)
-    for number, picture in enumerate(pictures):
-        top, left = (side + _GAP) * (number // columns), (side + _GAP) * (number % columns)
-        sheet[top : top + side, left : left + side] = picture
-    return sheet
-
-
-def _label(text: str, width: int = LABEL_WIDTH) -> str:
+def wrapped(text: str, width: int = LABEL_WIDTH) -> str:
     """A name broken into lines, its dollars literal (matplotlib would read them as formulas)."""
     return "\n".join(textwrap.wrap(display_name(text), width) or [text]).replace("$", r"\$")
 
 
-def _line_style(number: int) -> tuple[str, str]:
-    """Colours first and dashes with them, so that no two neighbours differ in colour alone."""
-    return COLOURS[number % len(COLOURS)], DASHES[(number + number // len(COLOURS)) % len(DASHES)]
-
-
-def _grid(axes: Axes, axis: Literal["x", "y"]) -> None:
-    axes.grid(axis=axis, color=_RULE, linewidth=0.8)
+def grid(axes: Axes, axis: Literal["x", "y"]) -> None:
+    """Lines behind what is drawn."""
+    axes.grid(axis=axis, color="#e3e3e3", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def count(number: int, noun: str = "image") -> str:
+    """A number with its noun in singular or plural."""
+    return f"{number:,} {noun if number == 1 else f'{noun}s'}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}%"

@@ -7,7 +7,7 @@ metadata. Shards are found by it, records by their byte offset: nothing is disco
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from tfrecords_builder.collection.file_kinds import Note, NotTaken, Reason
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_atomically
 from tfrecords_builder.common.seal import UNSEALED, check_seal, seal
+from tfrecords_builder.format.manifest_rows import ARROW_SCHEMA, EXCLUDED, REJECTED, Row, TableRows, table_of
 from tfrecords_builder.format.sharding import is_shard_name
 from tfrecords_builder.splitting.near_duplicates import group_of
 from tfrecords_builder.splitting.splits import SPLITS
@@ -31,73 +32,9 @@ MANIFEST_NAME = "manifest.parquet"
 FORMAT_VERSION = 4
 MAX_IMAGE_SIZE = 4096
 """Largest side of stored images in pixels."""
-ACCEPTED = "ok"
-REJECTED = "rejected"
-EXCLUDED = "excluded"
 
 _METADATA_KEY = b"cxr_dataset"
 _SEAL_KEY = b"cxr_seal"
-_ARROW_SCHEMA = pa.schema(
-    [
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("class_name", pa.string(), nullable=False),
-        pa.field("label", pa.int32(), nullable=False),
-        pa.field("split", pa.string()),
-        pa.field("group", pa.string(), nullable=False),
-        pa.field("source", pa.string()),
-        pa.field("patient", pa.string()),
-        pa.field("mask", pa.string()),
-        pa.field("sha256", pa.string()),
-        pa.field("mask_sha256", pa.string()),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("reason", pa.string()),
-        pa.field("shard", pa.string()),
-        pa.field("index", pa.int64()),
-        pa.field("offset", pa.int64()),
-        pa.field("length", pa.int64()),
-    ]
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One source image. What is None is unknown (width, height) or does not apply (no split, no record)."""
-
-    path: str
-    """Relative to the source folder, with forward slashes."""
-    class_name: str
-    label: int
-    """Position of the class in the dataset's class names."""
-    split: str | None
-    """train, validation or test; None when the image is excluded."""
-    group: str
-    """The path of the first image of its group (near-duplicates, and images of a patient), which may be its own."""
-    source: str | None
-    """Where the image came from, as the collection says."""
-    patient: str | None
-    mask: str | None
-    """Path of the image's lung mask; None when it has none, or masks were not read."""
-    sha256: str | None
-    """Hexadecimal, of the source file's bytes; None when it could not be read."""
-    mask_sha256: str | None
-    """Likewise of the mask."""
-    width: int | None
-    """Of the source image, in pixels."""
-    height: int | None
-    status: str
-    """ok, rejected (no whole image) or excluded (a whole image that was left out)."""
-    reason: str | None
-    """Why it was rejected or excluded."""
-    shard: str | None
-    """Name of the file that holds the record."""
-    index: int | None
-    """Number of the record in its shard."""
-    offset: int | None
-    """Byte in the shard at which the record's frame begins."""
-    length: int | None
-    """Of the record's payload, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,34 +88,6 @@ class SplitIndex:
 
     def __len__(self) -> int:
         return len(self.paths)
-
-
-class _TableRows(Sequence[Row]):
-    """The rows of a table, made when the first is asked for: training asks for none, and each is two kilobytes."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self.table = table
-
-    @cached_property
-    def _rows(self) -> tuple[Row, ...]:
-        columns = [self.table.column(name).to_pylist() for name in _ARROW_SCHEMA.names]
-        return tuple(Row(*values) for values in zip(*columns, strict=True))
-
-    def __len__(self) -> int:
-        rows: int = self.table.num_rows
-        return rows
-
-    def __getitem__(self, place: Any) -> Any:
-        return self._rows[place]
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows)
-
-    def __eq__(self, other: object) -> bool:
-        return self._rows == (other._rows if isinstance(other, _TableRows) else other)
-
-    def __hash__(self) -> int:
-        return hash(self._rows)
 
 
 @dataclass(frozen=True)
@@ -260,7 +169,7 @@ class Manifest:
     @property
     def table(self) -> pa.Table:
         """The rows as columns: without a `Row` for each, which takes two kilobytes."""
-        return self.rows.table if isinstance(self.rows, _TableRows) else _table(self.rows)
+        return self.rows.table if isinstance(self.rows, TableRows) else table_of(self.rows)
 
     def of_paths(self, paths: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """These columns of the rows of the source paths `paths`, in that order; a null row for an unknown path."""
@@ -329,7 +238,7 @@ def write_manifest(dataset: Path, manifest: Manifest) -> None:
         "not_taken": [asdict(item) for item in manifest.not_taken],
         "notes": [asdict(note) for note in manifest.notes],
     }
-    table = _table(manifest.rows).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata), _SEAL_KEY: UNSEALED})
+    table = table_of(manifest.rows).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata), _SEAL_KEY: UNSEALED})
 
     def write(file: IO[bytes]) -> None:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
@@ -394,13 +303,8 @@ def check_shards(dataset: Path, manifest: Manifest) -> None:
             )
 
 
-def _table(rows: Sequence[Row]) -> pa.Table:
-    columns = [[getattr(row, name) for row in rows] for name in _ARROW_SCHEMA.names]
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, _ARROW_SCHEMA, strict=True)], schema=_ARROW_SCHEMA)
-
-
 def _from_table(table: pa.Table, metadata: dict[str, Any]) -> Manifest:
-    if not table.schema.equals(_ARROW_SCHEMA):
+    if not table.schema.equals(ARROW_SCHEMA):
         raise ValueError("unexpected columns")
     settings = Settings(**{f.name: metadata[f.name] for f in fields(Settings)})
     shards = tuple(ShardInfo(**shard) for shard in metadata["shards"])
@@ -410,7 +314,7 @@ def _from_table(table: pa.Table, metadata: dict[str, Any]) -> Manifest:
         settings=settings,
         fingerprint=metadata["fingerprint"],
         shards=shards,
-        rows=_TableRows(table),
+        rows=TableRows(table),
         duplicates=tuple((int(i), int(j), float(score)) for i, j, score in metadata["duplicates"]),
         created_with=metadata["created_with"],
         not_taken=tuple(NotTaken(**{**item, "reason": Reason(item["reason"])}) for item in metadata["not_taken"]),

@@ -1,7 +1,6 @@
 """Gray images to squares: several of one size at a time."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,27 +27,6 @@ class Square(NamedTuple):
     reducing_gap: float | None = None
     """As Pillow's: shrink by a whole factor first, by means of squares of pixels, and leave at least so much more to
     interpolation."""
-
-
-@contextmanager
-def kept_memory() -> Iterator[None]:
-    """Let Pillow keep a few blocks of memory from one image to the next.
-
-    It gives the memory of every image back at once, and a picture of four bands is above the size from which the C
-    library asks the system for fresh pages, whose first touch takes as long as the resizing. Pillow's functions for
-    this are private, so a version without them is slower and no error.
-    """
-    get_blocks_max = getattr(Image.core, "get_blocks_max", None)
-    set_blocks_max = getattr(Image.core, "set_blocks_max", None)
-    if get_blocks_max is None or set_blocks_max is None:
-        yield
-        return
-    before = get_blocks_max()
-    set_blocks_max(max(before, BANDS))
-    try:
-        yield
-    finally:
-        set_blocks_max(before)
 
 
 def squares(images: Sequence[Gray], wanted: Sequence[Square]) -> list[list[Gray]]:

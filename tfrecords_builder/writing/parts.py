@@ -16,6 +16,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from tfrecords_builder.collection.find import SourceImage
 from tfrecords_builder.common.files import write_whole
 from tfrecords_builder.common.seal import read_sealed_json, sealed_json
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
@@ -25,30 +26,27 @@ MOST_PARTS = 4096
 _PART, _INDEX = "part-", ".json"
 _THUMBNAIL_BYTES = THUMBNAIL_SIZE * THUMBNAIL_SIZE
 
-
-# These two are sent between processes by the ten thousand: a named tuple takes a third of a dataclass's time.
-class SourceFile(NamedTuple):
-    """A source image as it was found: whether it has changed since is told by this, without reading it."""
-
-    path: str
-    """Relative to the source folder."""
-    size: int
-    mtime_ns: int
-    mask: "SourceFile | None" = None
-    """The image's lung mask, if it is read too."""
+FileStates = list[list[list[Any]]]
 
 
-class PartImage(NamedTuple):
-    """A source image after decoding: its place in the part's data, or the reason for rejecting it."""
+class EncodedImage(NamedTuple):
+    """A source image after decoding: where its bytes are in a part, or the reason for rejecting it.
 
-    path: str
+    Sent between processes by the ten thousand: a named tuple takes a third of a dataclass's time.
+    """
+
+    source: SourceImage
+    part: str
+    """Name of the part's data file."""
     sha256: str | None
+    """Hexadecimal, of the source file's bytes; None when it could not be read."""
+    mask_sha256: str | None = None
     width: int | None = None
+    """Of the source image, in pixels."""
     height: int | None = None
     reason: str | None = None
     offset: int = 0
     length: int = 0
-    mask_sha256: str | None = None
     mask_length: int = 0
     """The mask's bytes follow the image's; 0 when it has none."""
 
@@ -58,7 +56,7 @@ class Part:
     """A whole part."""
 
     data: Path
-    images: tuple[PartImage, ...]
+    images: tuple[EncodedImage, ...]
 
     def thumbnails(self) -> npt.NDArray[np.uint8]:
         """uint8 [n, 64, 64] of the images that were not rejected, in order."""
@@ -78,42 +76,39 @@ def part_name(number: int) -> str:
     return f"{_PART}{number:05d}"
 
 
+def file_states(source: Path, images: Sequence[SourceImage]) -> FileStates:
+    """Path, size and time of change of each image's file and its mask's, as JSON reads them back.
+
+    They tell whether a file has changed without reading it.
+    """
+    return [[_state(source, image.path), *([_state(source, image.mask)] if image.mask else [])] for image in images]
+
+
 def write_part(
-    folder: Path, number: int, key: str, sources: Sequence[SourceFile], images: Sequence[PartImage], data: bytes
+    folder: Path, number: int, key: str, files: FileStates, images: Sequence[EncodedImage], data: bytes
 ) -> Part:
-    """Make a part of `images` with their `data`; `key` says which settings made them."""
+    """Make a part of `images` with their `data`; `key` says which settings made them, `files` of which files."""
     path = folder / part_name(number)
-    index = {
-        "key": key,
-        "sources": _plain(sources),
-        "images": images,
-        "bytes": len(data),
-        "crc32c": google_crc32c.value(data),
-    }
-    sealed = sealed_json(index)
+    sealed = sealed_json(_index(key, files, data) | {"images": [image[2:] for image in images]})
     # After a power cut the checksum tells whether the data arrived.
     write_whole(path, lambda file: file.write(data), durable=False)
     write_whole(_index_of(path), lambda file: file.write(sealed), durable=False)
     return Part(path, tuple(images))
 
 
-def read_part(folder: Path, number: int, key: str, sources: Sequence[SourceFile]) -> Part | None:
-    """The part that an earlier build made of these very sources with these settings; None when there is none."""
+def read_part(folder: Path, number: int, key: str, files: FileStates, sources: Sequence[SourceImage]) -> Part | None:
+    """The part that an earlier build made of these very files with these settings; None when there is none."""
     path = folder / part_name(number)
     try:
         index = read_sealed_json(_index_of(path))
         data = path.read_bytes()
     except (OSError, ValueError):
         return None
-    expected = {
-        "key": key,
-        "sources": _plain(sources),
-        "bytes": len(data),
-        "crc32c": google_crc32c.value(data),
-    }
-    if any(index.get(name) != value for name, value in expected.items()):
+    values = index.pop("images", [])
+    if index != _index(key, files, data) or len(values) != len(sources):
         return None
-    return Part(path, tuple(PartImage(*image) for image in index["images"]))
+    images = (EncodedImage(source, path.name, *value) for source, value in zip(sources, values, strict=True))
+    return Part(path, tuple(images))
 
 
 def remove_other_parts(folder: Path, count: int) -> None:
@@ -130,9 +125,16 @@ def bytes_of_parts(folder: Path) -> int:
     return sum(sizes.values()) if any(name.endswith(_INDEX) for name in sizes) else 0
 
 
-def _plain(sources: Sequence[SourceFile]) -> list[list[Any]]:
-    """As JSON reads it back; `asdict` would take as long as the checksums of the images."""
-    return [[item.path, item.size, item.mtime_ns, *(_plain([item.mask]) if item.mask else [])] for item in sources]
+def _index(key: str, files: FileStates, data: bytes) -> dict[str, Any]:
+    return {"key": key, "files": files, "bytes": len(data), "crc32c": google_crc32c.value(data)}
+
+
+def _state(source: Path, path: str) -> list[Any]:
+    try:
+        status = os.stat(f"{source}/{path}")  # noqa: PTH116 - by a Path, ten thousand take a tenth of a second more
+    except OSError:
+        return [path, -1, -1]  # reading it says what is wrong
+    return [path, status.st_size, status.st_mtime_ns]
 
 
 def _index_of(path: Path) -> Path:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from tfrecords_builder.collection.find import SourceImage
 from tfrecords_builder.common import files
 from tfrecords_builder.format import record, tfrecord
 from tfrecords_builder.images import decode as images, resizing
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
 from tfrecords_builder.writing import parts
+from tfrecords_builder.writing.parts import EncodedImage, Part
 
 # Whole factors by means of squares, the rest by interpolation: a tenth of the time of interpolation alone.
 THUMBNAIL = resizing.Square(THUMBNAIL_SIZE, reducing_gap=1.0)
@@ -25,7 +27,7 @@ class IngestTask:
     """Some source images to decode, resize and encode."""
 
     source: Path
-    files: Sequence[parts.SourceFile]
+    images: Sequence[SourceImage]
     folder: Path
     number: int
     """Of the part."""
@@ -36,28 +38,7 @@ class IngestTask:
     stop_at_reject: bool
 
     def __str__(self) -> str:
-        return f"the images {self.source / self.files[0].path} to {self.source / self.files[-1].path}"
-
-
-@dataclass(frozen=True, slots=True)
-class IngestedImages:
-    """A part with its images, or no part and the first image that was rejected."""
-
-    part: parts.Part | None
-    images: tuple[parts.PartImage, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ShardItem:
-    """One record to write; the image lies in the part `part`."""
-
-    part: str
-    offset: int
-    length: int
-    mask_length: int
-    label: int
-    path: str
-    index: int
+        return f"the images {self.source / self.images[0].path} to {self.source / self.images[-1].path}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +47,13 @@ class ShardTask:
 
     folder: Path
     name: str
-    items: Sequence[ShardItem]
+    split: str
+    rows: Sequence[int]
+    """Of each record, the position in the manifest."""
+    images: Sequence[EncodedImage]
+    """Of each record, in the same order."""
+    class_names: Sequence[str]
+    """In label order."""
     no_mask: bytes | None
     """What the records of images without a mask hold in its place; None in a dataset without masks."""
 
@@ -78,7 +65,6 @@ class ShardTask:
 class WrittenShard:
     """What `write_shard` wrote; `offsets` and `lengths` are those of its records, in order."""
 
-    name: str
     bytes: int
     sha256: str
     offsets: tuple[int, ...]
@@ -109,77 +95,58 @@ class _SourceBytes:
         return self.data
 
 
-def ingest(task: IngestTask) -> IngestedImages:
-    """Decode images into a part, or find it made.
+def ingest(task: IngestTask) -> Part | EncodedImage:
+    """Decode images into a part, or find it from an earlier build.
 
-    A file that is no whole image, or whose mask is none, becomes an entry with a reason; with `stop_at_reject` it is
-    the only one, and there is no part.
+    A file that is no whole image, or whose mask is none, becomes an entry with a reason. With `stop_at_reject` there is
+    no part then: the first rejected image is returned.
     """
-    made = parts.read_part(task.folder, task.number, task.key, task.files)
-    if made is not None and not (task.stop_at_reject and any(image.reason for image in made.images)):
-        return IngestedImages(made, made.images)
-    with images.quiet_decoding(), resizing.kept_memory():
-        return _decode(task)
+    files = parts.file_states(task.source, task.images)
+    part = parts.read_part(task.folder, task.number, task.key, files, task.images)
+    if part is not None and not (task.stop_at_reject and any(image.reason for image in part.images)):
+        return part
+    with images.quiet_decoding():
+        return _decode(task, files)
 
 
-def _decode(task: IngestTask) -> IngestedImages:
-    done: list[parts.PartImage] = []
+def _decode(task: IngestTask, files: parts.FileStates) -> Part | EncodedImage:
+    done: list[EncodedImage] = []
     encoded: list[bytes] = []
     thumbnails: list[bytes] = []
     offset = 0
-    for start in range(0, len(task.files), resizing.BANDS):
-        several = [_read_image(task, file) for file in task.files[start : start + resizing.BANDS]]
-        if task.stop_at_reject:
-            rejected = [image.entry for image in several if image.decoded is None]
-            if rejected:
-                return IngestedImages(None, tuple(rejected[:1]))
-        grays = [image.decoded.gray for image in several if image.decoded]
+    for start in range(0, len(task.images), resizing.BANDS):
+        several = [_read_image(task, source) for source in task.images[start : start + resizing.BANDS]]
+        grays = [decoded.gray for _, decoded, _ in several if decoded]
+        if task.stop_at_reject and len(grays) < len(several):
+            return next(image for image, decoded, _ in several if decoded is None)
         stored, compared = resizing.squares(grays, [resizing.Square(task.image_size), THUMBNAIL])
         thumbnails += [small.tobytes() for small in compared]
         squares = iter(stored)
-        for image in several:
-            if image.decoded is None:
-                done.append(image.entry)
+        for image, decoded, mask in several:
+            if decoded is None:
+                done.append(image)
                 continue
             pixels = record.encode_image(next(squares), task.encoding)
-            done.append(
-                image.entry._replace(
-                    width=image.decoded.width,
-                    height=image.decoded.height,
-                    offset=offset,
-                    length=len(pixels),
-                    mask_length=len(image.mask),
-                )
-            )
-            encoded += [pixels, image.mask]
-            offset += len(pixels) + len(image.mask)
+            done.append(image._replace(offset=offset, length=len(pixels), mask_length=len(mask)))
+            encoded += [pixels, mask]
+            offset += len(pixels) + len(mask)
     content = b"".join([*encoded, *thumbnails])
-    part = parts.write_part(task.folder, task.number, task.key, task.files, done, content)
-    return IngestedImages(part, part.images)
+    return parts.write_part(task.folder, task.number, task.key, files, done, content)
 
 
-@dataclass(frozen=True, slots=True)
-class _ReadImage:
-    """A source image before it is resized, or why there is none."""
-
-    entry: parts.PartImage
-    """What is known of it by now; with a reason, all there is."""
-    decoded: images.Decoded | None
-    mask: bytes
-    """Encoded; empty when there is none."""
-
-
-def _read_image(task: IngestTask, file: parts.SourceFile) -> _ReadImage:
-    image = _SourceBytes.read(task.source, file.path)
-    mask = _SourceBytes.read(task.source, file.mask.path) if file.mask else None
-    entry = parts.PartImage(file.path, image.sha256, mask_sha256=mask.sha256 if mask else None)
+def _read_image(task: IngestTask, source: SourceImage) -> tuple[EncodedImage, images.Decoded | None, bytes]:
+    """What is known of an image before it is resized, its pixels (None with a reason), and its encoded mask."""
+    file = _SourceBytes.read(task.source, source.path)
+    mask = _SourceBytes.read(task.source, source.mask) if source.mask else None
+    image = EncodedImage(source, parts.part_name(task.number), file.sha256, mask.sha256 if mask else None)
     try:
-        decoded = images.decode_gray(image.content(), image.path)
+        decoded = images.decode_gray(file.content(), file.path)
         inside = images.decode_mask(mask.content(), task.image_size, mask.path) if mask else None
     except images.ImageError as error:
-        reason = error.reason if error.path == image.path else f"has a mask, {error.path.name}, that {error.reason}"
-        return _ReadImage(entry._replace(reason=reason), None, b"")
-    return _ReadImage(entry, decoded, b"" if inside is None else record.encode_mask(inside))
+        reason = error.reason if error.path == file.path else f"has a mask, {error.path.name}, that {error.reason}"
+        return image._replace(reason=reason), None, b""
+    image = image._replace(width=decoded.width, height=decoded.height)
+    return image, decoded, b"" if inside is None else record.encode_mask(inside)
 
 
 def write_shard(task: ShardTask) -> WrittenShard:
@@ -195,22 +162,23 @@ def _write_records(task: ShardTask, file: IO[bytes]) -> WrittenShard:
     lengths: list[int] = []
     folder = str(task.folder)
     writer = tfrecord.RecordWriter(file)
-    for item in task.items:
+    label_of = {name: label for label, name in enumerate(task.class_names)}
+    for row, image in zip(task.rows, task.images, strict=True):
         # Opened anew for each image: there are more parts than a process may have open files.
-        descriptor = os.open(f"{folder}/{item.part}", os.O_RDONLY)
+        descriptor = os.open(f"{folder}/{image.part}", os.O_RDONLY)
         try:
-            content = os.pread(descriptor, item.length + item.mask_length, item.offset)
+            content = os.pread(descriptor, image.length + image.mask_length, image.offset)
         finally:
             os.close(descriptor)
-        if len(content) != item.length + item.mask_length:
-            raise OSError(f"{folder}/{item.part}: ends early")
+        if len(content) != image.length + image.mask_length:
+            raise OSError(f"{folder}/{image.part}: ends early")
         payload = record.encode_example(
-            image=content[: item.length],
-            label=item.label,
-            path=item.path,
-            index=item.index,
-            mask=task.no_mask and (content[item.length :] or task.no_mask),
+            image=content[: image.length],
+            label=label_of[image.source.class_name],
+            path=image.source.path,
+            index=row,
+            mask=task.no_mask and (content[image.length :] or task.no_mask),
         )
         offsets.append(writer.write(payload))
         lengths.append(len(payload))
-    return WrittenShard(task.name, writer.bytes_written, writer.sha256, tuple(offsets), tuple(lengths))
+    return WrittenShard(writer.bytes_written, writer.sha256, tuple(offsets), tuple(lengths))

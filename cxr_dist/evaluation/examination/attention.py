@@ -56,8 +56,8 @@ def attention_findings(shares: dict[str, Any]) -> list[Finding]:
         Finding(
             "attention",
             "note",
-            f"The network looks past the lungs: {100 * shares['attention']:.0f}% of its attention lies inside them, "
-            f"which take {100 * shares['area']:.0f}% of the image.",
+            f"The network looks past the lungs: they hold {100 * shares['attention']:.0f}% of its attention, and "
+            f"{100 * shares['area']:.0f}% of the image's area.",
             {key: shares[key] for key in ("images", "attention", "area", "excess_high")},
         )
     ]

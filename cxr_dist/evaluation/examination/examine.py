@@ -2,22 +2,58 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.evaluation.examination import attention, figures, shortcuts, source_probe
-from cxr_dist.evaluation.examination.findings import Examination, Finding, Panel
-from cxr_dist.evaluation.examination.gallery import Answers, gallery
+from cxr_dist.evaluation.examination.findings import Examination, Finding, Section
+from cxr_dist.evaluation.examination.gallery import gallery
 from cxr_dist.evaluation.examination.occlusion import Masks
 from cxr_dist.evaluation.examination.perturbations import Images
-from cxr_dist.evaluation.examination.robustness import LOOKS, named, robustness, robustness_findings
+from cxr_dist.evaluation.examination.robustness import LOOKS, robustness, robustness_findings
 from cxr_dist.evaluation.examination.statistics import Labels, score
+from cxr_dist.evaluation.predictions import Predictions
 from cxr_dist.inference import grad_cam
+from tfrecords_builder.common.figure import Figure
 
 Forward = Callable[[Images], npt.NDArray[np.float64]]
 """uint8 [B, S, S] -> probabilities float64 [B, C]."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExaminationInputs:
+    """N images of C classes, and the network that is examined. Raises ValueError for shapes that do not fit."""
+
+    forward: Forward
+    """The network."""
+    images: Images
+    """uint8 [N, S, S], N >= 1."""
+    labels: Labels
+    """int32 [N]."""
+    names: Sequence[str]
+    """Of the images: N distinct ones."""
+    class_names: tuple[str, ...]
+    """C names in label order."""
+    seed: int
+    """Of noise, donors, folds and the choice of examples."""
+    masks: Masks | None = None
+    """Of the lungs, bool [N, S, S]; all False for an image without one. None: of no image."""
+    sources: Sequence[str | None] | None = None
+    """Where each image came from; None where, or if, nothing is known."""
+    groups: Sequence[str] | None = None
+    """Name of each image's group of duplicates; None: each is its own."""
+    model: Any = None
+    """The same network as a functional Keras model with logits, for Grad-CAM; without it that is left out."""
+
+    def __post_init__(self) -> None:
+        images = self.images
+        if images.dtype != np.uint8 or images.ndim != 3 or not len(images) or len(self.labels) != len(images):
+            raise ValueError(f"expected uint8 [N, S, S] and N labels, not {images.dtype} {list(images.shape)}")
+        if self.masks is not None and self.masks.shape != images.shape:
+            raise ValueError(f"masks must be {list(images.shape)}, not {list(self.masks.shape)}")
 
 
 def looks(classes: int) -> int:
@@ -25,96 +61,66 @@ def looks(classes: int) -> int:
     return 2 + LOOKS + shortcuts.looks(classes)
 
 
-def examine(
-    model_forward: Forward,
-    images: Images,
-    labels: Labels,
-    masks: Masks | None,
-    sources: Sequence[str | None] | None,
-    groups: Sequence[str] | None,
-    class_names: Sequence[str],
-    seed: int,
-    *,
-    model: Any = None,
-    names: Sequence[str] | None = None,
-    done: Callable[[int], None] = lambda _: None,
-) -> Examination:
-    """Examine a network on N images of C classes.
-
-    Args:
-        model_forward: The network.
-        images: uint8 [N, S, S], N >= 1.
-        labels: int32 [N].
-        masks: Of the lungs, bool [N, S, S]; all False for an image without one. None: of no image.
-        sources: Where each image came from; None where, or if, nothing is known.
-        groups: Name of each image's group of duplicates; None: each is its own.
-        class_names: C names in label order.
-        seed: Of noise, donors, folds and the choice of examples.
-        model: The same network as a functional Keras model with logits, for Grad-CAM; without it that is left out.
-        names: Of the images, for captions.
-        done: Called with the number of images whenever some have been through the network.
-
-    Raises:
-        ValueError: Shapes that do not fit.
-    """
-    if images.dtype != np.uint8 or images.ndim != 3 or not len(images) or len(labels) != len(images):
-        raise ValueError(f"expected uint8 [N, S, S] and N labels, not {images.dtype} {list(images.shape)}")
-    if masks is not None and masks.shape != images.shape:
-        raise ValueError(f"masks must be {list(images.shape)}, not {list(masks.shape)}")
-    classes = len(class_names)
+def examine(inputs: ExaminationInputs, done: Callable[[int], None] = lambda _: None) -> Examination:
+    """Examine a network; `done` is called with the number of images whenever some have been through it."""
+    images, labels, masks, seed = inputs.images, inputs.labels, inputs.masks, inputs.seed
+    classes = len(inputs.class_names)
 
     def forward(changed: Images) -> npt.NDArray[np.float64]:
-        answers = np.asarray(model_forward(changed), np.float64)
+        probabilities = np.asarray(inputs.forward(changed), np.float64)
         done(len(changed))
-        return answers
+        return probabilities
 
     def classify(changed: Images) -> Labels:
-        return named(forward(changed))
+        return np.argmax(forward(changed), axis=1).astype(np.int32)
 
-    probabilities = forward(images)
-    predicted = named(probabilities)
+    predictions = Predictions(list(inputs.names), labels, forward(images), inputs.class_names)
+    predicted = predictions.predicted
     occlusions = shortcuts.occlusion_scores(classify, images, labels, predicted, masks, classes, seed)
     conflict = shortcuts.cue_conflict(classify, images, labels, classes, seed)
     curves = robustness(classify, images, labels, predicted, classes, seed)
-    findings: list[Finding] = [
-        *shortcuts.conflict_findings(conflict),
-        *shortcuts.occlusion_findings(occlusions, conflict),
-    ]
-    panels: list[Panel] = [
-        figures.occlusion_panel(occlusions),
-        figures.robustness_panel(curves, occlusions["chance"]),
-    ]
-    looked, features = None, None
-    if model is not None:
-        explained = grad_cam.make_explain(model, done)(images, predicted)
+    findings = [*shortcuts.conflict_findings(conflict), *shortcuts.occlusion_findings(occlusions, conflict)]
+    sections: dict[Section, list[Figure]] = {
+        "attention": [],
+        "lungs": [figures.occlusion_figure(occlusions)],
+        "robustness": [figures.robustness_figure(curves, occlusions["chance"])],
+    }
+    shares, features = None, None
+    if inputs.model is not None:
+        explained = grad_cam.make_explain(inputs.model, done)(images, predicted)
         features = explained.features
-        looked = None if masks is None else attention.lung_shares(explained.maps, masks)
-        findings += attention.attention_findings(looked) if looked else []
-        answers = Answers(
-            labels, probabilities, tuple(class_names), names or [f"image {n}" for n in range(len(labels))]
-        )
-        panels += gallery(images, explained.maps, answers, seed)
-    origin = source_probe.by_source(labels, predicted, sources)
-    told = source_probe.source_in_features(features, labels, sources, groups, class_names, seed)
+        shares = None if masks is None else attention.lung_shares(explained.maps, masks)
+        findings += attention.attention_findings(shares) if shares else []
+        sections["attention"] = gallery(images, explained.maps, predictions, seed)
     overall = score(labels, predicted, classes)
-    findings += source_probe.source_findings(origin, overall["accuracy"])
-    findings += source_probe.feature_findings(told) + robustness_findings(curves)
+    sources, source_findings = _sources(inputs, predicted, overall["accuracy"], features)
+    findings += source_findings + robustness_findings(curves)
     counted = Counter(labels.tolist())
     numbers = {
         "sample": {
             "images": len(labels),
-            "classes": {name: counted[label] for label, name in enumerate(class_names)},
+            "classes": {name: counted[label] for label, name in enumerate(inputs.class_names)},
             "with_mask": 0 if masks is None else int(masks.any(axis=(1, 2)).sum()),
-            "with_source": sum(source is not None for source in sources or ()),
+            "with_source": sum(source is not None for source in inputs.sources or ()),
             "seed": seed,
             "looks": looks(classes),
         },
         **overall,
         "occlusions": occlusions,
         "cue_conflict": conflict,
-        "by_source": origin,
-        "source_in_features": told,
+        **sources,
         "robustness": curves,
-        "attention": {"measured": model is not None, "lungs": looked},
+        "attention": {"measured": inputs.model is not None, "lungs": shares},
     }
-    return Examination(numbers, findings, panels)
+    return Examination(numbers, findings, sections)
+
+
+def _sources(
+    inputs: ExaminationInputs, predicted: Labels, accuracy: float, features: npt.NDArray[np.float32] | None
+) -> tuple[dict[str, Any], list[Finding]]:
+    """What the images' sources have to do with the predictions."""
+    labels, sources = inputs.labels, inputs.sources
+    by_source = source_probe.by_source(labels, predicted, sources)
+    probe = source_probe.source_in_features(features, labels, sources, inputs.groups, inputs.class_names, inputs.seed)
+    findings = [*source_probe.source_findings(by_source, accuracy), *source_probe.feature_findings(probe)]
+    return {"by_source": by_source, "source_in_features": probe}, findings

@@ -107,8 +107,8 @@ def with_border_of(images: Images, donors: Images) -> Images:
 
 OCCLUSIONS: dict[str, tuple[str, Callable[[Images, Masks | None], Images]]] = {
     "without_lungs": ("Lungs blacked out", without_lungs),
-    "lungs_only": ("Lungs alone", lungs_only),
-    "border_only": ("Border alone", border_only),
+    "lungs_only": ("Lungs only", lungs_only),
+    "border_only": ("Border only", border_only),
     "without_border": ("Border filled", without_border),
     "thumbnail": ("16 x 16 thumbnail", thumbnail),
 }

@@ -3,9 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from cxr_dist.evaluation.examination.findings import Finding
 from cxr_dist.evaluation.examination.perturbations import PERTURBATIONS, Images
 from cxr_dist.evaluation.examination.statistics import Labels, paired_fall, score
@@ -72,8 +69,3 @@ def robustness_findings(curves: dict[str, Any]) -> list[Finding]:
                 )
             )
     return found
-
-
-def named(probabilities: npt.NDArray[np.float64]) -> Labels:
-    """float [N, C] -> int32 [N]: the most probable class."""
-    return np.argmax(probabilities, axis=1).astype(np.int32)

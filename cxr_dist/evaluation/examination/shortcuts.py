@@ -16,18 +16,18 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.data import random_streams
+from cxr_dist.evaluation.exact import mcnemar, share_interval
 from cxr_dist.evaluation.examination import occlusion
 from cxr_dist.evaluation.examination.findings import Finding
 from cxr_dist.evaluation.examination.occlusion import Masks
 from cxr_dist.evaluation.examination.perturbations import Images
 from cxr_dist.evaluation.examination.statistics import (
+    CONFIDENCE,
     Labels,
     chance_of,
-    lower_bound,
     paired_fall,
     permutation_bound,
     score,
-    sign_test,
 )
 
 Classify = Callable[[Images], Labels]
@@ -84,7 +84,7 @@ def occlusion_scores(
         variants[name] = {
             "title": title,
             **score(labels, answers, classes),
-            "lower": lower_bound(int(np.sum(answers == labels)), len(labels)),
+            "lower": share_interval(int(np.sum(answers == labels)), len(labels), CONFIDENCE, "greater")[0],
             "permutation_bound": permutation_bound(labels, answers, seed),
             "most_named": float(np.bincount(answers).max() / len(answers)),
             "fall": fall["fall"],
@@ -122,7 +122,7 @@ def cue_conflict(classify: Classify, images: Images, labels: Labels, classes: in
         follows_image: share in which it is the image's.
         control: share in which the image, in a border of its own class, is given the class that the foreign border has.
         excess: follows_border - control.
-        p_value: that as many images, or more, lean towards the border by chance (`statistics.sign_test`).
+        p_value: that as many images, or more, lean towards the border by chance (McNemar's one-sided test).
     """
     present = np.unique(labels)
     empty = {"images": len(labels), "conflicts": 0, "rule": RULES["cue_conflict"]}
@@ -151,7 +151,7 @@ def cue_conflict(classify: Classify, images: Images, labels: Labels, classes: in
         "follows_image": float(np.mean(kept)),
         "control": before,
         "excess": follows - before,
-        "p_value": sign_test(int(np.sum(leaning > 0)), int(np.sum(leaning < 0))),
+        "p_value": mcnemar(int(np.sum(leaning > 0)), int(np.sum(leaning < 0)), "greater"),
         "reason": None,
     }
 
@@ -174,8 +174,8 @@ def occlusion_findings(occlusions: Mapping[str, Any], conflict: Mapping[str, Any
                     name,
                     "alarm",
                     f"A high score without lungs: {what} the network still has an accuracy of "
-                    f"{100 * item['accuracy']:.0f}% (chance: {100 * chance:.0f}%). At least in part it goes by "
-                    "something that is not the disease.",
+                    f"{100 * item['accuracy']:.0f}% (chance: {100 * chance:.0f}%). The model likely uses a "
+                    "shortcut.",
                     {"accuracy": item["accuracy"], "lower": item["lower"], "chance": chance},
                 )
             )
@@ -191,10 +191,10 @@ def occlusion_findings(occlusions: Mapping[str, Any], conflict: Mapping[str, Any
             Finding(
                 "without_border",
                 "alarm" if told else "note",
-                f"What the network uses lies in the border: {fall}."
+                f"The network relies on the border of the image: {fall}."
                 if told
-                else f"A changed border upsets the network: {fall}. Borders of other classes do not draw its answers, "
-                "so this is no sign that the border tells the class.",
+                else f"A changed border upsets the network: {fall}. Borders of other classes do not change its "
+                "predictions, so this is no sign that it reads the class from the border.",
                 {"accuracy": item["accuracy"], "accuracy_before": before, "fall_lower": item["fall_lower"]},
             )
         )
@@ -209,9 +209,9 @@ def conflict_findings(conflict: Mapping[str, Any]) -> list[Finding]:
         Finding(
             "cue_conflict",
             "alarm",
-            "The border decides: put into the border of an image of another class, "
-            f"{100 * conflict['follows_border']:.0f}% of the images are given that class, where "
-            f"{100 * conflict['control']:.0f}% are in a border of their own class.",
+            "The border decides: inside the border of an image of another class, "
+            f"{100 * conflict['follows_border']:.0f}% of the images are predicted as that class; inside a border of "
+            f"their own class {100 * conflict['control']:.0f}% are.",
             {key: conflict[key] for key in ("follows_border", "follows_image", "control", "excess", "p_value")},
         )
     ]

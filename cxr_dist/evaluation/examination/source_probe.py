@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.data import random_streams
+from cxr_dist.evaluation.exact import share_interval
 from cxr_dist.evaluation.examination.findings import Finding
-from cxr_dist.evaluation.examination.statistics import Labels, interval
+from cxr_dist.evaluation.examination.statistics import Labels
 
 LEAST_IMAGES = 8
 """A source with fewer images in a class says nothing about that class."""
@@ -54,7 +55,7 @@ def by_source(labels: Labels, predicted: Labels, sources: Sequence[str | None] |
     table = {}
     for name, count in sorted(known.items(), key=lambda item: (-item[1], item[0])):
         hits = int(right[names == name].sum())
-        low, high = interval(hits, count)
+        low, high = share_interval(hits, count)
         table[name] = {"images": count, "accuracy": hits / count, "low": low, "high": high}
     return {"skipped": None, "sources": table}
 

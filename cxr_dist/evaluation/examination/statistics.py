@@ -7,6 +7,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from cxr_dist.data import random_streams
+from cxr_dist.evaluation.exact import mcnemar
 from cxr_dist.evaluation.metrics import counts_metrics
 
 Labels = npt.NDArray[np.int32]
@@ -36,19 +37,6 @@ def chance_of(labels: Labels) -> float:
     return float(np.bincount(labels).max() / len(labels))
 
 
-def lower_bound(right: int, total: int) -> float:
-    """One-sided lower bound of a share, exact: Clopper and Pearson, Biometrika 26, 1934."""
-    return float(stats.beta.ppf(1 - CONFIDENCE, right, total - right + 1)) if right else 0.0
-
-
-def interval(right: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Two-sided, likewise."""
-    tail = (1 - confidence) / 2
-    low = float(stats.beta.ppf(tail, right, total - right + 1)) if right else 0.0
-    high = float(stats.beta.ppf(1 - tail, right + 1, total - right)) if right < total else 1.0
-    return low, high
-
-
 def permutation_bound(labels: Labels, predicted: Labels, seed: int) -> float:
     """The accuracy that answers with nothing to do with the images stay below, in 99 of 100 cases.
 
@@ -60,17 +48,12 @@ def permutation_bound(labels: Labels, predicted: Labels, seed: int) -> float:
     return float(np.quantile(values, CONFIDENCE, method="higher"))
 
 
-def sign_test(more: int, less: int) -> float:
-    """Probability of `more` or more images of `more + less` if either were as likely (McNemar's exact test)."""
-    return float(stats.binom.sf(more - 1, more + less, 0.5)) if more else 1.0
-
-
 def paired_fall(before: Flags, after: Flags) -> dict[str, Any]:
     """By how much the share of right answers falls on the same N images, and whether chance explains it.
 
     Returns:
         fall: difference of the shares.
-        p_value: of `sign_test` on the images whose answer changed.
+        p_value: of McNemar's one-sided test on the images whose prediction changed.
         lower: 99 % bound of the fall, by the normal approximation for paired shares (Wald's).
     """
     lost, won, total = int(np.sum(before & ~after)), int(np.sum(~before & after)), len(before)
@@ -78,7 +61,7 @@ def paired_fall(before: Flags, after: Flags) -> dict[str, Any]:
     error = np.sqrt(max(lost + won - (lost - won) ** 2 / total, 0)) / total
     return {
         "fall": fall,
-        "p_value": sign_test(lost, won),
+        "p_value": mcnemar(lost, won, "greater"),
         "lower": float(max(fall - stats.norm.ppf(CONFIDENCE) * error, -1.0)),
     }
 

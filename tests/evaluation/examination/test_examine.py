@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from cxr_dist.config.loading import load_config
-from cxr_dist.evaluation.evaluate import Request, evaluate_run
+from cxr_dist.evaluation.evaluate import evaluate_run
+from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.evaluation.examination import attention
 from cxr_dist.inference import grad_cam
 from cxr_dist.launch.train import run_training
 from tests.html_page import Page
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 
 SETTINGS = [
     "global_batch_size=16",
@@ -90,7 +91,7 @@ def trained(folder: Path, phantoms: Path, letter: bool) -> Path:
                 pixels[lungs] = pixels[lungs] // 8 + 60 * label
         (folder / "source" / Path(*path.parts[-3:-1])).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / "source" / Path(*path.parts[-3:]))
-    build_dataset(folder / "source", folder / "dataset", image_size=32, workers=1)
+    build_dataset(folder / "source", folder / "dataset", BuildOptions(image_size=32, workers=1))
     run_training(load_config(None, SETTINGS), folder / "dataset", folder / "run", launcher="local")
     return folder / "run"
 
@@ -102,7 +103,7 @@ def test_a_letter_in_the_border_is_reported_and_without_it_the_border_is_not_sai
 ) -> None:
     run = trained(tmp_path, phantom_source, letter)
     out = tmp_path / "out"
-    evaluate_run(Request(run, out, split="train", examine=48))
+    evaluate_run(EvaluationSpec(run, out, split="train", examine=48))
     tree = json.loads((out / "examination.json").read_text(), parse_constant=pytest.fail)
     alarms = {each["name"] for each in tree["findings"] if each["severity"] == "alarm"}
     page = Page((out / "report.html").read_text())
@@ -115,5 +116,5 @@ def test_a_letter_in_the_border_is_reported_and_without_it_the_border_is_not_sai
         assert title in page.text
     assert (out / "examination-robustness.svg").exists()
     assert all(image["alt"] for image in page.all("img"))
-    evaluate_run(Request(run, out))
+    evaluate_run(EvaluationSpec(run, out))
     assert not list(out.glob("examination*")), "figures of an earlier examination do not stay"

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cxr_dist.evaluation.exact import mcnemar, share_interval
 from cxr_dist.evaluation.examination import occlusion, perturbations, shortcuts, source_probe, statistics
-from cxr_dist.evaluation.examination.examine import examine
+from cxr_dist.evaluation.examination.examine import ExaminationInputs, examine
 from cxr_dist.evaluation.examination.findings import Examination
 
 CLASSES, SIDE = 4, 32
@@ -45,7 +46,8 @@ CORNER, LUNGS = (slice(0, 3), slice(0, 3)), (slice(10, 22), slice(8, 13))
 
 def run(forward: Any, seed: int, masked: bool) -> Examination:
     images, labels, masks = planted(seed)
-    return examine(forward, images, labels, masks if masked else None, None, None, NAMES, seed)
+    paths = [str(row) for row in range(len(labels))]
+    return examine(ExaminationInputs(forward, images, labels, paths, NAMES, seed, masks if masked else None))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -93,7 +95,8 @@ def test_json_is_strict_and_holds_the_findings() -> None:
 def test_one_image_and_one_class_give_numbers_too() -> None:
     images, labels, _ = planted(0)
     for rows in (slice(0, 1), np.flatnonzero(labels == 2)):
-        found = examine(reader(*CORNER), images[rows], labels[rows], None, None, None, NAMES, 0)
+        paths = [str(row) for row in range(len(labels[rows]))]
+        found = examine(ExaminationInputs(reader(*CORNER), images[rows], labels[rows], paths, NAMES, 0))
         assert {each.name for each in found.alarms} <= {"without_border"}, "where there is no chance, none is beaten"
         assert json.loads(found.to_json())["cue_conflict"]["excess"] is None
 
@@ -141,14 +144,18 @@ def test_rotation_beside_numpy_and_scipy() -> None:
 
 
 def test_bounds_beside_scipy() -> None:
-    from scipy.stats import binomtest
+    from scipy.stats import beta, binomtest
 
     for right, total in ((0, 5), (3, 9), (9, 9)):
         exact = binomtest(right, total, alternative="greater").proportion_ci(0.99, "exact").low
-        assert statistics.lower_bound(right, total) == pytest.approx(exact)
-        assert statistics.sign_test(right, total - right) == pytest.approx(
+        assert share_interval(right, total, 0.99, "greater")[0] == pytest.approx(exact)
+        assert share_interval(right, total, 0.99, "greater")[0] == pytest.approx(
+            beta.ppf(0.01, right, total - right + 1) if right else 0.0
+        )
+        assert mcnemar(right, total - right, "greater") == pytest.approx(
             binomtest(right, total, alternative="greater").pvalue
         )
+    assert mcnemar(0, 0) == 1.0
     labels = np.repeat([0, 1, 2], [50, 20, 3]).astype(np.int32)
     chosen = statistics.balanced_sample(labels, 30, 0)
     assert np.bincount(labels[chosen]).tolist() == [14, 13, 3]

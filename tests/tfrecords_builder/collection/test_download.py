@@ -202,7 +202,7 @@ def test_what_can_be_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "full" / "thesis.pdf").write_text("of years")
     with pytest.raises(UserError, match="holds something other"):
         download_database(tmp_path / "full", IMAGES)
-    with pytest.raises(UserError, match="holds something other"):
+    with pytest.raises(UserError, match="is a file"):
         download_database(tmp_path / "full" / "thesis.pdf", IMAGES)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 5 * 10**8))  # type: ignore[attr-defined]

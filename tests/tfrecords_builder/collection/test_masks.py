@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.tfrecords_builder.conftest import COUNTS
-from tfrecords_builder.build import BuildSummary, build_dataset
+from tfrecords_builder.build import BuildOptions, BuildSummary, build_dataset
 from tfrecords_builder.collection.download import FOLDER
 from tfrecords_builder.format.manifest import read_manifest
 from tfrecords_builder.format.record import Record, decode_example, decode_mask, encode_image, encode_mask
@@ -22,7 +22,7 @@ WITH_MASKS = ("COVID", "Normal")
 
 
 def build(source: Path, dataset: Path, **options: object) -> BuildSummary:
-    return build_dataset(source, dataset, image_size=SIZE, workers=1, **options)  # type: ignore[arg-type]
+    return build_dataset(source, dataset, BuildOptions(image_size=SIZE, workers=1, **options))  # type: ignore[arg-type]
 
 
 def records(dataset: Path) -> dict[str, Record]:

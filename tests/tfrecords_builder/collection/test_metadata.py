@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from tests.tfrecords_builder.conftest import COUNTS
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.collection.file_kinds import Note
 from tfrecords_builder.collection.find import find_images
 from tfrecords_builder.collection.metadata import (
@@ -60,7 +60,7 @@ def test_sheets_of_the_database(mutable: Path) -> None:
         "Normal.metadata.xlsx: 1 of 13 images of Normal have a line",
         "Viral Pneumonia.metadata.xlsx: 1 of 9 images of Viral_Pneumonia have a line",
     ]
-    manifest = build_dataset(mutable, mutable.parent / "d", image_size=16, workers=1).manifest
+    manifest = build_dataset(mutable, mutable.parent / "d", BuildOptions(image_size=16, workers=1)).manifest
     assert manifest.notes == tuple(notes)
     assert {row.source for row in manifest.rows} == {None, "https://one.org/a", "https://x", "https://y"}
 
@@ -77,13 +77,15 @@ def test_patients_stay_in_one_split_and_a_change_builds_anew(mutable: Path, tmp_
     lines = [f"{path},{patient}" for path, patient in patient_of.items()]
     (mutable / "metadata.csv").write_text("\n".join(["path,patient", *lines]))
     for seed in range(4):
-        manifest = build_dataset(mutable, tmp_path / str(seed), image_size=16, workers=1, seed=seed).manifest
+        manifest = build_dataset(
+            mutable, tmp_path / str(seed), BuildOptions(image_size=16, workers=1, seed=seed)
+        ).manifest
         assert manifest.excluded == [], "a patient with images of two classes is no contradiction"
         for patient in set(patient_of.values()):
             assert len({row.split for row in manifest.rows if row.patient == patient}) == 1
         verify_dataset(tmp_path / str(seed))
     (mutable / "metadata.csv").write_text("\n".join(["path,patient", *lines[1:]]))
-    again = build_dataset(mutable, tmp_path / "0", image_size=16, workers=1)
+    again = build_dataset(mutable, tmp_path / "0", BuildOptions(image_size=16, workers=1))
     assert not again.reused
     assert again.changes[0].startswith("metadata ")
 
@@ -91,11 +93,13 @@ def test_patients_stay_in_one_split_and_a_change_builds_anew(mutable: Path, tmp_
 def test_published_splits_ignore_patients(mutable: Path, tmp_path: Path) -> None:
     paths = [image.path for image in find_images(mutable)]
     (mutable / "metadata.csv").write_text("\n".join(["path,patient", *(f"{path},one" for path in paths)]))
-    manifest = build_dataset(mutable, tmp_path / "d", image_size=16, workers=1, split="published").manifest
+    manifest = build_dataset(
+        mutable, tmp_path / "d", BuildOptions(image_size=16, workers=1, split="published")
+    ).manifest
     counts = {name.replace(" ", "_"): count for name, count in COUNTS.items()}
     assert manifest.counts == {split: {n: split_sizes(c)[split] for n, c in counts.items()} for split in SPLITS}
     with pytest.raises(UserError, match=r"has no image for the (train|validation|test) split"):
-        build_dataset(mutable, tmp_path / "e", image_size=16, workers=1)
+        build_dataset(mutable, tmp_path / "e", BuildOptions(image_size=16, workers=1))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,7 @@ def test_columns_that_are_not_read_and_patients_in_several_spellings_are_said(mu
     spelt = ["P0", "P0 ", "p0", "12", "12.0", "P 1", "P\u00a01", "", "nan", "N/A"]
     lines = ["path,patient,age", *(f"{path},{text},50" for path, text in zip(paths, spelt, strict=False))]
     (mutable / "metadata.csv").write_text("\n".join(lines))
-    manifest = build_dataset(mutable, tmp_path / "d", image_size=16, workers=1).manifest
+    manifest = build_dataset(mutable, tmp_path / "d", BuildOptions(image_size=16, workers=1)).manifest
     assert [row.patient for row in manifest.rows[:10]] == ["p0"] * 3 + ["12"] * 2 + ["p 1"] * 2 + [None] * 3
     assert {key: len(rows) for key, rows in manifest.patients.items()} == {"p0": 3, "12": 2, "p 1": 2}
     assert [note.text for note in manifest.notes] == [

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cxr_dist.cli import main
 from tests.tfrecords_builder.conftest import write_images
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.collection.file_kinds import Reason, not_taken_lines, printable, suffix_of
 from tfrecords_builder.collection.find import Listing, find_images, list_source
 from tfrecords_builder.collection.survey import Survey
@@ -136,7 +136,7 @@ def test_taken_and_counted_files_are_all_files(tree: Tree) -> None:
 
 def test_known_leftovers_change_nothing_and_are_counted(tmp_path: Path) -> None:
     source = write_images(tmp_path / "source", CLASSES)
-    clean = build_dataset(source, tmp_path / "d", image_size=16, workers=1).manifest
+    clean = build_dataset(source, tmp_path / "d", BuildOptions(image_size=16, workers=1)).manifest
     assert clean.not_taken == ()
     leftovers = {
         ".DS_Store": Reason.HIDDEN,
@@ -155,7 +155,7 @@ def test_known_leftovers_change_nothing_and_are_counted(tmp_path: Path) -> None:
     for path in leftovers:
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).write_bytes(PNG)
-    again = build_dataset(source, tmp_path / "d", image_size=16, workers=1)
+    again = build_dataset(source, tmp_path / "d", BuildOptions(image_size=16, workers=1))
     assert again.reused, "the dataset is the same"
     assert again.manifest.fingerprint == clean.fingerprint
     for manifest in (again.manifest, read_manifest(tmp_path / "d")):
@@ -282,17 +282,17 @@ def test_a_class_that_loses_some_is_an_error_unless_they_are_skipped(
 ) -> None:
     change(flat)
     with pytest.raises(UserError, match=r"or leave them out .build --on-error skip.$") as caught:
-        build_dataset(flat, tmp_path / "d", image_size=16, workers=1)
+        build_dataset(flat, tmp_path / "d", BuildOptions(image_size=16, workers=1))
     assert words in str(caught.value)
     assert not (tmp_path / "d").exists()
     for reused in (False, True):
-        summary = build_dataset(flat, tmp_path / "d", image_size=16, workers=1, on_error="skip")
+        summary = build_dataset(flat, tmp_path / "d", BuildOptions(image_size=16, workers=1, on_error="skip"))
         assert summary.reused == reused
         [item] = summary.manifest.not_taken
         assert (item.folder, item.reason, item.suffix, item.files) == key
         assert len(summary.manifest.rows) == images
     with pytest.raises(UserError, match="leave them out"):
-        build_dataset(flat, tmp_path / "d", image_size=16, workers=1)
+        build_dataset(flat, tmp_path / "d", BuildOptions(image_size=16, workers=1))
 
 
 def test_one_picture_of_a_hundred_may_be_lost_and_is_said(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_git_lfs_pointers_are_called_so(flat: Path, tmp_path: Path) -> None:
     for file in pngs(flat / "COVID"):
         file.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n")
     with pytest.raises(ImageError, match=r"COVID-0\.png: is a Git LFS pointer .*git lfs pull"):
-        build_dataset(flat, tmp_path / "d", image_size=16, workers=1)
+        build_dataset(flat, tmp_path / "d", BuildOptions(image_size=16, workers=1))
 
 
 # Links
@@ -456,7 +456,7 @@ def test_names_that_cannot_be_printed(flat: Path, tmp_path: Path) -> None:
     (flat / "docs\n\udcff").mkdir()
     (flat / "docs\n\udcff/x\udcff.png.\udcfe").write_bytes(b"")
     (flat / "docs\n\udcff/y.unknown").write_bytes(b"")
-    manifest = build_dataset(flat, tmp_path / "d", image_size=16, workers=1).manifest
+    manifest = build_dataset(flat, tmp_path / "d", BuildOptions(image_size=16, workers=1)).manifest
     assert read_manifest(tmp_path / "d").not_taken == manifest.not_taken
     for line in not_taken_lines(manifest.not_taken):
         assert line.isprintable()

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.format import record, tfrecord
-from tfrecords_builder.format.manifest import Manifest, Row, read_manifest
+from tfrecords_builder.format.manifest import Manifest, read_manifest
+from tfrecords_builder.format.manifest_rows import Row
 from tfrecords_builder.splitting.splits import SPLITS
 
 IMAGE_SIZE = 20
@@ -64,7 +65,7 @@ def draw_varied(source: Path) -> Path:
 
 def build(source: Path, dataset: Path, **options: object) -> Path:
     options = {"image_size": IMAGE_SIZE, "on_error": "skip"} | options
-    build_dataset(source, dataset, workers=1, **options)  # type: ignore[arg-type]
+    build_dataset(source, dataset, BuildOptions(workers=1, **options))  # type: ignore[arg-type]
     return dataset
 
 

@@ -20,7 +20,7 @@ from cxr_dist.cli import main
 from tests.html_page import Page
 from tests.tfrecords_builder.eda.eda_images import CONFLICT, TRIPLE, build, draw, draw_varied
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.eda import figures as eda_figures, page as eda_page
+from tfrecords_builder.eda import figures, page as eda_page, pixel_figures
 from tfrecords_builder.eda.analysis import analyse
 from tfrecords_builder.eda.page import NUMBERS, PAGE, write_analysis
 
@@ -188,10 +188,10 @@ def count_numbers(**classes: int) -> dict[str, Any]:
 
 
 def test_the_caption_of_counts() -> None:
-    text = eda_page.counts_caption(count_numbers(Lung_Opacity=3000, COVID=1200))
+    text = figures._counts_caption(count_numbers(Lung_Opacity=3000, COVID=1200))
     assert "Lung Opacity has the most images (3,000), 2.50 times as many as COVID" in text
     assert "3.4 percentage points from 70/15/15 (Lung Opacity, validation)" in text, "of either sign"
-    assert "Every class has 20 images" in eda_page.counts_caption(count_numbers(A=20, B=20))
+    assert "Every class has 20 images" in figures._counts_caption(count_numbers(A=20, B=20))
 
 
 def size_numbers(*widths: int, distinct: int = 7) -> dict[str, Any]:
@@ -204,11 +204,11 @@ def size_numbers(*widths: int, distinct: int = 7) -> dict[str, Any]:
 
 
 def test_the_caption_of_sizes() -> None:
-    text = eda_page.sizes_caption(size_numbers(512, 299, 1024))
+    text = figures._sizes_caption(size_numbers(512, 299, 1024))
     assert "7 different sizes, the commonest 299 x 300 pixels (12 images)" in text
     assert "from 299 pixels (B) to 1,024 (C)" in text
-    assert "299 pixels in every class" in eda_page.sizes_caption(size_numbers(299, 299))
-    assert eda_page.sizes_caption(size_numbers(299, distinct=1)).startswith("Every source image has 299 x 300 pixels")
+    assert "299 pixels in every class" in figures._sizes_caption(size_numbers(299, 299))
+    assert figures._sizes_caption(size_numbers(299, distinct=1)).startswith("Every source image has 299 x 300 pixels")
 
 
 def test_the_caption_of_distributions() -> None:
@@ -218,7 +218,9 @@ def test_the_caption_of_distributions() -> None:
             "contrast": {"mean": contrast, "deviation": 2.0},
         }
 
-    text = eda_page.distributions_caption({"classes": {"A": item(120, 40), "B": item(100, 50), "C": item(110, 45)}})
+    text = pixel_figures._distributions_caption(
+        {"classes": {"A": item(120, 40), "B": item(100, 50), "C": item(110, 45)}}
+    )
     assert "Images of B are the darkest on average (100.0), those of A the brightest (120.0), 20.0 levels apart" in text
     assert "images of A have the least contrast on average (40.0), those of B the most (50.0)" in text
     assert text.endswith("vary by 2.0.")
@@ -233,7 +235,7 @@ def test_the_caption_of_mean_images() -> None:
         ],
         "classes": {"A": {"pixel_deviation": 5.0}, "B": {"pixel_deviation": 7.0}, "C": {"pixel_deviation": 6.0}},
     }
-    text = eda_page.means_caption(pixels)
+    text = pixel_figures._means_caption(pixels)
     assert "A and C (9.0 gray levels a pixel) differ most and those of B and C (1.0 gray" in text
     assert "vary most in B (by 7.0)" in text
 
@@ -243,13 +245,13 @@ def test_the_captions_of_duplicates() -> None:
         "pairs": 5, "groups": 3, "images": 8, "sizes": {"2": 1, "3": 2}, "straddling_splits": 1,
         "straddling_classes": 2, "largest": [["a", "b", "c"], ["d", "e"]],
     }  # fmt: skip
-    text = eda_page.group_sizes_caption(numbers)
+    text = figures._group_sizes_caption(numbers)
     assert "5 pairs of near-duplicates join 8 images into 3 groups, the largest of 3" in text
     assert "1 group lies in more than one split, and 2 in more than one class" in text
-    none = eda_page.group_sizes_caption(numbers | {"straddling_splits": 0, "straddling_classes": 0})
+    none = figures._group_sizes_caption(numbers | {"straddling_splits": 0, "straddling_classes": 0})
     assert none.endswith("no group lies in more than one split or class.")
     picture = np.zeros((4, 4), np.uint8)
-    text = eda_page.groups_caption(numbers, [[picture, None], [picture, picture]])
+    text = figures._groups_caption(numbers, [[picture, None], [picture, picture]])
     assert "The 2 largest of 3 groups, 4 images in all" in text
     assert "1 more are in the table" in text
     assert "1 of them was left out of the dataset" in text
@@ -259,10 +261,10 @@ def test_the_caption_of_trivial_features() -> None:
     def item(accuracy: float, suspicious: bool) -> dict[str, Any]:
         return {"accuracy": accuracy, "guess": 0.5, "validation_images": 600, "suspicious": suspicious}
 
-    text = eda_page.shortcuts_caption({"brightness": item(0.55, False), "border": item(0.81, True)})
+    text = figures._shortcuts_caption({"brightness": item(0.55, False), "border": item(0.81, True)})
     assert "right on 50.0% of 600 validation images" in text
     assert "reaches is 81.0% (the outer frame of the image), and 1 of 2 features" in text
-    assert "no feature alone does better" in eda_page.shortcuts_caption({"brightness": item(0.5, False)})
+    assert "no feature alone does better" in figures._shortcuts_caption({"brightness": item(0.5, False)})
 
 
 # Figures
@@ -271,34 +273,34 @@ def test_the_caption_of_trivial_features() -> None:
 def test_figures_show_the_numbers(out: Path) -> None:
     numbers = numbers_of(out)
     names = list(numbers["counts"]["classes"])
-    axes = eda_figures.counts_figure(numbers["counts"]).axes[0]
+    axes = figures._draw_counts(numbers["counts"]).axes[0]
     widths = np.array([bar.get_width() for bar in axes.patches]).reshape(3, len(names))
     assert widths.tolist() == [[of[n]["images"] for n in names] for of in numbers["counts"]["splits"].values()]
     assert [label.get_text().replace("\n", " ") for label in axes.get_yticklabels()] == [
         name.replace("_", " ") for name in names
     ]
-    panels = eda_figures.distributions_figure(numbers["pixels"]).axes
+    panels = pixel_figures._draw_distributions(numbers["pixels"], "class").axes
     for axes, key in zip(panels, ("brightness", "contrast"), strict=True):
         for steps, item in zip(axes.patches, numbers["pixels"]["classes"].values(), strict=True):
             np.testing.assert_allclose(steps.get_data().values, np.array(item[key]["histogram"]) / item["images"])
         assert len({(steps.get_edgecolor(), steps.get_linestyle()) for steps in axes.patches}) == len(names)
-    axes = eda_figures.shortcuts_figure(numbers["shortcuts"], dict.fromkeys(numbers["shortcuts"], "x")).axes[0]
+    axes = figures._draw_shortcuts(numbers["shortcuts"]).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [item["accuracy"] for item in numbers["shortcuts"].values()]
     assert [text.get_text().endswith("(warning)") for text in axes.texts] == [
         item["suspicious"] for item in numbers["shortcuts"].values()
     ]
     sizes = numbers["source_sizes"]["classes"]
-    for axes, side in zip(eda_figures.sizes_figure(sizes).axes, ("width", "height"), strict=True):
+    for axes, side in zip(figures._draw_sizes(sizes).axes, ("width", "height"), strict=True):
         boxes = [(box.get_x(), box.get_x() + box.get_width()) for box in axes.patches]
         assert boxes == [(sizes[name][side]["q25"], sizes[name][side]["q75"]) for name in names]
         assert axes.lines[0].get_xdata().tolist() == [sizes[name][side]["median"] for name in names]
-    axes = eda_figures.group_sizes_figure({"2": 7, "5": 1}).axes[0]
+    axes = figures._draw_group_sizes({"2": 7, "5": 1}).axes[0]
     assert [bar.get_height() for bar in axes.patches] == [7, 1]
 
 
 def test_mean_images_are_shown_by_class() -> None:
     means, deviations = np.random.default_rng(0).uniform(0, 200, (2, 6, 8, 8)).astype(np.float32)
-    figure = eda_figures.means_figure([f"class {number}" for number in range(6)], means, deviations)
+    figure = pixel_figures._draw_means([f"class {number}" for number in range(6)], means, deviations)
     shown = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes if axes.get_title()}
     for number in range(6):
         assert np.array_equal(shown[f"class {number}"], means[number])
@@ -318,7 +320,7 @@ def test_mean_images_are_shown_by_class() -> None:
 
 def test_samples_are_in_reading_order() -> None:
     pictures = [np.full((4, 4), number, np.uint8) for number in range(8)]
-    sheet = eda_figures.samples_figure(pictures).axes[0].images[0].get_array()
+    sheet = pixel_figures._draw_samples(pictures).axes[0].images[0].get_array()
     places = [[int(sheet[top + 1, left + 1]) for left in range(0, 44, 8)] for top in (0, 8)]
     assert places == [[0, 1, 2, 3, 4, 5], [6, 7, 255, 255, 255, 255]]
 

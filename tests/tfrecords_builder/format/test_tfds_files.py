@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.tfrecords_builder.conftest import COUNTS
-from tfrecords_builder.build import build_dataset
+from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.collection.download import FOLDER
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
@@ -24,7 +24,7 @@ SIZE = 16
 def test_builder_from_directory_reads_every_split(source: Path, tmp_path: Path, encoding: str) -> None:
     import tensorflow_datasets as tfds
 
-    build_dataset(source, tmp_path / "d", image_size=SIZE, workers=1, encoding=encoding)
+    build_dataset(source, tmp_path / "d", BuildOptions(image_size=SIZE, workers=1, encoding=encoding))
     manifest = read_manifest(tmp_path / "d")
     builder = tfds.builder_from_directory(str(tmp_path / "d"))
     assert tuple(builder.info.features["label"].names) == manifest.class_names
@@ -77,7 +77,7 @@ def test_our_builder_for_tfds_makes_the_same_records(source: Path, tmp_path: Pat
     config = SizeConfig(name="small", image_size=SIZE, class_names=names)
     builder = Covid19Radiography(data_dir=str(tmp_path / "data"), config=config)
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(tmp_path / "manual")))
-    build_dataset(source, tmp_path / "ours", image_size=SIZE, workers=1, split="published")
+    build_dataset(source, tmp_path / "ours", BuildOptions(image_size=SIZE, workers=1, split="published"))
     ours = [decode_example(payload) for path in (tmp_path / "ours").glob("cxr-*") for _, payload in scan(path)]
     files = Path(builder.data_dir).glob("*.tfrecord-*")
     theirs = {record.path: record for path in files for record in (decode_example(p) for _, p in scan(path))}

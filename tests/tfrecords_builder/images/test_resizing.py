@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tfrecords_builder.images.resizing import BANDS, RESAMPLING, Square, kept_memory, squares
+from tfrecords_builder.images.resizing import BANDS, RESAMPLING, Square, squares
 
 WANTED = [Square(1), Square(31), Square(64, reducing_gap=1.0), Square(224)]
 
@@ -28,19 +28,3 @@ def test_images_of_any_number_and_sizes_come_back_in_order(sizes: list[int]) -> 
     images = [np.full((20, side), 10 * number, np.uint8) for number, side in enumerate(sizes)]
     for found in squares(images, WANTED):
         assert [np.unique(square).tolist() for square in found] == [[10 * n] for n in range(len(sizes))]
-
-
-def test_pillow_keeps_memory_while_images_are_decoded_and_not_after() -> None:
-    before = Image.core.get_blocks_max()
-    with kept_memory():
-        assert Image.core.get_blocks_max() == BANDS
-    assert Image.core.get_blocks_max() == before
-
-
-@pytest.mark.parametrize("missing", ["get_blocks_max", "set_blocks_max"])
-def test_a_pillow_without_its_private_functions_is_slower_and_no_error(
-    monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
-    monkeypatch.delattr(Image.core, missing)
-    with kept_memory():
-        pass

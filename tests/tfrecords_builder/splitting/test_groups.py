@@ -10,7 +10,7 @@ from PIL import Image
 
 from cxr_dist.cli import main
 from tests.tfrecords_builder.conftest import COUNTS
-from tfrecords_builder.build import BuildSummary, build_dataset
+from tfrecords_builder.build import BuildOptions, BuildSummary, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import MANIFEST_NAME, Manifest, read_manifest
 from tfrecords_builder.splitting.splits import SPLITS, split_sizes
@@ -18,7 +18,7 @@ from tfrecords_builder.verify import verify_dataset
 
 
 def build(source: Path, dataset: Path, **options: object) -> BuildSummary:
-    return build_dataset(source, dataset, workers=1, image_size=16, **options)  # type: ignore[arg-type]
+    return build_dataset(source, dataset, BuildOptions(workers=1, image_size=16, **options))  # type: ignore[arg-type]
 
 
 def image(source: Path, name: str, number: int) -> Path:

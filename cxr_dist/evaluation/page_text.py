@@ -1,103 +1,11 @@
-"""What a report says in words: captions, which are the figures' text alternatives too, the model card, tables. Pure."""
+"""What a report says in words beside its figures: sentences, the model card, tables, numbers. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from cxr_dist.evaluation.history import best_epoch_of, stage_label, stage_spans
-from cxr_dist.evaluation.metrics import roc_curves
-from cxr_dist.evaluation.predictions import Predictions
 from tfrecords_builder.common.figure_style import display_name
 
 _NOTHING = "–"  # noqa: RUF001
-
-
-def confusion_caption(metrics: Mapping[str, Any], kind: str) -> str:
-    """How many images lie on the diagonal, and the most frequent confusion (ties: the first in label order)."""
-    counts = np.array(metrics["confusion_matrix"])
-    names = [display_name(name) for name in metrics["class_names"]]
-    hits, total = int(np.trace(counts)), int(counts.sum())
-    text = f"{hits:,} of {_count(total, kind)} lie on the diagonal ({percent(hits / total)})"
-    wrong = counts - np.diag(np.diag(counts))
-    if not wrong.any():
-        return f"{text}: no image was misclassified."
-    true, predicted = np.unravel_index(np.argmax(wrong), wrong.shape)
-    most, of = int(wrong[true, predicted]), int(counts[true].sum())
-    # In a tie no confusion is the most frequent one.
-    phrase = "the most frequent confusion is" if np.sum(wrong == most) == 1 else "among the most frequent confusions is"
-    return f"{text}; {phrase} {names[true]} taken for {names[predicted]} ({most:,} of {of:,})."
-
-
-def roc_caption(metrics: Mapping[str, Any], predictions: Predictions) -> str:
-    """The best and the least separated class, and which classes have no curve."""
-    aucs = {name: metrics["per_class"][name]["auc"] for name in roc_curves(predictions)}
-    if not aucs:
-        return "No class has a ROC curve, because all images are of one class."
-    best, worst = max(aucs, key=aucs.__getitem__), min(aucs, key=aucs.__getitem__)
-    text = f"One class against the rest, macro-averaged AUC {metrics['auc_macro_ovr']:.3f}"
-    if f"{aucs[best]:.3f}" == f"{aucs[worst]:.3f}":
-        text += f"; every class has an AUC of {aucs[best]:.3f}"
-    else:
-        text += f"; {display_name(best)} is separated best (AUC {aucs[best]:.3f})"
-        text += f" and {display_name(worst)} least (AUC {aucs[worst]:.3f})"
-    absent = [display_name(name) for name in predictions.class_names if name not in aucs]
-    return f"{text}; there is no curve for {', '.join(absent)}, which has no images." if absent else f"{text}."
-
-
-def history_caption(history: Sequence[Mapping[str, Any]], best_epoch: int | None = None) -> str:
-    """The epochs of each stage, and the best one by validation."""
-    spans = stage_spans(history)
-    parts = [f"{_count(end - start + 1, '', 'epoch')} of {_stage_words(stage)}" for stage, start, end in spans]
-    text = f"Accuracy and loss by epoch: {', then '.join(parts)}"
-    best = best_epoch_of(history) if best_epoch is None else best_epoch
-    if best is None:
-        return f"{text}; no epoch was validated."
-    accuracy = history[best - 1].get("val_accuracy")
-    value = "" if accuracy is None else f", with a validation accuracy of {percent(accuracy)}"
-    return f"{text}; the best epoch is {best}{value}."
-
-
-def reliability_caption(calibrated: Mapping[str, Any]) -> str:
-    """How far the answers' probabilities are from the share of right answers, before and after scaling."""
-    before, after = (calibrated[when]["calibration_error"] for when in ("before", "after"))
-    temperature = calibrated["temperature"]
-    leaning = "too sure" if temperature > 1 else "not sure enough"
-    return (
-        f"On validation the network's probabilities were {leaning}: dividing its logits by {temperature:.3g} fits "
-        f"best. On these images the expected calibration error is {before:.3f} before and {after:.3f} after, the log "
-        f"loss {calibrated['before']['log_loss']:.3f} and {calibrated['after']['log_loss']:.3f}, the Brier score "
-        f"{calibrated['before']['brier']:.3f} and {calibrated['after']['brier']:.3f}.{_in_sample_words(calibrated)}"
-    )
-
-
-def _in_sample_words(calibrated: Mapping[str, Any]) -> str:
-    """A warning where the images are, at least in part, those that the calibration was fitted on."""
-    number = calibrated["in_sample"]
-    if number is None:
-        return " Whether the temperature was fitted on any of these images is not known."
-    if not number:
-        return ""
-    return f" Temperature and threshold were fitted on {number:,} of these images: on new images they are worse."
-
-
-def risk_caption(calibrated: Mapping[str, Any]) -> str:
-    """What the threshold that was chosen on validation does to these images, and what it does not guarantee."""
-    risk, threshold, answers = calibrated["target_risk"], calibrated["abstain_threshold"], calibrated["answers"]
-    wanted = f"at most {percent(risk)} wrong answers"
-    if threshold is None:
-        return f"No probability on validation was high enough for {wanted}: this model should always abstain."
-    text = f"For {wanted}, the model answers from a probability of {threshold:.3f} on, as chosen on validation. "
-    if calibrated.get("selected_the_model", True):
-        text += (
-            "The validation images also chose the model, so the bound behind the threshold (95% confidence) is "
-            "optimistic: on new images more answers may be wrong. "
-        )
-    text += _in_sample_words(calibrated).lstrip() + " " if calibrated["in_sample"] else ""
-    if not answers["answered"]:
-        return f"{text}On these images it never does."
-    wrong = percent(1 - answers["accuracy"])
-    return f"{text}On these images it answers {percent(answers['coverage'])}, of which {wrong} are wrong."
 
 
 def uncertainty_words(uncertainty: Mapping[str, Any]) -> str:
@@ -134,7 +42,7 @@ def seen_warning(metrics: Mapping[str, Any]) -> str:
         "its validation images, which chose the best epoch": seen["validation"],
     }
     parts = " and ".join(f"{number:,} are {kind}" for kind, number in kinds.items() if number)
-    text = f"The model has seen some of these {_count(metrics['n'], '')}: {parts} ({percent(seen['share'])} in all)."
+    text = f"The model has seen some of these {count(metrics['n'])}: {parts} ({percent(seen['share'])} in all)."
     unseen = metrics["metrics_unseen"]
     if unseen is None:
         return f"{text} There are no others: the figures do not say what it does on new images."
@@ -144,7 +52,7 @@ def seen_warning(metrics: Mapping[str, Any]) -> str:
         f"{words} {decimal(unseen[name])} {interval(intervals[name])}".rstrip()
         for name, words in (("accuracy", "accuracy"), ("f1_macro", "macro F1"))
     ]
-    return f"{text} On the other {_count(unseen['n'], '')}: {', '.join(figures_of)}. {missing_words(unseen)}".rstrip()
+    return f"{text} On the other {count(unseen['n'])}: {', '.join(figures_of)}. {missing_words(unseen)}".rstrip()
 
 
 def seen_words(metrics: Mapping[str, Any]) -> str:
@@ -216,12 +124,8 @@ def info_tables(info: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]
     return tables
 
 
-def _stage_words(stage: str) -> str:
-    name, _, what = stage_label(stage).partition(": ")
-    return f"{name} ({what})" if what else name
-
-
-def _count(number: int, kind: str, noun: str = "image") -> str:
+def count(number: int, kind: str = "", noun: str = "image") -> str:
+    """A number with its noun in singular or plural."""
     return " ".join(word for word in (f"{number:,}", kind, noun if number == 1 else f"{noun}s") if word)
 
 
