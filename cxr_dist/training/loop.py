@@ -39,6 +39,7 @@ from cxr_dist.runs.checkpoint_writer import Keeper
 from cxr_dist.runs.events import Reporter
 from cxr_dist.runs.stop_request import StoppedError, StopRequest
 from cxr_dist.training import schedules, train_step as steps
+from cxr_dist.training.gradients import StepSpec
 from cxr_dist.training.progress import Best, Progress
 from cxr_dist.training.stage_state import StageState
 from cxr_dist.training.steps_per_call import FixedLengths, Pace
@@ -262,23 +263,20 @@ class _Run:
         if restored is not None:
             with checkpoints.fitting(self._resumed_path):
                 state.restore(restored)
-        train_step = steps.make_train_step(
-            self.strategy,
-            inputs.network,
-            state.optimizer,
-            settings,
+        spec = StepSpec(
             global_batch_size=config.global_batch_size,
             classes=self.classes,
             seed=config.seed,
+            label_smoothing=settings.label_smoothing,
+            clip_norm=settings.clip_norm,
+            weight_decay=settings.weight_decay,
             augmentation=config.augmentation if settings.augment and not inputs.from_cut else None,
             class_weights=(
                 schedules.class_weights(self.train_source.labels, self.classes) if settings.class_weights else None
             ),
-            loss_scale=state.loss_scale,
-            xla=self.xla,
             accumulation_steps=config.accumulation_steps,
+            xla=self.xla,
             measure_wait=not config.deterministic,
-            average=state.average,
         )
         # Counted from the planned ends of earlier stages, so that an early stop changes no later order.
         first_step = sum(config.stages[earlier].epochs for earlier in range(1, number)) * plan.steps_per_epoch
@@ -291,7 +289,7 @@ class _Run:
             first_step=first_step,
             rates=schedules.learning_rates(settings, plan.steps_per_epoch),
             state=state,
-            train_step=train_step,
+            train_step=steps.make_train_step(inputs.network, state, spec),
             batches=self._batches(inputs.train, replace(plan, views=inputs.train.count // plan.count), start),
             pace=Pace(lengths.training if self.topology.workers > 1 else None),
             evaluation=evaluation,
