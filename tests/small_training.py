@@ -112,7 +112,7 @@ class Training:
     def stage(self, row: StageConfig, trace: Trace | None = None, loss_scale: float = 2.0**15) -> Trace:
         """Train the epochs of `row` at a constant rate and validate after each."""
         trace = trace or Trace()
-        resnet.set_trainable(self.model, row.unfreeze_layers, resnet.trains_base_batch_norm(self.config))
+        resnet.FrozenBase.of(row, self.config).apply(self.model)
         state = StageState.create(self.strategy, self.model, row, self.precision)
         self.loss_scale = LossScale.create(self.precision, loss_scale)
         spec = StepSpec(

@@ -27,12 +27,11 @@ from cxr_dist.features import cache
 from cxr_dist.features.stage_inputs import StageInputs
 from cxr_dist.features.store import FeatureStore
 from cxr_dist.model.resnet import (
+    FrozenBase,
     base_of,
     build_model,
     load_base_weights,
     name_what_older_keras_knows,
-    set_trainable,
-    trains_base_batch_norm,
 )
 from cxr_dist.runs import checkpoints, corrupt_records, heartbeat, run_folder, versions
 from cxr_dist.runs.checkpoint_writer import Keeper
@@ -222,8 +221,8 @@ class _Run:
         number = next(number for number, stage in sorted(self.config.stages.items()) if stage.epochs)
         stage = self.config.stages[number]
         load_base_weights(self.model, self.config.model.weights)
-        set_trainable(self.model, stage.unfreeze_layers, trains_base_batch_norm(self.config))
-        if self.inputs.cut_of(number) is None:
+        FrozenBase.of(stage, self.config).apply(self.model)
+        if self.inputs.cached_split(number) is None:
             return False
         self.progress.stage = number
         try:
@@ -257,7 +256,7 @@ class _Run:
         config, plan = self.config, self.plan
         if self.progress.stage != number:
             self.progress.stage, self.progress.epoch, self.progress.epochs_without_gain = number, 0, 0
-        set_trainable(self.model, settings.unfreeze_layers, trains_base_batch_norm(config))
+        FrozenBase.of(settings, config).apply(self.model)
         inputs = self.inputs.of(number)
         state = StageState.create(self.strategy, self.model, settings, self.precision)
         if restored is not None:
@@ -270,7 +269,7 @@ class _Run:
             label_smoothing=settings.label_smoothing,
             clip_norm=settings.clip_norm,
             weight_decay=settings.weight_decay,
-            augmentation=config.augmentation if settings.augment and not inputs.from_cut else None,
+            augmentation=config.augmentation if settings.augment and not inputs.from_cache else None,
             class_weights=(
                 schedules.class_weights(self.train_source.labels, self.classes) if settings.class_weights else None
             ),
@@ -281,7 +280,7 @@ class _Run:
         # Counted from the planned ends of earlier stages, so that an early stop changes no later order.
         first_step = sum(config.stages[earlier].epochs for earlier in range(1, number)) * plan.steps_per_epoch
         start = first_step + self.progress.epoch * plan.steps_per_epoch + self.progress.step
-        lengths = FixedLengths.of(self.topology.kind, head_alone=inputs.from_cut and not settings.unfreeze_layers)
+        lengths = FixedLengths.of(self.topology.kind, head_alone=inputs.from_cache and not settings.unfreeze_layers)
         # A part of a step, as more may not fit in the replica's memory.
         evaluation = EvaluationPlan(inputs.validation.count, plan.batch_size // plan.parts, self.topology.replicas)
         return _Stage(
@@ -465,7 +464,9 @@ class _Run:
             self.folder.clean()
             found = self.folder.newest(self._warn, set_aside=True)
         position = found[0] if found else checkpoints.Position(-1)
-        epochs_done, step = collectives.chiefs(self.strategy, self.topology, (position.epochs_done, position.step))
+        epochs_done, step = collectives.broadcast_from_chief(
+            self.strategy, self.topology, (position.epochs_done, position.step)
+        )
         if epochs_done < 0:
             load_base_weights(self.model, self.config.model.weights)
             if self.topology.is_chief:

@@ -324,7 +324,7 @@ def test_a_first_stage_does_not_decide_for_another_second_one(
     settings = ["stages.1.epochs=1", "stages.2.epochs=1", "checkpoint.every_steps=2"]
     whole, copy = tmp_path / "whole", tmp_path / "copy"
     measured: list[str] = []
-    monkeypatch.setattr(FrozenFeatures, "pays", lambda _self, _model, where, *_: measured.append(where.name) or True)
+    monkeypatch.setattr(FrozenFeatures, "pays", lambda _self, _model, split, *_: measured.append(split.name) or True)
     train_here(small(*settings, "stages.2.unfreeze_layers=3"), dataset, whole, CopyAfter(whole, copy, 1, 1, 4))
     of_the_first, other = set(measured), tmp_path / "other"
     manifest, config = read_manifest(dataset), small(*settings, "stages.2.unfreeze_layers=12")
