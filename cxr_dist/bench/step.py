@@ -81,7 +81,7 @@ def measure(config: Config, dataset: Path, run: Path, reporter: Reporter) -> lis
     topology = prepare_devices(1)
     run_folder.prepare(run, config, dataset, manifest)
     turns = _Turns(config, topology, len(manifest.class_names), reporter)
-    train(config, dataset, run, topology, turns, "local")
+    train(config, dataset, manifest, run, topology, turns, "local")
     return turns.rounds
 
 

@@ -38,7 +38,7 @@ class StageInputs:
         *,
         announce: Callable[[int, StageConfig, str], None],
         timed: Callable[[str], AbstractContextManager[None]],
-        decided: Callable[[], dict[str, bool]],
+        decided: dict[str, bool],
     ) -> None:
         """Args:
         frozen: Computes and finds what is cached.
@@ -83,7 +83,7 @@ class StageInputs:
         return split if split is not None and self._reads_cache(number, stage, split) else None
 
     def _reads_cache(self, number: int, stage: StageConfig, split: SplitPoint) -> bool:
-        decided, use = self._decided(), cache.use_of_cache(self._config.features, stage, split.name)
+        decided, use = self._decided, cache.use_of_cache(self._config.features, stage, split.name)
         # By all that it was decided about: a trial may begin with the first stage of another, and end with its own.
         key = f"{number} {split.name} {use}"
         if key not in decided:

@@ -25,7 +25,7 @@ from cxr_dist.training.gradients import RngKey, StepSpec, accumulate_gradients, 
 from cxr_dist.training.stage_state import StageState
 from cxr_dist.training.weight_average import WeightAverage
 
-MOST_STEPS_PER_CALL = 100
+MAX_STEPS_PER_CALL = 100
 
 # Rows of the summed counts that a call returns.
 TOTALS = 6
@@ -57,7 +57,7 @@ class TrainStep:
         learning_rates: npt.NDArray[np.float32],
         totals: npt.NDArray[np.float64],
     ) -> npt.NDArray[np.float64]:
-        """Train a step for each of `learning_rates`, float32 [n], with n up to MOST_STEPS_PER_CALL.
+        """Train a step for each of `learning_rates`, float32 [n], with n up to MAX_STEPS_PER_CALL.
 
         Returns:
             `totals`, float64 [TOTALS] (the rows are LOSS, CORRECT and so on), with these steps added one by one: the
@@ -66,7 +66,7 @@ class TrainStep:
         import tensorflow as tf
 
         # Of one length whatever the number of steps: another shape would trace the loop again.
-        padded = np.zeros(MOST_STEPS_PER_CALL, np.float32)
+        padded = np.zeros(MAX_STEPS_PER_CALL, np.float32)
         padded[: len(learning_rates)] = learning_rates
         result: npt.NDArray[np.float64] = self._compiled_loop(
             iterator,
