@@ -1,6 +1,5 @@
 """What all tests share: logical CPUs before TensorFlow starts, small datasets, and the real images where they are."""
 
-import functools
 import os
 import secrets
 import shutil
@@ -156,13 +155,10 @@ SMALL_RUN = [
 
 def use_small_base(patch: pytest.MonkeyPatch) -> None:
     """Let training and evaluation build a small residual base: ResNet50's steps take half a minute to trace."""
-    from cxr_dist.inference import classifier
-    from cxr_dist.model.resnet import build_model
-    from cxr_dist.training import loop
+    from cxr_dist.model import resnet
     from tests.small_training import small_base
 
-    for module in (loop, classifier):
-        patch.setattr(module, "build_model", functools.partial(build_model, make_base=small_base))
+    patch.setattr(resnet, "resnet50", small_base)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A small two-stage training, driven step by step, whose curve the tests compare."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,10 @@ from cxr_dist.distributed.devices import Topology
 from cxr_dist.distributed.precision import dtype_policy
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.model import resnet
-from cxr_dist.training import optimizers, train_step as steps
+from cxr_dist.training import train_step as steps
+from cxr_dist.training.gradients import StepSpec
 from cxr_dist.training.loss_scale import LossScale
+from cxr_dist.training.stage_state import StageState
 
 CLASSES = 4
 SIZE = 32
@@ -86,14 +88,14 @@ class Training:
         xla: bool = False,
         topology: Topology | None = None,
         make_base: Callable[[int], Any] = small_base,
-        parts: int = 1,
+        microbatches: int = 1,
         **changes: object,
     ) -> None:
         import keras
 
         self.config = config(**changes)
         self.topology = topology or local_topology(replicas)
-        self.precision, self.xla, self.parts = precision, xla, parts
+        self.precision, self.xla, self.microbatches = precision, xla, microbatches
         self.strategy = make_strategy(self.topology)
         keras.utils.set_random_seed(0)
         with self.strategy.scope():
@@ -110,25 +112,21 @@ class Training:
     def stage(self, row: StageConfig, trace: Trace | None = None, loss_scale: float = 2.0**15) -> Trace:
         """Train the epochs of `row` at a constant rate and validate after each."""
         trace = trace or Trace()
-        resnet.set_trainable(self.model, row.unfreeze_layers, resnet.trains_base_batch_norm(self.config))
-        with self.strategy.scope():
-            optimizer = optimizers.make_optimizer(row)
-            optimizer.build(self.model.trainable_variables)
+        resnet.FrozenBase.of(row, self.config).apply(self.model)
+        state = StageState.create(self.strategy, self.model, row, self.precision)
         self.loss_scale = LossScale.create(self.precision, loss_scale)
-        train_step = steps.make_train_step(
-            self.strategy,
-            self.model,
-            optimizer,
-            row,
+        spec = StepSpec(
             global_batch_size=BATCH,
             classes=CLASSES,
             seed=0,
+            label_smoothing=row.label_smoothing,
+            clip_norm=row.clip_norm,
+            weight_decay=row.weight_decay,
             augmentation=self.config.augmentation if row.augment else None,
-            class_weights=None,
-            loss_scale=self.loss_scale,
+            accumulation_steps=self.microbatches,
             xla=self.xla,
-            accumulation_steps=self.parts,
         )
+        train_step = steps.make_train_step(self.model, replace(state, loss_scale=self.loss_scale), spec)
         evaluate = steps.make_evaluation_step(self.strategy, self.model, CLASSES, self.xla)
         evaluation = EvaluationPlan(self.source.count, 5, self.topology.replicas)
         iterator = pipeline.distributed_batches(self.strategy, self.topology, self.source, self.plan)
@@ -144,7 +142,7 @@ class Training:
             trace.losses.append(totals[steps.LOSS] / max(totals[steps.COUNT], 1))
             trace.validation.append(loss / self.source.count)
             trace.skipped.append(int(totals[steps.SKIPPED]))
-        trace.traces.append(len(train_step.traces))
+        trace.traces.append(train_step.traces)
         return trace
 
 

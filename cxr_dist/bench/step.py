@@ -16,7 +16,7 @@ from typing import Any
 from cxr_dist.config.schema import Config
 from cxr_dist.distributed.devices import Topology, prepare_devices
 from cxr_dist.distributed.precision import dtype_policy, resolve_precision, resolve_xla
-from cxr_dist.model.resnet import build_model, set_trainable, trains_base_batch_norm
+from cxr_dist.model.resnet import FrozenBase, build_model
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.events import Event, Reporter
 from cxr_dist.training.loop import train
@@ -81,7 +81,7 @@ def measure(config: Config, dataset: Path, run: Path, reporter: Reporter) -> lis
     topology = prepare_devices(1)
     run_folder.prepare(run, config, dataset, manifest)
     turns = _Turns(config, topology, len(manifest.class_names), reporter)
-    train(config, dataset, run, topology, turns, "local")
+    train(config, dataset, manifest, run, topology, turns, "local")
     return turns.rounds
 
 
@@ -119,7 +119,7 @@ def bare_step(config: Config, topology: Topology, classes: int, stage: int) -> C
     row = config.stages[stage]
     policy = dtype_policy(resolve_precision(config.precision, topology.kind))
     model = build_model(classes, size, config, policy)
-    set_trainable(model, row.unfreeze_layers, trains_base_batch_norm(config))
+    FrozenBase.of(row, config).apply(model)
     optimizer = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW, "sgd": keras.optimizers.SGD}[
         row.optimizer
     ](row.learning_rate)

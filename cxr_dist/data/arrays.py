@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.data.batch_sampler import Positions
-from cxr_dist.data.numpy_function import weakly
+from cxr_dist.data.numpy_function import weak_numpy_function
 
 
 class Source(Protocol):
@@ -55,9 +55,8 @@ class ArraySource:
         return self._labels
 
     def batches(self, positions: Any) -> Any:
-        import tensorflow as tf
 
-        rows = tf.numpy_function(weakly(self._take), [positions], self._inputs.dtype)
+        rows = weak_numpy_function(self._take, [positions], self._inputs.dtype)
         rows.set_shape([positions.shape[0], *self._inputs.shape[1:]])
         return rows
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.data.batch_sampler import Positions
-from cxr_dist.data.numpy_function import weakly
+from cxr_dist.data.numpy_function import weak_numpy_function
 from cxr_dist.runs.seen_images import Digests, digests_of
 from tfrecords_builder.collection.find import find_images
 from tfrecords_builder.collection.metadata import Metadata, normalized_patient, read_metadata
@@ -72,7 +72,7 @@ class FolderSource:
     def batches(self, positions: Any) -> Any:
         import tensorflow as tf
 
-        images = tf.numpy_function(weakly(self._read), [positions], tf.uint8)
+        images = weak_numpy_function(self._read, [positions], tf.uint8)
         images.set_shape([positions.shape[0], self._image_size, self._image_size, 1])
         return images
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from cxr_dist.data.arrays import Source
 from cxr_dist.data.batch_sampler import PADDING, EvaluationPlan, TrainingPlan
-from cxr_dist.data.numpy_function import weakly
+from cxr_dist.data.numpy_function import weak_numpy_function
 from cxr_dist.distributed.devices import Topology
 
 _CHUNK = 64
@@ -67,7 +67,7 @@ def worker_batches(
 
     @tf.autograph.experimental.do_not_convert  # nothing in it needs that, nor in what sources do
     def chunk(counter: Any) -> Any:
-        tensors = tf.numpy_function(weakly(elements.chunk), [counter], [tf.int64, tf.int32, tf.float32, tf.int32])
+        tensors = weak_numpy_function(elements.chunk, [counter], [tf.int64, tf.int32, tf.float32, tf.int32])
         for tensor in tensors:
             tensor.set_shape([_CHUNK, batch_size])
         return tf.data.Dataset.from_tensor_slices(tuple(tensors))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from cxr_dist.data.arrays import MemorySource, Source
 from cxr_dist.data.batch_sampler import Positions
-from cxr_dist.data.numpy_function import weakly
+from cxr_dist.data.numpy_function import weak_numpy_function
 from cxr_dist.runs.seen_images import Digests, digests_of
 from tfrecords_builder.collection.metadata import normalized_patient
 from tfrecords_builder.common.pool import default_workers
@@ -85,10 +85,10 @@ class ShardSource:
         size, encoding = self._manifest.image_size, self._manifest.encoding
         if encoding == "raw":
             # The pixels lie in the record as they are: one copy, where TensorFlow's parser makes three.
-            images = tf.numpy_function(weakly(self._read_raw), [positions], tf.uint8)
+            images = weak_numpy_function(self._read_raw, [positions], tf.uint8)
             images.set_shape([positions.shape[0], size, size, 1])
             return images
-        serialized = tf.numpy_function(weakly(self._read), [positions], tf.string)
+        serialized = weak_numpy_function(self._read, [positions], tf.string)
         serialized.set_shape(positions.shape)
         return record.parse_batch(serialized, size, encoding)["image"]
 

@@ -7,6 +7,7 @@ growth can only be set before the runtime starts.
 import functools
 from typing import Any
 
+from cxr_dist import compat
 from cxr_dist.config.schema import AllReduceConfig
 from cxr_dist.distributed.devices import DeviceKind, Topology
 
@@ -17,8 +18,7 @@ _ALL_REDUCE = AllReduceConfig()
 def make_strategy(topology: Topology, all_reduce: AllReduceConfig | None = None) -> Any:
     """One device, mirrored over local devices, or multi-worker (which reads TF_CONFIG).
 
-    The same one for the same arguments. Each strategy numbers its collectives from the same start, and the
-    runtime knows them by number: two strategies in one process would take each other's for their own.
+    The same one for the same arguments: see `compat.reserve_collective_keys`.
 
     Args:
         topology: What there is.
@@ -31,9 +31,8 @@ def make_strategy(topology: Topology, all_reduce: AllReduceConfig | None = None)
 def _strategy(topology: Topology, all_reduce: AllReduceConfig) -> Any:
     import tensorflow as tf
 
-    for kind in (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy):
-        kind._collective_key_base += _COLLECTIVE_KEYS_PER_STRATEGY
-
+    if topology.replicas > 1:
+        compat.reserve_collective_keys(_COLLECTIVE_KEYS_PER_STRATEGY)
     if topology.workers > 1:
         options = communication_options(all_reduce, topology.kind)
         strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)

@@ -1,9 +1,9 @@
-"""What the frozen part of the network computes, computed once, kept on disk, and used in place of images.
+"""The activation cache: what the frozen layers compute of each image, computed once and kept on disk.
 
-What is frozen gives the same output for the same pixels. A stage that trains the head alone then needs one forward pass
-in all, and its epochs are almost free; one that trains upper layers too saves the forward pass through the lower ones,
-where reading their output costs less (`cut_pays`). With augmentation a fixed number of views of each image is computed,
-each by fresh draws, and epoch after epoch takes the next view.
+Frozen layers give the same output for the same pixels. A stage that trains the head alone then needs one forward pass
+in all, and its epochs are almost free. A stage that trains upper layers too saves the forward pass through the lower
+ones, where reading their output costs less (`cache_pays`). With augmentation a fixed number of copies of each image is
+computed, each by fresh draws, and every epoch takes the next copy.
 
 Entries are found by all that decides their numbers (`_describe`), so epochs, restarts, runs and trials share them. Each
 worker computes its share of the images and reads what it needs. Not in the key: the device and the compiler, which
@@ -33,6 +33,7 @@ from cxr_dist.distributed.devices import Topology
 from cxr_dist.features.store import Description, FeatureStore, PartWriter, Rows
 from cxr_dist.model import forward, split_point
 from cxr_dist.model.resnet import IMAGENET_MEAN_BGR, POOL_NAME
+from cxr_dist.model.split_point import SplitPoint
 from tfrecords_builder.common.errors import UserError
 
 BATCH_SIZE = 32
@@ -42,7 +43,7 @@ WAIT_S = 10.0
 _PROBE_BYTES = 1 << 26
 
 VERSION = 2
-"""Of what is computed: raised with every change of the network below a cut, of the augmentation or of its draws."""
+"""Of what is computed: raised with every change of the network below a split point, or of the augmentation."""
 
 Progress = Callable[[int, int, float], None]
 """Told the images done and their number, of this worker, and the images per second of all workers."""
@@ -58,8 +59,16 @@ class SplitImages:
     source: ShardSource
 
 
-def use_of_cut(features: FeaturesConfig, stage: StageConfig, name: str) -> Literal["on", "off", "auto"]:
-    """Whether the stage reads the tensors at the cut `name` instead of images; auto: if it pays."""
+@dataclass(frozen=True)
+class AugmentedCopy:
+    """One of the augmented copies of every image of a split."""
+
+    augmentation: AugmentationConfig
+    number: int
+
+
+def use_of_cache(features: FeaturesConfig, stage: StageConfig, name: str) -> Literal["on", "off", "auto"]:
+    """Whether the stage reads the activations at the split point `name` instead of images; auto: if it pays."""
     if features.cache == "off":
         return "off"
     if name == POOL_NAME:
@@ -71,25 +80,21 @@ def use_of_cut(features: FeaturesConfig, stage: StageConfig, name: str) -> Liter
     return features.cut
 
 
-def cut_pays(
-    *, images: int, epochs: int, bytes_per_image: int, seconds_below: float, read_rate: float, write_rate: float
-) -> bool:
-    """Whether keeping the tensors at a cut saves time, of one worker.
+def cache_pays(*, epochs: int, bytes_per_image: int, seconds_below: float, read_rate: float, write_rate: float) -> bool:
+    """Whether caching the activations at a split point saves time, of one worker.
 
     Args:
-        images: Of training and validation together, read once an epoch.
-        epochs: Of the stages that read them.
+        epochs: Of the stage that reads them.
         bytes_per_image: In the cache.
-        seconds_below: An image's forward pass up to the cut.
+        seconds_below: An image's forward pass up to the split point.
         read_rate, write_rate: Of the disk, bytes per second.
     """
-    without = epochs * seconds_below
-    with_cut = seconds_below + bytes_per_image / write_rate + epochs * bytes_per_image / read_rate
-    return images * with_cut < images * without
+    cached = seconds_below + bytes_per_image / write_rate + epochs * bytes_per_image / read_rate
+    return cached < epochs * seconds_below
 
 
 class FrozenFeatures:
-    """Computes and finds the tensors at cuts of one run's model."""
+    """Computes and finds the activations of one run's frozen layers."""
 
     def __init__(
         self,
@@ -105,7 +110,7 @@ class FrozenFeatures:
     ) -> None:
         """Args:
         progress: Of what is computed.
-        waiting: Told now and then that another run computes the same, and this one waits for it.
+        waiting: Called now and then while another run computes the same, and this one waits for it.
         """
         self._config, self._strategy, self._topology, self._store = config, strategy, topology, store
         self._precision, self._xla, self._progress = precision, xla, progress
@@ -114,193 +119,207 @@ class FrozenFeatures:
         """Kept until the run ends: destroying one may take a minute (see `pipeline.distributed_batches`)."""
 
     def sources(
-        self, model: Any, name: str, also: Sequence[str], images: SplitImages, augmentation: AugmentationConfig | None
+        self, model: Any, names: Sequence[str], images: SplitImages, augmentation: AugmentationConfig | None
     ) -> ArraySource:
-        """The tensors at the cut `name` in place of images, of every view.
+        """The activations at a split point in place of images, of every augmented copy.
 
         Args:
-            model: Frozen below all cuts that are named.
-            name: Of the cut.
-            also: Cuts of later stages, computed in the same pass where they are missing.
+            model: Frozen below all split points that are named.
+            names: The split point; then those of later stages, computed in the same pass where they are missing.
             images: What to compute them of.
-            augmentation: Of the views; None for the images as they are.
+            augmentation: Of the copies; None for the images as they are.
         """
-        views = range(self._config.features.views) if augmentation else (None,)
-        found = [self._find_or_compute(model, [name, *also], images, augmentation, view) for view in views]
-        rows = Rows([part for each in found for part in each[name].parts])
-        return ArraySource(rows, np.tile(images.source.labels, len(found)))
+        copies: list[AugmentedCopy | None] = [None]
+        if augmentation is not None:
+            copies = [AugmentedCopy(augmentation, number) for number in range(self._config.features.views)]
+        described = self._describe(model, names, images, copies)
+        cached = [self._find_or_compute(model, entries, images, copy) for copy, entries in described.items()]
+        rows = Rows([part for of_copy in cached for part in of_copy[names[0]].parts])
+        return ArraySource(rows, np.tile(images.source.labels, len(copies)))
 
-    def pays(self, model: Any, where: split_point.Cut, images: SplitImages, total: int, epochs: int) -> bool:
-        """Whether the tensors at a cut are worth their bytes, from a measurement of one batch and of the disk."""
-        needed = total * where.bytes_per_image
-        present = self._store.has(self._describe(model, where.name, images, None, None))
-        if collectives.all_agree(self._strategy, present):
+    def pays(self, model: Any, split: SplitPoint, images: SplitImages, total: int, epochs: int) -> bool:
+        """Whether caching at a split point saves time, from a measurement of one batch and of the disk.
+
+        Args:
+            model: Frozen below the split point.
+            split: The split point.
+            images: To measure with.
+            total: How many images would be cached, of all splits.
+            epochs: Of the stage that reads them.
+        """
+        entry = self._describe(model, [split.name], images, [None])[None][split.name]
+        if collectives.all_workers_true(self._strategy, self._store.has(entry)):
             return True
-        if not collectives.all_agree(self._strategy, self._store.fits(needed)):
+        if not collectives.all_workers_true(self._strategy, self._store.fits(total * split.bytes_per_image)):
             return False
-        dtypes = [split_point.stored_dtype(where.name)]
-        run, iterator, batch = self._passes(model, [where.name], dtypes, images.source, None, None)
+        run, iterator = self._passes(model, [split.name], images.source, None, None)
         run(iterator)
         started = time.perf_counter()
         run(iterator)
-        seconds = (time.perf_counter() - started) / batch
+        seconds = time.perf_counter() - started
         read_rate, write_rate = disk_rates(self._store.folder)
-        answer = cut_pays(
-            images=total,
+        answer = cache_pays(
             epochs=epochs,
-            bytes_per_image=where.bytes_per_image,
-            seconds_below=seconds,
+            bytes_per_image=split.bytes_per_image,
+            seconds_below=seconds / (BATCH_SIZE * len(self._topology.devices)),
             read_rate=read_rate,
             write_rate=write_rate,
         )
-        return collectives.all_agree(self._strategy, answer)
+        return collectives.all_workers_true(self._strategy, answer)
 
     def _find_or_compute(
-        self,
-        model: Any,
-        names: Sequence[str],
-        images: SplitImages,
-        augmentation: AugmentationConfig | None,
-        view: int | None,
+        self, model: Any, entries: dict[str, Description], images: SplitImages, copy: AugmentedCopy | None
     ) -> dict[str, Rows]:
-        entries = {name: self._describe(model, name, images, augmentation, view) for name in names}
-        with ExitStack() as held:
+        with ExitStack() as locks:
             other = _OtherRun()
-            while not collectives.all_agree(self._strategy, self._hold(list(entries.values()), held, other)):
+            while not collectives.all_workers_true(self._strategy, self._lock(list(entries.values()), locks, other)):
                 self._waiting()
-            found = {name: self._store.find(entry) for name, entry in entries.items()}
-            missing = [name for name in names if not collectives.all_agree(self._strategy, found[name] is not None)]
+            rows = {name: self._store.find(entry) for name, entry in entries.items()}
+            missing = {
+                name: entry
+                for name, entry in entries.items()
+                if not collectives.all_workers_true(self._strategy, rows[name] is not None)
+            }
             if missing:
-                self._compute(model, {name: entries[name] for name in missing}, images, augmentation, view)
-                found |= {name: self._store.find(entries[name]) for name in missing}
-        whole = {name: rows for name, rows in found.items() if rows is not None}
-        self._must_agree(len(whole) == len(found))
+                self._compute(model, missing, images, copy)
+                rows |= {name: self._store.find(entry) for name, entry in missing.items()}
+        whole = {name: of_name for name, of_name in rows.items() if of_name is not None}
+        self._must_share(len(whole) == len(rows))
         return whole
 
-    def _must_agree(self, seen: bool) -> None:
+    def _must_share(self, seen: bool) -> None:
         """End the run on all workers unless each has `seen` what the others wrote."""
-        if not collectives.all_agree(self._strategy, seen):
+        if not collectives.all_workers_true(self._strategy, seen):
             raise UserError(
                 f"features.folder {self._store.folder}: what one worker writes there, others do not see; name a folder "
                 "that all workers share, or set features.cache=off"
             )
 
-    def _hold(self, entries: Sequence[Description], held: ExitStack, other: "_OtherRun") -> bool:
-        """Whether the chief could keep other runs from computing `entries`; some seconds are given to those that do."""
-        if self._topology.is_chief:
-            try:
-                held.enter_context(self._store.computing(entries, WAIT_S))
-            except TimeoutError:
-                self._check(other, entries)
-                return False
+    def _lock(self, entries: Sequence[Description], locks: ExitStack, other: "_OtherRun") -> bool:
+        """Whether the chief could keep other runs from computing `entries`; it waits some seconds for those that do.
+
+        Raises:
+            UserError: the one that holds them has written nothing for as long as a worker may be silent.
+        """
+        if not self._topology.is_chief:
+            return True
+        try:
+            locks.enter_context(self._store.computing(entries, WAIT_S))
+        except TimeoutError:
+            limit = self._config.worker_timeout_s
+            if other.silent_s(sum(self._store.written(entry) for entry in entries)) > limit:
+                raise UserError(
+                    f"features.folder {self._store.folder}: another run holds the same features, and has written "
+                    f"nothing for {limit:.0f} s; end it, name another folder, or set features.cache=off"
+                ) from None
+            return False
         return True
 
-    def _check(self, other: "_OtherRun", entries: Sequence[Description]) -> None:
-        """End this run when the one that holds `entries` has written nothing for as long as a worker may be silent."""
-        limit = self._config.worker_timeout_s
-        if other.silent_s(sum(self._store.written(entry) for entry in entries)) > limit:
-            raise UserError(
-                f"features.folder {self._store.folder}: another run holds the same features, and has written nothing "
-                f"for {limit:.0f} s; end it, name another folder, or set features.cache=off"
-            )
-
     def _compute(
-        self,
-        model: Any,
-        entries: dict[str, Description],
-        images: SplitImages,
-        augmentation: AugmentationConfig | None,
-        view: int | None,
+        self, model: Any, entries: dict[str, Description], images: SplitImages, copy: AugmentedCopy | None
     ) -> None:
-        topology, names = self._topology, list(entries)
+        """Compute the missing `entries` with all other workers, a share of the images each."""
+        worker, workers, names = self._topology.worker, self._topology.workers, list(entries)
         tensors = split_point.frozen_outputs(model, names).outputs
         shapes = {name: tuple(tensor.shape[1:]) for name, tensor in zip(names, tensors, strict=True)}
         dtypes = {name: split_point.stored_dtype(name) for name in names}
-        if topology.is_chief:
+        count = images.source.count
+        if self._topology.is_chief:
             for name, entry in entries.items():
-                row = int(np.prod(shapes[name])) * np.dtype(dtypes[name]).itemsize
-                self._store.begin(entry, images.source.count * row)
-        collectives.all_agree(self._strategy, True)
-        self._must_agree(all(self._store.has_begun(entry) for entry in entries.values()))
-        count, workers = images.source.count, topology.workers
-        first, last = count * topology.worker // workers, count * (topology.worker + 1) // workers
-        mine = Slice(images.source, first, last)
-        draws = None if view is None else view_draws(count, self._config.seed, view)[first:last]
+                self._store.begin(entry, count * int(np.prod(shapes[name])) * np.dtype(dtypes[name]).itemsize)
+        collectives.barrier(self._strategy)
+        self._must_share(all(self._store.has_begun(entry) for entry in entries.values()))
+        first, last = count * worker // workers, count * (worker + 1) // workers
         with ExitStack() as files:
-            writers = [
-                files.enter_context(self._store.part(entries[name], topology.worker, shapes[name], dtypes[name]))
-                for name in names
-            ]
-            if mine.count:  # or there are more workers than images
-                self._write(writers, model, names, mine, augmentation, draws)
-        collectives.all_agree(self._strategy, True)
-        if topology.is_chief:
+            writers = {
+                name: files.enter_context(self._store.part(entry, worker, shapes[name], dtypes[name]))
+                for name, entry in entries.items()
+            }
+            if last > first:  # or there are more workers than images
+                draws = None if copy is None else copy_draws(count, self._config.seed, copy.number)[first:last]
+                self._write(
+                    model,
+                    writers,
+                    Slice(images.source, first, last),
+                    None if copy is None else copy.augmentation,
+                    draws,
+                )
+        collectives.barrier(self._strategy)
+        if self._topology.is_chief:
             for name, entry in entries.items():
-                self._store.commit(entry, topology.workers, shapes[name], dtypes[name])
-        collectives.all_agree(self._strategy, True)
+                self._store.commit(entry, workers, shapes[name], dtypes[name])
+        collectives.barrier(self._strategy)
 
     def _write(
         self,
-        writers: Sequence[PartWriter],
         model: Any,
-        names: Sequence[str],
+        writers: dict[str, PartWriter],
         source: Source,
         augmentation: AugmentationConfig | None,
         draws: npt.NDArray[np.float32] | None,
     ) -> None:
-        """The tensors at each cut of every input of `source`, in order."""
-        dtypes = [split_point.stored_dtype(name) for name in names]
-        run, iterator, _ = self._passes(model, names, dtypes, source, augmentation, draws)
-        done, begun = 0, time.perf_counter()
+        """The activations at each split point of every input of `source`, in order."""
+        run, iterator = self._passes(model, list(writers), source, augmentation, draws)
+        done, started = 0, time.perf_counter()
         while done < source.count:
             for outputs in run(iterator):  # of each replica, in the order of the images; the last are padded
                 kept = min(source.count - done, len(outputs[0]))
-                for name, writer, output in zip(names, writers, outputs, strict=True):
+                for (name, writer), output in zip(writers.items(), outputs, strict=True):
                     _append(writer, output[:kept], name)
                 done += kept
-            self._progress(done, source.count, done * self._topology.workers / (time.perf_counter() - begun))
+            self._progress(done, source.count, done * self._topology.workers / (time.perf_counter() - started))
 
     def _passes(
         self,
         model: Any,
         names: Sequence[str],
-        dtypes: Sequence[str],
         source: Source,
         augmentation: AugmentationConfig | None,
         draws: npt.NDArray[np.float32] | None,
-    ) -> tuple[Callable[[Any], Any], Any, int]:
-        """A compiled step of this worker alone, what it reads, and the images that it takes."""
-        local = len(self._topology.devices)
-        alone = Topology(1, 0, self._topology.kind, self._topology.devices)
-        plan = EvaluationPlan(source.count, BATCH_SIZE, local)
+    ) -> tuple[Callable[[Any], Any], Any]:
+        """A compiled step of this worker alone, and what it reads: BATCH_SIZE images for each of its devices."""
+        devices = self._topology.devices
         run = forward.make_feature_step(
-            self._strategy, split_point.frozen_outputs(model, names), dtypes, augmentation, self._xla
+            self._strategy,
+            split_point.frozen_outputs(model, names),
+            [split_point.stored_dtype(name) for name in names],
+            augmentation,
+            self._xla,
         )
+        alone = Topology(1, 0, self._topology.kind, devices)
+        plan = EvaluationPlan(source.count, BATCH_SIZE, len(devices))
         iterator = pipeline.distributed_batches(self._strategy, alone, source, plan, extra=draws)
         self._iterators.append(iterator)
-        return run, iterator, BATCH_SIZE * local
+        return run, iterator
 
     def _describe(
-        self, model: Any, name: str, images: SplitImages, augmentation: AugmentationConfig | None, view: int | None
-    ) -> Description:
-        below = split_point.frozen_outputs(model, [name])
-        return {
+        self, model: Any, names: Sequence[str], images: SplitImages, copies: Sequence[AugmentedCopy | None]
+    ) -> dict[AugmentedCopy | None, dict[str, Description]]:
+        """Of each copy and split point, all that decides the numbers."""
+        weights = {name: _digest(split_point.variables_below(model, name)) for name in names}
+        common = {
             "version": VERSION,
             "dataset": images.dataset,
             "split": images.split,
-            "layer": name,
-            "weights": _digest(below),
             "preprocessing": {"subtracted_bgr": list(IMAGENET_MEAN_BGR), "image_size": self._config.model.image_size},
             "computed_in": self._precision,
-            "dtype": split_point.stored_dtype(name),
-            "view": None
-            if augmentation is None
-            else {**augmentation.model_dump(mode="json"), "seed": self._config.seed, "number": view},
         }
+        described: dict[AugmentedCopy | None, dict[str, Description]] = {}
+        for copy in copies:
+            view = None
+            if copy is not None:
+                changed = {"seed": self._config.seed, "number": copy.number}
+                view = copy.augmentation.model_dump(mode="json") | changed
+            described[copy] = {
+                name: common
+                | {"layer": name, "weights": weights[name], "dtype": split_point.stored_dtype(name), "view": view}
+                for name in names
+            }
+        return described
 
 
 class _OtherRun:
-    """Watched while this run waits, once, for what it computes."""
+    """Another run, watched while this one waits for what it computes."""
 
     def __init__(self) -> None:
         self._written, self._since = -1, 0.0
@@ -320,9 +339,9 @@ def _append(writer: PartWriter, rows: npt.NDArray[Any], name: str) -> None:
         raise UserError(f"the tensors at {name} cannot be kept ({error}); set features.{key}=off") from None
 
 
-def view_draws(count: int, seed: int, view: int) -> npt.NDArray[np.float32]:
-    """The augmentation's draws of each image in a view: float32 [count, augment.DRAWS], -1 to 1."""
-    return random_streams.uniform((count, augment.DRAWS), "augmented view", seed, view)
+def copy_draws(count: int, seed: int, number: int) -> npt.NDArray[np.float32]:
+    """The augmentation's draws of each image in a copy: float32 [count, augment.DRAWS], -1 to 1."""
+    return random_streams.uniform((count, augment.DRAWS), "augmented view", seed, number)
 
 
 def disk_rates(folder: Path) -> tuple[float, float]:
@@ -342,9 +361,9 @@ def disk_rates(folder: Path) -> tuple[float, float]:
     return _PROBE_BYTES / (read - written), _PROBE_BYTES / (written - begun)
 
 
-def _digest(model: Any) -> str:
+def _digest(variables: Sequence[Any]) -> str:
     digest = hashlib.sha256()
-    for variable in sorted(model.variables, key=lambda variable: str(variable.path)):
+    for variable in sorted(variables, key=lambda variable: str(variable.path)):
         digest.update(str(variable.path).encode())
         digest.update(variable.numpy().tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What each stage of a run reads: images, or what the frozen part makes of them."""
+"""What each stage of a run reads: images, or the activations of its frozen layers."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -9,7 +9,8 @@ from cxr_dist.config.schema import Config, StageConfig
 from cxr_dist.data.arrays import Source
 from cxr_dist.features import cache
 from cxr_dist.model import split_point
-from cxr_dist.model.resnet import set_trainable, trains_base_batch_norm
+from cxr_dist.model.resnet import FrozenBase
+from cxr_dist.model.split_point import SplitPoint
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Inputs:
     """From the sources' inputs to logits; shares the model's variables."""
     train: Source
     validation: Source
-    from_cut: bool
-    """Whether the inputs are tensors inside the network, and augmented already."""
+    from_cache: bool
+    """Whether the inputs are activations inside the network, and augmented already."""
 
 
 class StageInputs:
@@ -37,13 +38,13 @@ class StageInputs:
         *,
         announce: Callable[[int, StageConfig, str], None],
         timed: Callable[[str], AbstractContextManager[None]],
-        decided: Callable[[], dict[str, bool]],
+        decided: dict[str, bool],
     ) -> None:
         """Args:
         frozen: Computes and finds what is cached.
-        announce: Told the stage and, in words, what it reads.
+        announce: Receives the stage and, in words, what it reads.
         timed: Counts the seconds of a phase.
-        decided: By stage, cut and setting, whether it reads kept tensors, as the run remembers it; added to.
+        decided: By stage, split point and setting, whether it reads the cache, as the run remembers it; added to.
         """
         self._config, self._model, self._frozen = config, model, frozen
         self._train, self._validation = train, validation
@@ -51,9 +52,9 @@ class StageInputs:
         self._in_memory: tuple[Source, Source] | None = None
 
     def of(self, number: int) -> Inputs:
-        """The inputs of stage `number`, whose layers `set_trainable` has set; computed now where they are missing."""
-        stage, where = self._config.stages[number], self.cut_of(number)
-        if where is None:
+        """The inputs of stage `number`, whose freezing the model has; computed now where they are missing."""
+        stage, split = self._config.stages[number], self.cached_split(number)
+        if split is None:
             self._announce(number, stage, "images")
             limit = int(self._config.input.memory_gb * 1e9)
             with self._timed("read"):
@@ -61,48 +62,44 @@ class StageInputs:
                     self._train.source.in_memory(limit),
                     self._validation.source.in_memory(limit),
                 )
-            return Inputs(split_point.whole_network(self._model), *self._in_memory, from_cut=False)
-        self._announce(number, stage, f"what the layers up to {where.name} make of them, computed once")
-        later = self._later_cuts(number)
+            return Inputs(split_point.whole_network(self._model), *self._in_memory, from_cache=False)
+        self._announce(number, stage, f"cached activations of the layers up to {split.name}")
+        later = self._later_splits(number)
         augmentation = self._config.augmentation if stage.augment else None
         with self._timed("features"):
             train, validation = (
-                self._frozen.sources(self._model, where.name, also, images, changed)
+                self._frozen.sources(self._model, [split.name, *also], images, changed)
                 for images, changed, also in (
                     (self._train, augmentation, () if augmentation else later),
                     (self._validation, None, later),
                 )
             )
-        return Inputs(where.above, train, validation, from_cut=True)
+        return Inputs(split_point.network_above(self._model, split.name), train, validation, from_cache=True)
 
-    def cut_of(self, number: int) -> split_point.Cut | None:
-        """The cut at which stage `number`, whose layers are set, reads kept tensors; None where it reads images."""
-        where = split_point.frozen_cut(self._model)
-        return where if where is not None and self._keeps(number, where) else None
+    def cached_split(self, number: int) -> SplitPoint | None:
+        """The split point at which stage `number` reads cached activations; None where it reads images."""
+        stage = self._config.stages[number]
+        split = SplitPoint.of(self._model, FrozenBase.of(stage, self._config))
+        return split if split is not None and self._reads_cache(number, stage, split) else None
 
-    def _keeps(self, number: int, where: split_point.Cut) -> bool:
-        decided, stage = self._decided(), self._config.stages[number]
-        use = cache.use_of_cut(self._config.features, stage, where.name)
+    def _reads_cache(self, number: int, stage: StageConfig, split: SplitPoint) -> bool:
+        decided, use = self._decided, cache.use_of_cache(self._config.features, stage, split.name)
         # By all that it was decided about: a trial may begin with the first stage of another, and end with its own.
-        key = f"{number} {where.name} {use}"
+        key = f"{number} {split.name} {use}"
         if key not in decided:
             images = self._train.source.count + self._validation.source.count
             # What a clock decides is not the same in every run.
             measured = use == "auto" and not self._config.deterministic
             decided[key] = use == "on" or (
-                measured and self._frozen.pays(self._model, where, self._train, images, stage.epochs)
+                measured and self._frozen.pays(self._model, split, self._train, images, stage.epochs)
             )
         return decided[key]
 
-    def _later_cuts(self, number: int) -> tuple[str, ...]:
+    def _later_splits(self, number: int) -> list[str]:
         """Those of later stages that read the images as they are: one pass computes them all."""
-        config, batch_norm = self._config, trains_base_batch_norm(self._config)
-        names = []
-        for later, stage in sorted(config.stages.items()):
-            if later > number and stage.epochs and not stage.augment:
-                set_trainable(self._model, stage.unfreeze_layers, batch_norm)
-                where = split_point.frozen_cut(self._model)
-                set_trainable(self._model, config.stages[number].unfreeze_layers, batch_norm)
-                if where is not None and self._keeps(later, where):
-                    names.append(where.name)
-        return tuple(names)
+        later = [
+            self.cached_split(other)
+            for other, stage in sorted(self._config.stages.items())
+            if other > number and stage.epochs and not stage.augment
+        ]
+        return [split.name for split in later if split is not None]

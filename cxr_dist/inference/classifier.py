@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cxr_dist.distributed.devices import prepare_devices
 from cxr_dist.distributed.precision import dtype_policy, resolve_precision
 from cxr_dist.model import split_point
-from cxr_dist.model.resnet import build_model, set_trainable
+from cxr_dist.model.resnet import FrozenBase, build_model
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.calibration_file import Calibration, read_calibration
 from cxr_dist.runs.checkpoints import CheckpointFolder, restore_model
@@ -43,7 +43,7 @@ def load_model(run: FinishedRun, precision: str) -> Any:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = one_line(error)
         raise UserError(f"{path}: cannot be loaded ({reason}); train the run again") from None
-    set_trainable(model, 0, train_batch_norm=False)
+    FrozenBase().apply(model)
     return model
 
 

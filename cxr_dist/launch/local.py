@@ -10,6 +10,7 @@ from cxr_dist.runs import run_folder
 from cxr_dist.runs.events import Reporter, Reporters, closing
 from cxr_dist.runs.loggers import run_reporters
 from cxr_dist.runs.stop_request import stopped_by_sigterm
+from tfrecords_builder.format.manifest import Manifest
 
 
 def train_locally(
@@ -18,6 +19,7 @@ def train_locally(
     run: Path,
     reporter: Reporter,
     *,
+    manifest: Manifest,
     prepare: Prepare,
     devices_per_worker: int | None = None,
 ) -> dict[str, Any]:
@@ -29,4 +31,4 @@ def train_locally(
         return _result(run)
     reporters = Reporters([reporter, *run_reporters(run, run_folder.TENSORBOARD, run.name)])
     with stopped_by_sigterm(run), closing(reporters):
-        return train(config, dataset, run, topology, reporters, "local")
+        return train(config, dataset, manifest, run, topology, reporters, "local")

@@ -315,6 +315,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     import ray.train
 
     from cxr_dist.training.loop import train
+    from tfrecords_builder.format.manifest import read_manifest
 
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -331,7 +332,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         ]
     config = Config.model_validate(arguments["config"])
     with scratch_folder(), closing(Reporters(reporters)), local_copy(parse_place(arguments["dataset"])) as dataset:
-        train(config, dataset, run, topology, Reporters(reporters), "ray")
+        train(config, dataset, read_manifest(dataset), run, topology, Reporters(reporters), "ray")
 
 
 @contextmanager

@@ -328,7 +328,7 @@ def _devices(cores: int) -> Any:
 
 
 def _through_ray_train(job: TrialJob, plan: WorkerPlan, report: Callable[[dict[str, Any], float], bool]) -> None:
-    def train(config: Config, run: Path, listeners: Reporter) -> dict[str, Any]:
+    def train(config: Config, run: Path, _manifest: object, listeners: Reporter) -> dict[str, Any]:
         with following(run / run_folder.EVENTS, listeners):
             return launch_training(
                 config, job.dataset, run, plan, lambda: plan, listeners, name=job.name, hparams=job.values

@@ -70,7 +70,7 @@ def run_training(
 
         if launcher == "local":
             result = train_locally(
-                config, folder, run, reporter, prepare=prepare, devices_per_worker=devices_per_worker
+                config, folder, run, reporter, manifest=manifest, prepare=prepare, devices_per_worker=devices_per_worker
             )
         else:
             result = train_with_ray(

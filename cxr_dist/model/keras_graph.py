@@ -1,7 +1,9 @@
-"""A functional Keras model as a graph; the one place that reads what Keras keeps to itself about it."""
+"""A functional Keras model as a graph."""
 
 from dataclasses import dataclass
 from typing import Any
+
+from cxr_dist import compat
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,7 @@ class Call:
 
 def calls(network: Any) -> list[Call]:
     """Every call in the functional model `network`, each after those that it depends on."""
-    depths = sorted(network._nodes_by_depth, reverse=True)
-    nodes = [node for depth in depths for node in network._nodes_by_depth[depth]]
+    nodes = compat.functional_nodes(network)
     return [Call(node.operation, tuple(node.input_tensors), tuple(node.output_tensors)) for node in nodes]
 
 

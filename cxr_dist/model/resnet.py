@@ -8,11 +8,12 @@ parameters, so `resnet.keras` takes gray pixels as they are. With four classes: 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cxr_dist.config.schema import Config
+from cxr_dist.config.schema import Config, StageConfig
 from cxr_dist.runs.versions import unsupported
 from tfrecords_builder.common.errors import UserError, one_line
 
@@ -53,7 +54,7 @@ def build_model(
     image_size: int,
     config: Config,
     policy: str,
-    make_base: Callable[[int], Any] = resnet50,
+    make_base: Callable[[int], Any] | None = None,
     seed: int | None = None,
 ) -> Any:
     """The classifier with fresh weights, a `keras.Model`; load weights with `load_base_weights`.
@@ -64,7 +65,7 @@ def build_model(
         classes: C, the number of logits.
         image_size: S, pixels.
         policy: Keras dtype policy of base and head; the logits are float32 always.
-        make_base: image size -> a model named BASE_NAME, [B, S, S, 3] -> [B, h, w, 2048].
+        make_base: image size -> a model named BASE_NAME, [B, S, S, 3] -> [B, h, w, 2048]; None: `resnet50`.
         seed: Of the fresh weights; None takes the process's own random numbers.
 
     Raises:
@@ -73,7 +74,7 @@ def build_model(
     import keras
 
     with _process_state(policy, seed):
-        base = make_base(image_size)
+        base = (make_base or resnet50)(image_size)
         head = _head(keras, classes, config.model.dropout)
         image = keras.Input((image_size, image_size, 1), name=IMAGE_NAME, dtype="float32")
         # In float32 under every policy: bfloat16 has too few bits for a pixel minus a mean.
@@ -197,26 +198,37 @@ def name_what_older_keras_knows(model: Any) -> None:
             layer.get_config = partial(dict, config)
 
 
-def set_trainable(model: Any, unfreeze_layers: int, train_batch_norm: bool) -> None:
-    """Train the head and the upper `unfreeze_layers` layers of the base, and nothing else.
+@dataclass(frozen=True)
+class FrozenBase:
+    """Which part of the base is frozen; the head always trains."""
 
-    A frozen BatchNorm runs in inference mode whatever the call says: Keras ties that to `trainable`
-    (a nested `training=False` would be overridden by the outer call).
-    """
-    import keras
+    unfreeze_layers: int = 0
+    """Upper layers of the base that train."""
+    train_batch_norm: bool = False
+    """Whether their BatchNorm trains too. Frozen, it runs in inference mode, whatever a call says: Keras ties that to
+    `trainable`."""
 
-    base = base_of(model)
-    head_of(model).trainable = True
-    base.trainable = True  # the containers' own flags would hide their layers'
-    first = len(base.layers) - unfreeze_layers
-    for position, layer in enumerate(base.layers):
-        frozen_norm = isinstance(layer, keras.layers.BatchNormalization) and not train_batch_norm
-        layer.trainable = position >= first and not frozen_norm
+    @classmethod
+    def of(cls, stage: StageConfig, config: Config) -> "FrozenBase":
+        """Of a stage. Without pretrained weights there are no statistics worth keeping, so BatchNorm trains."""
+        return cls(stage.unfreeze_layers, config.model.batch_norm == "train" or config.model.weights == "none")
 
+    def trained(self, base: Any) -> set[str]:
+        """Names of the layers of `base` that train."""
+        import keras
 
-def trains_base_batch_norm(config: Config) -> bool:
-    """Without pretrained weights there are no statistics worth keeping, so BatchNorm trains."""
-    return config.model.batch_norm == "train" or config.model.weights == "none"
+        upper = base.layers[max(len(base.layers) - self.unfreeze_layers, 0) :]
+        norm = keras.layers.BatchNormalization
+        return {layer.name for layer in upper if self.train_batch_norm or not isinstance(layer, norm)}
+
+    def apply(self, model: Any) -> None:
+        """Set what trains in `model`."""
+        base = base_of(model)
+        trained = self.trained(base)
+        head_of(model).trainable = True
+        base.trainable = True  # the containers' own flags would hide their layers'
+        for layer in base.layers:
+            layer.trainable = layer.name in trained
 
 
 def check_weights(weights: str) -> None:

@@ -1,13 +1,14 @@
-"""The network on either side of a cut: below it everything is frozen, so an image gives the same tensor every time.
+"""The split point between the frozen layers and those that train, and the networks on either side of it.
 
-    image --below--> tensor at the cut --above--> logits
+    image --below--> tensor at the split point --above--> logits
 
-A stage that trains the head alone is cut at the pooled features. One that trains upper layers of the base too is cut
-at the highest place below them that a single tensor crosses: inside a residual block two do, and the few layers between
-that place and the first unfrozen one are cheaper than the bytes of the second tensor.
+Everything below is frozen, so an image gives the same tensor every time. A stage that trains the head alone splits at
+the pooled features. One that trains upper layers of the base too splits at the highest place below them that a single
+tensor crosses: inside a residual block two do, and the few layers from that place to the first trained one are cheaper
+than the bytes of the second tensor.
 
-Both sides share the variables of the whole model. Frozen BatchNorm is folded on both (`folding`), and in the network as
-a whole, which is what trains from images.
+Both sides share the variables of the whole model. Frozen BatchNorm is folded on both (`batch_norm_folding`), and in the
+network as a whole, which is what trains from images.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,19 +18,34 @@ from typing import Any
 import numpy as np
 
 from cxr_dist.model import batch_norm_folding, keras_graph
-from cxr_dist.model.resnet import FEATURES, IMAGE_NAME, MEAN_NAME, POOL_NAME, TO_BGR_NAME, base_of, head_of
+from cxr_dist.model.resnet import FEATURES, IMAGE_NAME, MEAN_NAME, POOL_NAME, TO_BGR_NAME, FrozenBase, base_of, head_of
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Where the frozen part ends, as `set_trainable` left it."""
+class SplitPoint:
+    """Where the frozen part ends."""
 
     name: str
     """The layer whose output crosses: POOL_NAME, or one of the base."""
     shape: tuple[int, ...]
     """Of the tensor, without the batch."""
-    above: Any
-    """That tensor, float32 [B, ...] -> logits float32 [B, C]."""
+
+    @classmethod
+    def of(cls, model: Any, frozen: FrozenBase) -> "SplitPoint | None":
+        """The highest one with everything below it frozen; None when nothing below one is."""
+        base = base_of(model)
+        trained = frozen.trained(base)
+        highest, computed = None, False
+        for call, tensors in keras_graph.crossing(base):
+            if call.layer.name in trained and call.layer.weights:
+                break
+            computed = computed or bool(call.layer.weights)  # padding alone is nothing to keep
+            if len(tensors) == 1 and computed:
+                highest = call.layer.name, tensors[0]
+        if highest is None:
+            return None
+        name, tensor = highest
+        return cls(POOL_NAME, (FEATURES,)) if tensor is base.output else cls(name, tuple(tensor.shape[1:]))
 
     @property
     def bytes_per_image(self) -> int:
@@ -37,7 +53,7 @@ class Cut:
 
 
 def stored_dtype(name: str) -> str:
-    """In which the tensor at a cut is kept: half the bytes where there are hundreds of thousands of values."""
+    """In which the tensor at a split point is kept: half the bytes where there are hundreds of thousands of values."""
     return "float32" if name == POOL_NAME else "float16"
 
 
@@ -47,42 +63,46 @@ def whole_network(model: Any) -> Any:
     return _from_image(model, lambda bgr: _to_logits(model, base(bgr)))
 
 
-def frozen_cut(model: Any) -> Cut | None:
-    """The highest cut with everything below it frozen; None when nothing below one is."""
+def network_above(model: Any, name: str) -> Any:
+    """The tensor at the split point `name`, float32 [B, ...] -> logits float32 [B, C]."""
     import keras
 
+    if name == POOL_NAME:
+        return head_of(model)
     base = base_of(model)
-    found, computed = None, False
-    for call, tensors in keras_graph.crossing(base):
-        if call.layer.trainable and call.layer.weights:
-            break
-        computed = computed or bool(call.layer.weights)  # padding alone is nothing to keep
-        if len(tensors) == 1 and computed:
-            found = call.layer.name, tensors[0]
-    if found is None:
-        return None
-    name, tensor = found
-    if tensor is base.output:
-        return Cut(POOL_NAME, (FEATURES,), head_of(model))
+    tensor = base.get_layer(name).output
     upper = batch_norm_folding.fold_frozen_batch_norm(keras.Model(tensor, base.output))
     inputs = keras.Input(tensor.shape[1:], name=f"{name}_values", dtype="float32")
-    above = keras.Model(inputs, _to_logits(model, upper(inputs)), name="above_cut")
-    return Cut(name, tuple(tensor.shape[1:]), above)
+    return keras.Model(inputs, _to_logits(model, upper(inputs)), name="above_split_point")
 
 
 def frozen_outputs(model: Any, names: Sequence[str]) -> Any:
-    """image float32 [B, S, S, 1] -> the tensors at the cuts `names`, in one pass."""
+    """image float32 [B, S, S, 1] -> the tensors at the split points `names`, in one pass."""
     import keras
 
     base = base_of(model)
-    tensors = [base.output if name == POOL_NAME else base.get_layer(name).output for name in names]
-    folded = batch_norm_folding.fold_frozen_batch_norm(keras.Model(base.input, tensors))
+    folded = batch_norm_folding.fold_frozen_batch_norm(
+        keras.Model(base.input, [_in_base(base, name) for name in names])
+    )
 
     def outputs(bgr: Any) -> list[Any]:
         pool, values = model.get_layer(POOL_NAME), keras.tree.flatten(folded(bgr))
         return [pool(value) if name == POOL_NAME else value for name, value in zip(names, values, strict=True)]
 
     return _from_image(model, outputs)
+
+
+def variables_below(model: Any, name: str) -> list[Any]:
+    """The base's variables that decide the tensor at the split point `name`."""
+    import keras
+
+    base = base_of(model)
+    variables: list[Any] = keras.Model(base.input, _in_base(base, name)).variables
+    return variables
+
+
+def _in_base(base: Any, name: str) -> Any:
+    return base.output if name == POOL_NAME else base.get_layer(name).output
 
 
 def _from_image(model: Any, continued: Callable[[Any], Any]) -> Any:

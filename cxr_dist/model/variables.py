@@ -1,5 +1,7 @@
 """Which variables of a network are trained, and which are statistics."""
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +24,11 @@ class Variables:
         trainable, other = list(model.trainable_variables), list(model.non_trainable_variables)
         place = {id(variable): index for index, variable in enumerate(other)}
         statistics, seeds = [], []
-        for layer in model._flatten_layers():
+        for layer in _layers(model):
             if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
                 statistics += [place[id(layer.moving_mean)], place[id(layer.moving_variance)]]
             if isinstance(layer, keras.layers.Dropout) and layer.rate > 0:
-                seeds.append(place[id(layer.seed_generator.state)])
+                seeds += [place[id(state)] for state in layer.non_trainable_variables]
         return cls(trainable, other, statistics, seeds)
 
     def values(self) -> tuple[list[Any], list[Any]]:
@@ -37,3 +39,15 @@ class Variables:
             [tf.convert_to_tensor(variable.value) for variable in self.trainable],
             [tf.convert_to_tensor(variable.value) for variable in self.other],
         )
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    """The layers of a model and of the models in it, the last layer of an inner model first.
+
+    The order numbers the streams of dropout: another one changes the results.
+    """
+    pending = deque(model.layers)
+    while pending:
+        layer = pending.popleft()
+        yield layer
+        pending.extendleft(getattr(layer, "layers", ()))

@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from cxr_dist.config.schema import CheckpointConfig
 
-MOST_FAILURES = 3
+MAX_FAILURES = 3
 
 
-class Keeper:
+class CheckpointWriter:
     """Writes checkpoints one at a time beside the training, as often as their cost allows."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Keeper:
     def write(self, task: Callable[[], None]) -> None:
         """Do `task` beside what follows; waits for the one before.
 
-        Storage may fail now and then: `MOST_FAILURES` in a row are warnings, as the checkpoint before is there still,
+        Storage may fail now and then: `MAX_FAILURES` in a row are warnings, as the checkpoint before is there still,
         and a newer one is on its way.
 
         Raises:
@@ -58,7 +58,7 @@ class Keeper:
             self.wait()
         except OSError as error:
             self._failed += 1
-            if self._failed > MOST_FAILURES:
+            if self._failed > MAX_FAILURES:
                 raise
             self._warn(f"a checkpoint could not be written ({error}); trying again with the next one")
         self._begun = self._clock()

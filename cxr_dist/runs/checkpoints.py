@@ -1,19 +1,17 @@
 """What a run leaves to go on from: weights, optimizer, position - written complete or not at all.
 
-A checkpoint is one `.npz` file (NumPy's zip): arrays only, so loading one executes nothing. It is written under a
-temporary name, sealed with a checksum of all its bytes, flushed to disk and renamed. One member is JSON: the state,
-and the names of all arrays.
+A checkpoint is one file in the safetensors format: arrays only, so loading one executes nothing, and any reader of the
+format opens it. Its metadata hold one JSON text: the state, and a checksum of the whole file, as the format has none of
+its own. The checksum stands inside because a file renames in one step and two do not. The file is written under a
+temporary name, sealed with the checksum, flushed to disk and renamed.
 
 Most weights of a stage are frozen. So the weights of the base that a run starts from have a file of their own, written
 once, and a checkpoint holds only the arrays that differ from it.
 """
 
 import hashlib
-import io
 import json
-import math
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,8 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
 
 from cxr_dist.runs.versions import FORMAT, FormatError, check_format
 from tfrecords_builder.common.errors import UserError, one_line
@@ -29,11 +29,12 @@ from tfrecords_builder.common.files import intended_name, write_atomically
 from tfrecords_builder.common.seal import UNSEALED, check_seal, seal
 
 Arrays = dict[str, npt.NDArray[Any]]
-_STATE = "state.json"
+SUFFIX = ".safetensors"
+_METADATA = "cxr-dist"
 _EPOCH, _BEST, _BASE = "epoch-", "best-", "base-"
-_NAME = re.compile(rf"{_EPOCH}(?P<epochs>\d+)(?:-step-(?P<step>\d+))?\.npz")
-_BASE_NAME = re.compile(rf"{_BASE}[0-9a-f]{{32}}\.npz")
-BASE_PATTERN = f"{_BASE}*.npz"
+_NAME = re.compile(rf"{_EPOCH}(?P<epochs>\d+)(?:-step-(?P<step>\d+))?{re.escape(SUFFIX)}")
+_BASE_NAME = re.compile(rf"{_BASE}[0-9a-f]{{32}}{re.escape(SUFFIX)}")
+BASE_PATTERN = f"{_BASE}*{SUFFIX}"
 """Of files of base weights, for `Path.glob`."""
 _BEST_OF, _BASE_OF = "best_epochs_done", "base"
 KEPT = 2
@@ -44,27 +45,21 @@ def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], state: Mappi
     """Write arrays and a JSON state as one file.
 
     Raises:
-        ValueError: an array's dtype is none of NumPy's own (objects, bfloat16): it would not come back.
+        ValueError: an array's dtype is none of NumPy's own numbers (objects, bfloat16): it would not come back.
     """
     for name, array in arrays.items():
-        if array.dtype.kind in "OV":
+        if array.dtype.kind not in "biuf":
             raise ValueError(f"{name}: cannot be saved as {array.dtype}")
-    described = {"format": FORMAT, "arrays": sorted(arrays), "state": state}
-    encoded = np.frombuffer(json.dumps(described).encode(), dtype=np.uint8)
-    members: dict[str, Any] = {_STATE: encoded, **arrays}
+    described = json.dumps({"format": FORMAT, "state": state, "seal": UNSEALED})
+    # safetensors takes the bytes of other orders as they lie.
+    ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
 
     def write(file: IO[bytes]) -> None:
-        np.savez(file, **members)
-        seal_archive(file)
+        # Through this program's own file: errors of the library do not say that a disk is full.
+        file.write(safetensors.numpy.save(ordered, {_METADATA: described}))
+        seal(file)
 
     write_atomically(path, write)
-
-
-def seal_archive(file: IO[bytes]) -> None:
-    """Put a checksum of the whole into the comment of a zip that is open for reading and writing."""
-    with zipfile.ZipFile(file, "a") as archive:
-        archive.comment = UNSEALED.encode()
-    seal(file)
 
 
 def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
@@ -74,31 +69,28 @@ def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
         FormatError: the file is of another format.
         UserError: the file is missing, damaged, or something else.
     """
-    with _explained(path):
-        check_seal(path)
-        with zipfile.ZipFile(path) as archive:
-            arrays = {
-                member.filename.removesuffix(".npy"): _read_member(archive, member) for member in archive.infolist()
-            }
-        described = json.loads(arrays.pop(_STATE).tobytes())
-        check_format(path, described)
-        state = described["state"]
-        if described["arrays"] != sorted(arrays):
-            raise ValueError("arrays are missing")
-    return arrays, state
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _state(path, file)  # noqa: SIM118 - no mapping
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The JSON state alone, of a file as `save_arrays` writes it.
+    """The JSON state alone; raises as `load_arrays` does."""
+    with _opened(path) as file:
+        return _state(path, file)
 
-    Raises:
-        FormatError: the file is of another format.
-        UserError: the file is missing, damaged, or something else.
-    """
-    with _explained(path), zipfile.ZipFile(path) as archive:
-        described = json.loads(_read_member(archive, archive.getinfo(f"{_STATE}.npy")).tobytes())
-        check_format(path, described)
-        state: dict[str, Any] = described["state"]
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    with _explained(path):
+        check_seal(path)
+        with safe_open(path, framework="numpy") as file:
+            yield file
+
+
+def _state(path: Path, file: Any) -> dict[str, Any]:
+    described = json.loads(file.metadata()[_METADATA])
+    check_format(path, described)
+    state: dict[str, Any] = described["state"]
     return state
 
 
@@ -121,26 +113,9 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, SafetensorError) as error:
         reason = one_line(error)
         raise UserError(f"{path}: damaged checkpoint ({reason}); remove it to go on from the one before") from None
-
-
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> npt.NDArray[Any]:
-    """One array; never an object, as that would be a pickle."""
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{member.filename} is compressed")
-    # Read to its end before it is parsed: NumPy alone stops where the header says, short of the CRC. And it makes room
-    # for what the header says, so that must be what is there.
-    content = io.BytesIO(archive.read(member))
-    version = np.lib.format.read_magic(content)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, _, dtype = read_header(content)
-    if dtype.hasobject or content.tell() + math.prod(shape) * dtype.itemsize != member.file_size:
-        raise ValueError(f"{member.filename} is not of the size that it says")
-    content.seek(0)
-    array: npt.NDArray[Any] = np.lib.format.read_array(content, allow_pickle=False)
-    return array
 
 
 def model_arrays(model: Any) -> Arrays:
@@ -184,7 +159,7 @@ class Position:
     @property
     def file_name(self) -> str:
         """Of the checkpoint of this position."""
-        return f"{_EPOCH}{self.epochs_done:05d}{f'-step-{self.step:07d}' if self.step else ''}.npz"
+        return f"{_EPOCH}{self.epochs_done:05d}{f'-step-{self.step:07d}' if self.step else ''}{SUFFIX}"
 
     @classmethod
     def of_file(cls, name: str) -> "Position | None":
@@ -209,7 +184,7 @@ class _Base:
         for key, array in sorted(arrays.items()):
             digest.update(f"{key} {array.dtype.str} {array.shape} ".encode())
             digest.update(np.ascontiguousarray(array).data)
-        return cls(f"{_BASE}{digest.hexdigest()[:32]}.npz", arrays)
+        return cls(f"{_BASE}{digest.hexdigest()[:32]}{SUFFIX}", arrays)
 
     def changed(self, arrays: Arrays) -> Arrays:
         """Those that are not, to the bit, what the base has under their name."""
@@ -221,6 +196,20 @@ def _same_bits(array: npt.NDArray[Any], other: npt.NDArray[Any] | None) -> bool:
     if other is None or (array.dtype, array.shape) != (other.dtype, other.shape):
         return False
     return array.tobytes() == other.tobytes()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a whole checkpoint holds."""
+
+    position: Position
+    arrays: Arrays
+    """Weights, optimizer and the like."""
+    state: dict[str, Any]
+    best_epochs_done: int
+    """Which epoch left the best weights, over all stages; 0 while there are none."""
+    best_arrays: Arrays
+    """Those weights."""
 
 
 class CheckpointFolder:
@@ -261,7 +250,7 @@ class CheckpointFolder:
             self._save_changed(self.best(best_epochs_done), best_arrays, {"epochs_done": best_epochs_done})
         self._save_changed(self._folder / position.file_name, arrays, {_BEST_OF: best_epochs_done, **state})
         kept = self._positions()[-self._keep :]
-        for path in self._folder.glob("*.npz"):
+        for path in self._folder.glob(f"*{SUFFIX}"):
             found = Position.of_file(path.name)
             other_base = self._base is not None and path.name != self._base.name and _BASE_NAME.fullmatch(path.name)
             if (found is not None and found not in kept) or other_base:
@@ -292,22 +281,22 @@ class CheckpointFolder:
 
     def best(self, epochs_done: int) -> Path:
         """The file of the weights that the epoch left."""
-        return self._folder / f"{_BEST}{epochs_done:05d}.npz"
+        return self._folder / f"{_BEST}{epochs_done:05d}{SUFFIX}"
 
     def newest_best(self) -> Path | None:
         """The file of the best weights of all: of a finished run, those of its model."""
-        return max(self._folder.glob(f"{_BEST}*.npz"), default=None, key=lambda path: path.name)
+        return max(self._folder.glob(f"{_BEST}*{SUFFIX}"), default=None, key=lambda path: path.name)
 
     def load_best(self, epochs_done: int) -> Arrays:
-        """The weights that the epoch left.
+        """The weights that the epoch left; raises as `load_best_file` does."""
+        return self.load_best_file(self.best(epochs_done))
+
+    def load_best_file(self, path: Path) -> Arrays:
+        """The weights in a file of this folder that `best` or `newest_best` names.
 
         Raises:
             UserError: they are missing or damaged, and cannot be had again without training.
         """
-        return self.load_best_file(self.best(epochs_done))
-
-    def load_best_file(self, path: Path) -> Arrays:
-        """As `load_best`, from a file of this folder that `best` or `newest_best` names."""
         try:
             return self._load_whole(path)[0]
         except FormatError:
@@ -317,18 +306,20 @@ class CheckpointFolder:
                 f"{error}".split(";")[0] + "; the run lost its best weights: train into a new --out"
             ) from None
 
-    def load(self, position: Position) -> tuple[Arrays, dict[str, Any]]:
-        """The checkpoint of a position.
+    def load(self, position: Position) -> Checkpoint:
+        """The checkpoint of a position, with the best weights of its time.
 
         Raises:
-            UserError: it is missing or damaged.
+            UserError: either is missing or damaged.
         """
-        return self._load_whole(self._folder / position.file_name)
+        path = self._folder / position.file_name
+        arrays, state = self._load_whole(path)
+        with _explained(path):
+            best = int(state.pop(_BEST_OF))
+        return Checkpoint(position, arrays, state, best, self.load_best(best) if best else {})
 
-    def newest(
-        self, warn: Callable[[str], None], *, set_aside: bool = False
-    ) -> tuple[Position, Arrays, dict[str, Any]] | None:
-        """The newest whole checkpoint with whole best weights, if there is any; others are passed over with a warning.
+    def newest(self, warn: Callable[[str], None], *, set_aside: bool = False) -> Checkpoint | None:
+        """The newest whole checkpoint, if there is any; others are passed over with a warning.
 
         Args:
             warn: Told of each one that is passed over.
@@ -340,21 +331,19 @@ class CheckpointFolder:
             UserError: there are some, and none of them can be read. To start anew would overwrite what is left.
         """
         positions = self._positions()
-        passed = []
+        damaged = []
         for position in reversed(positions):
             try:
-                arrays, state = self.load(position)
-                if state[_BEST_OF]:
-                    self.load_best(state[_BEST_OF])
+                checkpoint = self.load(position)
             except FormatError:
                 raise  # nothing is wrong with the file
             except UserError as error:
                 warn(str(error))
-                passed.append(self._folder / position.file_name)
+                damaged.append(self._folder / position.file_name)
                 continue
-            for path in passed if set_aside else ():
+            for path in damaged if set_aside else ():
                 path.replace(path.with_suffix(DAMAGED_SUFFIX))
-            return position, arrays, state
+            return checkpoint
         if positions:
             path = self._folder / positions[-1].file_name
             raise UserError(f"{path}: no checkpoint of this run can be read; train into a new --out")
@@ -367,7 +356,7 @@ class CheckpointFolder:
     def clean(self) -> None:
         """Remove what a process left that was killed while it wrote: a file of hundreds of megabytes each time."""
         for path in self._folder.glob(".*"):
-            if (intended_name(path.name) or "").endswith(".npz"):
+            if (intended_name(path.name) or "").endswith(SUFFIX):
                 path.unlink(missing_ok=True)
 
     def files_of(self, position: Position) -> list[Path]:
@@ -396,14 +385,14 @@ class CheckpointFolder:
 
     def _remove_all_but(self, names: set[str]) -> None:
         self.clean()
-        for pattern in ("*.npz", f"*{DAMAGED_SUFFIX}"):
+        for pattern in (f"*{SUFFIX}", f"*{DAMAGED_SUFFIX}"):
             for path in self._folder.glob(pattern):
                 if path.name not in names:
                     path.unlink(missing_ok=True)
 
     def _remove_unused_best(self, newest: int) -> None:
         """Those that no checkpoint of the folder refers to; the older ones' references are read from the files."""
-        paths = sorted(self._folder.glob(f"{_BEST}*.npz"))
+        paths = sorted(self._folder.glob(f"{_BEST}*{SUFFIX}"))
         if len(paths) <= 1:
             return
         used = {newest}
@@ -417,5 +406,5 @@ class CheckpointFolder:
                 path.unlink(missing_ok=True)
 
     def _positions(self) -> list[Position]:
-        found = (Position.of_file(path.name) for path in self._folder.glob("*.npz"))
+        found = (Position.of_file(path.name) for path in self._folder.glob(f"*{SUFFIX}"))
         return sorted(position for position in found if position is not None)

@@ -106,7 +106,7 @@ def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> No
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; give a folder for the run")
     if (run / CONFIG).is_file() and (run / RUN).is_file():
-        if (run / RESULT).exists() or any((run / CHECKPOINTS).glob("epoch-*.npz")):
+        if (run / RESULT).exists() or any((run / CHECKPOINTS).glob("epoch-*.safetensors")):
             _check_same(run, config, info)
             _tidy(run)
             return

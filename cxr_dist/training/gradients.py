@@ -1,11 +1,12 @@
 """A replica's gradient of its share of the loss: one pure function of tensors, which is what XLA may compile.
 
-The batch may be taken in parts, one behind another (gradient accumulation): their gradients are summed, so that the
-update is that of the whole batch, and the memory that of a part. BatchNorm that trains sees a part at a time, as it
-does on as many replicas, and so dropout draws.
+With gradient accumulation the batch is taken in microbatches, one after another, and their gradients are summed: the
+update is that of the whole batch, the memory that of a microbatch. BatchNorm that trains and dropout see one microbatch
+at a time, as on as many replicas.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,17 +20,39 @@ from cxr_dist.model.variables import Variables
 _AUGMENTATION, _DROPOUT = 1, 2
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class StepSpec:
+    """What a training step computes, beside the network and its state."""
+
+    global_batch_size: int
+    classes: int
+    seed: int
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    """Largest global norm of the reduced gradient."""
+    weight_decay: float = 0.0
+    augmentation: AugmentationConfig | None = None
+    """Of images; None leaves the inputs as they are."""
+    class_weights: npt.NDArray[np.float32] | None = None
+    """float32 [classes]; None weights all alike."""
+    accumulation_steps: int = 1
+    """Microbatches in which a replica takes its share of the batch."""
+    xla: bool = False
+    measure_wait: bool = True
+    """Whether to measure how long steps wait for their batch: with a clock, which is no deterministic operation."""
+
+
+class RngKey(NamedTuple):
     """Which of all random streams a gradient draws from: scalars, int32."""
 
     seed: Any
     step: Any
     replica: Any
-    """Or, of a batch in parts, replica * parts + part."""
+    """With microbatches, replica * accumulation_steps + microbatch."""
 
 
 class Gradient(NamedTuple):
-    """What a replica knows after its batch, before it hears of the others."""
+    """What a replica computed of its batch, before the reduction."""
 
     gradients: list[Any]
     """Of the scaled loss, summed over the images and divided by the global batch size."""
@@ -39,45 +62,37 @@ class Gradient(NamedTuple):
     """New moving statistics, float32, in the order of `Variables.statistics`."""
 
 
-GradientFunction = Callable[[dict[str, Any], Place, Any, list[Any], list[Any]], Gradient]
-"""(batch, place, loss scale, values of the trainable variables, of the others) -> Gradient."""
+GradientFunction = Callable[[dict[str, Any], RngKey, Any, list[Any], list[Any]], Gradient]
+"""(batch, key, loss scale, values of the trainable variables, of the others) -> Gradient."""
 
 
-def make_gradient(
-    model: Any,
-    variables: Variables,
-    *,
-    global_batch_size: int,
-    classes: int,
-    label_smoothing: float,
-    augmentation: AugmentationConfig | None,
-    class_weights: npt.NDArray[np.float32] | None,
-) -> GradientFunction:
+def make_gradient(model: Any, variables: Variables, spec: StepSpec) -> GradientFunction:
     """The gradient function of `model`, for batches as `pipeline.worker_batches` makes them."""
     import tensorflow as tf
 
-    weights = np.ones(classes, np.float32) if class_weights is None else class_weights
+    classes, smoothing = spec.classes, spec.label_smoothing
+    weights = np.ones(classes, np.float32) if spec.class_weights is None else spec.class_weights
 
-    def gradient(batch: dict[str, Any], place: Place, scale: Any, trainable: list[Any], other: list[Any]) -> Gradient:
+    def gradient(batch: dict[str, Any], key: RngKey, scale: Any, trainable: list[Any], other: list[Any]) -> Gradient:
         inputs = tf.cast(batch["inputs"], tf.float32)
-        if augmentation is not None:
-            stream = tf.stack([place.seed, place.step * 4 + _AUGMENTATION])
-            draws = augment.draw(stream, batch["slot"], global_batch_size)
-            inputs = augment.augment(inputs, draws, augmentation)
+        if spec.augmentation is not None:
+            stream = tf.stack([key.seed, key.step * 4 + _AUGMENTATION])
+            draws = augment.draw(stream, batch["slot"], spec.global_batch_size)
+            inputs = augment.augment(inputs, draws, spec.augmentation)
         other = list(other)
         for number, index in enumerate(variables.seeds):
             # Every layer, replica and step has a stream of its own, which no checkpoint has to hold.
-            stream = tf.stack([place.seed + 7919 * (number + 1) + 104729 * place.replica, place.step * 4 + _DROPOUT])
+            stream = tf.stack([key.seed + 7919 * (number + 1) + 104729 * key.replica, key.step * 4 + _DROPOUT])
             other[index] = tf.cast(stream, other[index].dtype)
         target = tf.one_hot(batch["label"], classes)
-        smoothed = target * (1.0 - label_smoothing) + label_smoothing / classes
+        smoothed = target * (1.0 - smoothing) + smoothing / classes
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(trainable)
             logits, other = model.stateless_call(trainable, other, inputs, training=True)
             losses = tf.nn.softmax_cross_entropy_with_logits(smoothed, logits)
             losses *= batch["mask"] * tf.gather(tf.constant(weights), batch["label"])
             loss = tf.reduce_sum(losses)
-            scaled = loss / global_batch_size * scale
+            scaled = loss / spec.global_batch_size * scale
         gradients = tape.gradient(scaled, trainable)
         hit = tf.cast(tf.argmax(logits, -1, tf.int32) == batch["label"], tf.float32)
         sums = tf.stack([loss, tf.reduce_sum(hit * batch["mask"]), tf.reduce_sum(batch["mask"])])
@@ -86,34 +101,34 @@ def make_gradient(
     return gradient
 
 
-def in_parts(gradient: GradientFunction, parts: int, variables: Variables) -> GradientFunction:
-    """`gradient` of a batch that is taken in so many equal parts, one after another."""
+def accumulate_gradients(gradient: GradientFunction, microbatches: int, variables: Variables) -> GradientFunction:
+    """`gradient` of a batch that is taken in so many equal microbatches, one after another."""
     import tensorflow as tf
 
-    if parts == 1:
+    if microbatches == 1:
         return gradient
 
-    def accumulated(
-        batch: dict[str, Any], place: Place, scale: Any, trainable: list[Any], other: list[Any]
-    ) -> Gradient:
-        divided = {name: tf.reshape(value, (parts, -1, *value.shape[1:])) for name, value in batch.items()}
+    def accumulated(batch: dict[str, Any], key: RngKey, scale: Any, trainable: list[Any], other: list[Any]) -> Gradient:
+        divided = {name: tf.reshape(value, (microbatches, -1, *value.shape[1:])) for name, value in batch.items()}
 
-        def add(part: Any, total: Gradient) -> tuple[Any, Gradient]:
-            # The next part's BatchNorm goes on from the statistics of the one before.
+        def add(number: Any, total: Gradient) -> tuple[Any, Gradient]:
+            # The next microbatch's BatchNorm starts from the statistics of the one before.
             values = list(other)
             for index, statistic in zip(variables.statistics, total.statistics, strict=True):
                 values[index] = tf.cast(statistic, values[index].dtype)
-            own = place._replace(replica=place.replica * parts + part)
-            found = gradient({name: value[part] for name, value in divided.items()}, own, scale, trainable, values)
-            gradients = [before + new for before, new in zip(total.gradients, found.gradients, strict=True)]
-            return part + 1, Gradient(gradients, total.sums + found.sums, found.statistics)
+            own = key._replace(replica=key.replica * microbatches + number)
+            new = gradient({name: value[number] for name, value in divided.items()}, own, scale, trainable, values)
+            gradients = [before + added for before, added in zip(total.gradients, new.gradients, strict=True)]
+            return number + 1, Gradient(gradients, total.sums + new.sums, new.statistics)
 
-        nothing = Gradient(
+        zero = Gradient(
             [tf.zeros_like(value) for value in trainable],
             tf.zeros(3),
             [tf.cast(other[index], tf.float32) for index in variables.statistics],
         )
-        _, total = tf.while_loop(lambda part, _: part < parts, add, (tf.constant(0), nothing), parallel_iterations=1)
+        _, total = tf.while_loop(
+            lambda number, _: number < microbatches, add, (tf.constant(0), zero), parallel_iterations=1
+        )
         return Gradient(*total)
 
     return accumulated

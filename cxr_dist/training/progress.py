@@ -3,9 +3,13 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from cxr_dist.config.schema import StageConfig
 from cxr_dist.runs import checkpoints
 from cxr_dist.runs.ranking import rank
 from cxr_dist.training import train_step
@@ -46,8 +50,9 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """By phase; `total` is that of the whole run."""
-    kept_cuts: dict[str, bool] = field(default_factory=dict)
-    """By the stage's number, whether it reads kept tensors. Decided once: they are rounded, and change the numbers."""
+    reads_cache: dict[str, bool] = field(default_factory=dict)
+    """By stage, split point and setting, whether a stage reads cached activations. Decided once: they are rounded, and
+    change the numbers."""
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> "Progress":
@@ -65,6 +70,35 @@ class Progress:
     def position(self) -> checkpoints.Position:
         return checkpoints.Position(self.epochs_done, self.step)
 
+    def begin_stage(self, number: int) -> None:
+        """Stand at the beginning of a stage, unless the run stands within it."""
+        if self.stage != number:
+            self.stage, self.epoch, self.epochs_without_gain = number, 0, 0
+
+    def has_finished(self, number: int, stage: StageConfig) -> bool:
+        """Whether the current stage is `number` and has done its epochs or stops early."""
+        stops = stage.early_stopping is not None and self.epochs_without_gain >= stage.early_stopping
+        return self.stage == number and (self.epoch >= stage.epochs or stops)
+
+    def add_steps(self, count: int, totals: npt.NDArray[np.float64], seconds: float) -> None:
+        """Count `count` steps, after which the epoch's sums are `totals`."""
+        self.totals, self.step = totals.tolist(), self.step + count
+        self.seconds_in_steps += seconds
+        self.add_seconds(f"stage_{self.stage}", seconds)
+
+    def end_epoch(self, row: dict[str, Any]) -> None:
+        """Take the row of an epoch into the history; `best`, whether it is the best so far, is added to it."""
+        row["best"] = self.best.is_beaten_by(row)
+        self.epoch, self.epochs_done = row["epoch"], row["epochs_done"]
+        self.step, self.totals, self.seconds_in_steps = 0, [0.0] * train_step.TOTALS, 0.0
+        self.epochs_without_gain = 0 if row["best"] else self.epochs_without_gain + 1
+        self.history.append(row)
+        if row["best"]:
+            self.best = Best(**{known.name: row[known.name] for known in fields(Best)})
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Count what passes meanwhile for `phase`."""
@@ -72,4 +106,4 @@ class Progress:
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+            self.add_seconds(phase, time.perf_counter() - started)

@@ -5,7 +5,8 @@ from typing import Any
 
 from cxr_dist.config.schema import StageConfig
 from cxr_dist.runs import checkpoints
-from cxr_dist.training import loss_scale, optimizers
+from cxr_dist.training import optimizers
+from cxr_dist.training.loss_scale import LossScale
 from cxr_dist.training.weight_average import WeightAverage
 
 
@@ -13,9 +14,10 @@ from cxr_dist.training.weight_average import WeightAverage
 class StageState:
     """The model, and what a stage keeps from step to step to train it."""
 
+    strategy: Any
     model: Any
     optimizer: Any
-    loss_scale: loss_scale.LossScale
+    loss_scale: LossScale
     average: WeightAverage | None
     """Of the trainable weights; None where the stage asks for none."""
 
@@ -32,7 +34,7 @@ class StageState:
             optimizer.build(model.trainable_variables)
             decay = stage.weight_average
             average = None if decay is None else WeightAverage(model.trainable_variables, decay)
-        return cls(model, optimizer, loss_scale.LossScale.create(precision), average)
+        return cls(strategy, model, optimizer, LossScale.create(precision), average)
 
     def arrays(self) -> checkpoints.Arrays:
         """What a checkpoint holds of it."""

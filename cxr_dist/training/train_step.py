@@ -14,20 +14,18 @@ Many steps run in one call (`tf.function` with a loop over steps), so the host i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.config.schema import AugmentationConfig, StageConfig
 from cxr_dist.model.variables import Variables
 from cxr_dist.training import optimizers
-from cxr_dist.training.gradients import Place, in_parts, make_gradient
-from cxr_dist.training.loss_scale import LossScale
+from cxr_dist.training.gradients import RngKey, StepSpec, accumulate_gradients, make_gradient
+from cxr_dist.training.stage_state import StageState
 from cxr_dist.training.weight_average import WeightAverage
 
-MOST_STEPS_PER_CALL = 100
+MAX_STEPS_PER_CALL = 100
 
 # Rows of the summed counts that a call returns.
 TOTALS = 6
@@ -36,125 +34,124 @@ LOSS, CORRECT, COUNT, SKIPPED, WAITED, OVERFLOWED = range(TOTALS)
 loss scale may have saved."""
 
 
-@dataclass
 class TrainStep:
-    """The compiled steps of one stage. `traces` counts how often the loop was traced: once per stage."""
+    """The compiled steps of one stage; made by `make_train_step`."""
 
-    run: Callable[..., npt.NDArray[np.float64]]
-    """run(iterator, first_step, learning_rates float32 [n], totals float64 [TOTALS]) -> totals, these steps added.
+    def __init__(self, network: Any, state: StageState, spec: StepSpec) -> None:
+        import tensorflow as tf
 
-    n is at most MOST_STEPS_PER_CALL; the rows are LOSS, CORRECT and so on. As the sum goes on where it was, step by
-    step, it does not depend on how many steps there were in a call.
-    """
-    traces: list[str] = field(default_factory=list)
+        self.traces = 0
+        """How often the loop was traced: once a stage."""
+        self._state, self._spec = state, spec
+        self._variables = variables = Variables.of(network)
+        gradient = make_gradient(network, variables, spec)
+        # A microbatch is what is compiled, not the loop over them: the memory of one is then all that is planned for.
+        gradient = tf.function(gradient, jit_compile=True) if spec.xla else gradient
+        self._gradient = accumulate_gradients(gradient, spec.accumulation_steps, variables)
+        self._compiled_loop = tf.function(self._loop)
 
+    def run(
+        self,
+        iterator: Any,
+        first_step: int,
+        learning_rates: npt.NDArray[np.float32],
+        totals: npt.NDArray[np.float64],
+    ) -> npt.NDArray[np.float64]:
+        """Train a step for each of `learning_rates`, float32 [n], with n up to MAX_STEPS_PER_CALL.
 
-def make_train_step(
-    strategy: Any,
-    model: Any,
-    optimizer: Any,
-    stage: StageConfig,
-    *,
-    global_batch_size: int,
-    classes: int,
-    seed: int,
-    augmentation: AugmentationConfig | None,
-    class_weights: npt.NDArray[np.float32] | None,
-    loss_scale: LossScale,
-    xla: bool,
-    accumulation_steps: int = 1,
-    measure_wait: bool = True,
-    average: WeightAverage | None = None,
-) -> TrainStep:
-    """Compile the training of `model`'s trainable variables (set them, and build the optimizer, first).
+        Returns:
+            `totals`, float64 [TOTALS] (the rows are LOSS, CORRECT and so on), with these steps added one by one: the
+            sum does not depend on how many steps there were in a call.
+        """
+        import tensorflow as tf
 
-    `model` takes what the batches hold as `inputs`: images uint8 [B, S, S, 1], or pooled features
-    float32 [B, 2048] for the head alone. `augmentation` is for images; None leaves them as they are. A replica's batch
-    is taken in `accumulation_steps` parts. Every step that changes the weights moves `average`. Without `measure_wait`
-    the row WAITED stays 0.
-    """
-    import tensorflow as tf
+        # Of one length whatever the number of steps: another shape would trace the loop again.
+        padded = np.zeros(MAX_STEPS_PER_CALL, np.float32)
+        padded[: len(learning_rates)] = learning_rates
+        result: npt.NDArray[np.float64] = self._compiled_loop(
+            iterator,
+            tf.constant(first_step, tf.int32),
+            tf.constant(len(learning_rates), tf.int32),
+            tf.constant(padded),
+            tf.constant(totals, tf.float64),
+        ).numpy()
+        return result
 
-    variables = Variables.of(model)
-    traces: list[str] = []
-    compute = make_gradient(
-        model,
-        variables,
-        global_batch_size=global_batch_size,
-        classes=classes,
-        label_smoothing=stage.label_smoothing,
-        augmentation=augmentation,
-        class_weights=class_weights,
-    )
-    # The part is what is compiled, not the loop over parts: the memory of one is then all that is planned for.
-    compute = in_parts(tf.function(compute, jit_compile=True) if xla else compute, accumulation_steps, variables)
+    def _loop(self, iterator: Any, first_step: Any, count: Any, learning_rates: Any, totals: Any) -> Any:
+        import tensorflow as tf
 
-    def replica_step(batch: dict[str, Any], step: Any, scale: Any) -> tuple[list[Any], Any, list[Any], Any]:
-        context = tf.distribute.get_replica_context()
-        place = Place(tf.constant(seed, tf.int32), step, tf.cast(context.replica_id_in_sync_group, tf.int32))
-        computed = compute(batch, place, scale, *variables.values())
-        gradients, sums, statistics = _over_replicas(context, *computed)
-        if loss_scale.dynamic:
-            gradients = [gradient / scale for gradient in gradients]
-        gradients, finite = _clipped(gradients, stage.clip_norm)
-        return gradients, sums, statistics, finite & tf.reduce_all(tf.math.is_finite(sums))
-
-    def now() -> Any:
-        # A clock is no deterministic operation: TensorFlow refuses it where those alone are allowed.
-        return tf.timestamp() if measure_wait else tf.constant(0.0, tf.float64)
-
-    def first_of(value: Any) -> Any:
-        """The value of the first local replica: all replicas have the same."""
-        return strategy.experimental_local_results(value)[0]
-
-    @tf.function
-    def loop(iterator: Any, first_step: Any, count: Any, learning_rates: Any, totals: Any) -> Any:
-        traces.append(f"{len(variables.trainable)} trainable variables")
+        strategy, loss_scale = self._state.strategy, self._state.loss_scale
+        self.traces += 1
         for index in tf.range(count):
             with tf.control_dependencies([totals]):  # the step before is done
-                begun = now()
+                begun = self._now()
             with tf.control_dependencies([begun]):
                 batch = next(iterator)
             with tf.control_dependencies([part["label"] for part in strategy.experimental_local_results(batch)]):
-                waited = now() - begun
+                waited = self._now() - begun
             gradients, sums, statistics, finite = strategy.run(
-                replica_step, args=(batch, first_step + index, loss_scale.scale.read_value())
+                self._replica_step, args=(batch, first_step + index, loss_scale.scale.read_value())
             )
-            finite = first_of(finite)
+            finite = self._first_of(finite)
             mendable = loss_scale.may_be_at_fault()
             loss_scale.update(finite)
             if finite:
-                optimizers.update(
-                    strategy,
-                    optimizer,
-                    variables.trainable,
-                    gradients,
-                    learning_rate=learning_rates[index],
-                    weight_decay=stage.weight_decay,
-                )
-                if average is not None:
-                    average.update(strategy)
-                for position, statistic in zip(variables.statistics, statistics, strict=True):
-                    strategy.extended.update(variables.other[position].value, _assign, args=(statistic,), group=False)
-                totals += tf.concat([tf.cast(first_of(sums), tf.float64), [0.0, waited, 0.0]], 0)
+                self._apply(gradients, statistics, learning_rates[index])
+                totals += tf.concat([tf.cast(self._first_of(sums), tf.float64), [0.0, waited, 0.0]], 0)
             else:
                 totals += tf.concat([tf.constant([0.0, 0.0, 0.0, 1.0], tf.float64), [waited, mendable]], 0)
         return totals
 
-    def run(
-        iterator: Any, first_step: int, learning_rates: npt.NDArray[np.float32], totals: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float64]:
-        # Of one length whatever the number of steps: another shape would trace the loop again.
-        padded = np.zeros(MOST_STEPS_PER_CALL, np.float32)
-        padded[: len(learning_rates)] = learning_rates
-        count = tf.constant(len(learning_rates), tf.int32)
-        begun = tf.constant(totals, tf.float64)
-        result: npt.NDArray[np.float64] = loop(
-            iterator, tf.constant(first_step, tf.int32), count, tf.constant(padded), begun
-        ).numpy()
-        return result
+    def _replica_step(self, batch: dict[str, Any], step: Any, scale: Any) -> tuple[list[Any], Any, list[Any], Any]:
+        """Reduced gradients, sums and statistics, and whether the gradients and sums are finite."""
+        import tensorflow as tf
 
-    return TrainStep(run, traces)
+        context = tf.distribute.get_replica_context()
+        key = RngKey(tf.constant(self._spec.seed, tf.int32), step, tf.cast(context.replica_id_in_sync_group, tf.int32))
+        computed = self._gradient(batch, key, scale, *self._variables.values())
+        gradients, sums, statistics = _over_replicas(context, *computed)
+        if self._state.loss_scale.dynamic:
+            gradients = [gradient / scale for gradient in gradients]
+        gradients, finite = _clipped(gradients, self._spec.clip_norm)
+        return gradients, sums, statistics, finite & tf.reduce_all(tf.math.is_finite(sums))
+
+    def _apply(self, gradients: list[Any], statistics: list[Any], learning_rate: Any) -> None:
+        """Update the weights, their moving average, and the statistics of BatchNorm; outside the replicas."""
+        strategy, variables = self._state.strategy, self._variables
+        optimizers.update(
+            strategy,
+            self._state.optimizer,
+            variables.trainable,
+            gradients,
+            learning_rate=learning_rate,
+            weight_decay=self._spec.weight_decay,
+        )
+        if self._state.average is not None:
+            self._state.average.update(strategy)
+        for position, statistic in zip(variables.statistics, statistics, strict=True):
+            strategy.extended.update(variables.other[position].value, _assign, args=(statistic,), group=False)
+
+    def _now(self) -> Any:
+        import tensorflow as tf
+
+        # A clock is no deterministic operation: TensorFlow refuses it where those alone are allowed.
+        return tf.timestamp() if self._spec.measure_wait else tf.constant(0.0, tf.float64)
+
+    def _first_of(self, value: Any) -> Any:
+        """The value of the first local replica: all replicas have the same."""
+        return self._state.strategy.experimental_local_results(value)[0]
+
+
+def make_train_step(network: Any, state: StageState, spec: StepSpec) -> TrainStep:
+    """The training of `network`'s trainable variables.
+
+    Args:
+        network: From what the batches hold as `inputs` (images uint8 [B, S, S, 1], or what the frozen layers make of
+            them, float32 [B, ...]) to logits [B, classes].
+        state: Made after what trains was set. Every step that changes the weights moves its average.
+        spec: What the step computes.
+    """
+    return TrainStep(network, state, spec)
 
 
 def _over_replicas(

@@ -135,13 +135,13 @@ class Publisher(Reporter):
     def _publish(self, run: Path, entry: Path, stage: int) -> None:
         checkpoints = run / run_folder.CHECKPOINTS
         folder = CheckpointFolder(checkpoints)
-        found = folder.newest(lambda _: None)
+        newest = folder.newest(lambda _: None)
         # Heard of from another process the event may be late, and the newest checkpoint of the stage after.
-        if found is None or found[2]["stage"] != stage or entry.exists():
+        if newest is None or newest.state["stage"] != stage or entry.exists():
             return
         work = entry.with_name(f".{entry.name}.{os.getpid()}")
         work.mkdir()
-        for path in folder.files_of(found[0]):
+        for path in folder.files_of(newest.position):
             _copy(path, work / path.name)
         work.rename(entry)
         sync(entry.parent)

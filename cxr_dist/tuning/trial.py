@@ -23,7 +23,7 @@ from cxr_dist.tuning.search_space import Values
 from cxr_dist.tuning.shared_stages import FirstStages, SharedBase, first_stage_key
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import write_text
-from tfrecords_builder.format.manifest import read_manifest
+from tfrecords_builder.format.manifest import Manifest, read_manifest
 from tfrecords_builder.remote import parse_place
 
 LOCK_WAIT_S = 60.0
@@ -98,11 +98,11 @@ def run_trial(
     """
     from cxr_dist.training.loop import train
 
-    def loop(config: Config, run: Path, listeners: Reporter) -> dict[str, Any]:
+    def loop(config: Config, run: Path, manifest: Manifest, listeners: Reporter) -> dict[str, Any]:
         owned = Reporters([*reporters, *run_reporters(run, run_folder.TENSORBOARD, job.name, job.values)])
         with closing(owned):
             # The listener last: it may end the run at an epoch, which the others are to have.
-            return train(config, Path(job.dataset), run, topology, Reporters([owned, listeners]), launcher)
+            return train(config, Path(job.dataset), manifest, run, topology, Reporters([owned, listeners]), launcher)
 
     try:
         return prepared(job, topology.replicas, report, loop)
@@ -111,9 +111,9 @@ def run_trial(
 
 
 def prepared(
-    job: TrialJob, replicas: int, report: Report, train: Callable[[Config, Path, Reporter], dict[str, Any]]
+    job: TrialJob, replicas: int, report: Report, train: Callable[[Config, Path, Manifest, Reporter], dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Call `train(config, run, listeners)` with the trial's folder prepared, within its time, its failure written."""
+    """Call `train(config, run, manifest, listeners)` in the trial's folder, within its time; its failure is written."""
     experiment = Experiment(Path(job.experiment))
     run, config = experiment.run(job.number), Config.model_validate(job.config)
     try:
@@ -129,7 +129,7 @@ def prepared(
             key = first_stage_key(config, left_out.fingerprint(manifest.fingerprint), replicas)
             base = held.enter_context(SharedBase(experiment.folder / SHARED, run).used())
             publisher = held.enter_context(FirstStages(experiment.folder / SHARED).used_by(run, key))
-            return train(config, run, Reporters([base, publisher, _Listener(config, report)]))
+            return train(config, run, manifest, Reporters([base, publisher, _Listener(config, report)]))
     except TrialStopped:
         return None
     except Exception as error:
@@ -190,10 +190,11 @@ def compute_shared_features(
     from cxr_dist.training.loop import compute_features
 
     scratch = Experiment(experiment).folder / TRIALS_SCRATCH
+    manifest = read_manifest(dataset)
     if config.input.max_damaged:
         scratch.mkdir(parents=True, exist_ok=True)
-        leave_out(scratch, dataset, read_manifest(dataset), config.input.max_damaged)
-    compute_features(config, dataset, scratch, topology, reporter)
+        leave_out(scratch, dataset, manifest, config.input.max_damaged)
+    compute_features(config, dataset, manifest, scratch, topology, reporter)
     _forget()
 
 

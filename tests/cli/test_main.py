@@ -362,7 +362,7 @@ def test_other_settings_than_the_run_has(command: Command, dataset: Path, tmp_pa
     manifest = read_manifest(dataset)
     run_folder.prepare(run, run_folder.resolve_config(load_config(), manifest), dataset, manifest)
     (run / run_folder.CHECKPOINTS).mkdir()
-    (run / run_folder.CHECKPOINTS / "epoch-00001.npz").write_bytes(b"")
+    (run / run_folder.CHECKPOINTS / "epoch-00001.safetensors").write_bytes(b"")
     before = content(run)
     message = command.fails("train", dataset, "--out", run, *TRAIN)
     assert message.startswith(f"{run}: holds a run with ")
@@ -446,10 +446,10 @@ def test_a_disk_that_cannot_be_written_is_the_users_to_mend(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
 ) -> None:
     def full(*_arguments: object, **_options: object) -> None:
-        raise OSError(number, os.strerror(number), "run/checkpoints/x.npz")
+        raise OSError(number, os.strerror(number), "run/checkpoints/x.safetensors")
 
     monkeypatch.setattr("tfrecords_builder.verify.verify_dataset", full)
-    assert command.fails("verify", tmp_path).startswith(f"run/checkpoints/x.npz: {os.strerror(number)}; ")
+    assert command.fails("verify", tmp_path).startswith(f"run/checkpoints/x.safetensors: {os.strerror(number)}; ")
     monkeypatch.setattr("tfrecords_builder.verify.verify_dataset", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O")))
     with pytest.raises(OSError, match="I/O"):
         main.main(["verify", str(tmp_path)])

@@ -37,7 +37,7 @@ def main() -> None:
             print("finished None None None", flush=True)
             found = CheckpointFolder(run / run_folder.CHECKPOINTS).newest(print)
             if found is not None:
-                save_arrays(run.parent / "last.npz", found[1], {})
+                save_arrays(run.parent / "last.safetensors", found.arrays, {})
             print("copied None None None", flush=True)
             remove(run)
 

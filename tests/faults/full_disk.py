@@ -97,11 +97,10 @@ def keep() -> Scenario:
         found = checkpoints.newest(warnings.append)
         assert found is not None
         assert not warnings, "half-written ones are not there at all"
-        position, saved, state = found
-        assert position.epochs_done == state["number"] >= (3 if ended_well else 2)
-        np.testing.assert_array_equal(saved["model/a"], arrays(state["number"])["model/a"])
-        best = checkpoints.load_best(state["best_epochs_done"])
-        np.testing.assert_array_equal(best["model/a"], arrays(state["best_epochs_done"])["model/a"])
+        number = found.state["number"]
+        assert found.position.epochs_done == number >= (3 if ended_well else 2)
+        np.testing.assert_array_equal(found.arrays["model/a"], arrays(number)["model/a"])
+        np.testing.assert_array_equal(found.best_arrays["model/a"], arrays(found.best_epochs_done)["model/a"])
         for path in folder.glob("*"):
             load_arrays(path)
         act(folder)

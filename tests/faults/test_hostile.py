@@ -3,18 +3,16 @@
 All of it is sealed, as whoever means harm can compute a checksum.
 """
 
-import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import struct
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,9 +21,10 @@ from cxr_dist.config.loading import read_yaml
 from cxr_dist.evaluation.evaluate import evaluate_run
 from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.runs import run_folder
-from cxr_dist.runs.checkpoints import load_arrays, load_state, save_arrays, seal_archive
+from cxr_dist.runs.checkpoints import load_arrays, load_state
 from tests.conftest import use_small_base
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.seal import UNSEALED, seal, seal_zip
 from tfrecords_builder.format.manifest import Manifest, read_manifest, write_manifest
 from tfrecords_builder.verify import verify_dataset
 
@@ -52,54 +51,58 @@ class Command:
 # Checkpoints
 
 
-def npy(header: str, content: bytes = b"") -> bytes:
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + content
+def tensor(shape: list[int], first: int, last: int, dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
 
 
-def objects() -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.array([Command()], object), allow_pickle=True)
-    return buffer.getvalue()
-
-
-MEMBERS = {
-    "object array": objects(),
-    "a terabyte": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (274877906944,), }\n"),
-    "more than is there": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (9,), }\n", b"\0" * 8),
-    "less than is there": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }\n", b"\0" * 8),
-    "negative": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-4, -2), }\n", b"\0" * 32),
-    "code for a header": npy(f"__import__('os').system('touch {EXECUTED}')\n"),
-    "nested structure": npy("{'descr': [('a', '|O')], 'fortran_order': False, 'shape': (1,), }\n", b"\0" * 8),
-    "no array": b"#!/bin/sh\n",
+DESCRIBED = json.dumps({"format": 1, "state": {}, "seal": UNSEALED})
+HEADERS: dict[str, dict[str, object]] = {
+    "a terabyte": {"a": tensor([1 << 38], 0, 1 << 40)},
+    "more than is there": {"a": tensor([9], 0, 36)},
+    "less than is there": {"a": tensor([1], 0, 4)},
+    "another size than its shape's": {"a": tensor([3], 0, 8)},
+    "a shape beyond all numbers": {"a": tensor([1 << 62, 1 << 62], 0, 8)},
+    "negative": {"a": tensor([-4, -2], 0, 8)},
+    "one over another": {"a": tensor([2], 0, 8), "b": tensor([2], 0, 8)},
+    "objects": {"a": tensor([1], 0, 8, "O")},
+    "code for a dtype": {"a": tensor([1], 0, 8, f"__import__('os').system('touch {EXECUTED}')")},
 }
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-def test_checkpoints(tmp_path: Path, member: str) -> None:
-    path = tmp_path / "epoch-00001.npz"
-    save_arrays(path, {}, {})
-    described = json.dumps({"arrays": ["a"], "state": {}}).encode()
-    with zipfile.ZipFile(path, "w") as archive, io.BytesIO() as state:
-        np.lib.format.write_array(state, np.frombuffer(described, np.uint8))
-        archive.writestr("state.json.npy", state.getvalue())
-        archive.writestr("a.npy", MEMBERS[member])
+def write_checkpoint(path: Path, header: str, length: int | None = None) -> None:
+    """A file in the format of safetensors with eight bytes of data, sealed."""
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header.encode() + b"\0" * 8)
     with path.open("r+b") as file:
-        seal_archive(file)
+        seal(file)
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_checkpoints(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "epoch-00001.safetensors"
+    write_checkpoint(path, json.dumps({"__metadata__": {"cxr-dist": DESCRIBED}} | HEADERS[header]))
     with pytest.raises(UserError, match="damaged checkpoint"):
         load_arrays(path)
 
 
-def test_a_zip_bomb_and_deep_json(tmp_path: Path) -> None:
-    path = tmp_path / "epoch-00001.npz"
-    for compression, content in ((zipfile.ZIP_DEFLATED, b"\0" * (1 << 26)), (zipfile.ZIP_STORED, b"[" * 100_000)):
-        with zipfile.ZipFile(path, "w", compression) as archive, io.BytesIO() as state:
-            np.lib.format.write_array(state, np.frombuffer(content, np.uint8))
-            archive.writestr("state.json.npy", state.getvalue())
-        with path.open("r+b") as file:
-            seal_archive(file)
-        for load in (load_arrays, load_state):
-            with pytest.raises(UserError, match="damaged checkpoint"):
-                load(path)
+def test_a_header_of_exabytes_a_pickle_and_deep_json(tmp_path: Path) -> None:
+    path = tmp_path / "epoch-00001.safetensors"
+    whole = {"__metadata__": {"cxr-dist": DESCRIBED}, "a": tensor([2], 0, 8)}
+    write_checkpoint(path, json.dumps(whole))
+    assert load_arrays(path)[0]["a"].tolist() == [0, 0], "the tests' own files are whole"
+    write_checkpoint(path, json.dumps(whole), length=1 << 60)
+    refused(path)
+    write_checkpoint(path, json.dumps(whole | {"__metadata__": {"cxr-dist": "[" * 100_000, "seal": UNSEALED}}))
+    refused(path)
+    path.write_bytes(pickle.dumps([Command(), UNSEALED]))
+    with path.open("r+b") as file:
+        seal(file)
+    refused(path)
+
+
+def refused(path: Path) -> None:
+    for load in (load_arrays, load_state):
+        with pytest.raises(UserError, match="damaged checkpoint"):
+            load(path)
 
 
 # Models
@@ -115,8 +118,7 @@ def test_a_model_with_code(finished_run: Path, tmp_path: Path, monkeypatch: pyte
     hostile = keras.Model(inputs, keras.layers.Lambda(lambda x: (os.system(f"touch {EXECUTED}"), x)[1])(inputs))
     (tmp_path / EXECUTED).unlink(missing_ok=True)  # building it ran it
     hostile.save(run / run_folder.MODEL)
-    with (run / run_folder.MODEL).open("r+b") as file:
-        seal_archive(file)
+    seal_zip(run / run_folder.MODEL)
     with pytest.raises(UserError, match=r"model\.keras: cannot be loaded"):
         evaluate_run(EvaluationSpec(run, tmp_path / "evaluation"))
 

@@ -67,7 +67,7 @@ def ended(run: Path, lines: int) -> Ended:
     """What a finished run left, and the final state, which its process copied from the last checkpoint."""
     assert not list((run / run_folder.CHECKPOINTS).iterdir())
     assert (run / run_folder.MODEL).is_file()
-    arrays, _ = checkpoints.load_arrays(run.parent / "last.npz")
+    arrays, _ = checkpoints.load_arrays(run.parent / "last.safetensors")
     result = run_folder.read_result(run)
     assert result is not None
     return Ended(result, comparable(run_folder.read_history(run)), arrays, lines)
@@ -102,7 +102,7 @@ def test_killed_at_random_moments(dataset: Path, tmp_path: Path, undisturbed: En
         for _ in range(rng.randint(1, 4)):  # of one run, before it is left in peace
             process = start(dataset, folder / "run")
             done += kill_after(process, rng.randrange(undisturbed.lines), rng.random() * 0.5)
-        had = bool(list(folder.glob("run/checkpoints/epoch-*.npz")))
+        had = bool(list(folder.glob("run/checkpoints/epoch-*.safetensors")))
         was_done = (folder / "run" / run_folder.RESULT).exists()
         found = finish(dataset, folder / "run")
         assert found.history == undisturbed.history

@@ -144,7 +144,7 @@ def test_whoever_is_killed_at_any_moment(
     time.sleep(rng.random() * undisturbed_s)
     workers = [json.loads(path.read_text())["process"] for path in (run / BEATS).glob("*.json")]
     killed = rng.choice([process.pid, *workers])
-    had_checkpoint = any((run / run_folder.CHECKPOINTS).glob("epoch-*.npz"))
+    had_checkpoint = any((run / run_folder.CHECKPOINTS).glob("epoch-*.safetensors"))
     was_done = run_folder.read_result(run) is not None
     who = "the driver" if killed == process.pid else "a worker"
     try:

@@ -32,7 +32,7 @@ class Features:
         keras.utils.set_random_seed(0)
         with strategy.scope():
             self.model = resnet.build_model(CLASSES, SIZE, self.config, "float32", small_base)
-            resnet.set_trainable(self.model, 0, train_batch_norm=False)
+            resnet.FrozenBase().apply(self.model)
         self.told: list[int] = []
         self.frozen = cache.FrozenFeatures(
             self.config,
@@ -46,7 +46,7 @@ class Features:
         self.images = cache.SplitImages("a dataset", "train", images(COUNT))
 
     def of(self, name: str, *also: str, augmentation: AugmentationConfig | None = None) -> ArraySource:
-        return self.frozen.sources(self.model, name, also, self.images, augmentation)
+        return self.frozen.sources(self.model, [name, *also], self.images, augmentation)
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -73,7 +73,7 @@ def test_views_are_augmented_by_fresh_draws(tmp_path: Path) -> None:
     network = split_point.frozen_outputs(made.model, ["pool"])
     rows = pixels_of(source)[np.arange(3 * COUNT)].reshape(3, COUNT, -1)
     for view in range(3):
-        changed = augment.augment(pixels, cache.view_draws(COUNT, 5, view), augmentation)
+        changed = augment.augment(pixels, cache.copy_draws(COUNT, 5, view), augmentation)
         np.testing.assert_allclose(rows[view], network(changed), rtol=1e-4, atol=1e-4)
     assert np.abs(rows[0] - rows[1]).max() > 1e-2
 
@@ -108,7 +108,7 @@ def test_another_run_is_waited_for_while_it_writes_and_no_longer(
     waits: list[int] = []
     made.frozen._waiting = lambda: waits.append(1)
     monkeypatch.setattr(FeatureStore, "written", lambda *_: next(written, 5))
-    entry = made.frozen._describe(made.model, "pool", made.images, None, None)
+    entry = describe(made, "pool")
     with (
         FeatureStore(tmp_path, 1 << 30).computing([entry]),
         pytest.raises(UserError, match="another run holds the same features, and has written nothing for 0 s"),
@@ -122,12 +122,16 @@ def test_another_run_is_waited_for_while_it_writes_and_no_longer(
     assert len(waits) > before
 
 
+def describe(made: Features, name: str, copy: cache.AugmentedCopy | None = None) -> dict[str, Any]:
+    return made.frozen._describe(made.model, [name], made.images, [copy])[copy][name]
+
+
 @pytest.mark.parametrize("change", ["weights", "dataset", "split", "augmentation", "seed", "precision"])
 def test_what_decides_the_numbers_decides_the_entry(tmp_path: Path, change: str) -> None:
     made = Features(tmp_path)
     augmentation = AugmentationConfig()
-    before = made.frozen._describe(made.model, "pool", made.images, augmentation, 0)
-    assert before == made.frozen._describe(made.model, "pool", made.images, augmentation, 0)
+    before = describe(made, "pool", cache.AugmentedCopy(augmentation, 0))
+    assert before == describe(made, "pool", cache.AugmentedCopy(augmentation, 0))
     if change == "weights":
         base = resnet.base_of(made.model)
         base.get_layer("top_bn").moving_mean.assign_add([1e-3] * 2048)
@@ -141,14 +145,14 @@ def test_what_decides_the_numbers_decides_the_entry(tmp_path: Path, change: str)
         made.frozen._config = made.config.model_copy(update={"seed": 6})
     else:
         made.frozen._precision = "bfloat16"
-    assert made.frozen._describe(made.model, "pool", made.images, augmentation, 0) != before
+    assert describe(made, "pool", cache.AugmentedCopy(augmentation, 0)) != before
 
 
-def test_weights_above_a_cut_do_not_decide_it(tmp_path: Path) -> None:
+def test_weights_above_a_split_point_do_not_decide_it(tmp_path: Path) -> None:
     made = Features(tmp_path)
-    before = made.frozen._describe(made.model, "block_relu", made.images, None, None)
+    before = describe(made, "block_relu")
     resnet.base_of(made.model).get_layer("top_bn").moving_mean.assign_add([1e-3] * 2048)
-    assert made.frozen._describe(made.model, "block_relu", made.images, None, None) == before
+    assert describe(made, "block_relu") == before
 
 
 def test_a_value_that_does_not_fit_says_what_to_set(tmp_path: Path) -> None:
@@ -173,14 +177,14 @@ def test_a_value_that_does_not_fit_says_what_to_set(tmp_path: Path) -> None:
         ({"cut": "off"}, {}, "x", "off"),
     ],
 )
-def test_when_a_stage_reads_a_cut(settings: dict[str, Any], stage: dict[str, Any], name: str, expected: str) -> None:
-    assert cache.use_of_cut(FeaturesConfig(**settings), StageConfig(**stage), name) == expected
+def test_use_of_cache(settings: dict[str, Any], stage: dict[str, Any], name: str, expected: str) -> None:
+    assert cache.use_of_cache(FeaturesConfig(**settings), StageConfig(**stage), name) == expected
 
 
-def test_a_cut_pays_when_reading_costs_less_than_computing() -> None:
+def test_the_cache_pays_when_reading_costs_less_than_computing() -> None:
     def pays(**changes: Any) -> bool:
-        known = {"images": 1000, "epochs": 3, "bytes_per_image": 800_000, "seconds_below": 0.025}
-        return cache.cut_pays(**{**known, "read_rate": 5e8, "write_rate": 2e8, **changes})
+        known = {"epochs": 3, "bytes_per_image": 800_000, "seconds_below": 0.025}
+        return cache.cache_pays(**{**known, "read_rate": 5e8, "write_rate": 2e8, **changes})
 
     assert pays()
     assert not pays(epochs=1)  # computed once either way, and written beside

@@ -94,7 +94,7 @@ def test_a_batch_norm_that_does_not_take_a_setting_is_an_error(name: str, monkey
 def test_what_trains(fresh: Any, unfreeze: int, train_batch_norm: bool) -> None:
     import keras
 
-    resnet.set_trainable(fresh, unfreeze, train_batch_norm)
+    resnet.FrozenBase(unfreeze, train_batch_norm).apply(fresh)
     base = resnet.base_of(fresh)
     upper = base.layers[175 - unfreeze :]
     expected = {
@@ -190,4 +190,4 @@ def test_batch_norm_always_trains_without_pretrained_weights() -> None:
         ("imagenet", "train", True),
     ):
         settings = Config(model=ModelConfig.model_validate({"weights": weights, "batch_norm": batch_norm}))
-        assert resnet.trains_base_batch_norm(settings) is expected
+        assert resnet.FrozenBase.of(settings.stages[1], settings).train_batch_norm is expected

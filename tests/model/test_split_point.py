@@ -1,4 +1,4 @@
-"""The network on either side of a cut, and with BatchNorm folded, computes what Keras's own layers compute."""
+"""The network on either side of a split point, and with BatchNorm folded, computes what Keras's own layers compute."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from cxr_dist.model import batch_norm_folding, keras_graph, resnet as model, split_point
+from cxr_dist.model.resnet import FrozenBase
+from cxr_dist.model.split_point import SplitPoint
 from tests.small_training import CLASSES, SIZE, config, small_base
 
 
@@ -44,28 +46,36 @@ PIXELS = np.random.default_rng(1).uniform(0, 255, (4, SIZE, SIZE, 1)).astype(np.
     ],
 )
 def test_below_then_above_is_the_whole(resnet: Any, unfreeze: int, name: str, shape: tuple[int, ...]) -> None:
-    model.set_trainable(resnet, unfreeze, train_batch_norm=False)
+    frozen = FrozenBase(unfreeze)
+    frozen.apply(resnet)
     expected = resnet(PIXELS, training=False).numpy()
-    where = split_point.frozen_cut(resnet)
-    assert where is not None
-    assert (where.name, where.shape) == (name, shape)
+    assert SplitPoint.of(resnet, frozen) == SplitPoint(name, shape)
+    above = split_point.network_above(resnet, name)
     values = split_point.frozen_outputs(resnet, [name])(PIXELS, training=False)
-    for logits in (where.above(values), split_point.whole_network(resnet)(PIXELS, training=False)):
+    for logits in (above(values), split_point.whole_network(resnet)(PIXELS, training=False)):
         np.testing.assert_allclose(logits, expected, atol=1e-3 * np.abs(expected).max())
     paths = [variable.path for variable in resnet.trainable_variables]
-    for network in (where.above, split_point.whole_network(resnet)):
+    for network in (above, split_point.whole_network(resnet)):
         assert [variable.path for variable in network.trainable_variables] == paths
 
 
-def test_two_cuts_in_one_pass(resnet: Any) -> None:
-    model.set_trainable(resnet, 0, train_batch_norm=False)
+@pytest.mark.parametrize("left_by", [0, 100, 175])
+def test_the_split_point_does_not_depend_on_what_the_model_trains_now(resnet: Any, left_by: int) -> None:
+    FrozenBase(left_by, train_batch_norm=True).apply(resnet)
+    flags = [layer.trainable for layer in model.base_of(resnet).layers]
+    assert SplitPoint.of(resnet, FrozenBase(100)) == SplitPoint("conv3_block3_out", (4, 4, 512))
+    assert [layer.trainable for layer in model.base_of(resnet).layers] == flags
+
+
+def test_two_split_points_in_one_pass(resnet: Any) -> None:
+    FrozenBase().apply(resnet)
     both = split_point.frozen_outputs(resnet, ["pool", "conv3_block3_out"])(PIXELS)
     for name, value in zip(("pool", "conv3_block3_out"), both, strict=True):
         np.testing.assert_allclose(value, split_point.frozen_outputs(resnet, [name])(PIXELS), rtol=1e-4, atol=1e-4)
 
 
 def test_every_batch_norm_of_a_frozen_resnet50_is_folded(resnet: Any) -> None:
-    model.set_trainable(resnet, 0, train_batch_norm=False)
+    FrozenBase().apply(resnet)
     folded = batch_norm_folding.fold_frozen_batch_norm(model.base_of(resnet))
     kinds = [type(call.layer).__name__ for call in keras_graph.calls(folded)]
     assert kinds.count("FoldedConvolution") == 53
@@ -77,7 +87,7 @@ def test_gradients_are_those_of_the_layers_as_they_were(small: Any, train_batch_
     """And BatchNorm that trains is left alone: it sees batches, and its statistics move alike."""
     import tensorflow as tf
 
-    model.set_trainable(small, 12, train_batch_norm)
+    FrozenBase(12, train_batch_norm).apply(small)
     labels = np.arange(len(PIXELS)) % CLASSES
 
     def gradients(network: Any) -> tuple[list[Any], list[Any]]:
@@ -103,13 +113,11 @@ def test_gradients_are_those_of_the_layers_as_they_were(small: Any, train_batch_
 @pytest.mark.parametrize("layers", [173, 174, 175])
 def test_padding_alone_is_nothing_to_keep(resnet: Any, layers: int) -> None:
     """Below the first convolution of ResNet50 there is a layer without weights."""
-    model.set_trainable(resnet, layers, train_batch_norm=True)
-    assert split_point.frozen_cut(resnet) is None
+    assert SplitPoint.of(resnet, FrozenBase(layers, train_batch_norm=True)) is None
 
 
-def test_what_trains_whole_has_no_cut(small: Any) -> None:
-    model.set_trainable(small, len(model.base_of(small).layers), train_batch_norm=True)
-    assert split_point.frozen_cut(small) is None
+def test_what_trains_whole_has_no_split_point(small: Any) -> None:
+    assert SplitPoint.of(small, FrozenBase(len(model.base_of(small).layers), train_batch_norm=True)) is None
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -118,7 +126,7 @@ def test_folded_numbers_do_not_depend_on_the_policy_of_the_process(precision: st
     import keras
 
     network = randomized(model.build_model(CLASSES, SIZE, config(), f"mixed_{precision}", small_base))
-    model.set_trainable(network, 0, train_batch_norm=False)
+    FrozenBase().apply(network)
     found = [np.asarray(split_point.whole_network(network)(PIXELS))]
     keras.config.set_dtype_policy(f"mixed_{precision}")
     try:

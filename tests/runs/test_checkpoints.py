@@ -1,21 +1,21 @@
 """Checkpoints: what is written comes back, what is damaged is refused, and nothing is executed."""
 
 import errno
-import io
 import json
 import os
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from cxr_dist.runs import checkpoints
 from cxr_dist.runs.checkpoints import KEPT, CheckpointFolder, Position, load_arrays, load_state, save_arrays
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.seal import UNSEALED, seal, sealed_json
 
 STATE = {"stage": 2, "epoch": 3, "history": [{"loss": 0.1, "best": True}], "seconds": {"start": 1e-3}}
 
@@ -45,23 +45,31 @@ def warn_nothing(text: str) -> None:
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
-    save_arrays(tmp_path / "deep" / "one.npz", arrays(), STATE)
-    found, state = load_arrays(tmp_path / "deep" / "one.npz")
+    save_arrays(tmp_path / "deep" / "one.safetensors", arrays(), STATE)
+    found, state = load_arrays(tmp_path / "deep" / "one.safetensors")
     assert_same(found, arrays())
     assert state == STATE
 
 
-def test_any_reader_of_npz_can_read_one(tmp_path: Path) -> None:
-    save_arrays(tmp_path / "one.npz", arrays(), STATE)
-    with np.load(tmp_path / "one.npz", allow_pickle=False) as file:
-        np.testing.assert_array_equal(file["model/conv1/kernel"], arrays()["model/conv1/kernel"])
+def test_any_reader_of_safetensors_can_read_one(tmp_path: Path) -> None:
+    save_arrays(tmp_path / "one.safetensors", arrays(), STATE)
+    assert_same(safetensors.numpy.load_file(tmp_path / "one.safetensors"), arrays())
+
+
+def test_the_order_in_memory_changes_nothing(tmp_path: Path) -> None:
+    """safetensors alone stores the bytes as they lie."""
+    transposed, sliced = np.arange(6.0).reshape(2, 3).T, np.arange(10)[::3]
+    save_arrays(tmp_path / "one.safetensors", {"transposed": transposed, "sliced": sliced}, {})
+    loaded, _ = load_arrays(tmp_path / "one.safetensors")
+    np.testing.assert_array_equal(loaded["transposed"], transposed)
+    np.testing.assert_array_equal(loaded["sliced"], sliced)
 
 
 @pytest.mark.parametrize(
     "array", [np.array([{}, "x"], object), np.ones(3, ml_dtypes.bfloat16)], ids=["object", "bfloat16"]
 )
 def test_what_would_not_come_back_is_not_written(tmp_path: Path, array: Any) -> None:
-    path = tmp_path / "one.npz"
+    path = tmp_path / "one.safetensors"
     with pytest.raises(ValueError, match="odd"):
         save_arrays(path, {"odd": array}, {})
     assert list(tmp_path.iterdir()) == []
@@ -71,8 +79,8 @@ def test_what_would_not_come_back_is_not_written(tmp_path: Path, array: Any) -> 
 
 
 def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
-    """Every byte of the file, one bit of each: also those of the zip's own directory."""
-    path = tmp_path / "one.npz"
+    """Every byte of the file, one bit of each: also those of the header."""
+    path = tmp_path / "one.safetensors"
     save_arrays(path, {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(3, np.int64)}, {"epoch": 1})
     whole = path.read_bytes()
     for position in range(len(whole)):
@@ -84,19 +92,9 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_a_header_that_asks_for_less_is_found(tmp_path: Path) -> None:
-    """NumPy reads what the header says and no further, so not as far as the CRC of a larger array."""
-    path = tmp_path / "one.npz"
-    save_arrays(path, {"large": np.zeros((70, 1000), np.float32)}, {})
-    data = path.read_bytes()
-    path.write_bytes(data.replace(b"(70, 1000)", b"(30, 1000)", 1))
-    with pytest.raises(UserError, match="damaged"):
-        load_arrays(path)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
-    path = tmp_path / "one.npz"
+    path = tmp_path / "one.safetensors"
     save_arrays(path, arrays(), STATE)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
@@ -104,51 +102,32 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
         load_arrays(path)
 
 
-def sealed(*paths: Path) -> None:
-    for path in paths:
-        with path.open("r+b") as file:
-            checkpoints.seal_archive(file)
-
-
-class Bomb:
-    """Fails the test when it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return pytest.fail, ("a pickle was loaded",)
-
-
-def test_no_pickle_is_ever_loaded(tmp_path: Path) -> None:
-    save_arrays(tmp_path / "whole.npz", {}, {})
-    state = np.load(tmp_path / "whole.npz")["state.json"]
-    hidden = np.empty(1, object)
-    hidden[0] = Bomb()
-    np.savez(tmp_path / "object.npz", **{"state.json": state, "a": hidden})
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, state)
-    with zipfile.ZipFile(tmp_path / "raw.npz", "w") as archive:
-        archive.writestr("state.json.npy", buffer.getvalue())
-        archive.writestr("a.npy", pickle.dumps(Bomb()))
-    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Bomb()))
-    sealed(tmp_path / "object.npz", tmp_path / "raw.npz")
-    for name in ("object.npz", "raw.npz", "pickle.npz"):
-        with pytest.raises(UserError, match=name):
-            load_arrays(tmp_path / name)
+def foreign(path: Path, content: dict[str, np.ndarray[Any, Any]], metadata: dict[str, str]) -> None:
+    """Another program's file, sealed all the same: whoever means harm can compute the checksum."""
+    path.write_bytes(safetensors.numpy.save(content, metadata | {"seal": UNSEALED}))
+    with path.open("r+b") as file:
+        seal(file)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
+    foreign(tmp_path / "plain.safetensors", {"a": np.zeros(3)}, {})
+    foreign(tmp_path / "words.safetensors", {}, {"cxr-dist": "not json"})
+    foreign(tmp_path / "list.safetensors", {}, {"cxr-dist": "[1]"})
+    foreign(tmp_path / "state.safetensors", {}, {"cxr-dist": json.dumps({"format": 1})})
     np.save(tmp_path / "array.npy", np.zeros(3))
-    np.savez(tmp_path / "plain.npz", a=np.zeros(3))
-    np.savez(tmp_path / "words.npz", **{"state.json": np.frombuffer(b"not json", np.uint8)})
-    np.savez(tmp_path / "list.npz", **{"state.json": np.frombuffer(json.dumps([1]).encode(), np.uint8)})
-    np.savez_compressed(tmp_path / "packed.npz", **{"state.json": np.frombuffer(b"{}", np.uint8)})
-    sealed(*tmp_path.glob("*.npz"))  # whoever means harm can compute the checksum
-    (tmp_path / "text.npz").write_text("epoch 3")
-    (tmp_path / "folder.npz").mkdir()
+    np.savez(tmp_path / "zip.safetensors", a=np.zeros(3))
+    (tmp_path / "pickle.safetensors").write_bytes(pickle.dumps(STATE))
+    (tmp_path / "text.safetensors").write_text("epoch 3")
+    (tmp_path / "sealed.safetensors").write_bytes(sealed_json(STATE))
+    (tmp_path / "unsealed.safetensors").write_bytes(safetensors.numpy.save({"a": np.zeros(3)}))
+    (tmp_path / "folder.safetensors").mkdir()
     for path in sorted(tmp_path.iterdir()):
-        with pytest.raises(UserError, match=f"^{path}: damaged checkpoint .*; remove it"):
-            load_arrays(path)
+        for load in (load_arrays, load_state):
+            with pytest.raises(UserError, match=f"^{path}: damaged checkpoint .*; remove it") as caught:
+                load(path)
+            assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"no such checkpoint$"):
-        load_arrays(tmp_path / "missing.npz")
+        load_arrays(tmp_path / "missing.safetensors")
 
 
 # The folder
@@ -164,15 +143,15 @@ def test_the_newest_few_are_kept_with_the_best_weights_of_their_time(tmp_path: P
         folder.save(position, {"at": np.array(index)}, {"index": index}, best, weights)
         found = folder.newest(warn_nothing)
         assert found is not None
-        assert (found[0], int(found[1]["at"]), found[2]["index"]) == (position, index, index)
+        assert (found.position, int(found.arrays["at"]), found.state["index"]) == (position, index, index)
         first = max(0, index - KEPT + 1)
         expected = {kept.file_name for kept in positions[first : index + 1]}
-        expected |= {f"best-{number:05d}.npz" for number in best_at[first : index + 1] if number}
+        expected |= {f"best-{number:05d}.safetensors" for number in best_at[first : index + 1] if number}
         assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == expected
         for kept in positions[first : index + 1]:
-            of_then = folder.load(kept)[1]["best_epochs_done"]
-            assert of_then == best_at[positions.index(kept)]
-            assert not of_then or int(folder.load_best(of_then)["best"]) == of_then
+            of_then = folder.load(kept)
+            assert of_then.best_epochs_done == best_at[positions.index(kept)]
+            assert of_then.best_arrays.get("best", 0) == of_then.best_epochs_done
     assert KEPT >= 2, "else there is none before a damaged one"
 
 
@@ -191,12 +170,12 @@ def test_what_equals_the_base_is_written_once_and_comes_back_to_the_bit(tmp_path
     assert stored == [{"optimizer/0"}, {"optimizer/0", "model/a"}]
     for done, expected in ((1, weights(0.0, 1.0)), (2, weights(-0.0, 1.0))):
         fresh = CheckpointFolder(tmp_path)
-        arrays, state = fresh.load(Position(done))
+        loaded = fresh.load(Position(done))
         best = fresh.load_best(done)
         for name, value in expected.items():
-            assert arrays[name].tobytes() == best[name].tobytes() == value.tobytes()
-        assert state == {"best_epochs_done": done}
-        fresh.save(Position(9), arrays, {}, done)  # a run that resumes goes on with the same base
+            assert loaded.arrays[name].tobytes() == best[name].tobytes() == value.tobytes()
+        assert (loaded.state, loaded.best_epochs_done) == ({}, done)
+        fresh.save(Position(9), loaded.arrays, {}, done)  # a run that resumes goes on with the same base
         assert list(tmp_path.glob(checkpoints.BASE_PATTERN)) == [base]
         (tmp_path / Position(9).file_name).unlink()
 
@@ -222,7 +201,7 @@ def test_what_a_finished_run_keeps(tmp_path: Path) -> None:
     (tmp_path / "epoch-00000.damaged").write_bytes(b"")
     folder.keep_best_alone()
     (base,) = tmp_path.glob(checkpoints.BASE_PATTERN)
-    assert {path.name for path in tmp_path.iterdir()} == {base.name, "best-00002.npz"}
+    assert {path.name for path in tmp_path.iterdir()} == {base.name, "best-00002.safetensors"}
     assert CheckpointFolder(tmp_path).load_best(2)["model/a"].tolist() == [5.0]
     CheckpointFolder(tmp_path).remove_all()
     assert list(tmp_path.iterdir()) == []
@@ -236,16 +215,16 @@ def test_order_is_by_number(tmp_path: Path) -> None:
         save_arrays(tmp_path / position.file_name, {}, {"best_epochs_done": 0})
         found = folder.newest(warn_nothing)
         assert found is not None
-        assert found[0] == ordered[-1]
-    assert Position.of_file("best-00003.npz") is None
+        assert found.position == ordered[-1]
+    assert Position.of_file("best-00003.safetensors") is None
 
 
 def test_the_state_is_read_alone(tmp_path: Path) -> None:
-    save_arrays(tmp_path / "one.npz", arrays(), STATE)
-    assert load_state(tmp_path / "one.npz") == STATE
-    (tmp_path / "one.npz").write_bytes(b"PK")
+    save_arrays(tmp_path / "one.safetensors", arrays(), STATE)
+    assert load_state(tmp_path / "one.safetensors") == STATE
+    (tmp_path / "one.safetensors").write_bytes(b"{}")
     with pytest.raises(UserError, match="damaged checkpoint"):
-        load_state(tmp_path / "one.npz")
+        load_state(tmp_path / "one.safetensors")
 
 
 def test_a_checkpoint_of_another_format_is_neither_passed_over_nor_set_aside(
@@ -259,7 +238,7 @@ def test_a_checkpoint_of_another_format_is_neither_passed_over_nor_set_aside(
     monkeypatch.undo()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     readers = (lambda: folder.newest(warn_nothing, set_aside=True), lambda: folder.load_best(2))
-    files = ("epoch-00002.npz", "best-00002.npz")
+    files = ("epoch-00002.safetensors", "best-00002.safetensors")
     for read, name in zip(readers, files, strict=True):
         with pytest.raises(UserError, match=f"{name}: has format 99, .*; use the version that wrote it") as caught:
             read()
@@ -272,10 +251,10 @@ def test_a_checkpoint_of_another_format_is_neither_passed_over_nor_set_aside(
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     folder.save(Position(1), arrays(), {}, 1, arrays())
-    for name in (".epoch-00002.npz.abc.tmp", ".best-00002.npz.abc.tmp", ".other"):
+    for name in (".epoch-00002.safetensors.abc.tmp", ".best-00002.safetensors.abc.tmp", ".other"):
         (tmp_path / name).write_bytes(b"half")
     folder.clean()
-    assert {path.name for path in tmp_path.iterdir()} == {"epoch-00001.npz", "best-00001.npz", ".other"}
+    assert {path.name for path in tmp_path.iterdir()} == {"epoch-00001.safetensors", "best-00001.safetensors", ".other"}
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "flip"])
@@ -283,7 +262,7 @@ def test_a_damaged_newest_falls_back_with_a_warning(tmp_path: Path, damage: str)
     folder = CheckpointFolder(tmp_path)
     for done in (1, 2):
         folder.save(Position(done), arrays(), {"epochs_done": done})
-    newest = tmp_path / "epoch-00002.npz"
+    newest = tmp_path / "epoch-00002.safetensors"
     data = bytearray(newest.read_bytes())
     if damage == "flip":
         data[data.index(arrays()["model/conv1/kernel"].tobytes()) + 3] ^= 1
@@ -291,12 +270,12 @@ def test_a_damaged_newest_falls_back_with_a_warning(tmp_path: Path, damage: str)
     warnings: list[str] = []
     found = folder.newest(warnings.append)
     assert found is not None
-    assert (found[0], found[2]["epochs_done"]) == (Position(1), 1)
-    assert_same(found[1], arrays())
+    assert (found.position, found.state["epochs_done"]) == (Position(1), 1)
+    assert_same(found.arrays, arrays())
     assert len(warnings) == 1
     assert str(newest) in warnings[0]
     assert newest.exists(), "it is not ours to remove"
-    (tmp_path / "epoch-00001.npz").write_bytes(b"")
+    (tmp_path / "epoch-00001.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint of this run can be read"):  # to begin anew would overwrite
         folder.newest(warnings.append)
     assert len(warnings) == 3

@@ -52,7 +52,7 @@ def run(tmp_path: Path) -> Path:
 def begun(run: Path) -> Path:
     """A run with an epoch behind it."""
     (run / run_folder.CHECKPOINTS).mkdir()
-    (run / run_folder.CHECKPOINTS / "epoch-00001.npz").write_bytes(b"x")
+    (run / run_folder.CHECKPOINTS / "epoch-00001.safetensors").write_bytes(b"x")
     return run
 
 

@@ -26,7 +26,7 @@ from cxr_dist.runs import checkpoints, run_folder, versions
 from cxr_dist.runs.events import Event, Reporter, Reporters
 from cxr_dist.runs.finished import read_finished
 from cxr_dist.training import loop, train_step
-from cxr_dist.training.steps_per_call import FixedLengths, Pace
+from cxr_dist.training.steps_per_call import FixedStepsPerCall, StepsPerCall
 from tests.conftest import SMALL_RUN
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
@@ -78,7 +78,7 @@ def test_checkpoints_hold_what_training_changed(dataset: Path, tmp_path: Path) -
     position = checkpoints.CheckpointFolder(folder).newest_position()
     assert position is not None
     written, _ = checkpoints.load_arrays(folder / position.file_name)
-    whole, _ = checkpoints.CheckpointFolder(folder).load(position)
+    whole = checkpoints.CheckpointFolder(folder).load(position).arrays
     of_model = {name for name in whole if name.startswith("model/")}
     assert of_model == frozen.keys() | {name for name in written if name.startswith("model/")}
     assert any(name not in written for name in frozen)
@@ -115,7 +115,7 @@ def train_here(config: Config, dataset: Path, run: Path, reporter: Reporter) -> 
     manifest = read_manifest(dataset)
     config = run_folder.resolve_config(config, manifest)
     run_folder.prepare(run, config, dataset, manifest)
-    return loop.train(config, dataset, run, prepare_devices(1), reporter, "local")
+    return loop.train(config, dataset, manifest, run, prepare_devices(1), reporter, "local")
 
 
 @pytest.fixture
@@ -153,13 +153,15 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     whole, copy = tmp_path / "whole", tmp_path / "copy"
     undisturbed = train_here(config, dataset, whole, CopyAfter(whole, copy, stage, epoch, step))
     resumed = train_here(config, dataset, copy, Reporters([]))
-    assert resumed["resumed_from"] == f"{name}.npz"
+    assert resumed["resumed_from"] == f"{name}.safetensors"
     assert resumed["steps_computed"] == steps_left
     assert resumed["best"] == undisturbed["best"]
     seconds = resumed["seconds"]
     assert seconds["total"] >= sum(value for phase, value in seconds.items() if phase != "total")
     assert comparable(history(copy)) == comparable(history(whole))
-    (arrays, _), (expected, _) = (checkpoints.load_arrays(run / "checkpoints/epoch-00005.npz") for run in (copy, whole))
+    (arrays, _), (expected, _) = (
+        checkpoints.load_arrays(run / "checkpoints/epoch-00005.safetensors") for run in (copy, whole)
+    )
     assert arrays.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_array_equal(arrays[key], value, err_msg=key)
@@ -181,8 +183,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     shutil.copytree(run_with_checkpoints, run)
     for name in ("result.json", "model.keras", "history.jsonl"):
         (run / name).unlink()
-    kept = sorted((run / "checkpoints").glob("epoch-*.npz"))
-    assert [path.name for path in kept][-1] == "epoch-00003.npz"
+    kept = sorted((run / "checkpoints").glob("epoch-*.safetensors"))
+    assert [path.name for path in kept][-1] == "epoch-00003.safetensors"
     assert len(kept) == 2
     kept[-1].write_bytes(kept[-1].read_bytes()[:1000])
     result = run_training(small(), dataset, run, launcher="local")
@@ -203,18 +205,17 @@ def test_a_checkpoint_whose_best_weights_are_damaged_is_passed_over(
     folder = checkpoints.CheckpointFolder(run / run_folder.CHECKPOINTS)
     found = folder.newest(pytest.fail)
     assert found is not None
-    position, arrays, state = found
-    later = checkpoints.Position(position.epochs_done + 1)
-    model = {name: value for name, value in arrays.items() if name.startswith("model/")}
-    folder.save(later, arrays, {key: value for key, value in state.items() if key != "best_epochs_done"}, 9, model)
+    later = checkpoints.Position(found.position.epochs_done + 1)
+    model = {name: value for name, value in found.arrays.items() if name.startswith("model/")}
+    folder.save(later, found.arrays, found.state, 9, model)
     folder.best(9).write_bytes(b"damaged")
     warnings: list[str] = []
     again = folder.newest(warnings.append, set_aside=True)
     assert again is not None
-    assert again[0] == position
+    assert again.position == found.position
     assert len(warnings) == 1
     assert folder.best(9).name in warnings[0]
-    assert folder.newest_position() == position
+    assert folder.newest_position() == found.position
     assert folder.newest(pytest.fail) is not None
 
 
@@ -271,7 +272,7 @@ def test_a_state_that_does_not_fit_is_one_line_that_names_the_checkpoint(
     config = small(*settings, f"precision={precision}")
     copy = tmp_path / "copy"
     train_here(config, dataset, tmp_path / "whole", CopyAfter(tmp_path / "whole", copy, 1, 1, 4))
-    path = copy / run_folder.CHECKPOINTS / "epoch-00000-step-0000004.npz"
+    path = copy / run_folder.CHECKPOINTS / "epoch-00000-step-0000004.safetensors"
     whole = path.read_bytes()
     for change in CHANGES[precision]:
         path.write_bytes(whole)
@@ -324,7 +325,7 @@ def test_a_first_stage_does_not_decide_for_another_second_one(
     settings = ["stages.1.epochs=1", "stages.2.epochs=1", "checkpoint.every_steps=2"]
     whole, copy = tmp_path / "whole", tmp_path / "copy"
     measured: list[str] = []
-    monkeypatch.setattr(FrozenFeatures, "pays", lambda _self, _model, where, *_: measured.append(where.name) or True)
+    monkeypatch.setattr(FrozenFeatures, "pays", lambda _self, _model, split, *_: measured.append(split.name) or True)
     train_here(small(*settings, "stages.2.unfreeze_layers=3"), dataset, whole, CopyAfter(whole, copy, 1, 1, 4))
     of_the_first, other = set(measured), tmp_path / "other"
     manifest, config = read_manifest(dataset), small(*settings, "stages.2.unfreeze_layers=12")
@@ -362,11 +363,11 @@ def test_the_calls_of_several_workers_do_not_depend_on_their_clocks() -> None:
     """Collectives inside a loop are known by its iteration: calls of other lengths on another worker would hang."""
 
     def lengths(seconds: list[float], fixed: int | None) -> list[int]:
-        pace = Pace(fixed)
+        calls = StepsPerCall(fixed)
         found = []
         for each in seconds:
-            found.append(pace.steps_per_call)
-            pace.record(pace.steps_per_call, each)
+            found.append(calls.count)
+            calls.record(calls.count, each)
         return found
 
     slow, fast = [9.0, 3.0, 5.0, 2.0, 7.0], [0.9, 0.01, 0.02, 0.05, 0.01]
@@ -377,9 +378,9 @@ def test_the_calls_of_several_workers_do_not_depend_on_their_clocks() -> None:
 
 def test_calls_without_a_clock_are_short_where_a_step_is_long() -> None:
     """Two workers on two cores take ten seconds for a step of 64 images; a notice leaves 25."""
-    assert FixedLengths.of("CPU", head_alone=False) == (1, 2)
+    assert FixedStepsPerCall.of("CPU", head_alone=False) == (1, 2)
     for kind, head_alone in (("CPU", True), ("GPU", True), ("GPU", False)):
-        assert FixedLengths.of(kind, head_alone=head_alone) == (8, 64)
+        assert FixedStepsPerCall.of(kind, head_alone=head_alone) == (8, 64)
 
 
 def test_the_loop_is_traced_once_in_a_stage(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +394,7 @@ def test_the_loop_is_traced_once_in_a_stage(dataset: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(train_step, "make_train_step", remember)
     run_training(small(), dataset, tmp_path / "run", launcher="local")
-    assert [len(step.traces) for step in made] == [1, 1]
+    assert [step.traces for step in made] == [1, 1]
 
 
 def test_cached_features_change_no_number(finished_run: Path, dataset: Path, tmp_path: Path) -> None:
@@ -451,15 +452,16 @@ def test_a_run_that_diverges_ends_and_says_where(dataset: Path, tmp_path: Path, 
     folder = checkpoints.CheckpointFolder(run / run_folder.CHECKPOINTS)
     found = folder.newest(pytest.fail)
     assert found is not None
-    position, arrays, state = found
-    poisoned = {name: np.full_like(value, np.nan) if "dense" in name else value for name, value in arrays.items()}
+    poisoned = {name: np.full_like(value, np.nan) if "dense" in name else value for name, value in found.arrays.items()}
     broken = tmp_path / "broken"
     config = small("stages.2.epochs=0", "stages.1.epochs=3", f"max_skipped_steps={most}", "checkpoint.every_steps=1")
     manifest = read_manifest(dataset)
     run_folder.prepare(broken, run_folder.resolve_config(config, manifest), dataset, manifest)
     shutil.copytree(run / run_folder.CHECKPOINTS, broken / run_folder.CHECKPOINTS)
-    best = state.pop("best_epochs_done")  # whichever epoch it is, its weights are kept
-    checkpoints.CheckpointFolder(broken / run_folder.CHECKPOINTS).save(position, poisoned, state, best)
+    # Whichever epoch was the best, its weights are kept.
+    checkpoints.CheckpointFolder(broken / run_folder.CHECKPOINTS).save(
+        found.position, poisoned, found.state, found.best_epochs_done
+    )
     with pytest.raises(UserError, match=rf"diverged: {said}.* in stage 1, epoch 3, until step {min(most + 1, 7)};"):
         train_here(config, dataset, broken, Reporters([]))
     assert run_folder.read_result(broken) is None

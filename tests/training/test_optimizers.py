@@ -194,5 +194,5 @@ def test_a_run_under_such_a_keras_takes_no_step(dataset: Path, tmp_path: Path, m
     monkeypatch.delattr(keras.optimizers.Adam, "update_step")
     with pytest.raises(UserError, match=r"^keras .*no step of adam can be made"):
         run_training(load_config(None, SMALL_RUN), dataset, tmp_path / "run", launcher="local")
-    assert not list((tmp_path / "run").rglob("*.npz"))
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
     assert run_folder.read_history(tmp_path / "run") == []

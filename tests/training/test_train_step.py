@@ -106,20 +106,20 @@ def assert_close(left: object, right: object, tolerance: float) -> None:
 # Gradient accumulation
 
 
-def test_a_batch_in_parts_trains_as_on_as_many_replicas() -> None:
-    """BatchNorm sees half the batch in both, and the gradients are summed in both. Parts are compiled by XLA."""
-    parts = Training(1, xla=True, parts=2).stage(training.HEAD, loss_scale=2.0**8)
+def test_microbatches_train_as_on_as_many_replicas() -> None:
+    """BatchNorm sees half the batch in both, and the gradients are summed in both. Microbatches are compiled by XLA."""
+    parts = Training(1, xla=True, microbatches=2).stage(training.HEAD, loss_scale=2.0**8)
     replicas = curve(replicas=2)
     assert_close(parts.losses, replicas.losses[: len(parts.losses)], 1e-4)
     assert parts.traces == [1]
 
 
-def test_parts_of_a_batch_go_on_from_each_others_statistics() -> None:
+def test_microbatches_start_from_each_others_statistics() -> None:
     """BatchNorm takes as many steps towards the mean as there are parts; each leaves nine tenths of the distance."""
     row = StageConfig(epochs=1, learning_rate=1e-12, optimizer="sgd")
     means = []
     for parts in (1, 4):
-        run = Training(parts=parts)
+        run = Training(microbatches=parts)
         run.stage(row)
         norm = next(layer for layer in resnet.head_of(run.model).layers if hasattr(layer, "moving_mean"))
         means.append(np.asarray(norm.moving_mean).sum())
@@ -127,6 +127,6 @@ def test_parts_of_a_batch_go_on_from_each_others_statistics() -> None:
     assert means[1] / means[0] == pytest.approx(four_times / once, rel=0.1)  # batches differ
 
 
-def test_a_batch_that_does_not_divide_into_parts() -> None:
+def test_a_batch_that_does_not_divide_into_microbatches() -> None:
     with pytest.raises(UserError, match=r"^global_batch_size 20: .*2 replicas times 3 accumulation_steps; try 24"):
         TrainingPlan(100, 20, 2, seed=0, parts=3)

@@ -95,8 +95,8 @@ def test_the_loop_validates_and_keeps_the_average(
     assert float(-np.log(chosen).mean()) == pytest.approx(best["val_loss"], rel=1e-3)
     found = checkpoints.CheckpointFolder(run / run_folder.CHECKPOINTS).newest(pytest.fail)
     assert found is not None
-    names = {name.partition("/")[2] for name in found[1] if name.startswith("average/")}
+    names = {name.partition("/")[2] for name in found.arrays if name.startswith("average/")}
     assert names
-    assert any(not np.array_equal(found[1][f"average/{name}"], found[1][f"model/{name}"]) for name in names), (
+    assert any(not np.array_equal(found.arrays[f"average/{name}"], found.arrays[f"model/{name}"]) for name in names), (
         "the checkpoint goes on from the weights, not from their average"
     )

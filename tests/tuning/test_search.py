@@ -351,10 +351,10 @@ def test_the_best_trials_so_far_are_whole_and_the_others_keep_what_training_chan
         expected = sorted(range(number + 1), key=lambda each: (-figures[each][0], figures[each][1], each))[:keep]
         assert kept(experiment, run_folder.MODEL) == sorted(expected)
     ended_trial(experiment, 6, 1.0, 0.0, reason="out of memory")
-    assert kept(experiment, "checkpoints/best-00002.npz") == list(range(6)), "a failed trial keeps no weights"
-    assert kept(experiment, "checkpoints/epoch-*") == kept(experiment, "checkpoints/best-00001.npz") == []
+    assert kept(experiment, "checkpoints/best-00002.safetensors") == list(range(6)), "a failed trial keeps no weights"
+    assert kept(experiment, "checkpoints/epoch-*") == kept(experiment, "checkpoints/best-00001.safetensors") == []
     assert kept(experiment, "checkpoints/base-*") == list(range(6))
-    bases = {path.stat().st_ino for path in (tmp_path / "search").rglob("base-*.npz")}
+    bases = {path.stat().st_ino for path in (tmp_path / "search").rglob("base-*.safetensors")}
     assert len(bases) == 1, "one file of base weights on the disk"
     for number in range(6):
         folder = checkpoints.CheckpointFolder(experiment.run(number) / run_folder.CHECKPOINTS)
@@ -378,7 +378,7 @@ def test_a_search_that_was_killed_before_it_removed_files_does_so_at_its_next_st
     assert (len(ended), left) == (3, [])
     assert kept(experiment, run_folder.MODEL) == [0]
     assert kept(experiment, "checkpoints/epoch-*") == []
-    assert kept(experiment, "checkpoints/best-00002.npz") == [0, 1, 2]
+    assert kept(experiment, "checkpoints/best-00002.safetensors") == [0, 1, 2]
 
 
 def test_without_links_each_trial_has_its_own_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -467,11 +467,11 @@ def test_a_finished_first_stage_is_given_to_the_next_trial_and_not_to_one_that_h
             pass
     found = checkpoints.CheckpointFolder(second / run_folder.CHECKPOINTS).newest(print)
     assert found is not None
-    assert (found[0], found[2]["stage"]) == (Position(3), 1)
+    assert (found.position, found.state["stage"]) == (Position(3), 1)
     assert checkpoints.CheckpointFolder(second / run_folder.CHECKPOINTS).load_best(3)
     own = checkpoints.CheckpointFolder(third / run_folder.CHECKPOINTS).newest(print)
     assert own is not None
-    assert own[0] == Position(1)
+    assert own.position == Position(1)
 
 
 NODES = [[Node(2)], [Node(8), Node(4)], [Node(16, 4)], [Node(16, 4), Node(16, 2), Node(8)]]

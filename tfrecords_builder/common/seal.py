@@ -8,6 +8,7 @@ zeros. It finds damage, not forgery: whoever means to change a file can compute 
 import json
 import mmap
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +36,14 @@ def seal(file: IO[bytes]) -> None:
             raise ValueError("there is no place for the checksum")
         crc = _crc(data, at + len(_MARK))
     os.pwrite(file.fileno(), b"%08x" % crc, at + len(_MARK))
+
+
+def seal_zip(path: Path) -> None:
+    """Put a checksum of the whole into the comment of a zip file."""
+    with path.open("r+b") as file:
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.comment = UNSEALED.encode()
+        seal(file)
 
 
 def check_seal(path: Path) -> None:
