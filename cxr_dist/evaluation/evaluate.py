@@ -383,7 +383,7 @@ def _split_source(
         )
     check_shards(dataset, manifest)
     # The validation images of a run are those that it had; in any other evaluation a damaged record is an error.
-    without = corrupt_records.left_out(request.run).paths if is_same and request.split == "validation" else ()
+    without = corrupt_records.load_excluded(request.run).paths if is_same and request.split == "validation" else ()
     return ShardSource(dataset, manifest, request.split, without)
 
 

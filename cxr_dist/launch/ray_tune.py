@@ -20,8 +20,7 @@ from cxr_dist.distributed.devices import muted_stderr, prepare_devices, scratch_
 from cxr_dist.launch.placement import TrialPlan, WorkerPlan, cluster_nodes, plan_trials, this_machine
 from cxr_dist.launch.ray_connection import OWN_CLUSTER, connected, resolved_address
 from cxr_dist.launch.ray_metrics import CountingWatch, RayMetrics
-from cxr_dist.launch.ray_train import following, launch_training
-from cxr_dist.runs import run_folder
+from cxr_dist.launch.ray_train import RayWorkers
 from cxr_dist.runs.events import Reporter, Reporters
 from cxr_dist.runs.loggers import ConsoleReporter
 from cxr_dist.tuning.experiment import TUNE, Experiment, Trial
@@ -329,9 +328,7 @@ def _devices(cores: int) -> Any:
 
 def _through_ray_train(job: TrialJob, plan: WorkerPlan, report: Callable[[dict[str, Any], float], bool]) -> None:
     def train(config: Config, run: Path, listeners: Reporter) -> dict[str, Any]:
-        with following(run / run_folder.EVENTS, listeners):
-            return launch_training(
-                config, job.dataset, run, plan, lambda: plan, listeners, name=job.name, hparams=job.values
-            )
+        workers = RayWorkers(config, job.dataset, plan, lambda: plan, hparams=job.values, name=job.name)
+        return workers.train_and_follow(run, listeners)
 
     prepared(job, plan.replicas, report, train)

@@ -65,7 +65,7 @@ def check_disk(plan: SearchPlan, experiment: Experiment, jobs: Jobs) -> None:
     Raises:
         UserError: names the bytes that are needed and free.
     """
-    from cxr_dist.runs.disk_space import check_space, needed_by_search
+    from cxr_dist.launch.disk_space import check_space, needed_by_search
 
     search, manifest = plan.search, jobs.manifest
     if sum(trial.state in ENDED for trial in experiment.trials()) >= search.planned_trials():

@@ -22,7 +22,7 @@ SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
-class DamagedRecord:
+class CorruptRecord:
     """A record that is not what was written."""
 
     path: str
@@ -36,10 +36,10 @@ class DamagedRecord:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class ExcludedRecords:
     """The records that a run does without."""
 
-    records: tuple[DamagedRecord, ...] = ()
+    records: tuple[CorruptRecord, ...] = ()
 
     @property
     def paths(self) -> frozenset[str]:
@@ -52,7 +52,7 @@ class LeftOut:
         return hashlib.sha256(json.dumps([of_dataset, sorted(self.paths)]).encode()).hexdigest()
 
 
-def find_damaged(dataset: Path, manifest: Manifest) -> Iterator[DamagedRecord]:
+def find_corrupt(dataset: Path, manifest: Manifest) -> Iterator[CorruptRecord]:
     """Read every record that a run reads, and yield those whose checksums or lengths do not match."""
     for split in SPLITS:
         index = manifest.split(split)
@@ -64,12 +64,12 @@ def find_damaged(dataset: Path, manifest: Manifest) -> Iterator[DamagedRecord]:
                     try:
                         tfrecord.read_at(descriptor, *place, dataset / name)
                     except tfrecord.CorruptRecordError as error:
-                        yield DamagedRecord(index.paths[position], name, record, error.offset, error.reason)
+                        yield CorruptRecord(index.paths[position], name, record, error.offset, error.reason)
             finally:
                 os.close(descriptor)
 
 
-def leave_out(run: Path, dataset: Path, manifest: Manifest, most: int) -> LeftOut:
+def exclude_corrupt(run: Path, dataset: Path, manifest: Manifest, most: int) -> ExcludedRecords:
     """Decide what the run leaves out, and write it into its folder; what was decided before stands.
 
     Args:
@@ -80,8 +80,8 @@ def leave_out(run: Path, dataset: Path, manifest: Manifest, most: int) -> LeftOu
         UserError: more are damaged, or others than when the run began.
     """
     if not most:
-        return LeftOut()
-    found = LeftOut(tuple(find_damaged(dataset, manifest)))
+        return ExcludedRecords()
+    found = ExcludedRecords(tuple(find_corrupt(dataset, manifest)))
     path = run / DAMAGED
     if not path.exists():
         if len(found.records) > most:
@@ -93,7 +93,7 @@ def leave_out(run: Path, dataset: Path, manifest: Manifest, most: int) -> LeftOu
             )
         write_json(path, [asdict(record) for record in found.records])
         return found
-    decided = left_out(run)
+    decided = load_excluded(run)
     others = sorted(found.paths - decided.paths)
     if others:
         raise UserError(
@@ -103,12 +103,14 @@ def leave_out(run: Path, dataset: Path, manifest: Manifest, most: int) -> LeftOu
     return decided
 
 
-def left_out(run: Path) -> LeftOut:
+def load_excluded(run: Path) -> ExcludedRecords:
     """What was decided for the run in this folder."""
     path = run / DAMAGED
     if not path.exists():
-        return LeftOut()
+        return ExcludedRecords()
     try:
-        return LeftOut(tuple(DamagedRecord(**record) for record in json.loads(path.read_text(encoding="utf-8"))))
+        return ExcludedRecords(
+            tuple(CorruptRecord(**record) for record in json.loads(path.read_text(encoding="utf-8")))
+        )
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); begin again with another --out") from None

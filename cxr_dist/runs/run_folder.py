@@ -10,7 +10,7 @@ from typing import Any
 
 from cxr_dist.config.loading import load_config
 from cxr_dist.config.schema import Config
-from cxr_dist.runs.heartbeat import BEATS
+from cxr_dist.runs.heartbeat import HEARTBEATS
 from cxr_dist.runs.seen_images import SEEN, write_seen
 from cxr_dist.runs.stop_request import REGROUP, STOP, StopRequest
 from cxr_dist.runs.versions import FORMAT, check_format, differences
@@ -32,6 +32,17 @@ EVENTS = "events.jsonl"
 TENSORBOARD = "tensorboard"
 FEATURE_CACHE = "feature-cache"
 """Beside the runs, which share it."""
+
+
+@dataclass(frozen=True)
+class OpenDataset:
+    """A dataset that a process reads."""
+
+    place: Place
+    """As it was given: a folder or an address."""
+    folder: Path
+    """On this machine."""
+    manifest: Manifest
 
 
 @dataclass(frozen=True)
@@ -143,7 +154,7 @@ def _is_begun(run: Path) -> bool:
     if (run / CONFIG).is_file() and not _is_resolved(run / CONFIG):
         return False  # a configuration that somebody wrote
     return all(
-        entry.name in (CONFIG, SEEN, EVENTS, STOP, REGROUP, BEATS, TENSORBOARD, LOCK)
+        entry.name in (CONFIG, SEEN, EVENTS, STOP, REGROUP, HEARTBEATS, TENSORBOARD, LOCK)
         or is_temporary(entry.name, (CONFIG, RUN, SEEN))
         for entry in run.iterdir()
     )
@@ -255,6 +266,18 @@ def read_result(run: Path) -> dict[str, Any] | None:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error})") from None
+    return result
+
+
+def finished_result(run: Path) -> dict[str, Any]:
+    """result.json of a run whose process has ended well.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    result = read_result(run)
+    if result is None:
+        raise RuntimeError(f"{run}: ended without a result")
     return result
 
 

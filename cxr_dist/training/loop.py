@@ -44,17 +44,26 @@ from cxr_dist.training.stage_state import StageState
 from cxr_dist.training.steps_per_call import FixedLengths, Pace
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import move_durably, write_json
-from tfrecords_builder.format.manifest import read_manifest
+from tfrecords_builder.format.manifest import Manifest, read_manifest
 
 
 def train(
-    config: Config, dataset: Path, run: Path, topology: Topology, reporter: Reporter, launcher: str
+    config: Config,
+    dataset: Path,
+    run: Path,
+    topology: Topology,
+    reporter: Reporter,
+    launcher: str,
+    manifest: Manifest | None = None,
 ) -> dict[str, Any]:
     """Train all stages and leave the best model; goes on from the run's newest checkpoint.
 
     Every worker calls this with equal arguments; the chief writes. The folder was prepared by
     `run_folder.prepare`, and `config` is resolved. Of the process's global state there stay changed: the seeds of
     TensorFlow and Keras and, with `schema.deterministic`, TensorFlow's switch for deterministic operations.
+
+    Args:
+        manifest: The dataset's, where the caller has read it.
 
     Returns:
         What result.json holds.
@@ -65,9 +74,9 @@ def train(
     with ExitStack() as held:
         beat: Callable[[str], None] = _ignore
         if topology.workers > 1:
-            folder = run / heartbeat.BEATS
-            beat = held.enter_context(heartbeat.Watchdog(folder, topology.worker, config.worker_timeout_s)).beat
-        one = _Run(config, dataset, run, topology, reporter, launcher, beat)
+            folder = run / heartbeat.HEARTBEATS
+            beat = held.enter_context(heartbeat.Watchdog(folder, topology.worker, config.worker_timeout_s)).heartbeat
+        one = _Run(config, dataset, run, topology, reporter, launcher, beat, manifest)
         held.callback(one.store.close)
         return one.execute()
 
@@ -132,6 +141,7 @@ class _Run:
         reporter: Reporter,
         launcher: str,
         beat: Callable[[str], None] = _ignore,
+        manifest: Manifest | None = None,
     ) -> None:
         import tensorflow as tf
 
@@ -149,9 +159,9 @@ class _Run:
 
         self.precision = resolve_precision(config.precision, topology.kind)
         self.xla = resolve_xla(config, topology.kind)
-        manifest = read_manifest(dataset)
+        manifest = manifest or read_manifest(dataset)
         self.classes = len(manifest.class_names)
-        self.left_out = corrupt_records.left_out(run)
+        self.left_out = corrupt_records.load_excluded(run)
         self.train_source = ShardSource(dataset, manifest, "train", self.left_out.paths)
         self.validation_source = ShardSource(dataset, manifest, "validation", self.left_out.paths)
         self.plan = TrainingPlan(

@@ -14,7 +14,7 @@ from typing import Any
 from cxr_dist.config.schema import Config
 from cxr_dist.distributed.devices import Topology
 from cxr_dist.runs import run_folder
-from cxr_dist.runs.corrupt_records import leave_out
+from cxr_dist.runs.corrupt_records import exclude_corrupt
 from cxr_dist.runs.events import Event, Reporter, Reporters, closing
 from cxr_dist.runs.loggers import run_reporters
 from cxr_dist.runs.stop_request import StoppedError
@@ -125,8 +125,8 @@ def prepared(
             finished = run_folder.read_result(run)
             if finished is not None:
                 return finished
-            left_out = leave_out(run, Path(job.dataset), manifest, config.input.max_damaged)
-            key = first_stage_key(config, left_out.fingerprint(manifest.fingerprint), replicas)
+            excluded = exclude_corrupt(run, Path(job.dataset), manifest, config.input.max_damaged)
+            key = first_stage_key(config, excluded.fingerprint(manifest.fingerprint), replicas)
             base = held.enter_context(SharedBase(experiment.folder / SHARED, run).used())
             publisher = held.enter_context(FirstStages(experiment.folder / SHARED).used_by(run, key))
             return train(config, run, Reporters([base, publisher, _Listener(config, report)]))
@@ -192,7 +192,7 @@ def compute_shared_features(
     scratch = Experiment(experiment).folder / TRIALS_SCRATCH
     if config.input.max_damaged:
         scratch.mkdir(parents=True, exist_ok=True)
-        leave_out(scratch, dataset, read_manifest(dataset), config.input.max_damaged)
+        exclude_corrupt(scratch, dataset, read_manifest(dataset), config.input.max_damaged)
     compute_features(config, dataset, scratch, topology, reporter)
     _forget()
 

@@ -28,7 +28,8 @@ def test_every_version_that_decides_a_run_is_named() -> None:
 
 def test_versions_are_read_without_importing_what_they_are_of() -> None:
     code = (
-        "import sys; from cxr_dist import run_folder, versions; versions.made_with({}, 'ray'); versions.declared();"
+        "import sys; from cxr_dist.runs import run_folder, versions;"
+        "versions.made_with({}, 'ray'); versions.declared();"
         "print({'tensorflow', 'keras', 'ray'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
