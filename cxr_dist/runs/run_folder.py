@@ -86,18 +86,22 @@ def feature_cache(config: Config, run: Path) -> Path:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, wait_s: float = 0.0) -> Iterator[None]:
     """The run's folder, made if need be, held against other processes that would train into it.
+
+    Args:
+        run: The folder.
+        wait_s: How long to wait for such a process, at most.
 
     Raises:
         UserError: the folder cannot be made, or another process holds it.
     """
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; give a folder for the run")
+    busy = "another process is training into it; wait for it, or give another --out"
     with ExitStack() as held:
         try:
-            busy = "another process is training into it; wait for it, or give another --out"
-            held.enter_context(locks.held_folder(run, busy))
+            held.enter_context(locks.held_folder(run, busy, wait_s))
         except OSError as error:
             raise UserError(
                 f"{run}: cannot be made ({error.strerror}); give a folder that you may write as --out"

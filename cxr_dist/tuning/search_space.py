@@ -160,14 +160,6 @@ class SearchPlan:
                 return False
         return True
 
-    def largest_epochs(self) -> int:
-        """Epochs of the longest trial, over all stages."""
-        total = 0
-        for number, stage in self.base.stages.items():
-            parameter = self.search.parameters.get(f"stages.{number}.epochs")
-            total += max((int(value) for value in parameter.extremes()), default=0) if parameter else stage.epochs
-        return total
-
     def largest_config(self) -> Config:
         """The configuration of a trial that trains the most layers and, of stages that may be left out, all."""
         deepest: Values = {}
