@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cxr_dist.runs.run_folder import DAMAGED
-from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.errors import UserError, reading
 from tfrecords_builder.common.files import write_json
 from tfrecords_builder.format import tfrecord
 from tfrecords_builder.format.manifest import Manifest
@@ -81,26 +81,26 @@ def exclude_corrupt(run: Path, dataset: Path, manifest: Manifest, most: int) -> 
     """
     if not most:
         return ExcludedRecords()
-    found = ExcludedRecords(tuple(find_corrupt(dataset, manifest)))
+    corrupt = ExcludedRecords(tuple(find_corrupt(dataset, manifest)))
     path = run / DAMAGED
     if not path.exists():
-        if len(found.records) > most:
-            first = found.records[0]
+        if len(corrupt.records) > most:
+            first = corrupt.records[0]
             raise UserError(
-                f"input.max_damaged {most}: {len(found.records)} records are damaged, the first is record "
+                f"input.max_damaged {most}: {len(corrupt.records)} records are damaged, the first is record "
                 f"{first.record} at byte {first.offset} of {dataset / first.shard}; restore the dataset, build it "
                 "anew, or allow more"
             )
-        write_json(path, [asdict(record) for record in found.records])
-        return found
-    decided = load_excluded(run)
-    others = sorted(found.paths - decided.paths)
+        write_json(path, [asdict(record) for record in corrupt.records])
+        return corrupt
+    excluded = load_excluded(run)
+    others = sorted(corrupt.paths - excluded.paths)
     if others:
         raise UserError(
             f"{dataset}: {others[0]} has been damaged since the run began, and a run cannot lose images on its way; "
             "restore the dataset, or begin again with another --out"
         )
-    return decided
+    return excluded
 
 
 def load_excluded(run: Path) -> ExcludedRecords:
@@ -108,9 +108,6 @@ def load_excluded(run: Path) -> ExcludedRecords:
     path = run / DAMAGED
     if not path.exists():
         return ExcludedRecords()
-    try:
-        return ExcludedRecords(
-            tuple(CorruptRecord(**record) for record in json.loads(path.read_text(encoding="utf-8")))
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); begin again with another --out") from None
+    with reading(path, "begin again with another --out"):
+        records = json.loads(path.read_text(encoding="utf-8"))
+        return ExcludedRecords(tuple(CorruptRecord(**record) for record in records))

@@ -15,7 +15,7 @@ from cxr_dist.runs.seen_images import SEEN, write_seen
 from cxr_dist.runs.stop_request import REGROUP, STOP, StopRequest
 from cxr_dist.runs.versions import FORMAT, check_format, differences
 from tfrecords_builder.common import locks
-from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.errors import UserError, reading
 from tfrecords_builder.common.files import is_temporary, write_json, write_text
 from tfrecords_builder.common.locks import LOCK
 from tfrecords_builder.format.manifest import Manifest
@@ -30,6 +30,7 @@ CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged.json"
 EVENTS = "events.jsonl"
 TENSORBOARD = "tensorboard"
+TRAIN_AGAIN = "train the run again"
 FEATURE_CACHE = "feature-cache"
 """Beside the runs, which share it."""
 
@@ -213,8 +214,16 @@ def read_info(run: Path) -> RunInfo:
         FormatError: the run is of another format.
         UserError: there is no run, or its file is damaged.
     """
-    with _whole(run) as raw:
+    with reading(run / RUN, TRAIN_AGAIN):
+        raw = _read_run(run)
         return RunInfo(raw["dataset"], raw["fingerprint"], tuple(raw["class_names"]), int(raw["image_size"]))
+
+
+def _read_run(run: Path) -> dict[str, Any]:
+    _require(run, RUN)
+    raw: dict[str, Any] = json.loads((run / RUN).read_text(encoding="utf-8"))
+    check_format(run / RUN, raw)
+    return raw
 
 
 def record_versions(run: Path, versions: Mapping[str, str]) -> list[str]:
@@ -230,7 +239,8 @@ def record_versions(run: Path, versions: Mapping[str, str]) -> list[str]:
     Raises:
         UserError: as `read_info`.
     """
-    with _whole(run) as raw:
+    with reading(run / RUN, TRAIN_AGAIN):
+        raw = _read_run(run)
         last = raw["made_with"][-1] if raw["made_with"] else {}
         changed = differences(last, versions)
     if last != versions:
@@ -238,27 +248,13 @@ def record_versions(run: Path, versions: Mapping[str, str]) -> list[str]:
     return changed
 
 
-@contextmanager
-def _whole(run: Path) -> Iterator[dict[str, Any]]:
-    """The object in run.json; what goes wrong with it in the block, in words for people."""
-    _require(run, RUN)
-    try:
-        raw = json.loads((run / RUN).read_text(encoding="utf-8"))
-        check_format(run / RUN, raw)
-        yield raw
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run / RUN}: damaged ({error}); train the run again") from None
-
-
 def read_history(run: Path) -> list[dict[str, Any]]:
     """The rows of history.jsonl; none when no epoch has ended."""
     path = run / HISTORY
     if not path.is_file():
         return []
-    try:
+    with reading(path, TRAIN_AGAIN):
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error})") from None
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
@@ -266,11 +262,9 @@ def read_result(run: Path) -> dict[str, Any] | None:
     path = run / RESULT
     if not path.is_file():
         return None
-    try:
+    with reading(path, TRAIN_AGAIN):
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error})") from None
-    return result
+        return result
 
 
 def finished_result(run: Path) -> dict[str, Any]:
