@@ -117,7 +117,5 @@ def _ours(dataset: Path, arguments: Sequence[str], seed: int, run: Path, build_s
     begun = time.perf_counter()
     child.train(dataset, run, [*arguments, "--launcher", "local"], [f"seed={seed}"])
     wall_seconds = build_seconds + time.perf_counter() - begun
-    result = run_folder.read_result(run)
-    if result is None:
-        raise RuntimeError(f"{run}: ended without a result")
+    result = run_folder.finished_result(run)
     return Course(OURS, seed, our_epochs(run_folder.read_history(run), result, wall_seconds))

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from cxr_dist.config.loading import read_yaml
+from cxr_dist.config.schema import Node, first_problem
 from tfrecords_builder.common.errors import UserError
 
 
@@ -94,14 +95,10 @@ def held_out_errors(points: Sequence[Point], gradient_bytes: int) -> list[float]
     ]
 
 
-class _Node(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 Positive = Annotated[float, Field(gt=0)]
 
 
-class Cluster(_Node):
+class Cluster(Node):
     """Machines alike, as they are rented."""
 
     name: str
@@ -140,9 +137,7 @@ def read_cluster(path: Path) -> Cluster:
     try:
         return Cluster.model_validate(read_yaml(path))
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{path}: {field}: {problem['msg']}; see cluster/example.yaml") from None
+        raise UserError(f"{path}: {first_problem(error)}; see cluster/example.yaml") from None
 
 
 def predict(model: CostModel, cluster: Cluster, machines: int, images: int, bytes_per_image: int) -> Prediction:

@@ -149,9 +149,7 @@ def _stage_1(work: Work, run: Path) -> Way:
     begun = time.perf_counter()
     child.train(work.dataset, run, [*work.arguments, "--launcher", "local"], ["stages.2.epochs=0"])
     seconds = time.perf_counter() - begun + work.build_seconds
-    result = run_folder.read_result(run)
-    if result is None:
-        raise RuntimeError(f"{run}: ended without a result")
+    result = run_folder.finished_result(run)
     return Way(OURS, seconds, result["best"]["val_accuracy"], None)
 
 

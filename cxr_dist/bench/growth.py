@@ -86,8 +86,6 @@ def _measure_one(images: int, arguments: Sequence[str], folder: Path) -> Size:
         "stages.2.epochs=0",
     ]
     child.train(folder / "dataset", folder / "run", [*arguments, "--launcher", "local"], settings)
-    result = run_folder.read_result(folder / "run")
-    if result is None:
-        raise RuntimeError(f"{folder / 'run'}: ended without a result")
+    result = run_folder.finished_result(folder / "run")
     history = run_folder.read_history(folder / "run")
     return Size(images, trained, median(row["seconds"] for row in history[1:]), result["peak_memory_bytes"])

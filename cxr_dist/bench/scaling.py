@@ -125,9 +125,7 @@ def table(
 
 
 def _read(run: Path, batch_size: int) -> list[Measured]:
-    result, history = run_folder.read_result(run), run_folder.read_history(run)
-    if result is None:
-        raise RuntimeError(f"{run}: ended without a result")
+    result, history = run_folder.finished_result(run), run_folder.read_history(run)
     found = []
     for stage in sorted({row["stage"] for row in history}):
         rows = [row for row in history if row["stage"] == stage]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cxr_dist.bench import child
 from cxr_dist.runs import run_folder
-from cxr_dist.tuning.experiment import Experiment, best_outcome
+from cxr_dist.tuning.experiment import Experiment, best_result
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def measure(dataset: Path, work: Path, trials: int, launcher: str, overrides: Se
         [f"search.trials={trials}", *overrides],
     )
     searched = time.perf_counter() - begun
-    outcomes = [Experiment(experiment).outcome(trial) for trial in Experiment(experiment).trials()]
-    best = best_outcome(outcomes)
+    outcomes = Experiment(experiment).results()
+    best = best_result(outcomes)
     if best is None or any(outcome.trial.state != "complete" for outcome in outcomes) or len(outcomes) != trials:
         raise RuntimeError(f"the search did not complete its {trials} trials")
     return Comparison(trials, alone, result["best"]["val_accuracy"], searched, best.objective or 0.0)

@@ -24,7 +24,9 @@ def tune(options: argparse.Namespace) -> None:
     plan = load_search(path, options.overrides)
     experiment = Experiment(options.out)
     started = time.monotonic()
-    best = run_search(plan, experiment, options)
+    best = run_search(
+        plan, experiment, options.dataset, launcher=options.launcher, address=options.address, verbose=options.verbose
+    )
     row = best.best_row or {}
     print(
         f"{options.out}: best is trial {best.trial.number}, validation accuracy {row['val_accuracy']:.4f} "

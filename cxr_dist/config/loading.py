@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
-from cxr_dist.config.schema import Config, StageConfig
+from cxr_dist.config.schema import Config, StageConfig, first_problem
 from tfrecords_builder.common.errors import UserError
 
 
@@ -82,12 +80,7 @@ def _validated(tree: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in problem["loc"] if part != "[key]")
-        message = problem["msg"].removeprefix("Value error, ")
-        given = problem["input"]
-        shown = f" {given!r}" if isinstance(given, str | int | float | bool) else " null" if given is None else ""
-        raise UserError(f"config {field}{shown}: {message}".replace("config :", "config:")) from None
+        raise UserError(f"config {first_problem(error)}") from None
     for number, stage in config.stages.items():
         if stage.learning_rate is None:
             raise UserError(f"config stages.{number}.learning_rate: not given; give a peak learning rate, such as 1e-4")
@@ -189,16 +182,17 @@ def _first_leaf(name: str, value: Any) -> str:
     return name
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree by dotted key."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
 def known_keys() -> dict[str, Any]:
     """Every dotted key with its default value."""
-
-    def walk(node: dict[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in node.items():
-            found |= walk(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return found
-
-    return walk(_plain(Config().tree()), "")
+    return flat(_plain(Config().tree()))
 
 
 def _nearest(name: str) -> str:

@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -21,7 +22,9 @@ BASE_LAYERS = 175
 """Entries in `layers` of Keras's ResNet50 without top; `unfreeze_layers` counts from the last."""
 
 
-class _Node(BaseModel):
+class Node(BaseModel):
+    """A section of a YAML file: immutable, of known keys, with finite numbers."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
@@ -34,6 +37,16 @@ class _Node(BaseModel):
         return value
 
 
+def first_problem(error: ValidationError, prefix: str = "") -> str:
+    """The first field that is wrong, dotted, with its value and what is wrong with it; one line."""
+    problem = error.errors(include_url=False)[0]
+    parts = [str(part) for part in problem["loc"] if part != "[key]" and not str(part).startswith("function-")]
+    given = problem["input"]
+    value = f" {given!r}" if isinstance(given, str | int | float | bool) else " null" if given is None else ""
+    field = ".".join([prefix, *parts] if prefix else parts)
+    return f"{field}{value}: {problem['msg'].removeprefix('Value error, ')}".lstrip(": ")
+
+
 def _switch(value: object) -> object:
     """YAML 1.1 reads a bare on and off as booleans; the switches here are words."""
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
@@ -42,7 +55,7 @@ def _switch(value: object) -> object:
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 
 
-class ModelConfig(_Node):
+class ModelConfig(Node):
     """The network: ResNet50 without top, and the head."""
 
     weights: str = Field("imagenet", description="imagenet (downloaded once by Keras), none, or a path to a .h5 file")
@@ -57,7 +70,7 @@ class ModelConfig(_Node):
     )
 
 
-class AugmentationConfig(_Node):
+class AugmentationConfig(Node):
     """Random changes of training images, drawn per image and epoch, applied on the device."""
 
     rotation: float = Field(0.0, ge=0, le=45, description="largest rotation, degrees either way")
@@ -69,7 +82,7 @@ class AugmentationConfig(_Node):
     brightness: float = Field(0.1, ge=0, lt=1, description="largest change of brightness, as a share of full scale")
 
 
-class StageConfig(_Node):
+class StageConfig(Node):
     """One stage of training: what trains, for how long, and how."""
 
     epochs: int = Field(3, ge=0, description="0 leaves the stage out")
@@ -104,7 +117,7 @@ class StageConfig(_Node):
         return self
 
 
-class FeaturesConfig(_Node):
+class FeaturesConfig(Node):
     """Reuse of what frozen layers compute, kept on disk; see the feature cache in ARCHITECTURE.md."""
 
     cache: Switch = Field(
@@ -132,7 +145,7 @@ class FeaturesConfig(_Node):
     )
 
 
-class InputConfig(_Node):
+class InputConfig(Node):
     """How images come from the dataset to the device."""
 
     memory_gb: float = Field(
@@ -150,7 +163,7 @@ class InputConfig(_Node):
     )
 
 
-class CheckpointConfig(_Node):
+class CheckpointConfig(Node):
     """What a run leaves to go on from when it is interrupted, in the middle of an epoch too."""
 
     share: float = Field(
@@ -163,7 +176,7 @@ class CheckpointConfig(_Node):
     background: bool = Field(True, description="write while training goes on")
 
 
-class AllReduceConfig(_Node):
+class AllReduceConfig(Node):
     """How workers sum their gradients; nothing where there is one worker."""
 
     algorithm: Literal["auto", "nccl", "ring"] = Field("auto", description="auto: nccl on GPUs, ring on CPUs")
@@ -179,7 +192,7 @@ def _stages() -> dict[int, StageConfig]:
     }
 
 
-class Config(_Node):
+class Config(Node):
     """Everything that decides what a run computes."""
 
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, dropout and augmentation")

@@ -101,7 +101,7 @@ def _split_source(
         )
     check_shards(dataset, manifest)
     # The validation images of a run are those that it had; in any other evaluation a damaged record is an error.
-    without = corrupt_records.left_out(spec.run).paths if is_same and spec.split == "validation" else ()
+    without = corrupt_records.load_excluded(spec.run).paths if is_same and spec.split == "validation" else ()
     return ShardSource(dataset, manifest, spec.split, without)
 
 

@@ -1,34 +1,39 @@
-"""Training in this process."""
+"""Training in this process, with no Ray at all: the single-node fallback."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config
-from cxr_dist.distributed.devices import prepare_devices
-from cxr_dist.launch.ray_train import Prepare, _result
-from cxr_dist.runs import run_folder
+from cxr_dist.distributed.devices import Topology, prepare_devices
 from cxr_dist.runs.events import Reporter, Reporters, closing
 from cxr_dist.runs.loggers import run_reporters
+from cxr_dist.runs.run_folder import TENSORBOARD, OpenDataset
 from cxr_dist.runs.stop_request import stopped_by_sigterm
-from tfrecords_builder.format.manifest import Manifest
 
 
-def train_locally(
-    config: Config,
-    dataset: Path,
-    run: Path,
-    reporter: Reporter,
-    *,
-    manifest: Manifest,
-    prepare: Prepare,
-    devices_per_worker: int | None = None,
-) -> dict[str, Any]:
-    """Train in this process, with no Ray at all: the single-node fallback."""
-    from cxr_dist.training.loop import train
+@dataclass(frozen=True)
+class LocalWorker:
+    """This process and its devices."""
 
-    topology = prepare_devices(devices_per_worker)
-    if not prepare(topology.replicas):
-        return _result(run)
-    reporters = Reporters([reporter, *run_reporters(run, run_folder.TENSORBOARD, run.name)])
-    with stopped_by_sigterm(run), closing(reporters):
-        return train(config, dataset, manifest, run, topology, reporters, "local")
+    config: Config
+    dataset: OpenDataset
+    topology: Topology
+
+    @property
+    def replicas(self) -> int:
+        return self.topology.replicas
+
+    def train(self, run: Path, reporter: Reporter) -> dict[str, Any]:
+        """Train in the opened folder `run`; result.json."""
+        from cxr_dist.training.loop import train
+
+        reporters = Reporters([reporter, *run_reporters(run, TENSORBOARD, run.name)])
+        with stopped_by_sigterm(run), closing(reporters):
+            folder, manifest = self.dataset.folder, self.dataset.manifest
+            return train(self.config, folder, manifest, run, self.topology, reporters, "local")
+
+
+def local_worker(config: Config, dataset: OpenDataset, devices: int | None) -> LocalWorker:
+    """This process with so many of its devices; all GPUs, or one CPU, for None."""
+    return LocalWorker(config, dataset, prepare_devices(devices))

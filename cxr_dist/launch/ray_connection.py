@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cxr_dist.distributed.devices import QUIET
+from cxr_dist.launch.ray_names import address_on_this_machine
 from cxr_dist.launch.ray_tokens import HOW_TO_SET, ask_for_tokens, token_sent
 from tfrecords_builder.common.errors import UserError, one_line
 
@@ -57,7 +58,7 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
     level = logging.INFO if verbose else logging.ERROR
     try:
         if address == "auto":
-            check_cluster(_found_on_this_machine(), named, is_looked_up=True)
+            check_cluster(address_on_this_machine(), named, is_looked_up=True)
         ray.init(
             address=address,
             log_to_driver=verbose,
@@ -87,17 +88,6 @@ def _named(address: str | None) -> str:
 def _worker_environment(verbose: bool) -> dict[str, str]:
     quiet = {} if verbose else {name: os.environ.get(name, value) for name, value in QUIET.items()}
     return WORKER_ENVIRONMENT | quiet
-
-
-def _found_on_this_machine() -> str:
-    """The address that Ray takes `auto` for.
-
-    Raises:
-        ConnectionError: there is none.
-    """
-    from ray._private.services import get_ray_address_from_environment
-
-    return str(get_ray_address_from_environment("auto", None))
 
 
 def check_cluster(address: str, named: str, *, is_looked_up: bool = False) -> None:

@@ -1,11 +1,10 @@
 """What a run and a search tell Ray's metrics, which Prometheus scrapes: there, each name begins with `ray_`."""
 
-from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from cxr_dist.runs.events import Event, Reporter
-from cxr_dist.tuning.experiment import Outcome, Trial
-from cxr_dist.tuning.trial_jobs import Watch
+from cxr_dist.tuning.search import Search
 
 RUN_TAGS = ("run", "stage")
 TRIAL_STATES = ("waiting", "running", "complete", "stopped", "failed")
@@ -49,29 +48,14 @@ class RayMetrics(Reporter):
         return {"run": self._run, "stage": str(stage)}
 
 
-class CountingWatch:
-    """Passes on what a `Watch` is told, and counts trials by state for Prometheus."""
+def show_trial_counts(search: Search) -> None:
+    """Keep a gauge of a search's trials by state, from now on."""
+    from ray.util.metrics import Gauge
 
-    def __init__(self, watch: Watch, experiment: str, planned: int, ended: list[Outcome]) -> None:
-        from ray.util.metrics import Gauge
+    gauge = Gauge("cxr_dist_trials", description="Trials by state", tag_keys=("experiment", "state"))
 
-        self._watch, self._experiment, self._planned = watch, experiment, planned
-        self._states: Counter[str] = Counter(outcome.trial.state for outcome in ended)
-        self._gauge = Gauge("cxr_dist_trials", description="Trials by state", tag_keys=("experiment", "state"))
-        self._show()
-
-    def began(self, trial: Trial) -> None:
-        self._states["running"] += 1
-        self._watch.began(trial)
-        self._show()
-
-    def ended(self, outcome: Outcome) -> None:
-        self._states["running"] -= 1
-        self._states[outcome.trial.state] += 1
-        self._watch.ended(outcome)
-        self._show()
-
-    def _show(self) -> None:
-        counts: dict[str, int] = {**self._states, "waiting": max(self._planned - sum(self._states.values()), 0)}
+    def show(counts: Mapping[str, int]) -> None:
         for state in TRIAL_STATES:
-            self._gauge.set(counts.get(state, 0), {"experiment": self._experiment, "state": state})
+            gauge.set(counts.get(state, 0), {"experiment": search.experiment.folder.name, "state": state})
+
+    search.observe(show)

@@ -2,23 +2,26 @@
 
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config
 from cxr_dist.distributed.devices import muted_stderr, prepare_devices, scratch_folder
+from cxr_dist.launch import ray_names
 from cxr_dist.launch.placement import WorkerPlan, cluster_nodes, plan_most_workers
 from cxr_dist.launch.ray_connection import connected
 from cxr_dist.launch.ray_metrics import RayMetrics
+from cxr_dist.launch.restarts import LostWorkersError, RestartPolicy, UnplacedError
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.checkpoints import CheckpointFolder
 from cxr_dist.runs.events import EventFile, EventFollower, Reporter, Reporters, closing
-from cxr_dist.runs.heartbeat import BEATS, reasons
-from cxr_dist.runs.interrupt import RESUME
+from cxr_dist.runs.heartbeat import HEARTBEATS, exit_reasons
 from cxr_dist.runs.loggers import end_mlflow_run, run_reporters
 from cxr_dist.runs.stop_request import RegroupedError, StoppedError, StopRequest, stopped_by_sigterm
 from cxr_dist.tuning.search_space import Values
@@ -26,164 +29,115 @@ from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import disk_error
 from tfrecords_builder.remote import Place, absolute, local_copy, parse_place
 
-Prepare = Callable[[int], bool]
-"""Makes the run's folder for so many replicas; False when nothing is left to do."""
 GROWTH_INTERVAL_S = 30.0
 """Between two looks at whether a run of `--workers MIN:MAX` could have more."""
-MOST_LOSSES = 3
-"""In a row, without a checkpoint between them: more than that is no bad luck."""
-REPLACEMENT_LIMIT_S = 120.0
-"""For a cluster to have room again for the least number of workers."""
 
 
-SIGNS_OF_LOSS = frozenset(
-    {
-        # Ray Train's, of workers that do not answer.
-        "WorkerHealthCheckFailedError",
-        "WorkerHealthCheckTimeoutError",
-        "PreemptionError",
-        # TensorFlow's, of workers whose partner went away.
-        "UnavailableError",
-        "AbortedError",
-        "DeadlineExceededError",
-    }
-)
-
-
-class LostWorkersError(Exception):
-    """Worker processes or their machines are gone; what they computed since the newest checkpoint with them."""
-
-
-class UnplacedError(UserError):
-    """The cluster has the workers' places, but did not give them in time."""
-
-
-def train_with_ray(
+@contextmanager
+def workers_on_cluster(
     config: Config,
     dataset: Place,
-    run: Path,
-    reporter: Reporter,
-    *,
-    prepare: Prepare,
-    workers: tuple[int, int] | None = None,
-    devices_per_worker: int | None = None,
-    address: str | None = None,
-    verbose: bool = False,
-) -> dict[str, Any]:
-    """Run `loop.train` on the workers of a Ray cluster; the folders are on storage that all of them share.
-
-    When workers are lost the run goes on from its newest checkpoint, on as many as there are then.
+    workers: tuple[int, int] | None,
+    devices_per_worker: int | None,
+    address: str | None,
+    verbose: bool,
+) -> Iterator["RayWorkers"]:
+    """Connect to a cluster and plan the workers of a run; the folders are on storage that all machines share.
 
     Args:
-        dataset: a folder on such storage, or an address, from which each machine fetches it.
-        prepare: called once the cluster can place the workers.
-        workers: least and most.
-
-    Returns:
-        result.json.
+        dataset: A folder on such storage, or an address, from which each machine fetches it.
+        workers: Least and most.
+        address: None: a cluster of this machine alone.
 
     Raises:
-        UserError: more is asked than the cluster has, or a worker met something that the user can mend.
+        UserError: More is asked than the cluster has.
     """
+
+    def can_share_batch(replicas: int) -> bool:
+        return config.global_batch_size % (replicas * config.accumulation_steps) == 0
+
+    def plan() -> WorkerPlan:
+        return plan_most_workers(cluster_nodes(), workers, devices_per_worker, can_share_batch)
+
     with connected(address, verbose):
+        may_grow = workers is not None and workers[0] < workers[1]
+        yield RayWorkers(config, absolute(dataset), plan(), plan, may_grow)
 
-        def accepts(replicas: int) -> bool:
-            return config.global_batch_size % (replicas * config.accumulation_steps) == 0
 
-        def plan() -> WorkerPlan:
-            return plan_most_workers(cluster_nodes(), workers, devices_per_worker, accepts)
+@dataclass
+class RayWorkers:
+    """The workers of a run on the cluster that this process is connected to."""
 
-        first = plan()
-        if not prepare(first.replicas):
-            return _result(run)
-        with following(run / run_folder.EVENTS, reporter), stopped_by_sigterm(run):
-            elastic = workers is not None and workers[0] < workers[1]
-            try:
-                return launch_training(
-                    config, absolute(dataset), run, first, plan, reporter, name=run.name, grows=elastic
-                )
-            except Exception as error:
+    config: Config
+    dataset: str
+    """A folder that all workers see, or an address."""
+    plan: WorkerPlan
+    plan_again: Callable[[], WorkerPlan]
+    """What the cluster has room for now: asked when workers were lost, or there is room for more."""
+    may_grow: bool = False
+    """Whether the run resumes with more workers when the cluster has got room for them."""
+    hparams: Values | None = None
+    """What a trial sets, for TensorBoard."""
+    name: str | None = None
+    """Of the run, in metrics; by default its folder's."""
+
+    @property
+    def replicas(self) -> int:
+        return self.plan.replicas
+
+    def train(self, run: Path, reporter: Reporter) -> dict[str, Any]:
+        """Train in the opened folder `run`, with SIGTERM as a request to stop; result.json.
+
+        Raises:
+            UserError: A worker met something that the user can mend.
+        """
+        import ray
+
+        try:
+            with stopped_by_sigterm(run):
+                return self.train_and_follow(run, reporter)
+        except BaseException as error:
+            if isinstance(error, Exception):
                 # Where the chief worker was killed, nobody else can say so.
                 end_mlflow_run(run, "killed" if isinstance(error, StoppedError) else "failed")
-                raise
+            ray.shutdown()  # the run's lock is given up next: no worker may write there any more
+            raise
 
+    def train_and_follow(self, run: Path, reporter: Reporter) -> dict[str, Any]:
+        """Launch workers until they have finished the run; after a loss, from its newest checkpoint; result.json."""
+        policy = RestartPolicy(run, may_grow=self.may_grow)
+        checkpoints, plan = CheckpointFolder(run / run_folder.CHECKPOINTS), self.plan
+        with following(run / run_folder.EVENTS, reporter):
+            while True:
+                before = checkpoints.newest_position()
+                shutil.rmtree(run / HEARTBEATS, ignore_errors=True)
+                try:
+                    with _asking_to_grow(run, plan, self.plan_again, reporter) if policy.may_grow else nullcontext():
+                        launch(_train_worker, self._arguments(run, plan), plan, run)
+                    return run_folder.finished_result(run)
+                except (RegroupedError, LostWorkersError, UnplacedError) as error:
+                    restart = policy.after(
+                        error,
+                        plan,
+                        has_progressed=checkpoints.newest_position() != before,
+                        reasons=exit_reasons(run / HEARTBEATS),
+                        now=time.monotonic(),
+                    )
+                if restart.event is not None:
+                    reporter.emit(restart.event)
+                plan = restart.plan or _planned_by(restart.deadline, self.plan_again)
+                reporter.emit({"kind": "message", "text": f"going on with {plan.workers} workers"})
 
-def _result(run: Path) -> dict[str, Any]:
-    result = run_folder.read_result(run)
-    if result is None:
-        raise RuntimeError(f"{run}: the workers ended without a result")
-    return result
-
-
-def launch_training(
-    config: Config,
-    dataset: str,
-    run: Path,
-    plan: WorkerPlan,
-    plan_again: Callable[[], WorkerPlan],
-    reporter: Reporter,
-    *,
-    name: str,
-    hparams: Values | None = None,
-    grows: bool = False,
-) -> dict[str, Any]:
-    """Run `loop.train` on the workers of `plan`, on the cluster that this process is connected to.
-
-    Args:
-        dataset: A folder that all workers see, or an address.
-        plan_again: Says where to go on when workers were lost, or there is room for more.
-        reporter: Hears of that.
-        name: Of the run, in metrics.
-        hparams: What a trial set, for TensorBoard.
-        grows: Whether the run goes on with more workers, from a checkpoint, when the cluster has got room for them.
-
-    Returns:
-        result.json.
-    """
-    checkpoints = CheckpointFolder(run / run_folder.CHECKPOINTS)
-    lost, replaced_by = 0, 0.0
-    smaller: WorkerPlan | None = None  # from which the run has just grown
-    while True:
-        arguments = {
-            "config": config.tree(),
-            "dataset": dataset,
+    def _arguments(self, run: Path, plan: WorkerPlan) -> dict[str, Any]:
+        return {
+            "config": self.config.tree(),
+            "dataset": self.dataset,
             "run": str(run.resolve()),
             "devices": plan.devices_per_worker,
             "cores": int(plan.cpus_per_worker),
-            "name": name,
-            "hparams": hparams,
+            "name": self.name or run.name,
+            "hparams": self.hparams,
         }
-        before = checkpoints.newest_position()
-        shutil.rmtree(run / BEATS, ignore_errors=True)
-        try:
-            with _asking_to_grow(run, plan, plan_again, reporter) if grows else nullcontext():
-                launch(_train_worker, arguments, plan, run)
-            return _result(run)
-        except RegroupedError:
-            lost, smaller = 0, plan
-            plan = _planned_by(time.monotonic() + REPLACEMENT_LIMIT_S, plan_again)
-            reporter.emit({"kind": "message", "text": f"machines have joined: going on with {plan.workers} workers"})
-        except UnplacedError:
-            if smaller is not None:
-                # The plan is of all that the cluster has, and what has joined may do other work by now.
-                plan, smaller, grows = smaller, None, False
-                reporter.emit({"kind": "warning", "text": f"no room for more: going on with {plan.workers} workers"})
-                continue
-            # For a while, a cluster counts a host that it has lost among those it has.
-            if time.monotonic() > replaced_by:
-                raise
-            plan = _planned_by(replaced_by, plan_again)
-        except LostWorkersError as error:
-            lost = 1 if checkpoints.newest_position() != before else lost + 1
-            said = "; ".join([str(error), *reasons(run / BEATS)])
-            if lost > MOST_LOSSES:
-                raise UserError(
-                    f"{run}: workers were lost {lost} times with no checkpoint between ({said}); look at the machines, "
-                    f"and {RESUME}"
-                ) from None
-            reporter.emit({"kind": "warning", "text": f"workers were lost ({said}); going on with those there are"})
-            replaced_by = time.monotonic() + REPLACEMENT_LIMIT_S
-            plan = _planned_by(replaced_by, plan_again)
 
 
 @contextmanager
@@ -263,7 +217,6 @@ def launch(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], 
         UserError: a worker met something that the user can mend.
     """
     with muted_stderr():
-        import ray.exceptions
         import ray.train
         from ray.train.tensorflow import TensorflowTrainer
 
@@ -289,25 +242,37 @@ def launch(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], 
         # Ray Train handles Ctrl-C itself, and ends this process with status 0, as if the run were complete.
         raise KeyboardInterrupt from None
     except Exception as error:
-        errors = list(_errors_in(error))
-        for found in errors:
-            if isinstance(found, StoppedError):
-                raise (RegroupedError if isinstance(found, RegroupedError) else StoppedError)(*found.args) from None
-            mendable = found if isinstance(found, UserError) else disk_error(found)
-            if mendable is not None:
-                raise UserError(str(mendable)) from None
-            if type(found).__name__ == "WorkerGroupStartupTimeoutError":
-                raise UnplacedError(
-                    f"--workers {plan.workers}: the cluster has such workers, but they are busy with other work "
-                    "(none were free for a minute); wait, or ask for fewer"
-                ) from None
-        for found in errors:
-            if isinstance(found, ray.exceptions.RayActorError) or type(found).__name__ in SIGNS_OF_LOSS:
-                raise LostWorkersError(_last_line(found)) from None
-        raise
+        meaning = _meaning(list(_errors_in(error)), plan)
+        if meaning is None:
+            raise
+        raise meaning from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, interrupted)
+
+
+def _meaning(errors: list[BaseException], plan: WorkerPlan) -> Exception | None:
+    """What a launch that ended with `errors` raises; None for a defect."""
+    import ray.exceptions
+    import ray.train
+
+    for error in errors:
+        if isinstance(error, StoppedError):
+            return (RegroupedError if isinstance(error, RegroupedError) else StoppedError)(*error.args)
+        mendable = error if isinstance(error, UserError) else disk_error(error)
+        if mendable is not None:
+            return UserError(str(mendable))
+        if isinstance(error, ray_names.startup_timeout_error()):
+            return UnplacedError(
+                f"--workers {plan.workers}: the cluster has such workers, but they are busy with other work "
+                "(none were free for a minute); wait, or ask for fewer"
+            )
+    losses = (ray.exceptions.RayActorError, ray.train.PreemptionError, *ray_names.health_check_errors())
+    tensorflow: Any = sys.modules.get("tensorflow")  # it is imported where there is an error of its own
+    if tensorflow is not None:  # of workers whose partner went away
+        names = tensorflow.errors
+        losses = (*losses, names.UnavailableError, names.AbortedError, names.DeadlineExceededError)
+    return next((LostWorkersError(_last_line(error)) for error in errors if isinstance(error, losses)), None)
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""A search through Ray Tune: our sampler says what to try, Tune's schedulers stop, and the cluster decides where.
+"""A search through Ray Tune: our sampler says what to try, Optuna's pruner stops, and the cluster decides where.
 
-Tune keeps no state that a search needs: trials are in the experiment's folder (`search.record`), from which the
+Tune keeps no state that a search needs: trials are in the experiment's folder (`tuning.experiment`), from which the
 sampler learns again. So a search goes on after anything, on another cluster too, and `Tuner.restore` is not used: it
 goes back to Tune's last snapshot, seconds old, and loses the trials begun since.
 """
@@ -11,24 +11,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config
 from cxr_dist.distributed.devices import muted_stderr, prepare_devices, scratch_folder
-from cxr_dist.launch.placement import TrialPlan, WorkerPlan, cluster_nodes, plan_trials, this_machine
+from cxr_dist.launch.placement import Node, TrialPlan, WorkerPlan, cluster_nodes, plan_trials, this_machine
 from cxr_dist.launch.ray_connection import OWN_CLUSTER, connected, resolved_address
-from cxr_dist.launch.ray_metrics import CountingWatch, RayMetrics
-from cxr_dist.launch.ray_train import following, launch_training
-from cxr_dist.runs import run_folder
+from cxr_dist.launch.ray_metrics import RayMetrics, show_trial_counts
+from cxr_dist.launch.ray_train import RayWorkers
 from cxr_dist.runs.events import Reporter, Reporters
 from cxr_dist.runs.loggers import ConsoleReporter
-from cxr_dist.tuning.experiment import TUNE, Experiment, Trial
-from cxr_dist.tuning.sampler import Sampler
+from cxr_dist.runs.run_folder import OpenDataset
+from cxr_dist.tuning.experiment import TUNE
+from cxr_dist.tuning.search import Search
 from cxr_dist.tuning.search_space import SearchPlan
-from cxr_dist.tuning.trial import TrialJob, compute_shared_features, ends_stage, is_last_epoch, prepared, run_trial
-from cxr_dist.tuning.trial_jobs import Jobs, Watch
+from cxr_dist.tuning.trial import (
+    Report,
+    TrialJob,
+    compute_shared_features,
+    ends_stage,
+    is_last_epoch,
+    run_prepared,
+    run_trial,
+)
 from tfrecords_builder.common.errors import UserError
 
 SECONDS_BETWEEN_REPORTS = 2.0
@@ -38,24 +45,12 @@ PLACEMENT_LIMIT_S = 60.0
 SECONDS_TO_PLACE = 5.0
 """For Ray to answer whether something that may be free can be had."""
 TrialFunction = Callable[[dict[str, Any], dict[str, Any] | None], None]
-_OBJECTIVE, _TIME = "val_accuracy", "epochs_done"
+"""Runs a trial, given its job as {"job": JSON} and its workers' plan."""
 
 
-def search_with_ray(
-    plan: SearchPlan,
-    experiment: Experiment,
-    jobs: Jobs,
-    begin: Callable[[], tuple[Sampler, Watch]],
-    *,
-    address: str | None,
-    verbose: bool,
-    trial: TrialFunction | None = None,
-) -> None:
-    """Run all trials that are left on a Ray cluster whose machines share the folders.
-
-    Args:
-        begin: Called once the cluster can place the trials; takes the experiment's folder.
-        trial: What Tune runs, given the job as {"job": JSON} and the workers' plan.
+@contextmanager
+def trials_on_cluster(plan: SearchPlan, address: str | None, verbose: bool) -> Iterator["RayTrials"]:
+    """Connect to a Ray cluster whose machines share the folders, and plan the places of a search's trials.
 
     Raises:
         UserError: more is asked than the cluster has.
@@ -67,19 +62,104 @@ def search_with_ray(
         plan_trials([this_machine()], plan.search)  # what cannot fit is refused before Ray starts, which takes a while
     with connected(address, verbose):
         nodes = cluster_nodes()
-        placement = plan_trials(nodes, plan.search)
-        sampler, watch = begin()
-        left = plan.search.planned_trials() - sampler.asked + len(jobs.left)
-        if left <= 0:
-            return
+        yield RayTrials(nodes, plan_trials(nodes, plan.search), verbose)
+
+
+@dataclass(frozen=True)
+class RayTrials:
+    """Runs the trials of a search on the cluster that this process is connected to."""
+
+    nodes: list[Node]
+    placement: TrialPlan
+    verbose: bool
+
+    def run(self, search: Search, trial: TrialFunction | None = None) -> None:
+        """Compute what all trials read, then run all that are left.
+
+        Args:
+            trial: What Tune runs for each.
+        """
+        with muted_stderr():
+            from ray import tune
+
+        placement = self.placement
         if placement.workers is None:
-            _fill_cache(jobs, max(node.cpus for node in nodes), placement.gpus, verbose)
-        ended = [experiment.outcome(trial) for trial in experiment.trials() if trial.state != "running"]
-        counting = CountingWatch(watch, experiment.folder.name, plan.search.planned_trials(), ended)
-        _run(plan, experiment, jobs, sampler, counting, placement, left, verbose, trial or run_tune_trial)
+            _fill_cache(search.shared_job(), max(node.cpus for node in self.nodes), placement.gpus, self.verbose)
+        show_trial_counts(search)
+        workers = asdict(placement.workers) if placement.workers else None
+        searcher, stopper = searcher_and_stopper(search)
+        tune.Tuner(
+            tune.with_resources(tune.with_parameters(trial or run_tune_trial, workers=workers), placement.resources()),
+            tune_config=tune.TuneConfig(
+                metric="val_accuracy",
+                mode="max",
+                search_alg=searcher,  # and no scheduler: trials start in their order, and the pruner stops them
+                num_samples=search.left,
+                max_concurrent_trials=placement.concurrent,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),  # by default it spells out all the trial sets
+                # A trial of the head alone takes less time than starting TensorFlow; one that trains upper layers takes
+                # its memory along when it ends.
+                reuse_actors=search.plan.trains_head_alone() and workers is None,
+            ),
+            run_config=tune.RunConfig(
+                name=TUNE,
+                storage_path=str(search.experiment.folder),
+                failure_config=tune.FailureConfig(max_failures=0),
+                stop=stopper,
+                verbose=1 if self.verbose else 0,
+                callbacks=[_slow_start_warning(placement)],
+            ),
+        ).fit()
 
 
-def _fill_cache(jobs: Jobs, cpus: float, gpus: float, verbose: bool) -> None:
+def searcher_and_stopper(search: Search) -> tuple[Any, Any]:
+    """A search as Tune asks for its trials, and as it asks after each report whether to stop the trial."""
+    from ray.tune import Stopper
+    from ray.tune.search import Searcher
+
+    class SearchSearcher(Searcher):
+        def __init__(self, search: Search) -> None:
+            super().__init__(metric="val_accuracy", mode="max")
+            self._search = search
+            self._numbers: dict[str, int] = {}
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Tune saves its searchers; ours is in the experiment's folder
+
+        def suggest(self, trial_id: str) -> Any:
+            job = self._search.begin_next()
+            if job is None:
+                return Searcher.FINISHED
+            self._numbers[trial_id] = job.number
+            return {"job": json.dumps(asdict(job))}  # as text: Tune takes a tree apart at every key
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False, **_: Any) -> None:
+            # Why it failed its own process wrote, if it could.
+            self._search.end(self._numbers.pop(trial_id), "its process ended; out of memory?" if error else None)
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: the experiment's folder has it all."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            raise NotImplementedError("a search goes on from its folder")
+
+    class PrunerStopper(Stopper):
+        def __init__(self, search: Search) -> None:
+            self._search = search
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # as above
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return self._search.should_stop(result["trial"], result["curve"])
+
+        def stop_all(self) -> bool:
+            return False
+
+    return SearchSearcher(search), PrunerStopper(search)
+
+
+def _fill_cache(job: TrialJob, cpus: float, gpus: float, verbose: bool) -> None:
     """Compute what all trials read, on one machine with all that is free there, before they begin."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -92,11 +172,18 @@ def _fill_cache(jobs: Jobs, cpus: float, gpus: float, verbose: bool) -> None:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group),
         )(_compute_features)
         try:
-            ray.get(fill.remote(json.dumps(asdict(jobs.shared())), cores, verbose))
+            ray.get(fill.remote(job, cores, verbose))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
             raise
+
+
+def _compute_features(job: TrialJob, cores: int, verbose: bool) -> None:
+    topology = prepare_devices(None, cores=cores)
+    reporter: Reporter = ConsoleReporter() if verbose else Reporters([])
+    with scratch_folder():
+        compute_shared_features(job, topology, reporter)
 
 
 @contextmanager
@@ -168,170 +255,56 @@ def _slow_start_warning(placement: TrialPlan) -> Any:
     return SlowStartWarning()
 
 
-def _compute_features(job_text: str, cores: int, verbose: bool) -> None:
-    job = TrialJob(**json.loads(job_text))
-    topology = prepare_devices(None, cores=cores)
-    reporter: Reporter = ConsoleReporter() if verbose else Reporters([])
-    with scratch_folder():
-        compute_shared_features(
-            Config.model_validate(job.config), Path(job.dataset), Path(job.experiment), topology, reporter
-        )
-
-
-def _run(
-    plan: SearchPlan,
-    experiment: Experiment,
-    jobs: Jobs,
-    sampler: Sampler,
-    watch: CountingWatch,
-    placement: TrialPlan,
-    left: int,
-    verbose: bool,
-    trial: TrialFunction,
-) -> None:
-    with muted_stderr():
-        from ray import tune
-
-    trainable = tune.with_resources(
-        tune.with_parameters(trial, workers=asdict(placement.workers) if placement.workers else None),
-        placement.resources(),
-    )
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            metric=_OBJECTIVE,
-            mode="max",
-            search_alg=_searcher(experiment, jobs, sampler, watch),
-            scheduler=_scheduler(plan),
-            num_samples=left,
-            max_concurrent_trials=placement.concurrent,
-            # A trial of the head alone takes less time than starting TensorFlow; one that trains upper layers takes its
-            # memory along when it ends.
-            trial_dirname_creator=lambda trial: str(trial.trial_id),  # by default it spells out all the trial sets
-            reuse_actors=plan.trains_head_alone() and placement.workers is None,
-        ),
-        run_config=tune.RunConfig(
-            name=TUNE,
-            storage_path=str(experiment.folder),
-            failure_config=tune.FailureConfig(max_failures=0),
-            verbose=1 if verbose else 0,
-            callbacks=[_slow_start_warning(placement)],
-        ),
-    )
-    tuner.fit()
-
-
-def _scheduler(plan: SearchPlan) -> Any:
-    from ray.tune import schedulers
-
-    search = plan.search
-    if search.scheduler == "asha":
-        return schedulers.AsyncHyperBandScheduler(
-            time_attr=_TIME,
-            grace_period=search.grace_epochs,
-            reduction_factor=search.reduction_factor,
-            max_t=max(plan.largest_epochs(), search.grace_epochs) + 1,  # one that arrives there is not stopped
-        )
-    if search.scheduler == "median":
-        return schedulers.MedianStoppingRule(time_attr=_TIME, grace_period=search.grace_epochs, min_samples_required=3)
-    return schedulers.FIFOScheduler()
-
-
-def _searcher(experiment: Experiment, jobs: Jobs, sampler: Sampler, watch: CountingWatch) -> Any:
-    """Our sampler, as Tune asks for trials; every answer is written down before Tune hears it."""
-    from ray.tune.search import Searcher
-
-    class RecordedSearcher(Searcher):
-        def __init__(self, experiment: Experiment, jobs: Jobs, sampler: Sampler, watch: CountingWatch) -> None:
-            super().__init__(metric=_OBJECTIVE, mode="max")
-            self._experiment, self._jobs, self._sampler, self._watch = experiment, jobs, sampler, watch
-            self._interrupted = jobs.interrupted(sampler)
-            self._running: dict[str, tuple[Trial, float]] = {}
-
-        def __getstate__(self) -> dict[str, Any]:
-            return {}  # Tune saves its searchers; ours is in the experiment's folder
-
-        def suggest(self, trial_id: str) -> Any:
-            job = next(self._interrupted, None)
-            if job is None:
-                chosen = self._sampler.ask()
-                if chosen is None:
-                    return Searcher.FINISHED
-                job = self._jobs.of(*chosen)
-            trial = self._experiment.begin(job.number, job.values)
-            self._running[trial_id] = trial, time.monotonic()
-            self._watch.began(trial)
-            # As text: Tune takes a tree apart at every key.
-            return {"job": json.dumps(asdict(job))}
-
-        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False, **_: Any) -> None:
-            trial, started = self._running.pop(trial_id)
-            reason = None
-            if error and not self._experiment.failure(trial.number).is_file():
-                reason = "its process ended; out of memory?"
-            outcome = self._experiment.end(trial, time.monotonic() - started, reason=reason)
-            self._sampler.tell(trial.number, outcome.finished())
-            self._watch.ended(outcome)
-
-        def save(self, checkpoint_path: str) -> None:
-            """Nothing: the experiment's folder has it all."""
-
-        def restore(self, checkpoint_path: str) -> None:
-            raise NotImplementedError("a search goes on from its folder")
-
-    return RecordedSearcher(experiment, jobs, sampler, watch)
-
-
 def run_tune_trial(config: dict[str, Any], workers: dict[str, Any] | None) -> None:
     """What Tune runs for a trial, in a process of the cluster."""
     from ray import tune
 
     job = TrialJob(**json.loads(config["job"]))
     trained = Config.model_validate(job.config)
-    reported = [time.monotonic(), 0.0, 0.0]
+    curve: list[tuple[int, float]] = []
+    last_report = time.monotonic()
+
+    def send() -> None:
+        # All epochs since the last report, in their order, as without Ray.
+        epochs_done, best = curve[-1] if curve else (0, 0.0)
+        tune.report({"trial": job.number, "epochs_done": epochs_done, "val_accuracy": best, "curve": list(curve)})
 
     def report(row: dict[str, Any], best: float) -> bool:
-        reported[1:] = float(row["epochs_done"]), best
+        nonlocal last_report
+        curve.append((int(row["epochs_done"]), best))
         # Always at the end of a stage: what is to be stopped there must not first run an epoch of the next. Of the last
         # epoch below, when the model is saved.
-        due = ends_stage(trained, row) or time.monotonic() - reported[0] > SECONDS_BETWEEN_REPORTS
+        due = ends_stage(trained, row) or time.monotonic() - last_report > SECONDS_BETWEEN_REPORTS
         if due and not is_last_epoch(trained, row):
-            reported[0] = time.monotonic()
-            tune.report({_TIME: int(row["epochs_done"]), _OBJECTIVE: best})
+            last_report = time.monotonic()
+            send()
         return False  # Tune itself ends the process of a trial that it stops
 
     if workers is None:
         _in_this_process(job, report)
     else:
         _through_ray_train(job, WorkerPlan(**workers), report)
-    tune.report({_TIME: int(reported[1]), _OBJECTIVE: reported[2]})
-
-
-def _in_this_process(job: TrialJob, report: Callable[[dict[str, Any], float], bool]) -> None:
-    import ray
-
-    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
-    topology = _devices(max(1, int(cpus)))
-    batch = int(job.config["global_batch_size"])
-    with scratch_folder():
-        run_trial(job, topology, report, "ray", [RayMetrics(job.name, batch)])
+    send()
 
 
 _topologies: list[Any] = []
+"""Of this process, prepared once: one that runs trial after trial cannot change its threads later."""
 
 
-def _devices(cores: int) -> Any:
-    """Prepared once: a process that runs trial after trial cannot change its threads later."""
+def _in_this_process(job: TrialJob, report: Report) -> None:
+    import ray
+
     if not _topologies:
-        _topologies.append(prepare_devices(None, cores=cores))
-    return _topologies[0]
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
+        _topologies.append(prepare_devices(None, cores=max(1, int(cpus))))
+    with scratch_folder():
+        metrics = RayMetrics(job.name, int(job.config["global_batch_size"]))
+        run_trial(job, _topologies[0], report, "ray", [metrics])
 
 
-def _through_ray_train(job: TrialJob, plan: WorkerPlan, report: Callable[[dict[str, Any], float], bool]) -> None:
-    def train(config: Config, run: Path, _manifest: object, listeners: Reporter) -> dict[str, Any]:
-        with following(run / run_folder.EVENTS, listeners):
-            return launch_training(
-                config, job.dataset, run, plan, lambda: plan, listeners, name=job.name, hparams=job.values
-            )
+def _through_ray_train(job: TrialJob, plan: WorkerPlan, report: Report) -> None:
+    def train(config: Config, run: Path, listeners: Reporter, _dataset: OpenDataset) -> dict[str, Any]:
+        workers = RayWorkers(config, job.dataset, plan, lambda: plan, hparams=job.values, name=job.name)
+        return workers.train_and_follow(run, listeners)
 
-    prepared(job, plan.replicas, report, train)
+    run_prepared(job, plan.replicas, report, train)

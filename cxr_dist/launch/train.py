@@ -1,16 +1,29 @@
 """Training from a configuration and a dataset to a finished run."""
 
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cxr_dist.config.schema import Config
 from cxr_dist.runs import run_folder
+from cxr_dist.runs.events import Reporter
 from cxr_dist.runs.loggers import ConsoleReporter, progress_bar
+from cxr_dist.runs.run_folder import OpenDataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.remote import Place
+
+
+class Workers(Protocol):
+    """Workers that have their places."""
+
+    @property
+    def replicas(self) -> int: ...
+
+    def train(self, run: Path, reporter: Reporter) -> dict[str, Any]:
+        """Train in the opened folder `run`; result.json."""
+        ...
 
 
 @contextmanager
@@ -20,6 +33,21 @@ def local_dataset(place: Place) -> Iterator[Path]:
 
     with progress_bar("fetch") as progress, local_copy(place, progress=progress) as dataset:
         yield dataset
+
+
+@contextmanager
+def open_dataset(place: Place) -> Iterator[OpenDataset]:
+    """A dataset with its manifest read, and the sizes of its shards checked.
+
+    Raises:
+        UserError: it is not there, or not whole.
+    """
+    from tfrecords_builder.format.manifest import check_shards, read_manifest
+
+    with local_dataset(place) as folder:
+        manifest = read_manifest(folder)
+        check_shards(folder, manifest)
+        yield OpenDataset(place, folder, manifest)
 
 
 def run_training(
@@ -33,59 +61,74 @@ def run_training(
     address: str | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Check all that can be checked, prepare the run's folder, and train through the launcher."""
-    from cxr_dist.data.batch_sampler import TrainingPlan
-    from cxr_dist.launch.local import train_locally
-    from cxr_dist.launch.ray_train import train_with_ray
+    """Place the workers, open the run's folder, train.
+
+    Args:
+        launcher: `ray` or `local`, which is this process.
+        workers: Least and most, of Ray.
+        devices_per_worker: None: what there is.
+        address: Of the Ray cluster; None: one of this machine.
+        verbose: Whether Ray's own messages are shown.
+
+    Returns:
+        result.json.
+
+    Raises:
+        UserError: what the user gave is wrong, or more is asked than there is.
+    """
+    from cxr_dist.launch.local import local_worker
+    from cxr_dist.launch.ray_train import workers_on_cluster
     from cxr_dist.model.resnet import check_weights
-    from cxr_dist.runs.corrupt_records import leave_out
-    from cxr_dist.runs.disk_space import check_space, needed_by_run
-    from tfrecords_builder.format.manifest import check_shards, read_manifest
 
     if launcher == "local" and ((workers or (1, 1))[1] > 1 or address):
         raise UserError("--launcher local: is one process; leave --workers and --address out, or use --launcher ray")
-    with ExitStack() as held:
-        folder = held.enter_context(local_dataset(dataset))
-        manifest = read_manifest(folder)
-        check_shards(folder, manifest)
-        config = run_folder.resolve_config(config, manifest)
+    with open_dataset(dataset) as data:
+        config = run_folder.resolve_config(config, data.manifest)
         check_weights(config.model.weights)
-        reporter = ConsoleReporter()
-
-        def prepare(replicas: int) -> bool:
-            check_plan(replicas, ())
-            held.enter_context(run_folder.locked(run))
-            if run_folder.read_result(run) is None:
-                images = len(manifest.split("train")) + len(manifest.split("validation"))
-                check_space(run, run_folder.feature_cache(config, run), needed_by_run(config, images))
-            run_folder.prepare(run, config, dataset, manifest)
-            if _finished(run) is not None:
-                return False
-            check_plan(replicas, leave_out(run, folder, manifest, config.input.max_damaged).paths)
-            return True
-
-        def check_plan(replicas: int, without: Collection[str]) -> None:
-            count, parts = len(manifest.split("train", without)), config.accumulation_steps
-            TrainingPlan(count, config.global_batch_size, replicas, config.seed, parts=parts)
-
+        placed: AbstractContextManager[Workers]
         if launcher == "local":
-            result = train_locally(
-                config, folder, run, reporter, manifest=manifest, prepare=prepare, devices_per_worker=devices_per_worker
-            )
+            placed = nullcontext(local_worker(config, data, devices_per_worker))
         else:
-            result = train_with_ray(
-                config,
-                dataset,
-                run,
-                reporter,
-                prepare=prepare,
-                workers=workers,
-                devices_per_worker=devices_per_worker,
-                address=address,
-                verbose=verbose,
-            )
-        remove_checkpoints(run)
-        return result
+            placed = workers_on_cluster(config, dataset, workers, devices_per_worker, address, verbose)
+        with placed as team, opened_run(run, config, data, team.replicas) as is_finished:
+            if is_finished:
+                print(f"{run}: was finished already", file=sys.stderr)
+                result = run_folder.finished_result(run)
+            else:
+                result = team.train(run, ConsoleReporter())
+            remove_checkpoints(run)
+            return result
+
+
+@contextmanager
+def opened_run(run: Path, config: Config, dataset: OpenDataset, replicas: int) -> Iterator[bool]:
+    """The run's folder, made or found, locked and checked, its corrupt records excluded; whether the run is finished.
+
+    Raises:
+        UserError: the batch cannot be shared, the disk is too small, or the folder is not that of this run.
+    """
+    from cxr_dist.launch.disk_space import check_space, needed_by_run
+    from cxr_dist.runs.corrupt_records import exclude_corrupt
+
+    manifest = dataset.manifest
+    check_batch(config, len(manifest.split("train")), replicas)
+    with run_folder.locked(run):
+        is_finished = run_folder.read_result(run) is not None
+        if not is_finished:
+            images = len(manifest.split("train")) + len(manifest.split("validation"))
+            check_space(run, run_folder.feature_cache(config, run), needed_by_run(config, images))
+        run_folder.prepare(run, config, dataset.place, manifest)
+        if not is_finished:
+            excluded = exclude_corrupt(run, dataset.folder, manifest, config.input.max_damaged)
+            check_batch(config, len(manifest.split("train", excluded.paths)), replicas)
+        yield is_finished
+
+
+def check_batch(config: Config, images: int, replicas: int) -> None:
+    """Raise `UserError` unless so many replicas can share the batches of so many training images."""
+    from cxr_dist.data.batch_sampler import TrainingPlan
+
+    TrainingPlan(images, config.global_batch_size, replicas, config.seed, parts=config.accumulation_steps)
 
 
 def remove_checkpoints(run: Path) -> None:
@@ -94,10 +137,3 @@ def remove_checkpoints(run: Path) -> None:
 
     if run_folder.read_result(run) is not None and (run / run_folder.MODEL).is_file():
         CheckpointFolder(run / run_folder.CHECKPOINTS).remove_all()
-
-
-def _finished(run: Path) -> dict[str, Any] | None:
-    result = run_folder.read_result(run)
-    if result is not None:
-        print(f"{run}: was finished already", file=sys.stderr)
-    return result

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfrecords_builder.common.errors import UserError, one_line
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cxr_dist.config.schema import first_problem
+from tfrecords_builder.common.errors import reading
 
 CALIBRATION = "calibration.json"
 TEMPERATURES = (1e-3, 1e3)
@@ -25,6 +28,13 @@ class Calibration:
     temperature: float = 1.0
     abstain_threshold: float = 0.0
     """0 gives every answer, and infinity none: no answer was sure enough for the risk that was asked for."""
+
+
+class _Fitted(BaseModel):
+    model_config = ConfigDict(strict=True)
+    temperature: float = Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])
+    abstain_threshold: float | None = Field(ge=0, le=1)
+    target_risk: float = Field(gt=0, lt=1)
 
 
 def read_calibration(run: Path) -> Calibration | None:
@@ -45,47 +55,10 @@ def read_fitted(run: Path) -> dict[str, Any] | None:
     path = run / CALIBRATION
     if not path.exists():
         return None
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("is no JSON object")
-        _check_temperature(raw)
-        _check_threshold(raw)
-        _check_risk(raw)
+    with reading(path, "run `cxr-dist calibrate` again, or remove the file"):
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            _Fitted.model_validate(raw)
+        except ValidationError as error:
+            raise ValueError(first_problem(error)) from None
         return raw
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend or remove it") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {one_line(error)}; run `cxr-dist calibrate` again, or remove the file") from None
-
-
-def _check_temperature(raw: dict[str, Any]) -> None:
-    value, (least, most) = _number(raw, "temperature"), TEMPERATURES
-    if value is None or not least <= value <= most:
-        raise ValueError(f"temperature must be a number from {least:g} to {most:g}")
-
-
-def _check_threshold(raw: dict[str, Any]) -> None:
-    value = _number(raw, "abstain_threshold")
-    if value is not None and not 0.0 <= value <= 1.0:
-        raise ValueError("abstain_threshold must be null, or a number from 0 to 1")
-
-
-def _check_risk(raw: dict[str, Any]) -> None:
-    value = _number(raw, "target_risk")
-    if value is None or not 0.0 < value < 1.0:
-        raise ValueError("target_risk must be a number between 0 and 1")
-
-
-def _number(raw: dict[str, Any], key: str) -> float | None:
-    if key not in raw:
-        raise ValueError(f"{key} is missing")
-    value = raw[key]
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{key} is no number")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf

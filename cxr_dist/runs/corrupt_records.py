@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cxr_dist.runs.run_folder import DAMAGED
-from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.errors import UserError, reading
 from tfrecords_builder.common.files import write_json
 from tfrecords_builder.format import tfrecord
 from tfrecords_builder.format.manifest import Manifest
@@ -22,7 +22,7 @@ SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
-class DamagedRecord:
+class CorruptRecord:
     """A record that is not what was written."""
 
     path: str
@@ -36,10 +36,10 @@ class DamagedRecord:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class ExcludedRecords:
     """The records that a run does without."""
 
-    records: tuple[DamagedRecord, ...] = ()
+    records: tuple[CorruptRecord, ...] = ()
 
     @property
     def paths(self) -> frozenset[str]:
@@ -52,7 +52,7 @@ class LeftOut:
         return hashlib.sha256(json.dumps([of_dataset, sorted(self.paths)]).encode()).hexdigest()
 
 
-def find_damaged(dataset: Path, manifest: Manifest) -> Iterator[DamagedRecord]:
+def find_corrupt(dataset: Path, manifest: Manifest) -> Iterator[CorruptRecord]:
     """Read every record that a run reads, and yield those whose checksums or lengths do not match."""
     for split in SPLITS:
         index = manifest.split(split)
@@ -64,12 +64,12 @@ def find_damaged(dataset: Path, manifest: Manifest) -> Iterator[DamagedRecord]:
                     try:
                         tfrecord.read_at(descriptor, *place, dataset / name)
                     except tfrecord.CorruptRecordError as error:
-                        yield DamagedRecord(index.paths[position], name, record, error.offset, error.reason)
+                        yield CorruptRecord(index.paths[position], name, record, error.offset, error.reason)
             finally:
                 os.close(descriptor)
 
 
-def leave_out(run: Path, dataset: Path, manifest: Manifest, most: int) -> LeftOut:
+def exclude_corrupt(run: Path, dataset: Path, manifest: Manifest, most: int) -> ExcludedRecords:
     """Decide what the run leaves out, and write it into its folder; what was decided before stands.
 
     Args:
@@ -80,35 +80,34 @@ def leave_out(run: Path, dataset: Path, manifest: Manifest, most: int) -> LeftOu
         UserError: more are damaged, or others than when the run began.
     """
     if not most:
-        return LeftOut()
-    found = LeftOut(tuple(find_damaged(dataset, manifest)))
+        return ExcludedRecords()
+    corrupt = ExcludedRecords(tuple(find_corrupt(dataset, manifest)))
     path = run / DAMAGED
     if not path.exists():
-        if len(found.records) > most:
-            first = found.records[0]
+        if len(corrupt.records) > most:
+            first = corrupt.records[0]
             raise UserError(
-                f"input.max_damaged {most}: {len(found.records)} records are damaged, the first is record "
+                f"input.max_damaged {most}: {len(corrupt.records)} records are damaged, the first is record "
                 f"{first.record} at byte {first.offset} of {dataset / first.shard}; restore the dataset, build it "
                 "anew, or allow more"
             )
-        write_json(path, [asdict(record) for record in found.records])
-        return found
-    decided = left_out(run)
-    others = sorted(found.paths - decided.paths)
+        write_json(path, [asdict(record) for record in corrupt.records])
+        return corrupt
+    excluded = load_excluded(run)
+    others = sorted(corrupt.paths - excluded.paths)
     if others:
         raise UserError(
             f"{dataset}: {others[0]} has been damaged since the run began, and a run cannot lose images on its way; "
             "restore the dataset, or begin again with another --out"
         )
-    return decided
+    return excluded
 
 
-def left_out(run: Path) -> LeftOut:
+def load_excluded(run: Path) -> ExcludedRecords:
     """What was decided for the run in this folder."""
     path = run / DAMAGED
     if not path.exists():
-        return LeftOut()
-    try:
-        return LeftOut(tuple(DamagedRecord(**record) for record in json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); begin again with another --out") from None
+        return ExcludedRecords()
+    with reading(path, "begin again with another --out"):
+        records = json.loads(path.read_text(encoding="utf-8"))
+        return ExcludedRecords(tuple(CorruptRecord(**record) for record in records))

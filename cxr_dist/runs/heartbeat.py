@@ -15,15 +15,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-BEATS = "workers"
-"""The folder in a run's folder with a file for each worker, which tells that it lives and where it is."""
+from tfrecords_builder.common.files import write_whole
+
+HEARTBEATS = "workers"
+"""The folder in a run's folder with a file for each worker: that it lives, and where it is."""
 EXIT_STATUS = 75
 """Of a worker that was ended: EX_TEMPFAIL, as another try may do better."""
 INTERVAL_S = 2.0
 
 
 class Watchdog:
-    """Ends this process when no `beat` has come for the time-out."""
+    """Ends this process when no `heartbeat` has come for the time-out."""
 
     def __init__(
         self,
@@ -42,7 +44,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self._tell()
+        self._write()
         self._thread.start()
         return self
 
@@ -50,7 +52,7 @@ class Watchdog:
         self._stop.set()
         self._thread.join()
 
-    def beat(self, where: str) -> None:
+    def heartbeat(self, where: str) -> None:
         """Say that there was progress, and where the worker goes from here, such as "stage 2, epoch 1, step 8"."""
         self._last, self._where = time.monotonic(), where
 
@@ -60,61 +62,58 @@ class Watchdog:
             if waited < self._timeout_s:
                 # A storage that fails now and then must not end the watch, nor keep it from ending a worker.
                 with suppress(OSError):
-                    self._tell()
+                    self._write()
                 continue
             reason = f"worker {self._rank} got no further than {self._where} for {waited:.0f} s"
             try:
                 with suppress(OSError, ValueError):
-                    reason += f"; {missing(self._folder, self._rank, self._interval_s)}"
+                    reason += f"; {silent_workers(self._folder, self._rank, self._interval_s)}"
                 print(reason, file=sys.stderr, flush=True)
                 with suppress(OSError):
-                    self._tell(ended=reason)
+                    self._write(ended=reason)
             finally:
                 self._end()
             return
 
-    def _tell(self, **more: Any) -> None:
-        beat = {"rank": self._rank, "host": socket.gethostname(), "process": os.getpid(), "where": self._where, **more}
-        _write_beat(self._folder / f"{self._rank:04d}.json", beat)
+    def _write(self, **more: Any) -> None:
+        content = {"rank": self._rank, "host": socket.gethostname(), "process": os.getpid(), "where": self._where}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Renamed, so that it is read whole; not synced, as every worker writes one every 2 s and none outlives its run.
+        path, text = self._folder / f"{self._rank:04d}.json", json.dumps(content | more)
+        write_whole(path, lambda file: file.write(text.encode()), durable=False)
 
 
-def _write_beat(path: Path, beat: dict[str, Any]) -> None:
-    """Renamed, so that it is read whole; not synced: every worker writes one every 2 s, and none outlives its run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A worker that was given up may still live and have the same rank.
-    temporary = path.with_name(f".{path.stem}.{beat['host']}.{beat['process']}.tmp")
-    temporary.write_text(json.dumps(beat), encoding="utf-8")
-    temporary.replace(path)
-
-
-def missing(folder: Path, rank: int, interval_s: float) -> str:
-    """Which other workers have not been heard from lately, and else which one is furthest behind, in words.
+def silent_workers(folder: Path, rank: int, interval_s: float) -> str:
+    """Which other workers have not been heard from lately, and else where the others are, in words.
 
     Ages are differences between times that the storage gave, so the clocks of the machines do not matter.
     """
-    silent = _silent(folder, interval_s)
-    if silent:
-        return "; ".join(silent)
-    others = [told for told, _ in _told(folder) if told["rank"] != rank]
-    return "; ".join(f"worker {each['rank']} is alive, at {each['where']}" for each in others) or "it is the only one"
+    others = [
+        f"worker {worker['rank']} is alive, at {worker['where']}"
+        for worker, _ in _heartbeats(folder)
+        if worker["rank"] != rank
+    ]
+    return "; ".join(_silent(folder, interval_s) or others) or "it is the only one"
 
 
-def reasons(folder: Path, interval_s: float = INTERVAL_S) -> list[str]:
+def exit_reasons(folder: Path, interval_s: float = INTERVAL_S) -> list[str]:
     """What the workers said that were ended; without such words, which ones fell silent before the others."""
-    return [told["ended"] for told, _ in _told(folder) if "ended" in told] or _silent(folder, interval_s)
+    reasons = [worker["ended"] for worker, _ in _heartbeats(folder) if "ended" in worker]
+    return reasons or _silent(folder, interval_s)
 
 
 def _silent(folder: Path, interval_s: float) -> list[str]:
-    told = _told(folder)
-    newest = max((time_s for _, time_s in told), default=0.0)
+    heartbeats = _heartbeats(folder)
+    newest = max((time_s for _, time_s in heartbeats), default=0.0)
     return [
-        f"worker {each['rank']} (process {each['process']} on {each['host']}) is silent for {newest - time_s:.0f} s"
-        for each, time_s in told
+        f"worker {worker['rank']} (process {worker['process']} on {worker['host']}) "
+        f"is silent for {newest - time_s:.0f} s"
+        for worker, time_s in heartbeats
         if newest - time_s > 3 * interval_s
     ]
 
 
-def _told(folder: Path) -> list[tuple[dict[str, Any], float]]:
-    """What each worker told last, by rank, and when, in seconds of the storage's clock."""
+def _heartbeats(folder: Path) -> list[tuple[dict[str, Any], float]]:
+    """The last heartbeat of each worker, by rank, and its time in seconds of the storage's clock."""
     paths = sorted(folder.glob("*.json"))
     return [(json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime) for path in paths]

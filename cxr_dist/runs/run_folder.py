@@ -10,12 +10,12 @@ from typing import Any
 
 from cxr_dist.config.loading import load_config
 from cxr_dist.config.schema import Config
-from cxr_dist.runs.heartbeat import BEATS
+from cxr_dist.runs.heartbeat import HEARTBEATS
 from cxr_dist.runs.seen_images import SEEN, write_seen
 from cxr_dist.runs.stop_request import REGROUP, STOP, StopRequest
 from cxr_dist.runs.versions import FORMAT, check_format, differences
 from tfrecords_builder.common import locks
-from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.errors import UserError, reading
 from tfrecords_builder.common.files import is_temporary, write_json, write_text
 from tfrecords_builder.common.locks import LOCK
 from tfrecords_builder.format.manifest import Manifest
@@ -30,8 +30,20 @@ CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged.json"
 EVENTS = "events.jsonl"
 TENSORBOARD = "tensorboard"
+TRAIN_AGAIN = "train the run again"
 FEATURE_CACHE = "feature-cache"
 """Beside the runs, which share it."""
+
+
+@dataclass(frozen=True)
+class OpenDataset:
+    """A dataset that a process reads."""
+
+    place: Place
+    """As it was given: a folder or an address."""
+    folder: Path
+    """On this machine."""
+    manifest: Manifest
 
 
 @dataclass(frozen=True)
@@ -75,18 +87,22 @@ def feature_cache(config: Config, run: Path) -> Path:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, wait_s: float = 0.0) -> Iterator[None]:
     """The run's folder, made if need be, held against other processes that would train into it.
+
+    Args:
+        run: The folder.
+        wait_s: How long to wait for such a process, at most.
 
     Raises:
         UserError: the folder cannot be made, or another process holds it.
     """
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; give a folder for the run")
+    busy = "another process is training into it; wait for it, or give another --out"
     with ExitStack() as held:
         try:
-            busy = "another process is training into it; wait for it, or give another --out"
-            held.enter_context(locks.held_folder(run, busy))
+            held.enter_context(locks.held_folder(run, busy, wait_s))
         except OSError as error:
             raise UserError(
                 f"{run}: cannot be made ({error.strerror}); give a folder that you may write as --out"
@@ -143,7 +159,7 @@ def _is_begun(run: Path) -> bool:
     if (run / CONFIG).is_file() and not _is_resolved(run / CONFIG):
         return False  # a configuration that somebody wrote
     return all(
-        entry.name in (CONFIG, SEEN, EVENTS, STOP, REGROUP, BEATS, TENSORBOARD, LOCK)
+        entry.name in (CONFIG, SEEN, EVENTS, STOP, REGROUP, HEARTBEATS, TENSORBOARD, LOCK)
         or is_temporary(entry.name, (CONFIG, RUN, SEEN))
         for entry in run.iterdir()
     )
@@ -198,8 +214,16 @@ def read_info(run: Path) -> RunInfo:
         FormatError: the run is of another format.
         UserError: there is no run, or its file is damaged.
     """
-    with _whole(run) as raw:
+    with reading(run / RUN, TRAIN_AGAIN):
+        raw = _read_run(run)
         return RunInfo(raw["dataset"], raw["fingerprint"], tuple(raw["class_names"]), int(raw["image_size"]))
+
+
+def _read_run(run: Path) -> dict[str, Any]:
+    _require(run, RUN)
+    raw: dict[str, Any] = json.loads((run / RUN).read_text(encoding="utf-8"))
+    check_format(run / RUN, raw)
+    return raw
 
 
 def record_versions(run: Path, versions: Mapping[str, str]) -> list[str]:
@@ -215,7 +239,8 @@ def record_versions(run: Path, versions: Mapping[str, str]) -> list[str]:
     Raises:
         UserError: as `read_info`.
     """
-    with _whole(run) as raw:
+    with reading(run / RUN, TRAIN_AGAIN):
+        raw = _read_run(run)
         last = raw["made_with"][-1] if raw["made_with"] else {}
         changed = differences(last, versions)
     if last != versions:
@@ -223,27 +248,13 @@ def record_versions(run: Path, versions: Mapping[str, str]) -> list[str]:
     return changed
 
 
-@contextmanager
-def _whole(run: Path) -> Iterator[dict[str, Any]]:
-    """The object in run.json; what goes wrong with it in the block, in words for people."""
-    _require(run, RUN)
-    try:
-        raw = json.loads((run / RUN).read_text(encoding="utf-8"))
-        check_format(run / RUN, raw)
-        yield raw
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run / RUN}: damaged ({error}); train the run again") from None
-
-
 def read_history(run: Path) -> list[dict[str, Any]]:
     """The rows of history.jsonl; none when no epoch has ended."""
     path = run / HISTORY
     if not path.is_file():
         return []
-    try:
+    with reading(path, TRAIN_AGAIN):
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error})") from None
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
@@ -251,10 +262,20 @@ def read_result(run: Path) -> dict[str, Any] | None:
     path = run / RESULT
     if not path.is_file():
         return None
-    try:
+    with reading(path, TRAIN_AGAIN):
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error})") from None
+        return result
+
+
+def finished_result(run: Path) -> dict[str, Any]:
+    """result.json of a run whose process has ended well.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    result = read_result(run)
+    if result is None:
+        raise RuntimeError(f"{run}: ended without a result")
     return result
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from tfrecords_builder.common.errors import UserError, one_line
+from tfrecords_builder.common.errors import reading
 from tfrecords_builder.common.files import write_json
 from tfrecords_builder.format.manifest import Manifest
 
@@ -66,7 +66,7 @@ def read_seen(run: Path) -> SeenImages | None:
     path = run / SEEN
     if not path.exists():
         return None
-    try:
+    with reading(path, "restore the file, or train the run again"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("sha256") != _checksum(content):
             raise ValueError("its checksum does not match")
@@ -75,10 +75,6 @@ def read_seen(run: Path) -> SeenImages | None:
             for name in ("training", "validation")
         )
         return SeenImages(training, validation, dict(content["settings"]))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); restore the file") from None
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({one_line(error)}); restore the file, or train the run again") from None
 
 
 def _checksum(content: dict[str, Any]) -> str:

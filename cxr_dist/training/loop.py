@@ -15,7 +15,7 @@ from cxr_dist.distributed.devices import Topology, hardware
 from cxr_dist.model.resnet import FrozenBase, build_model, load_base_weights, name_what_older_keras_knows
 from cxr_dist.runs import checkpoints, run_folder, versions
 from cxr_dist.runs.events import Reporter
-from cxr_dist.runs.heartbeat import BEATS, Watchdog
+from cxr_dist.runs.heartbeat import HEARTBEATS, Watchdog
 from cxr_dist.training.progress import Progress
 from cxr_dist.training.run_checkpoints import RunCheckpoints
 from cxr_dist.training.run_context import RunContext
@@ -42,6 +42,9 @@ def train(
         reporter: Receives the run's events.
         launcher: Named in the result.
 
+    Args:
+        manifest: The dataset's, where the caller has read it.
+
     Returns:
         What result.json holds.
 
@@ -51,8 +54,8 @@ def train(
     with ExitStack() as stack:
         context = RunContext(config, dataset, manifest, run, topology, reporter)
         if topology.workers > 1:
-            watchdog = stack.enter_context(Watchdog(run / BEATS, topology.worker, config.worker_timeout_s))
-            context.heartbeat = watchdog.beat
+            watchdog = stack.enter_context(Watchdog(run / HEARTBEATS, topology.worker, config.worker_timeout_s))
+            context.heartbeat = watchdog.heartbeat
         stack.callback(context.store.close)
         kept = RunCheckpoints(context)
         progress = _train_stages(context, kept, launcher)

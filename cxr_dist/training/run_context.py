@@ -42,7 +42,7 @@ class RunContext:
         self.precision = resolve_precision(config.precision, topology.kind)
         self.xla = resolve_xla(config, topology.kind)
         self.classes = len(manifest.class_names)
-        self.left_out = corrupt_records.left_out(run)
+        self.left_out = corrupt_records.load_excluded(run)
         self._content = self.left_out.fingerprint(manifest.fingerprint)
         self.train_source = ShardSource(dataset, manifest, "train", self.left_out.paths)
         self.validation_source = ShardSource(dataset, manifest, "validation", self.left_out.paths)

@@ -29,8 +29,8 @@ from cxr_dist.runs.versions import FORMAT, check_format
 from cxr_dist.tuning import hparams
 from cxr_dist.tuning.sampler import Finished
 from cxr_dist.tuning.search_space import SearchPlan, Values, from_tree
-from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.common.files import is_temporary, write_json, write_text
+from tfrecords_builder.common.errors import UserError, reading
+from tfrecords_builder.common.files import is_temporary, write_atomically, write_json, write_text
 from tfrecords_builder.common.locks import LOCK
 from tfrecords_builder.format.manifest import Manifest
 from tfrecords_builder.remote import Place, absolute
@@ -49,6 +49,7 @@ EVALUATION = "evaluation"
 State = Literal["running", "complete", "stopped", "failed"]
 """Of an interrupted search, `running` is a trial that was begun and not ended."""
 ENDED: tuple[State, ...] = ("complete", "stopped", "failed")
+ANOTHER_OUT = "give another --out"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialResult:
     """A trial, and what its run says of it."""
 
     trial: Trial
@@ -86,14 +87,13 @@ class Outcome:
         return None if index is None else self.history[index]
 
     def finished(self) -> Finished:
+        """As the sampler learns from it."""
         best, curve = -1.0, []
         for row in self.history:
             best = max(best, row["val_accuracy"])
             curve.append((int(row["epochs_done"]), best))
-        failed = self.trial.state == "failed"
-        return Finished(
-            self.trial.values, None if failed else self.objective, self.trial.state == "stopped", tuple(curve)
-        )
+        objective = None if self.trial.state == "failed" else self.objective
+        return Finished(self.trial.values, objective, self.trial.state == "stopped", tuple(curve))
 
 
 class Experiment:
@@ -106,64 +106,59 @@ class Experiment:
     # -- the search -------------------------------------------------------------------------------
 
     @contextmanager
-    def begun(self, plan: SearchPlan, dataset: Place, manifest: Manifest) -> Iterator[None]:
+    def opened(self, plan: SearchPlan, dataset: Place, manifest: Manifest) -> Iterator[None]:
         """The folder, made or found, held against other searches.
 
         Raises:
             UserError: it cannot be made, another search is using it, or it holds something else.
         """
         with run_folder.locked(self.folder):
+            is_begun = (self.folder / SEARCH).exists()
             ours = (SEARCH, EXPERIMENT)
-            foreign = [
-                path for path in self.folder.iterdir() if path.name != LOCK and not is_temporary(path.name, ours)
-            ]
-            if not (self.folder / SEARCH).exists() and foreign:
+            names = [path.name for path in self.folder.iterdir()]
+            if not is_begun and any(name != LOCK and not is_temporary(name, ours) for name in names):
                 raise UserError(
                     f"{self.folder}: holds something that is not a search of this program; give a new folder as --out"
                 )
-            written = {"format": FORMAT, "dataset": absolute(dataset), "fingerprint": manifest.fingerprint}
-            if (self.folder / SEARCH).exists() and (self.folder / EXPERIMENT).exists():
-                self._check_same(plan, written)
+            info = {"format": FORMAT, "dataset": absolute(dataset), "fingerprint": manifest.fingerprint}
+            if is_begun and (self.folder / EXPERIMENT).exists():
+                self._check_same(plan, info)
             else:
                 write_text(self.folder / SEARCH, yaml.safe_dump(plan.tree(), sort_keys=False))
-                write_json(self.folder / EXPERIMENT, written)
+                write_json(self.folder / EXPERIMENT, info)
                 (self.folder / TRIALS).mkdir(exist_ok=True)
             self._keep = plan.search.keep
             yield
 
-    def _check_same(self, plan: SearchPlan, written: dict[str, Any]) -> None:
-        searched = self.info()
-        earlier = self.plan().tree()
-        now = plan.tree()
-        for name in ("search", "config"):
-            for key in sorted(earlier[name].keys() | now[name].keys()):
+    def _check_same(self, plan: SearchPlan, info: dict[str, Any]) -> None:
+        earlier_info, earlier, now = self.info(), self.plan().tree(), plan.tree()
+        for section in ("search", "config"):
+            for key in sorted(earlier[section].keys() | now[section].keys()):
                 # What changes no trial's result may change: how many, how many at a time, how long, how many are kept.
-                if name == "search" and key in ("trials", "concurrent", "time_limit_s", "keep"):
+                if section == "search" and key in ("trials", "concurrent", "time_limit_s", "keep"):
                     continue
-                before, after = earlier[name].get(key), now[name].get(key)
-                if before != after:
+                if earlier[section].get(key) != now[section].get(key):
                     raise UserError(
-                        f"{self.folder}: holds a search with another {name}.{key}; give another --out, or the same "
+                        f"{self.folder}: holds a search with another {section}.{key}; give another --out, or the same "
                         "settings to go on"
                     )
-        if searched["fingerprint"] != written["fingerprint"]:
-            other = run_folder.other_dataset(searched["dataset"], written["dataset"])
+        if earlier_info["fingerprint"] != info["fingerprint"]:
+            other = run_folder.other_dataset(earlier_info["dataset"], info["dataset"])
             raise UserError(f"{self.folder}: holds a search on {other}; give another --out")
 
     def plan(self) -> SearchPlan:
-        self._require(SEARCH)
-        try:
+        """The search, as its folder has it."""
+        with reading(self._file(SEARCH), ANOTHER_OUT):
             return from_tree(read_yaml(self.folder / SEARCH))
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{self.folder / SEARCH}: damaged ({str(error).splitlines()[0]})") from None
 
     def info(self) -> dict[str, Any]:
-        self._require(EXPERIMENT)
-        return _read_formatted(self.folder / EXPERIMENT)
+        """The dataset, as the folder has it."""
+        return _read_formatted(self._file(EXPERIMENT), ANOTHER_OUT)
 
-    def _require(self, name: str) -> None:
+    def _file(self, name: str) -> Path:
         if not (self.folder / name).is_file():
             raise UserError(f"{self.folder}: is not the folder of a search (no {name}); give what tune wrote")
+        return self.folder / name
 
     # -- trials -----------------------------------------------------------------------------------
 
@@ -178,30 +173,31 @@ class Experiment:
         """Where a trial's process writes why it failed: a line, and after it what helps to find the cause."""
         return self.folder / TRIALS / f"{number:05d}.failure.txt"
 
-    def write(self, trial: Trial) -> None:
-        write_json(self._file(trial.number), {"format": FORMAT, **asdict(trial)})
-
-    def _file(self, number: int) -> Path:
-        return self.folder / TRIALS / f"{number:05d}.json"
+    def _write(self, trial: Trial) -> None:
+        write_json(self.run(trial.number).with_suffix(".json"), {"format": FORMAT, **asdict(trial)})
 
     def trials(self) -> list[Trial]:
         """All that were begun, in order."""
-        found = []
-        for path in sorted((self.folder / TRIALS).glob("?????.json")):
-            found.append(_read_trial(path))
-        return found
+        return [_read_trial(path) for path in sorted((self.folder / TRIALS).glob("?????.json"))]
+
+    def results(self) -> list[TrialResult]:
+        """Of all trials that were begun, in order."""
+        return [self.result(trial) for trial in self.trials()]
 
     def begin(self, number: int, values: Values) -> Trial:
         """Write that a trial starts, for the first time or again."""
-        earlier = _read_trial(self._file(number)) if self._file(number).is_file() else None
-        trial = replace(earlier, attempts=earlier.attempts + 1) if earlier else Trial(number, values)
+        path = self.run(number).with_suffix(".json")
+        trial = Trial(number, values)
+        if path.is_file():
+            earlier = _read_trial(path)
+            trial = replace(earlier, attempts=earlier.attempts + 1)
         self.failure(number).unlink(missing_ok=True)
-        self.write(trial)
+        self._write(trial)
         name = f"{self.folder.name}/{number:05d}"
         hparams.write_start(self.run(number) / run_folder.TENSORBOARD, name, values)
         return trial
 
-    def end(self, trial: Trial, seconds: float, *, reason: str | None = None) -> Outcome:
+    def end(self, trial: Trial, seconds: float, *, reason: str | None = None) -> TrialResult:
         """Write how a trial ended.
 
         Args:
@@ -211,15 +207,14 @@ class Experiment:
         """
         if self.failure(trial.number).is_file():  # of its own process, which knows best
             reason = self.failure(trial.number).read_text(encoding="utf-8").partition("\n")[0]
-        result = run_folder.read_result(self.run(trial.number))
-        state: State = "complete" if result is not None else "stopped" if reason is None else "failed"
-        ended = replace(
-            trial, state=state, reason=reason or "" if state == "failed" else "", seconds=trial.seconds + seconds
-        )
-        self.write(ended)
+        is_complete = run_folder.read_result(self.run(trial.number)) is not None
+        state: State = "complete" if is_complete else "stopped" if reason is None else "failed"
+        why = reason or "" if state == "failed" else ""
+        ended = replace(trial, state=state, reason=why, seconds=trial.seconds + seconds)
+        self._write(ended)
         self._close(ended)
         self._reduce_models()
-        return self.outcome(ended)
+        return self.result(ended)
 
     def _close(self, trial: Trial) -> None:
         """Say to other programs how a trial ended, where its own process was killed too, and remove what is not needed.
@@ -230,37 +225,35 @@ class Experiment:
         hparams.write_end(run / run_folder.TENSORBOARD, "failure" if trial.state == "failed" else "success")
         states: dict[State, EndState] = {"complete": "finished", "stopped": "killed", "failed": "failed"}
         end_mlflow_run(run, states[trial.state])
-        self._reduce(trial)
-
-    def _reduce(self, trial: Trial) -> None:
-        """Keep of an ended trial what its result needs: the best weights where it is complete, else no weights."""
-        checkpoints = CheckpointFolder(self.run(trial.number) / run_folder.CHECKPOINTS)
+        # A complete trial needs its best weights, any other none.
+        checkpoints = CheckpointFolder(run / run_folder.CHECKPOINTS)
         if trial.state == "complete":
             checkpoints.keep_best_alone()
         else:
             checkpoints.remove_all()
 
     def _reduce_models(self) -> None:
-        """Remove `resnet.keras` of all trials but the best `search.keep` so far: who leaves them is beaten for good."""
+        """Remove `model.keras` of all trials but the best `search.keep` so far: who leaves them is beaten for good."""
         models = [path.parent for path in (self.folder / TRIALS).glob(f"?????/{run_folder.MODEL}")]
         if self._keep is None:
             self._keep = self.plan().search.keep
-        whole = [self.outcome(each) for each in self.trials() if self.run(each.number) in models]
-        for outcome in ranked(whole)[self._keep :]:
-            (self.run(outcome.trial.number) / run_folder.MODEL).unlink(missing_ok=True)
+        whole = [self.result(trial) for trial in self.trials() if self.run(trial.number) in models]
+        for result in ranked(whole)[self._keep :]:
+            (self.run(result.trial.number) / run_folder.MODEL).unlink(missing_ok=True)
 
-    def outcome(self, trial: Trial) -> Outcome:
+    def result(self, trial: Trial) -> TrialResult:
+        """A trial with what its run says of it."""
         run = self.run(trial.number)
-        return Outcome(trial, run_folder.read_history(run), run_folder.read_result(run))
+        return TrialResult(trial, run_folder.read_history(run), run_folder.read_result(run))
 
-    def settle(self) -> tuple[list[Outcome], list[Trial]]:
+    def settle(self) -> tuple[list[TrialResult], list[Trial]]:
         """What an earlier process left: the trials that ended, and those to go on with."""
         ended, open_ = [], []
         self._reduce_models()
         for trial in self.trials():
             if trial.state in ENDED:
                 self._close(trial)  # the search may have been killed before it had done so
-                ended.append(self.outcome(trial))
+                ended.append(self.result(trial))
             elif run_folder.read_result(self.run(trial.number)) is not None:
                 ended.append(self.end(trial, 0.0))  # it was done, and the search was killed before it heard of it
             else:
@@ -269,51 +262,48 @@ class Experiment:
 
     # -- what it leaves ---------------------------------------------------------------------------
 
-    def write_tables(self) -> Outcome | None:
+    def write_tables(self) -> TrialResult | None:
         """`trials.parquet` and `best.json` of all trials so far; the best of them."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from tfrecords_builder.common.files import write_atomically
-
-        outcomes = [self.outcome(trial) for trial in self.trials()]
+        results = self.results()
         keys = list(self.plan().search.parameters)
-        mixed = {key for key in keys if len({type(each.trial.values.get(key)) for each in outcomes}) > 1}
-        rows = [_row(each, keys, mixed) for each in outcomes]
+        mixed = {key for key in keys if len({type(result.trial.values.get(key)) for result in results}) > 1}
+        rows = [_row(result, keys, mixed) for result in results]
         if rows:
             table = pa.Table.from_pylist(rows)
             write_atomically(self.folder / TRIALS_TABLE, lambda file: pq.write_table(table, file))
-        best = best_outcome(outcomes)
+        best = best_result(results)
         if best is not None:
             write_json(self.folder / BEST, self._best_tree(best))
         return best
 
-    def _best_tree(self, best: Outcome) -> dict[str, Any]:
-        run = self.run(best.trial.number)
+    def _best_tree(self, best: TrialResult) -> dict[str, Any]:
+        run, row = self.run(best.trial.number), best.best_row or {}
         relative = run.relative_to(self.folder)
-        best_file = CheckpointFolder(run / run_folder.CHECKPOINTS).newest_best()
-        row = best.best_row or {}
+        weights = CheckpointFolder(run / run_folder.CHECKPOINTS).newest_best()
         return {
             "trial": best.trial.number,
             "values": best.trial.values,
             "metrics": {key: value for key, value in row.items() if key.startswith("val_")}
             | {"stage": row["stage"], "epoch": row["epoch"]},
             "run": str(relative),
-            "checkpoint": str(best_file.relative_to(self.folder)) if best_file else None,
+            "checkpoint": str(weights.relative_to(self.folder)) if weights else None,
             "model": str(relative / run_folder.MODEL),
             "config": run_folder.read_config(run).tree(),
         }
 
 
-def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def ranked(results: Sequence[TrialResult]) -> list[TrialResult]:
     """The complete trials, best first: by accuracy, then by loss, then the earlier."""
-    complete = [each for each in outcomes if each.trial.state == "complete" and each.best_row]
-    return sorted(complete, key=_rank, reverse=True)
+    complete = [result for result in results if result.trial.state == "complete" and result.best_row]
+    return sorted(complete, key=lambda result: (*rank(result.best_row or {}), -result.trial.number), reverse=True)
 
 
-def best_outcome(outcomes: Sequence[Outcome]) -> Outcome | None:
+def best_result(results: Sequence[TrialResult]) -> TrialResult | None:
     """The first of `ranked`."""
-    return next(iter(ranked(outcomes)), None)
+    return next(iter(ranked(results)), None)
 
 
 def best_run(folder: Path) -> Path:
@@ -326,20 +316,13 @@ def best_run(folder: Path) -> Path:
         return folder
     if not (folder / BEST).is_file():
         raise UserError(f"{folder}: no trial of the search is complete yet; start it again with tune to go on")
-    best = _read_json(folder / BEST)
-    try:
-        return folder / str(best["run"])
-    except (KeyError, TypeError):
-        raise UserError(f"{folder / BEST}: damaged (no run); start tune again to write it anew") from None
+    with reading(folder / BEST, "start tune again to write it anew"):
+        return folder / str(json.loads((folder / BEST).read_text(encoding="utf-8"))["run"])
 
 
-def _rank(outcome: Outcome) -> tuple[float, float, int]:
-    return (*rank(outcome.best_row or {}), -outcome.trial.number)
-
-
-def _row(outcome: Outcome, keys: list[str], mixed: set[str]) -> dict[str, Any]:
+def _row(result: TrialResult, keys: list[str], mixed: set[str]) -> dict[str, Any]:
     """A row of trials.parquet. A key that varies keeps its dotted name."""
-    trial, row, result = outcome.trial, outcome.best_row or {}, outcome.result or {}
+    trial, row, finished = result.trial, result.best_row or {}, result.result or {}
     return {
         "trial": trial.number,
         "state": trial.state,
@@ -350,9 +333,9 @@ def _row(outcome: Outcome, keys: list[str], mixed: set[str]) -> dict[str, Any]:
         "val_loss": row.get("val_loss"),
         "best_stage": row.get("stage"),
         "best_epoch": row.get("epoch"),
-        "epochs_done": max((int(each["epochs_done"]) for each in outcome.history), default=0),
-        "steps_computed": result.get("steps_computed"),
-        "resumed_from": result.get("resumed_from"),
+        "epochs_done": max((int(row["epochs_done"]) for row in result.history), default=0),
+        "steps_computed": finished.get("steps_computed"),
+        "resumed_from": finished.get("resumed_from"),
         "seconds": trial.seconds,
         "run": f"{TRIALS}/{trial.number:05d}",
     }
@@ -365,25 +348,16 @@ def _cell(value: Any, *, mixed: bool) -> Any:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def _read_formatted(path: Path) -> dict[str, Any]:
-    raw = _read_json(path)
-    try:
-        check_format(path, raw)
-    except TypeError as error:
-        raise UserError(f"{path}: damaged ({error})") from None
-    return dict(raw)
+def _read_formatted(path: Path, fix: str) -> dict[str, Any]:
+    with reading(path, fix):
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        check_format(path, content)
+        return content
 
 
 def _read_trial(path: Path) -> Trial:
-    raw = _read_formatted(path)
-    try:
-        return Trial(**{key: value for key, value in raw.items() if key != "format"})
-    except TypeError as error:
-        raise UserError(f"{path}: damaged ({error}); remove it to run the trial anew") from None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
+    fix = "remove it to run the trial anew"
+    content = _read_formatted(path, fix)
+    del content["format"]
+    with reading(path, fix):
+        return Trial(**content)

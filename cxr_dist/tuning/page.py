@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cxr_dist.tuning import figures
-from cxr_dist.tuning.experiment import PAGE, Experiment, Outcome, best_outcome
+from cxr_dist.tuning.experiment import PAGE, Experiment, TrialResult, best_result
 from cxr_dist.tuning.figures import Point
 from cxr_dist.tuning.sampler import Sampler
 from cxr_dist.tuning.search_space import SearchPlan
@@ -18,19 +18,19 @@ TRIALS_FOR_IMPORTANCE = 8
 
 def write_page(experiment: Experiment) -> None:
     """`search.html` of what the experiment holds now."""
-    outcomes = [experiment.outcome(trial) for trial in experiment.trials()]
+    outcomes = experiment.results()
     plan = experiment.plan()
     write_bytes(experiment.folder / PAGE, render(plan, outcomes, experiment.info()["dataset"]).encode())
 
 
-def render(plan: SearchPlan, outcomes: Sequence[Outcome], dataset: str) -> str:
+def render(plan: SearchPlan, outcomes: Sequence[TrialResult], dataset: str) -> str:
     """The page as HTML."""
     points = [
         Point(each.trial.number, each.trial.values, each.trial.state, each.objective, (each.best_row or {})["val_loss"])
         for each in outcomes
         if each.objective is not None and each.trial.state in ("complete", "stopped")
     ]
-    best = best_outcome(list(outcomes))
+    best = best_result(list(outcomes))
     template = template_environment("cxr_dist").get_template("search.html.j2")
     return template.render(
         search=plan.search,
@@ -50,7 +50,7 @@ def render(plan: SearchPlan, outcomes: Sequence[Outcome], dataset: str) -> str:
 _STATES = ("complete", "stopped", "failed", "running")
 
 
-def _order(outcome: Outcome) -> tuple[int, float, int]:
+def _order(outcome: TrialResult) -> tuple[int, float, int]:
     return _STATES.index(outcome.trial.state), -(outcome.objective or 0.0), outcome.trial.number
 
 
@@ -58,7 +58,7 @@ def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def importance(plan: SearchPlan, outcomes: Sequence[Outcome]) -> dict[str, float] | None:
+def importance(plan: SearchPlan, outcomes: Sequence[TrialResult]) -> dict[str, float] | None:
     """How much of the variation of the objective goes with each key (fANOVA: Hutter, Hoos and Leyton-Brown 2014).
 
     None with few complete trials, a single key, or trials that are all alike.

@@ -40,16 +40,22 @@ class Sampler:
         # With the number of trials, so that a search that goes on does not draw its first values again.
         seed = search.seed + self._next
         self._distributions = {key: _distribution(parameter) for key, parameter in search.parameters.items()}
-        samplers: dict[str, Any] = {
-            "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(4, search.trials // 4))),
-            "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-            "grid": lambda: optuna.samplers.RandomSampler(seed=seed),  # never asked: the grid is listed
-        }
+        if search.sampler == "tpe":
+            sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=min(10, max(4, search.trials // 4)))
+        else:  # of a grid it is never asked: that is listed
+            sampler = optuna.samplers.RandomSampler(seed=seed)
+        if search.scheduler == "asha":
+            pruner = optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=search.grace_epochs, reduction_factor=search.reduction_factor
+            )
+        elif search.scheduler == "median":
+            pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=search.grace_epochs)
+        else:
+            pruner = optuna.pruners.NopPruner()
         self._grid = search.grid() if search.sampler == "grid" else []
-        self.study = optuna.create_study(
-            direction="maximize", sampler=samplers[search.sampler](), pruner=self._pruner()
-        )
+        self.study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
         self._open: dict[int, Any] = {}
+        self._reported: dict[int, int] = {}
         for trial in earlier:
             self._learn(trial)
 
@@ -58,48 +64,50 @@ class Sampler:
         """How many trials have been chosen, those of earlier processes too."""
         return self._next
 
-    def _pruner(self) -> Any:
-        import optuna
-
-        search = self._plan.search
-        if search.scheduler == "asha":
-            return optuna.pruners.SuccessiveHalvingPruner(
-                min_resource=search.grace_epochs, reduction_factor=search.reduction_factor
-            )
-        if search.scheduler == "median":
-            return optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=search.grace_epochs)
-        return optuna.pruners.NopPruner()
-
     def ask(self) -> tuple[int, Values] | None:
         """The number and the values of the next trial; None when all have been chosen."""
         number = self._next
         if number >= self._plan.search.planned_trials():
             return None
         self._next += 1
-        fixed = self._fixed(number)
-        trial = self._ask(fixed)
-        self._open[number] = trial
-        return number, {key: trial.params[key] for key in self._distributions}
+        fixed: Values | None = None
+        if self._grid:
+            fixed = self._grid[number]
+        elif number == 0 and self._plan.search.start_from_base:
+            fixed = self._plan.base_values()
+        self._ask(number, fixed)
+        return number, {key: self._open[number].params[key] for key in self._distributions}
 
     def ask_again(self, number: int, values: Values) -> None:
         """Trial `number` was chosen by an earlier process and runs now."""
-        self._open[number] = self._ask(values)
+        self._ask(number, values)
 
-    def _fixed(self, number: int) -> Values | None:
-        if self._grid:
-            return self._grid[number]
-        return self._plan.base_values() if number == 0 and self._plan.search.start_from_base else None
-
-    def _ask(self, fixed: Values | None) -> Any:
+    def _ask(self, number: int, fixed: Values | None) -> None:
         if fixed is not None:
             self.study.enqueue_trial(fixed)
-        return self.study.ask(self._distributions)
+        self._open[number] = self.study.ask(self._distributions)
+
+    def report(self, number: int, epochs_done: int, objective: float) -> bool:
+        """Whether the trial should be stopped after so many epochs; an epoch that was reported decides nothing again.
+
+        Args:
+            number: Of the trial.
+            epochs_done: Over all stages.
+            objective: The best validation accuracy up to there.
+        """
+        if epochs_done <= self._reported.get(number, 0):
+            return False
+        self._reported[number] = epochs_done
+        trial = self._open[number]
+        trial.report(objective, epochs_done)
+        return epochs_done >= self._plan.search.grace_epochs and bool(trial.should_prune())
 
     def tell(self, number: int, ended: Finished) -> None:
         """Trial `number` has ended."""
         from optuna.trial import TrialState
 
         trial = self._open.pop(number)
+        self._reported.pop(number, None)
         if ended.objective is None:
             self.study.tell(trial, state=TrialState.FAIL)
         elif ended.stopped and ended.curve:
@@ -111,12 +119,6 @@ class Sampler:
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
             self.study.tell(trial, ended.objective)
-
-    def report(self, number: int, epochs_done: int, objective: float) -> bool:
-        """The best validation accuracy after so many epochs; whether the trial should be stopped."""
-        trial = self._open[number]
-        trial.report(objective, epochs_done)
-        return epochs_done >= self._plan.search.grace_epochs and bool(trial.should_prune())
 
     def _learn(self, trial: Finished) -> None:
         import optuna

@@ -6,10 +6,10 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from cxr_dist.config.loading import known_keys, load_config, nested, parse_override, read_yaml, resolve_preset
-from cxr_dist.config.schema import Config
+from cxr_dist.config.loading import flat, known_keys, load_config, nested, parse_override, read_yaml, resolve_preset
+from cxr_dist.config.schema import Config, Node, first_problem
 from tfrecords_builder.common.errors import UserError
 
 Value = bool | int | float | str
@@ -17,11 +17,7 @@ Values = dict[str, Value]
 """What a trial sets, by dotted config key."""
 
 
-class _Node(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Parameter(_Node):
+class Parameter(Node):
     """What one config key may be: `choices`, or a range from `low` to `high`, both included."""
 
     choices: tuple[Value, ...] | None = Field(None, min_length=1, description="the values, of any kind")
@@ -79,7 +75,7 @@ def _off(value: object) -> object:
     return "off" if value is False else value
 
 
-class SearchConfig(_Node):
+class SearchConfig(Node):
     """The section `search` of the file."""
 
     trials: int = Field(16, ge=1, description="in all; a grid that has fewer points ends with its last")
@@ -146,7 +142,7 @@ class SearchPlan:
 
     def base_values(self) -> Values | None:
         """What the base has for the keys that vary; None where one lies outside its range."""
-        tree = _flat(self.base.tree())
+        tree = flat(self.base.tree())
         found = {key: tree[key] for key in self.search.parameters}
         return found if all(self.search.parameters[key].holds(value) for key, value in found.items()) else None
 
@@ -159,14 +155,6 @@ class SearchPlan:
             if deep and (stage.epochs > 0 or epochs in keys):
                 return False
         return True
-
-    def largest_epochs(self) -> int:
-        """Epochs of the longest trial, over all stages."""
-        total = 0
-        for number, stage in self.base.stages.items():
-            parameter = self.search.parameters.get(f"stages.{number}.epochs")
-            total += max((int(value) for value in parameter.extremes()), default=0) if parameter else stage.epochs
-        return total
 
     def largest_config(self) -> Config:
         """The configuration of a trial that trains the most layers and, of stages that may be left out, all."""
@@ -213,7 +201,10 @@ def load_search(path: Path, overrides: list[str] | None = None) -> SearchPlan:
             _set_search(section, change["search"], override)
         else:
             layers.append(("--set ", change))
-    plan = SearchPlan(_validated(section, path), tuple(layers))
+    try:
+        plan = SearchPlan(SearchConfig.model_validate(section), tuple(layers))
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error, 'search')}") from None
     _check_keys(plan)
     return plan
 
@@ -233,16 +224,6 @@ def _set_search(section: dict[str, Any], change: object, override: str) -> None:
         section[key] = value
 
 
-def _validated(section: Mapping[str, Any], path: Path) -> SearchConfig:
-    try:
-        return SearchConfig.model_validate(section)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        names = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
-        message = problem["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: {'.'.join(['search', *names])}: {message}") from None
-
-
 def _check_keys(plan: SearchPlan) -> None:
     """Every key can be set, and to the ends of its range; whatever is wrong is said now, not after the first trials."""
     plan.base  # noqa: B018 - raises where a layer is wrong
@@ -256,10 +237,3 @@ def _check_keys(plan: SearchPlan) -> None:
             raise UserError(f"search.parameters.{key}: the base has no stage {number}")
         for value in parameter.extremes():
             plan.trial_config({key: value})
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

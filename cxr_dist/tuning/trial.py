@@ -3,7 +3,6 @@
 import gc
 import os
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,16 +13,17 @@ from typing import Any
 from cxr_dist.config.schema import Config
 from cxr_dist.distributed.devices import Topology
 from cxr_dist.runs import run_folder
-from cxr_dist.runs.corrupt_records import leave_out
+from cxr_dist.runs.corrupt_records import exclude_corrupt
 from cxr_dist.runs.events import Event, Reporter, Reporters, closing
 from cxr_dist.runs.loggers import run_reporters
+from cxr_dist.runs.run_folder import OpenDataset
 from cxr_dist.runs.stop_request import StoppedError
 from cxr_dist.tuning.experiment import SHARED, Experiment
 from cxr_dist.tuning.search_space import Values
 from cxr_dist.tuning.shared_stages import FirstStages, SharedBase, first_stage_key
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import write_text
-from tfrecords_builder.format.manifest import Manifest, read_manifest
+from tfrecords_builder.format.manifest import read_manifest
 from tfrecords_builder.remote import parse_place
 
 LOCK_WAIT_S = 60.0
@@ -59,6 +59,8 @@ class TrialStopped(StoppedError):  # noqa: N818 - a decision, not an error
 
 Report = Callable[[dict[str, Any], float], bool]
 """(the epoch's row, the best validation accuracy so far) -> whether to stop."""
+Train = Callable[[Config, Path, Reporter, OpenDataset], dict[str, Any]]
+"""(configuration, opened run, listeners, dataset) -> result.json."""
 
 
 class _Listener(Reporter):
@@ -91,68 +93,50 @@ def is_last_epoch(config: Config, row: Mapping[str, Any]) -> bool:
 def run_trial(
     job: TrialJob, topology: Topology, report: Report, launcher: str, reporters: Sequence[Reporter] = ()
 ) -> dict[str, Any] | None:
-    """Train the trial in this process; goes on from its newest checkpoint.
+    """Train the trial in this process, from its newest checkpoint.
 
     Returns:
         result.json; None when it was stopped early.
     """
     from cxr_dist.training.loop import train
 
-    def loop(config: Config, run: Path, manifest: Manifest, listeners: Reporter) -> dict[str, Any]:
+    def loop(config: Config, run: Path, listeners: Reporter, dataset: OpenDataset) -> dict[str, Any]:
         owned = Reporters([*reporters, *run_reporters(run, run_folder.TENSORBOARD, job.name, job.values)])
         with closing(owned):
             # The listener last: it may end the run at an epoch, which the others are to have.
-            return train(config, Path(job.dataset), manifest, run, topology, Reporters([owned, listeners]), launcher)
+            everyone = Reporters([owned, listeners])
+            return train(config, dataset.folder, dataset.manifest, run, topology, everyone, launcher)
 
     try:
-        return prepared(job, topology.replicas, report, loop)
+        return run_prepared(job, topology.replicas, report, loop)
     finally:
-        _forget()
+        _free_memory()
 
 
-def prepared(
-    job: TrialJob, replicas: int, report: Report, train: Callable[[Config, Path, Manifest, Reporter], dict[str, Any]]
-) -> dict[str, Any] | None:
-    """Call `train(config, run, manifest, listeners)` in the trial's folder, within its time; its failure is written."""
+def run_prepared(job: TrialJob, replicas: int, report: Report, train: Train) -> dict[str, Any] | None:
+    """Call `train` with the trial's folder opened, within the trial's time; why it fails is written down."""
     experiment = Experiment(Path(job.experiment))
     run, config = experiment.run(job.number), Config.model_validate(job.config)
     try:
         with ExitStack() as held:
             held.enter_context(_limited(job, experiment))
-            manifest = read_manifest(Path(job.dataset))
-            held.enter_context(_locked(run))
-            run_folder.prepare(run, config, parse_place(job.place), manifest)
-            finished = run_folder.read_result(run)
-            if finished is not None:
-                return finished
-            left_out = leave_out(run, Path(job.dataset), manifest, config.input.max_damaged)
-            key = first_stage_key(config, left_out.fingerprint(manifest.fingerprint), replicas)
+            dataset = OpenDataset(parse_place(job.place), Path(job.dataset), read_manifest(Path(job.dataset)))
+            held.enter_context(run_folder.locked(run, LOCK_WAIT_S))
+            run_folder.prepare(run, config, dataset.place, dataset.manifest)
+            result = run_folder.read_result(run)
+            if result is not None:
+                return result
+            excluded = exclude_corrupt(run, dataset.folder, dataset.manifest, config.input.max_damaged)
+            key = first_stage_key(config, excluded.fingerprint(dataset.manifest.fingerprint), replicas)
             base = held.enter_context(SharedBase(experiment.folder / SHARED, run).used())
             publisher = held.enter_context(FirstStages(experiment.folder / SHARED).used_by(run, key))
-            return train(config, run, manifest, Reporters([base, publisher, _Listener(config, report)]))
+            return train(config, run, Reporters([base, publisher, _Listener(config, report)]), dataset)
     except TrialStopped:
         return None
     except Exception as error:
         text = str(error) if isinstance(error, UserError) else one_line(error)
         write_text(experiment.failure(job.number), f"{text}\n{traceback.format_exc()}")
         raise
-
-
-@contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """The run's folder, as soon as an earlier attempt's process has left it."""
-    until = time.monotonic() + LOCK_WAIT_S
-    while True:
-        with ExitStack() as held:
-            try:
-                held.enter_context(run_folder.locked(run))
-            except UserError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.5)
-                continue
-            yield
-            return
 
 
 @contextmanager
@@ -175,7 +159,7 @@ def _limited(job: TrialJob, experiment: Experiment) -> Iterator[None]:
         timer.cancel()
 
 
-def _forget() -> None:
+def _free_memory() -> None:
     """Let go of the trial's graphs and variables: a warm process runs many."""
     import keras
 
@@ -183,20 +167,16 @@ def _forget() -> None:
     gc.collect()
 
 
-def compute_shared_features(
-    config: Config, dataset: Path, experiment: Path, topology: Topology, reporter: Reporter
-) -> None:
+def compute_shared_features(job: TrialJob, topology: Topology, reporter: Reporter) -> None:
     """Fill the feature cache with what the first stage of every trial reads, with all of the machine."""
     from cxr_dist.training.loop import compute_features
 
-    scratch = Experiment(experiment).folder / TRIALS_SCRATCH
+    config, dataset = Config.model_validate(job.config), Path(job.dataset)
+    # Stands in for a run's folder; the list of corrupt records is written there, and nothing else.
+    scratch = Path(job.experiment) / "trials" / "features"
     manifest = read_manifest(dataset)
     if config.input.max_damaged:
         scratch.mkdir(parents=True, exist_ok=True)
-        leave_out(scratch, dataset, manifest, config.input.max_damaged)
+        exclude_corrupt(scratch, dataset, manifest, config.input.max_damaged)
     compute_features(config, dataset, manifest, scratch, topology, reporter)
-    _forget()
-
-
-TRIALS_SCRATCH = "trials/features"
-"""Stands in for a run's folder; what is damaged is written there, and nothing else."""
+    _free_memory()

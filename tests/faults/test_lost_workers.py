@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cxr_dist.runs import run_folder
-from cxr_dist.runs.heartbeat import BEATS
+from cxr_dist.runs.heartbeat import HEARTBEATS
 from tests.conftest import SMALL_RUN
 from tests.training.test_loop import comparable
 
@@ -54,7 +54,7 @@ def wait_until_in(run: Path, stage: int, epoch: int, process: Popen) -> dict[int
         for line in events.read_text().splitlines() if events.exists() else ():
             event = json.loads(line)
             if (event["kind"], event.get("stage"), event.get("epoch")) == ("progress", stage, epoch):
-                told = [json.loads(path.read_text()) for path in (run / BEATS).glob("*.json")]
+                told = [json.loads(path.read_text()) for path in (run / HEARTBEATS).glob("*.json")]
                 return {each["rank"]: each for each in told}
         time.sleep(0.1)
     raise AssertionError("it never got there")
@@ -142,7 +142,7 @@ def test_whoever_is_killed_at_any_moment(
     run = tmp_path / "run"
     process = start(dataset, run)
     time.sleep(rng.random() * undisturbed_s)
-    workers = [json.loads(path.read_text())["process"] for path in (run / BEATS).glob("*.json")]
+    workers = [json.loads(path.read_text())["process"] for path in (run / HEARTBEATS).glob("*.json")]
     killed = rng.choice([process.pid, *workers])
     had_checkpoint = any((run / run_folder.CHECKPOINTS).glob("epoch-*.safetensors"))
     was_done = run_folder.read_result(run) is not None
@@ -189,7 +189,7 @@ def test_a_run_grows_when_a_machine_joins(dataset: Path, tmp_path: Path, monkeyp
         (run / "stop").touch()
         out, _ = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 143, out
-        assert "machines have joined: going on with 2 workers" in out
+        assert "machines have joined\ngoing on with 2 workers" in out
         rows = run_folder.read_history(run)
         assert [row["epochs_done"] for row in rows] == list(range(1, len(rows) + 1))
         # The head's BatchNorm sees half a batch on each of two workers, so numbers of another worker count differ.
@@ -203,7 +203,7 @@ def wait_for_workers(run: Path, count: int, process: Popen) -> list[dict[str, An
     """What the workers tell of themselves, once there are so many and the chief has made a step with them."""
     until, known = time.monotonic() + LIMIT_S, -1
     while time.monotonic() < until and process.poll() is None:
-        told = [json.loads(path.read_text()) for path in (run / BEATS).glob("*.json")]
+        told = [json.loads(path.read_text()) for path in (run / HEARTBEATS).glob("*.json")]
         events = len((run / run_folder.EVENTS).read_text().splitlines())
         if len(told) == count:
             known = events if known < 0 else known

@@ -107,15 +107,15 @@ def test_a_killed_search_goes_on_where_it_was(dataset: Path, tmp_path: Path) -> 
     done = [trial for trial in before.values() if trial.state == "complete"]
     begun = [trial for trial in before.values() if trial.state == "running"]
     assert len(begun) == 2
-    assert all(experiment.outcome(trial).result is None for trial in begun)
+    assert all(experiment.result(trial).result is None for trial in begun)
     small_search(dataset, out, parameters, stage_2_epochs=12)
     after = {trial.number: trial for trial in experiment.trials()}
     assert len(after) == 4
     assert {trial.state for trial in after.values()} == {"complete"}
     assert all(after[trial.number] == trial for trial in done), "a finished trial ran again"
     assert [after[trial.number].attempts for trial in begun] == [2, 2]
-    results = [experiment.outcome(trial).result for trial in after.values()]
-    assert all(len(experiment.outcome(trial).history) == 14 for trial in after.values())
+    results = [experiment.result(trial).result for trial in after.values()]
+    assert all(len(experiment.result(trial).history) == 14 for trial in after.values())
     # One trial alone ran the first stage: 56 images in batches of 8, two epochs.
     assert sum(result["resumed_from"] is not None for result in results if result) >= 3
     table = pq.read_table(out / "trials.parquet").to_pylist()
@@ -126,4 +126,4 @@ def _two_are_in_stage_2(experiment: Experiment) -> bool:
     if not (experiment.folder / "trials").is_dir():
         return False
     running = [trial for trial in experiment.trials() if trial.state == "running"]
-    return len(running) == 2 and all(len(experiment.outcome(trial).history) >= 3 for trial in running)
+    return len(running) == 2 and all(len(experiment.result(trial).history) >= 3 for trial in running)

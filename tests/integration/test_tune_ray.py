@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist.launch.tune import resumed
+from cxr_dist.runs.run_folder import OpenDataset
 from cxr_dist.tuning.experiment import BEST, Experiment
+from cxr_dist.tuning.search import Search
 from cxr_dist.tuning.search_space import SearchConfig, SearchPlan
-from cxr_dist.tuning.trial_jobs import Jobs
 from tests.integration.workers import tune_small_trial
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
@@ -19,26 +19,19 @@ ROOT = Path(__file__).parents[2]
 
 
 def _search(dataset: Path, out: Path, address: str, **changes: object) -> Experiment:
-    from cxr_dist.launch.ray_tune import search_with_ray
+    from cxr_dist.launch.ray_tune import trials_on_cluster
 
     small = {"global_batch_size": 8, "precision": "float32", "model": {"weights": "none"}}
     stages = {"stages": {1: {"epochs": 1}, 2: {"epochs": 1, "unfreeze_layers": 12}}}
     settings = {"sampler": "grid", "scheduler": "off", "workers_per_trial": 2, "cpus_per_trial": 1} | changes
     parameters = {"model.dropout": {"choices": [0.1, 0.2]}}
-    search = SearchConfig.model_validate({"parameters": parameters, **settings})
-    plan = SearchPlan(search, (("small ", small), ("small ", stages)))
+    section = SearchConfig.model_validate({"parameters": parameters, **settings})
+    plan = SearchPlan(section, (("small ", small), ("small ", stages)))
     experiment, manifest = Experiment(out), read_manifest(dataset)
-    with experiment.begun(plan, dataset, manifest):
-        jobs = Jobs(experiment, plan, manifest, dataset, dataset)
-        search_with_ray(
-            plan,
-            experiment,
-            jobs,
-            lambda: resumed(plan, experiment, jobs),
-            address=address,
-            verbose=False,
-            trial=tune_small_trial,
-        )
+    with trials_on_cluster(plan, address, False) as trials, experiment.opened(plan, dataset, manifest):
+        search = Search(plan, experiment, OpenDataset(dataset, dataset, manifest))
+        search.resume()
+        trials.run(search, tune_small_trial)
         experiment.write_tables()
     return experiment
 

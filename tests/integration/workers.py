@@ -122,7 +122,7 @@ def serve_small_trials(connection: Any, cores: int, folder: str) -> None:
         return report(row, best)
 
     def _leave(row: Any, best: Any) -> bool:
-        connection.send(("epoch", row, best))
+        connection.send(("epoch", (row["epochs_done"], best)))
         connection.close()  # so that the answer finds nobody
         os._exit(9)
 
@@ -144,24 +144,23 @@ def _raise(*_: Any) -> None:
 
 def small_search(dataset: Path, out: Path, parameters: dict[str, Any], **changes: Any) -> Any:
     """Run a search of the small network in processes of this machine; goes on when it is called again."""
-    from cxr_dist.launch.tune import resumed
+    from cxr_dist.runs.run_folder import OpenDataset
     from cxr_dist.tuning.experiment import Experiment
-    from cxr_dist.tuning.local_search import search_locally
+    from cxr_dist.tuning.local_search import LocalTrials
+    from cxr_dist.tuning.search import Search
     from cxr_dist.tuning.search_space import SearchConfig, SearchPlan
-    from cxr_dist.tuning.trial_jobs import Jobs
     from tfrecords_builder.format.manifest import read_manifest
 
     stages = {"1": {"epochs": 2}, "2": {"epochs": changes.pop("stage_2_epochs", 0), "unfreeze_layers": 12}}
     settings = {"sampler": "grid", "scheduler": "off", "start_from_base": False, "concurrent": 2} | changes
-    search = SearchConfig.model_validate({"trials": 20, "parameters": parameters, **settings})
+    section = SearchConfig.model_validate({"trials": 20, "parameters": parameters, **settings})
     small = {"global_batch_size": 8, "precision": "float32", "model": {"weights": "none"}}
-    plan = SearchPlan(search, (("small ", small), ("small ", {"stages": stages})))
+    plan = SearchPlan(section, (("small ", small), ("small ", {"stages": stages})))
     experiment, manifest = Experiment(out), read_manifest(dataset)
-    with experiment.begun(plan, dataset, manifest):
-        jobs = Jobs(experiment, plan, manifest, dataset, dataset)
-        sampler, watch = resumed(plan, experiment, jobs)
-        warm = plan.trains_head_alone()
-        search_locally(experiment, sampler, jobs, watch, concurrent=2, cores=1, warm=warm, serve=serve_small_trials)
+    with experiment.opened(plan, dataset, manifest):
+        search = Search(plan, experiment, OpenDataset(dataset, dataset, manifest))
+        search.resume()
+        LocalTrials(2, 1, plan.trains_head_alone(), serve_small_trials).run_trials(search)
         experiment.write_tables()
     return experiment
 

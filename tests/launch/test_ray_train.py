@@ -1,19 +1,15 @@
-"""How a run of several workers goes on: whom it is told of, and with whom; the launches themselves are stood in for."""
+"""How a run of several workers resumes: after losses, with more workers, and when it asks for them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cxr_dist.config.loading import load_config
-from cxr_dist.launch import ray_train
+from cxr_dist.launch import ray_names, ray_train
 from cxr_dist.launch.placement import WorkerPlan
-from cxr_dist.launch.ray_train import LostWorkersError, UnplacedError, launch_training
+from cxr_dist.launch.restarts import REPLACEMENT_LIMIT_S, LostWorkersError, Restart, RestartPolicy, UnplacedError
 from cxr_dist.runs.stop_request import RegroupedError, StoppedError, StopRequest
 from tfrecords_builder.common.errors import UserError
-
-Launch = Callable[..., tuple[list[int], list[str]]]
 
 
 def plan_of(workers: int) -> WorkerPlan:
@@ -28,48 +24,57 @@ class Heard:
         self.texts.append(event["text"])
 
 
-@pytest.fixture
-def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
-    """Launch a run on `first` workers where each launch ends as told; the workers of each launch, and what was said."""
-
-    def run(first: int, there: int, *ends: Exception | None) -> tuple[list[int], list[str]]:
-        pending, workers, heard = list(ends), [], Heard()
-
-        def launch(_worker: object, _arguments: object, plan: WorkerPlan, _run: Path) -> None:
-            workers.append(plan.workers)
-            end = pending.pop(0)
-            if end is not None:
-                raise end
-
-        monkeypatch.setattr(ray_train, "launch", launch)
-        monkeypatch.setattr(ray_train, "_result", lambda _run: {})
-        config = load_config(None, [])
-        plans = (plan_of(first), lambda: plan_of(there), heard)
-        launch_training(config, "dataset", tmp_path, *plans, name="run", grows=True)
-        assert not pending
-        return workers, heard.texts
-
-    return run
+def resumed(
+    policy: RestartPolicy, error: Exception, *, workers: int = 2, progressed: bool = False, now: float = 0.0
+) -> Restart:
+    return policy.after(error, plan_of(workers), has_progressed=progressed, reasons=["said"], now=now)
 
 
-def test_a_run_grows_and_goes_on(launched: Launch) -> None:
-    workers, said = launched(2, 4, RegroupedError(""), None)
-    assert workers == [2, 4]
-    assert said == ["machines have joined: going on with 4 workers"]
+def test_a_run_grows_to_what_the_cluster_has(tmp_path: Path) -> None:
+    restart = resumed(RestartPolicy(tmp_path, may_grow=True), RegroupedError(""), now=5.0)
+    assert restart == Restart({"kind": "message", "text": "machines have joined"}, None, 5.0 + REPLACEMENT_LIMIT_S)
 
 
-def test_a_machine_that_is_taken_by_other_work_costs_a_restart_and_not_the_run(launched: Launch) -> None:
-    workers, said = launched(2, 4, RegroupedError(""), UnplacedError("busy"), None)
-    assert workers == [2, 4, 2]
-    assert said[-1] == "no room for more: going on with 2 workers"
+def test_a_machine_that_is_taken_by_other_work_costs_a_restart_and_not_the_run(tmp_path: Path) -> None:
+    policy = RestartPolicy(tmp_path, may_grow=True)
+    resumed(policy, RegroupedError(""), workers=2)
+    restart = resumed(policy, UnplacedError("busy"), workers=4)
+    assert restart.plan == plan_of(2)
+    assert not policy.may_grow, "the cluster has no room for more: it is not tried again"
+    with pytest.raises(UnplacedError, match="busy"):
+        resumed(policy, UnplacedError("busy"), workers=2, now=1.0)
 
 
-def test_losses_before_a_growth_do_not_count_with_those_after(launched: Launch) -> None:
-    lost = LostWorkersError("gone")
-    workers, _ = launched(2, 2, lost, lost, lost, RegroupedError(""), lost, lost, lost, None)
-    assert len(workers) == 8
-    with pytest.raises(UserError, match="workers were lost 4 times"):
-        launched(2, 2, lost, lost, lost, lost)
+def test_losses_count_from_the_last_checkpoint_and_the_last_growth(tmp_path: Path) -> None:
+    policy, lost = RestartPolicy(tmp_path, may_grow=True), LostWorkersError("gone")
+    for error in [lost, lost, lost, RegroupedError(""), lost, lost, lost]:
+        resumed(policy, error)
+    restart = resumed(policy, lost, progressed=True)
+    assert restart.event == {"kind": "warning", "text": "workers were lost (gone; said)"}
+    resumed(policy, lost)
+    resumed(policy, lost)
+    with pytest.raises(UserError, match=r"workers were lost 4 times with no checkpoint between \(gone; said\)"):
+        resumed(policy, lost)
+
+
+def test_after_a_loss_the_cluster_gets_time_to_replace_machines(tmp_path: Path) -> None:
+    policy = RestartPolicy(tmp_path, may_grow=False)
+    deadline = resumed(policy, LostWorkersError("gone"), now=10.0).deadline
+    assert deadline == 10.0 + REPLACEMENT_LIMIT_S
+    assert resumed(policy, UnplacedError("busy"), now=deadline) == Restart(None, None, deadline)
+    with pytest.raises(UnplacedError, match="busy"):
+        resumed(policy, UnplacedError("busy"), now=deadline + 1)
+    with pytest.raises(UnplacedError, match="busy"):
+        resumed(RestartPolicy(tmp_path, may_grow=False), UnplacedError("busy"))
+
+
+def test_names_of_ray_that_are_not_public_are_there_and_a_lost_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(issubclass(error, Exception) for error in ray_names.health_check_errors())
+    assert issubclass(ray_names.startup_timeout_error(), Exception)
+    monkeypatch.setattr("ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError", None)
+    monkeypatch.delattr("ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError")
+    with pytest.raises(UserError, match=r"^ray 2\..*WorkerGroupStartupTimeoutError.*install ray"):
+        ray_names.startup_timeout_error()
 
 
 def test_it_asks_until_it_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from cxr_dist.evaluation.evaluate import predict_run
 from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.launch.train import run_training
 from cxr_dist.runs import run_folder
-from cxr_dist.runs.corrupt_records import LeftOut, find_damaged, leave_out, left_out
+from cxr_dist.runs.corrupt_records import ExcludedRecords, exclude_corrupt, find_corrupt, load_excluded
 from tests.conftest import SMALL_RUN
 from tests.training.test_loop import comparable
 from tfrecords_builder.common.errors import UserError
@@ -49,10 +49,10 @@ def train(dataset: Path, run: Path, *settings: str) -> dict[str, object]:
 
 def test_what_is_damaged_is_found_and_nothing_else(copy: Path, flip: Damage) -> None:
     manifest = read_manifest(copy)
-    assert list(find_damaged(copy, manifest)) == []
+    assert list(find_corrupt(copy, manifest)) == []
     damaged = {flip("train", 0), flip("train", 17), flip("validation", 11)}
     flip("test", 3)  # a run does not read it
-    found = list(find_damaged(copy, manifest))
+    found = list(find_corrupt(copy, manifest))
     assert {record.path for record in found} == damaged
     for record in found:
         with pytest.raises(UserError) as said:
@@ -77,15 +77,15 @@ def test_the_decision_is_taken_once(copy: Path, flip: Damage, tmp_path: Path) ->
     run, manifest = tmp_path / "run", read_manifest(copy)
     run.mkdir()
     first = flip("train", 1)
-    decided = leave_out(run, copy, manifest, 1)
+    decided = exclude_corrupt(run, copy, manifest, 1)
     assert decided.paths == {first}
-    assert left_out(run) == decided
-    assert leave_out(run, copy, manifest, 1) == decided
+    assert load_excluded(run) == decided
+    assert exclude_corrupt(run, copy, manifest, 1) == decided
     second = flip("train", 2)
     with pytest.raises(UserError, match=f"{second} has been damaged since the run began"):
-        leave_out(run, copy, manifest, 5)
+        exclude_corrupt(run, copy, manifest, 5)
     flip("train", 1), flip("train", 2)  # mended: the run still does without the first
-    assert leave_out(run, copy, manifest, 1) == decided
+    assert exclude_corrupt(run, copy, manifest, 1) == decided
 
 
 def test_more_than_the_limit_is_refused_and_nothing_is_written(copy: Path, flip: Damage, tmp_path: Path) -> None:
@@ -93,16 +93,16 @@ def test_more_than_the_limit_is_refused_and_nothing_is_written(copy: Path, flip:
     with pytest.raises(
         UserError, match=r"input\.max_damaged 1: 2 records are damaged, the first is record \d+ at byte \d+ of .*"
     ):
-        leave_out(tmp_path, copy, read_manifest(copy), 1)
-    assert left_out(tmp_path) == LeftOut()
+        exclude_corrupt(tmp_path, copy, read_manifest(copy), 1)
+    assert load_excluded(tmp_path) == ExcludedRecords()
     assert not list(tmp_path.glob("*.json"))
 
 
 def test_the_content_has_another_name(copy: Path, flip: Damage, tmp_path: Path) -> None:
     """Or features of another set of images would be taken from the cache."""
     flip("train", 1)
-    one = leave_out(tmp_path, copy, read_manifest(copy), 9)
-    assert LeftOut().fingerprint("abc") == "abc"
+    one = exclude_corrupt(tmp_path, copy, read_manifest(copy), 9)
+    assert ExcludedRecords().fingerprint("abc") == "abc"
     assert one.fingerprint("abc") not in ("abc", one.fingerprint("abd"))
 
 
@@ -140,10 +140,10 @@ def test_a_decision_of_other_data_or_settings_is_forgotten(copy: Path, flip: Dam
     config = run_folder.resolve_config(load_config(None, [*SMALL_RUN, "input.max_damaged=3"]), manifest)
     run_folder.prepare(run, config, copy, manifest)
     flip("train", 1)
-    assert leave_out(run, copy, manifest, 3).records
+    assert exclude_corrupt(run, copy, manifest, 3).records
     flip("train", 1)
     run_folder.prepare(run, run_folder.resolve_config(load_config(None, SMALL_RUN), manifest), copy, manifest)
-    assert left_out(run) == LeftOut()
+    assert load_excluded(run) == ExcludedRecords()
 
 
 def test_later_damage_in_a_shard_with_records_left_out_has_its_right_number(copy: Path, flip: Damage) -> None:
@@ -152,5 +152,5 @@ def test_later_damage_in_a_shard_with_records_left_out_has_its_right_number(copy
     source = ShardSource(copy, manifest, "validation", [first])
     with pytest.raises(UserError) as raised:
         source.pixels(np.arange(source.count))
-    (found,) = (record for record in find_damaged(copy, manifest) if record.path == last)
+    (found,) = (record for record in find_corrupt(copy, manifest) if record.path == last)
     assert f"record {found.record} at byte {found.offset}" in str(raised.value)

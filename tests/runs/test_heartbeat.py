@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist.runs.heartbeat import Watchdog, missing, reasons
+from cxr_dist.runs.heartbeat import Watchdog, exit_reasons, silent_workers
 
 
 def test_it_ends_what_makes_no_progress_and_nothing_else(tmp_path: Path) -> None:
@@ -16,13 +16,13 @@ def test_it_ends_what_makes_no_progress_and_nothing_else(tmp_path: Path) -> None
         Watchdog(tmp_path, 0, 0.5, interval_s=0.02, end=ended.set) as hung,
         Watchdog(tmp_path, 1, 0.5, interval_s=0.02, end=lambda: os.abort()) as busy,
     ):
-        hung.beat("stage 2, epoch 1, step 8")
+        hung.heartbeat("stage 2, epoch 1, step 8")
         until = time.monotonic() + 20
         while not ended.is_set():
             assert time.monotonic() < until, "it never ended"
-            busy.beat("stage 2, epoch 1, step 16")
+            busy.heartbeat("stage 2, epoch 1, step 16")
             time.sleep(0.02)
-    (reason,) = reasons(tmp_path)
+    (reason,) = exit_reasons(tmp_path)
     assert reason.startswith("worker 0 got no further than stage 2, epoch 1, step 8 for ")
     assert reason.endswith("worker 1 is alive, at stage 2, epoch 1, step 16")
 
@@ -30,16 +30,16 @@ def test_it_ends_what_makes_no_progress_and_nothing_else(tmp_path: Path) -> None
 def test_who_is_silent_is_told_by_the_clock_of_the_storage(tmp_path: Path) -> None:
     for rank in range(3):
         with Watchdog(tmp_path, rank, 60.0) as dog:
-            dog.beat(f"step {rank}")
+            dog.heartbeat(f"step {rank}")
     now = (tmp_path / "0000.json").stat().st_mtime
     os.utime(tmp_path / "0001.json", (now - 10, now - 10))
     os.utime(tmp_path / "0002.json", (now - 100, now - 100))
-    said = missing(tmp_path, 0, 5.0)
-    assert missing(tmp_path, 2, 5.0) == said, "whoever asks"
+    said = silent_workers(tmp_path, 0, 5.0)
+    assert silent_workers(tmp_path, 2, 5.0) == said, "whoever asks"
     assert "worker 2 (process" in said
     assert "is silent for 100 s" in said
     assert "worker 1" not in said
-    assert reasons(tmp_path, 5.0) == [said]
+    assert exit_reasons(tmp_path, 5.0) == [said]
 
 
 def test_a_storage_that_fails_keeps_it_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,15 +48,15 @@ def test_a_storage_that_fails_keeps_it_from_nothing(tmp_path: Path, monkeypatch:
 
     ended, failures = threading.Event(), []
 
-    def fail(*_arguments: object) -> None:
+    def fail(*_arguments: object, **_named: object) -> None:
         failures.append(time.monotonic())
         raise OSError(116, "Stale file handle")
 
     with Watchdog(tmp_path, 0, 0.3, interval_s=0.02, end=ended.set) as dog:
-        monkeypatch.setattr(heartbeat, "_write_beat", fail)
-        monkeypatch.setattr(heartbeat, "_told", fail)
+        monkeypatch.setattr(heartbeat, "write_whole", fail)
+        monkeypatch.setattr(heartbeat, "_heartbeats", fail)
         for _ in range(10):
-            dog.beat("stage 1, epoch 1, step 1")
+            dog.heartbeat("stage 1, epoch 1, step 1")
             time.sleep(0.02)
         assert failures
         assert not ended.is_set()
@@ -71,8 +71,8 @@ def test_heartbeats_wait_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
         until, modified = time.monotonic() + 20, set[int]()
         while len(modified) < 5:
             assert time.monotonic() < until, "it does not beat"
-            dog.beat("step 1")
+            dog.heartbeat("step 1")
             modified.add((tmp_path / "run" / "workers" / "0003.json").stat().st_mtime_ns)
-            assert "worker 3 is alive, at " in missing(tmp_path / "run" / "workers", 0, 60.0)
+            assert "worker 3 is alive, at " in silent_workers(tmp_path / "run" / "workers", 0, 60.0)
     assert synced == []
     assert [path.name for path in (tmp_path / "run" / "workers").iterdir()] == ["0003.json"]

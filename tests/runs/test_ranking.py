@@ -7,9 +7,9 @@ from typing import Any
 from cxr_dist.evaluation.history import best_epoch_of
 from cxr_dist.runs.ranking import best_index, rank
 from cxr_dist.training.progress import Best
-from cxr_dist.tuning.experiment import Outcome, Trial, best_outcome
+from cxr_dist.tuning.experiment import Trial, TrialResult, best_result
 from cxr_dist.tuning.figures import Point
-from cxr_dist.tuning.trial_jobs import Watch
+from cxr_dist.tuning.search import result_line
 
 
 def row(accuracy: float, loss: float, number: int = 1) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def test_the_better_accuracy_then_the_lower_loss_then_the_earlier() -> None:
             if best.is_beaten_by(each):
                 best = Best(each["val_accuracy"], each["val_loss"], each["epochs_done"])
         assert best.epochs_done == expected + 1, "what the run keeps is what its page marks"
-        assert (Outcome(Trial(0, {}), rows, None).best_row or {})["epoch"] == expected + 1
+        assert (TrialResult(Trial(0, {}), rows, None).best_row or {})["epoch"] == expected + 1
 
 
 def test_what_was_not_validated_is_never_the_best() -> None:
@@ -40,17 +40,17 @@ def test_what_was_not_validated_is_never_the_best() -> None:
     assert rank(row(0.5, math.nan)) < rank(row(0.5, 99.0)) < rank(row(0.5, 0.0))
 
 
-def test_the_line_of_a_search_names_the_best_that_its_tables_name(capsys: Any) -> None:
+def test_the_line_of_a_search_names_the_best_that_its_tables_name() -> None:
     """Whatever the order in which trials of equal accuracy end."""
-    outcomes = [
-        Outcome(Trial(number, {}, "complete"), [row(*pair)], {})
+    results = [
+        TrialResult(Trial(number, {}, "complete"), [row(*pair)], {})
         for number, pair in enumerate([(0.5, 0.3), (0.5, 0.2), (0.5, 0.2), (0.25, 0.1)])
     ]
-    assert (best_outcome(outcomes) or outcomes[0]).trial.number == 1
-    for order in itertools.permutations(outcomes):
-        watch = Watch(4)
-        for outcome in order:
-            watch.ended(outcome)
-        assert capsys.readouterr().err.splitlines()[-1].endswith("best 0.5000 (trial 1)")
-    points = [Point(each.trial.number, {}, "complete", 0.5, -rank(each.history[0])[1]) for each in outcomes[:3]]
+    assert (best_result(results) or results[0]).trial.number == 1
+    for order in itertools.permutations(results):
+        best = None
+        for result in order:
+            best = best_result([result, *([best] if best else [])])
+        assert result_line(order[-1], best).endswith("best 0.5000 (trial 1)")
+    points = [Point(each.trial.number, {}, "complete", 0.5, -rank(each.history[0])[1]) for each in results[:3]]
     assert max(reversed(points), key=lambda point: point.rank).number == 1

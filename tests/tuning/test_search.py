@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,17 +21,17 @@ from cxr_dist.tuning.experiment import (
     SEARCH,
     TRIALS,
     Experiment,
-    Outcome,
     Trial,
-    best_outcome,
+    TrialResult,
+    best_result,
     best_run,
 )
 from cxr_dist.tuning.figures import Point, best_so_far, position
 from cxr_dist.tuning.page import importance, render
 from cxr_dist.tuning.sampler import Finished, Sampler
+from cxr_dist.tuning.search import Search
 from cxr_dist.tuning.search_space import Parameter, SearchConfig, SearchPlan, from_tree, load_search
 from cxr_dist.tuning.shared_stages import FirstStages, SharedBase, first_stage_key
-from cxr_dist.tuning.trial_jobs import Jobs
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 
@@ -174,43 +175,43 @@ def test_a_trial_far_below_the_others_is_stopped_and_the_best_is_not(scheduler: 
     assert 0.9 not in stopped
 
 
-def _outcome(number: int, accuracy: float, state: str = "complete", loss: float = 0.5, **values: float) -> Outcome:
+def _result(number: int, accuracy: float, state: str = "complete", loss: float = 0.5, **values: float) -> TrialResult:
     row = {"val_accuracy": accuracy, "val_loss": loss, "epochs_done": 1, "stage": 1, "epoch": 1}
     found = {DROPOUT: 0.1, RATE: 1e-3} | values
-    return Outcome(Trial(number, found, state), [row], {"steps_computed": 7})  # type: ignore[arg-type]
+    return TrialResult(Trial(number, found, state), [row], {"steps_computed": 7})  # type: ignore[arg-type]
 
 
 def test_the_best_is_complete_then_accurate_then_of_low_loss_then_early() -> None:
-    outcomes = [
-        _outcome(0, 0.8), _outcome(1, 0.99, "stopped"), _outcome(2, 0.99, "failed"), _outcome(3, 0.9, loss=0.4),
-        _outcome(4, 0.9, loss=0.3), _outcome(5, 0.9, loss=0.3),
+    results = [
+        _result(0, 0.8), _result(1, 0.99, "stopped"), _result(2, 0.99, "failed"), _result(3, 0.9, loss=0.4),
+        _result(4, 0.9, loss=0.3), _result(5, 0.9, loss=0.3),
     ]  # fmt: skip
-    best = best_outcome(outcomes)
+    best = best_result(results)
     assert best is not None
     assert best.trial.number == 4
-    assert best_outcome(outcomes[1:3]) is None
+    assert best_result(results[1:3]) is None
 
 
 def test_importance_finds_the_key_that_matters() -> None:
     plan = plan_of()
     rates = [10 ** (-4 + 2 * (number * 7 % 16) / 16) for number in range(16)]
-    outcomes = [
-        _outcome(number, 0.5 + 0.4 * position(plan.search.parameters[RATE], rate), **{DROPOUT: number / 40, RATE: rate})
+    results = [
+        _result(number, 0.5 + 0.4 * position(plan.search.parameters[RATE], rate), **{DROPOUT: number / 40, RATE: rate})
         for number, rate in enumerate(rates)
     ]
-    shares = importance(plan, outcomes)
+    shares = importance(plan, results)
     assert shares is not None
     assert shares[RATE] > 0.8
-    assert importance(plan, outcomes[:5]) is None
+    assert importance(plan, results[:5]) is None
 
 
 def test_the_page_loads_nothing_and_escapes_names() -> None:
-    outcomes = [
-        _outcome(0, 0.8),
-        _outcome(1, 0.7, "stopped"),
-        Outcome(Trial(2, {DROPOUT: 0.2, RATE: 1e-3}, "failed", "<script>"), [], None),
+    results = [
+        _result(0, 0.8),
+        _result(1, 0.7, "stopped"),
+        TrialResult(Trial(2, {DROPOUT: 0.2, RATE: 1e-3}, "failed", "<script>"), [], None),
     ]
-    page = render(plan_of(), outcomes, "<b>dataset")
+    page = render(plan_of(), results, "<b>dataset")
     assert "<script>" not in page
     assert "<b>dataset" not in page
     assert "1 complete, 1 stopped early, 1 failed" in page
@@ -231,7 +232,7 @@ def test_best_so_far_never_falls_and_counts_complete_trials_alone() -> None:
 def test_a_folder_of_something_else_is_no_search(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("")
     manifest = SimpleNamespace(fingerprint="a")
-    with pytest.raises(UserError, match="not a search"), Experiment(tmp_path).begun(plan_of(), tmp_path, manifest):  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="not a search"), Experiment(tmp_path).opened(plan_of(), tmp_path, manifest):  # type: ignore[arg-type]
         pass
     assert best_run(tmp_path) == tmp_path
 
@@ -240,7 +241,7 @@ def test_a_search_goes_on_with_more_trials_and_not_with_other_settings_or_data(t
     out = tmp_path / "search"
 
     def begin(plan: SearchPlan, fingerprint: str = "a", data: Path = tmp_path) -> None:
-        with Experiment(out).begun(plan, data, SimpleNamespace(fingerprint=fingerprint)):  # type: ignore[arg-type]
+        with Experiment(out).opened(plan, data, SimpleNamespace(fingerprint=fingerprint)):  # type: ignore[arg-type]
             pass
 
     begin(plan_of(trials=4))
@@ -265,7 +266,7 @@ def test_a_search_or_a_trial_of_another_format_is_one_line(tmp_path: Path) -> No
     data = SimpleNamespace(fingerprint="a")
 
     def begin() -> None:
-        with experiment.begun(plan_of(), tmp_path, data):  # type: ignore[arg-type]
+        with experiment.opened(plan_of(), tmp_path, data):  # type: ignore[arg-type]
             pass
 
     begin()
@@ -300,7 +301,8 @@ def test_a_trial_finds_the_dataset_from_a_folder_of_its_own(
     monkeypatch.chdir(dataset.parent)
     given = Path(dataset.name)
     plan = plan_of({"model.dropout": {"choices": [0.1]}})
-    job = Jobs(Experiment(tmp_path / "search"), plan, read_manifest(given), given, given).of(0, {"model.dropout": 0.1})
+    data = run_folder.OpenDataset(given, given, read_manifest(given))
+    job = Search(plan, Experiment(tmp_path / "search"), data).job(0, {"model.dropout": 0.1})
     assert (Path(job.dataset), Path(job.place)) == (dataset, dataset)
 
 
@@ -522,9 +524,7 @@ def test_the_last_epoch_is_the_last_planned_one() -> None:
     assert [is_last_epoch(head, row) for row in rows[:2]] == [False, True]
 
 
-def test_a_search_that_this_machine_cannot_hold_is_refused_before_ray_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_that_this_machine_cannot_hold_is_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     from cxr_dist.launch import ray_tune
 
     def unexpected(*_: object) -> None:
@@ -532,9 +532,81 @@ def test_a_search_that_this_machine_cannot_hold_is_refused_before_ray_starts(
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray_tune, "connected", unexpected)
-    plan, experiment = plan_of(cpus_per_trial=100_000), Experiment(tmp_path)
-    with pytest.raises(UserError, match=r"100000 CPU each, and the cluster .* has room for 0"):
-        ray_tune.search_with_ray(plan, experiment, None, unexpected, address=None, verbose=False)  # type: ignore[arg-type]
+    with (
+        pytest.raises(UserError, match=r"100000 CPU each, and the cluster .* has room for 0"),
+        ray_tune.trials_on_cluster(plan_of(cpus_per_trial=100_000), None, False),
+    ):
+        raise AssertionError("it was placed")
+
+
+def opened_search(folder: Path, dataset: Path, plan: SearchPlan, stack: ExitStack) -> Search:
+    experiment, manifest = Experiment(folder), read_manifest(dataset)
+    stack.enter_context(experiment.opened(plan, dataset, manifest))
+    search = Search(plan, experiment, run_folder.OpenDataset(dataset, dataset, manifest))
+    search.resume()
+    return search
+
+
+def reported(quality: float, epochs: int) -> list[tuple[int, float]]:
+    return [(epoch, quality + epoch / 1000) for epoch in range(1, epochs + 1)]
+
+
+def leave_run(search: Search, number: int, curve: list[tuple[int, float]], *, is_complete: bool) -> None:
+    run = search.experiment.run(number)
+    run_folder.write_history(run, [{"epochs_done": epoch, "val_accuracy": best} for epoch, best in curve])
+    if is_complete:
+        (run / run_folder.RESULT).write_text("{}")
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "median", "off"])
+@pytest.mark.parametrize("epochs_in_a_report", [1, 3])
+def test_the_same_results_in_the_same_order_give_the_same_decisions_under_both_launchers(
+    dataset: Path, tmp_path: Path, scheduler: str, epochs_in_a_report: int
+) -> None:
+    """Through a local worker's connection, and through Tune's searcher and stopper."""
+    from multiprocessing import Pipe
+
+    from cxr_dist.launch.ray_tune import searcher_and_stopper
+    from cxr_dist.tuning.local_search import _Worker, local_trials
+
+    plan = plan_of(scheduler=scheduler, trials=12, sampler="random", reduction_factor=2)
+    qualities = [0.5, 0.6, 0.7, 0.8, 0.1, 0.9, 0.75, 0.2]
+    with ExitStack() as stack:
+        search = opened_search(tmp_path / "local", dataset, plan, stack)
+        trials, local = local_trials(plan), []
+        for quality in qualities:
+            job = search.begin_next()
+            assert job is not None
+            ours, theirs = Pipe()
+            worker, stopped = _Worker(None, ours, job.number), None
+            for point in reported(quality, 9):
+                theirs.send(("epoch", point))
+                trials._receive(worker, search)
+                if theirs.recv():
+                    stopped = point[0]
+                    break
+            local.append((job.values, stopped))
+            leave_run(search, job.number, reported(quality, stopped or 9), is_complete=stopped is None)
+            search.end(job.number)
+        search = opened_search(tmp_path / "ray", dataset, plan, stack)
+        (searcher, stopper), through_tune = searcher_and_stopper(search), []
+        for name, quality in enumerate(qualities):
+            number = json.loads(searcher.suggest(str(name))["job"])["number"]
+            curve, stopped = reported(quality, 9), None
+            for done in range(epochs_in_a_report, 10, epochs_in_a_report):
+                result = {"trial": number, "curve": curve[:done]}
+                if stopper(str(name), result):
+                    stopped = done
+                    break
+                assert not stopper(str(name), result), "what is reported twice decides nothing"
+            leave_run(search, number, reported(quality, stopped or 9), is_complete=stopped is None)
+            searcher.on_trial_complete(str(name))
+            through_tune.append((search.experiment.trials()[-1].values, stopped))
+            assert not stopper(str(name), {"trial": number, "curve": curve}), "it has ended"
+    assert [values for values, _ in local] == [values for values, _ in through_tune]
+    up = {epoch: -(-epoch // epochs_in_a_report) * epochs_in_a_report for epoch in range(1, 10)}
+    assert [stopped and up[stopped] for _, stopped in local] == [stopped for _, stopped in through_tune]
+    assert any(stopped for _, stopped in local) == (scheduler != "off")
 
 
 def test_points_of_a_parameter() -> None:

@@ -72,7 +72,7 @@ def held(path: Path, *, shared: bool = False, create: bool = True) -> Iterator[i
 
 
 @contextmanager
-def held_folder(folder: Path, busy: str) -> Iterator[None]:
+def held_folder(folder: Path, busy: str, wait_s: float = 0.0) -> Iterator[None]:
     """A folder, made if need be, held against other processes; gone again if it was made here and nothing is in it.
 
     A folder that this process may not write is not held: nothing can be changed there.
@@ -80,6 +80,7 @@ def held_folder(folder: Path, busy: str) -> Iterator[None]:
     Args:
         folder: Where the lock file is while the lock is held.
         busy: What to tell the user when another process holds it: who that is, and the fix.
+        wait_s: How long to wait for another process, at most.
 
     Raises:
         UserError: Another process holds the folder, or its file system has no locks.
@@ -88,7 +89,7 @@ def held_folder(folder: Path, busy: str) -> Iterator[None]:
     made = not folder.exists()
     lock = folder / LOCK
     try:
-        descriptor = _acquire_in(folder)
+        descriptor = _acquire_in(folder, wait_s)
     except OSError as error:
         if error.errno not in _NOT_WRITABLE or not folder.is_dir():
             raise
@@ -116,12 +117,12 @@ def is_empty(folder: Path) -> bool:
     return all(entry.name == LOCK for entry in os.scandir(folder))
 
 
-def _acquire_in(folder: Path) -> int | None:
+def _acquire_in(folder: Path, wait_s: float) -> int | None:
     """Lock a folder that is made if need be, and that another process may be removing."""
     for attempt in range(_ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return acquire(folder / LOCK)
+            return acquire(folder / LOCK, wait_s=wait_s)
         except (FileExistsError, FileNotFoundError):
             if attempt == _ATTEMPTS - 1 or (folder.exists() and not folder.is_dir()):
                 raise

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from cxr_dist.config.loading import load_config, resolve_preset
+from cxr_dist.launch import disk_space
+from cxr_dist.launch.disk_space import Needed, cache_bytes, check_space, needed_by_run, needed_by_search, trained_bytes
 from cxr_dist.launch.train import run_training
-from cxr_dist.runs import disk_space
-from cxr_dist.runs.disk_space import Needed, cache_bytes, check_space, needed_by_run, needed_by_search, trained_bytes
 from tests.conftest import SMALL_RUN
 from tfrecords_builder.common.errors import UserError
 
