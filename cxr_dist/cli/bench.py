@@ -1,4 +1,4 @@
-"""What `cxr-dist bench` does: options in, one measurement, a table for people or JSON for scripts out."""
+"""The command `bench`: one measurement a subcommand, a table for people or JSON for scripts out."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from cxr_dist.bench import accuracy, build, cost_model, features, growth, reading, scaling, serve, step, tune
+from cxr_dist.cli.options import RUN_HELP, Command, add_config_options, commands_of, count, positive
 from cxr_dist.config.loading import load_config, resolve_preset
 from cxr_dist.config.schema import Config
 from cxr_dist.phantoms import CLASS_FOLDERS, write_phantoms
@@ -18,16 +18,120 @@ from tfrecords_builder.splitting.splits import TRAIN_PERCENT
 
 BENCH_IMAGE_SIZE = 224
 DATABASE_IMAGE_SIZE = 299
+DATABASE_IMAGES = 21_165
 SERVED_PHANTOMS = 64
 RAW_BYTES = BENCH_IMAGE_SIZE**2
 """Of an image in a dataset."""
 
 
+def add_parsers(command: Command) -> None:
+    text = "measure this machine, each figure beside its baseline"
+    benchmark = commands_of(command("bench", bench_build, text), "BENCHMARK")
+
+    parser = benchmark(
+        "build", bench_build, "images/s of build, of bare decoding and of TensorFlow Datasets with Pillow"
+    )
+    _add_images(parser)
+    _add_number(parser, "--rounds", 5, "rounds that the medians are over")
+
+    parser = benchmark(
+        "input", bench_input, "images/s that reach the step, beside Keras's image_dataset_from_directory"
+    )
+    _add_images(parser)
+    _add_config(parser)
+    _add_number(parser, "--rounds", 5, "rounds that the medians are over")
+
+    parser = benchmark("step", bench_step, "images/s of train against a bare compiled step")
+    _add_input(parser, "dataset", "DATASET", "a dataset (default: of phantoms, as large as the steps need)")
+    _add_config(parser)
+    _add_number(parser, "--rounds", 5, "epochs that the medians are over")
+    _add_number(parser, "--steps", 6, "steps of an epoch, on phantoms")
+
+    parser = benchmark("features", bench_features, "both stages beside plain Keras, with cached features and without")
+    _add_images(parser)
+    _add_config(parser)
+    _add_number(parser, "--steps", 6, "steps of an epoch in plain Keras and in stage 2")
+
+    parser = benchmark(
+        "accuracy", bench_accuracy, "how soon plain Keras's best validation accuracy is there; an hour and more"
+    )
+    _add_images(parser)
+    _add_config(parser)
+    parser.add_argument(
+        "--seeds", type=count, nargs="+", default=[0], metavar="S", help="random seeds, one run each (default: 0)"
+    )
+
+    parser = benchmark("growth", bench_growth, "time and memory by the number of images")
+    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    _add_config(parser)
+    _add_numbers(parser, "--sizes", [1_000, 5_000, 20_000], "numbers of images")
+
+    parser = benchmark("tune", bench_tune, "a search of the head beside one trial that shares nothing")
+    _add_input(parser, "dataset", "DATASET", "a dataset (default: of phantoms)")
+    _add_number(parser, "--images", DATABASE_IMAGES, "phantoms for training")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a config key of all trials"
+    )
+    _add_number(parser, "--trials", 16, "trials of the search")
+    parser.add_argument(
+        "--launcher",
+        choices=["local", "ray"],
+        default="local",
+        help="search in processes of this machine, or with Ray Tune (default: %(default)s)",
+    )
+
+    parser = benchmark("scaling", bench_scaling, "images/s of several workers, and what a cluster would do")
+    _add_input(parser, "dataset", "DATASET", "a dataset (default: of phantoms, as large as the steps need)")
+    _add_config(parser)
+    _add_number(parser, "--steps", 6, "steps of an epoch at the largest batch, on phantoms")
+    _add_numbers(parser, "--workers", [1, 2], "numbers of workers")
+    _add_numbers(parser, "--batch-sizes", [32, 64], "numbers of images in a step, over all workers")
+    parser.add_argument(
+        "--cluster", type=Path, metavar="YAML", help="a cluster to predict an epoch for, as cluster/example.yaml"
+    )
+    _add_number(parser, "--images", DATABASE_IMAGES, "images in the epoch that is predicted")
+
+    parser = benchmark("serve", bench_serve, "images/s of the HTTP service beside the bare model")
+    parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
+    _add_number(parser, "--max-batch", 16, "images in a step of the model")
+    _add_number(parser, "--rounds", 5, "rounds that the medians are over")
+    _add_number(parser, "--steps", 6, "full batches in a round")
+    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+
+
+def _add_number(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
+    parser.add_argument(option, type=positive, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+
+
+def _add_numbers(parser: argparse.ArgumentParser, option: str, default: list[int], text: str) -> None:
+    shown = " ".join(map(str, default))
+    parser.add_argument(
+        option, type=positive, nargs="+", default=default, metavar="N", help=f"{text} (default: {shown})"
+    )
+
+
+def _add_input(parser: argparse.ArgumentParser, name: str, metavar: str, text: str) -> None:
+    """What is measured on; and --json."""
+    parser.add_argument(name, type=Path, nargs="?", metavar=metavar, help=text)
+    parser.add_argument("--json", action="store_true", help="print JSON with the figures of every round, for scripts")
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    _add_input(parser, "source", "SOURCE", "a folder of labelled images, as build takes it (default: phantoms)")
+    _add_number(parser, "--images", DATABASE_IMAGES, "phantoms to draw")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    add_config_options(parser, "a file, or the name of a preset (default: %(default)s)", Path("cpu"))
+
+
 def bench_build(options: argparse.Namespace) -> None:
     """On labelled images, or on phantoms of the database's size."""
+    from cxr_dist.bench import build
+
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = Path(folder)
-        source = options.dataset or _phantoms(work / "phantoms", options.images, DATABASE_IMAGE_SIZE)
+        source = options.source or _phantoms(work / "phantoms", options.images, DATABASE_IMAGE_SIZE)
         (work / "built").mkdir()
         timings = build.measure(source, work / "built", BENCH_IMAGE_SIZE, (1, 2), options.rounds, tfds=True)
     if options.json:
@@ -39,10 +143,12 @@ def bench_build(options: argparse.Namespace) -> None:
 
 def bench_input(options: argparse.Namespace) -> None:
     """On labelled images at the size that they have, or on phantoms of the network's size."""
+    from cxr_dist.bench import reading
+
     config = load_config(resolve_preset(options.config), options.overrides)
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = Path(folder)
-        source = options.dataset or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
+        source = options.source or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
         first = build_dataset(source, work / "dataset", image_size=BENCH_IMAGE_SIZE, masks="ignore").manifest.rows[0]
         if (first.width, first.height) != (BENCH_IMAGE_SIZE, BENCH_IMAGE_SIZE):
             raise UserError(
@@ -82,10 +188,12 @@ def _configured(options: argparse.Namespace, overrides: list[str]) -> tuple[Conf
 
 def bench_features(options: argparse.Namespace) -> None:
     """On labelled images, or on phantoms of the network's size."""
+    from cxr_dist.bench import features
+
     config, arguments = _configured(options, [*options.overrides, "features.views=1"])
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = Path(folder)
-        source = options.dataset or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
+        source = options.source or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
         built = build_dataset(source, work / "dataset", image_size=BENCH_IMAGE_SIZE, masks="ignore")
         drawn = _batches(work / "drawn", options.steps * config.global_batch_size)
         (work / "runs").mkdir()
@@ -101,10 +209,12 @@ def bench_features(options: argparse.Namespace) -> None:
 
 def bench_accuracy(options: argparse.Namespace) -> None:
     """On labelled images, or on phantoms of the network's size."""
+    from cxr_dist.bench import accuracy
+
     config, arguments = _configured(options, options.overrides)
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = Path(folder)
-        source = options.dataset or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
+        source = options.source or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)
         built = build_dataset(source, work / "dataset", image_size=BENCH_IMAGE_SIZE, masks="ignore")
         (work / "runs").mkdir()
         courses = accuracy.measure(
@@ -126,6 +236,8 @@ def bench_accuracy(options: argparse.Namespace) -> None:
 
 def bench_growth(options: argparse.Namespace) -> None:
     """On noise: what the images show makes no difference."""
+    from cxr_dist.bench import growth
+
     _, arguments = _configured(options, options.overrides)
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         measured = growth.measure(sorted(options.sizes), arguments, Path(folder))
@@ -137,6 +249,8 @@ def bench_growth(options: argparse.Namespace) -> None:
 
 def bench_tune(options: argparse.Namespace) -> None:
     """On a dataset, or on one of phantoms of the network's size."""
+    from cxr_dist.bench import tune
+
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = Path(folder)
         dataset = options.dataset or _batches(work / "drawn", options.images)
@@ -149,6 +263,8 @@ def bench_tune(options: argparse.Namespace) -> None:
 
 def bench_scaling(options: argparse.Namespace) -> None:
     """On phantoms of the network's size."""
+    from cxr_dist.bench import cost_model, scaling
+
     if len(options.workers) * len(options.batch_sizes) < 2:
         raise UserError("--workers, --batch-sizes: one point makes no model; give several of either")
     cluster = cost_model.read_cluster(options.cluster) if options.cluster else None
@@ -170,6 +286,8 @@ def bench_scaling(options: argparse.Namespace) -> None:
 
 def bench_step(options: argparse.Namespace) -> None:
     """Phantoms of the network's own size, just enough of them for the steps of an epoch, unless a dataset is given."""
+    from cxr_dist.bench import step
+
     config = load_config(resolve_preset(options.config), [*options.overrides, *step.overrides(options.rounds)])
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work, dataset = Path(folder), options.dataset
@@ -187,12 +305,12 @@ def bench_step(options: argparse.Namespace) -> None:
 
 def bench_serve(options: argparse.Namespace) -> None:
     """A finished run on drawn X-rays of the database's size."""
-    if options.dataset is None:
-        raise UserError("INPUT: give the folder of a finished run; its model is what is served")
+    from cxr_dist.bench import serve
+
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = _phantoms(Path(folder) / "phantoms", SERVED_PHANTOMS, DATABASE_IMAGE_SIZE)
         paths = sorted(work.glob("*/images/*.png"))
-        rounds = serve.measure(best_run(options.dataset), paths, options.max_batch, options.steps, options.rounds)
+        rounds = serve.measure(best_run(options.run), paths, options.max_batch, options.steps, options.rounds)
     summary = serve.summarize(rounds, options.max_batch * options.steps, options.max_batch)
     if options.json:
         listed = [vars(row) | {"ratio": row.ratio} for row in rounds]
@@ -203,19 +321,3 @@ def bench_serve(options: argparse.Namespace) -> None:
         f"{summary.service:13.2f} {summary.bare:17.2f}  {summary.ratio:.3f} ({summary.rounds})"
         f"{summary.seconds_per_answer:29.3f} s"
     )
-
-
-def bench(options: argparse.Namespace) -> None:
-    """The benchmark that was named."""
-    measure = {
-        "accuracy": bench_accuracy,
-        "build": bench_build,
-        "growth": bench_growth,
-        "input": bench_input,
-        "step": bench_step,
-        "features": bench_features,
-        "scaling": bench_scaling,
-        "serve": bench_serve,
-        "tune": bench_tune,
-    }
-    measure[options.what](options)

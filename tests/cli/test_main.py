@@ -38,7 +38,7 @@ COMMANDS = (
     "config",
     "doctor",
     "submit",
-    "jobs",
+    "pipeline",
     "dashboards",
 )
 TRAIN = ["--launcher", "local", "--config", "smoke"]
@@ -126,7 +126,7 @@ def test_every_command_is_tested_here() -> None:
 def test_help_starts_without_what_is_slow() -> None:
     code = (
         "import sys\n"
-        "from cxr_dist.cli import main\n"
+        "from cxr_dist.cli.main import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit as done: assert done.code == 0\n"
         "slow = {'tensorflow', 'keras', 'ray', 'matplotlib', 'sklearn', 'scipy', 'pandas'} & set(sys.modules)\n"
@@ -489,7 +489,7 @@ def test_notes_of_an_error_are_printed_before_it(
         error.add_note("dataset/.cxr-build: keeps the images that were decoded")
         raise error
 
-    monkeypatch.setattr(main.dataset_commands, "verify", fail)
+    monkeypatch.setattr(main.dataset, "verify", fail)
     with pytest.raises(SystemExit) as stopped:
         main.main(["verify", "dataset"])
     assert stopped.value.code == 2
