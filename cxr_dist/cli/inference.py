@@ -96,7 +96,7 @@ def export(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Answers until Ctrl-C or SIGTERM."""
-    from cxr_dist.serving.http_app import Limits
+    from cxr_dist.serving.limits import Limits
     from cxr_dist.serving.service import serving
     from cxr_dist.tuning.experiment import best_run
 
