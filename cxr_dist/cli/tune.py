@@ -40,7 +40,7 @@ def tune(options: argparse.Namespace) -> None:
     path = resolve_preset(options.config)
     if path is None:
         raise UserError("--config: give a search space, such as --config search_cpu")
-    plan = load_search(path, [*options.overrides, *_trial_overrides(options)])
+    plan = load_search(path, [*options.overrides, *trial_overrides(options)])
     experiment = Experiment(options.out)
     started = time.monotonic()
     best = run_search(plan, experiment, options)
@@ -56,7 +56,7 @@ def tune(options: argparse.Namespace) -> None:
             raise UserError(f"the evaluation ended with status {status}; run it again: cxr-dist {' '.join(command)}")
 
 
-def _trial_overrides(options: argparse.Namespace) -> list[str]:
+def trial_overrides(options: argparse.Namespace) -> list[str]:
     """The config keys that --workers and --devices-per-worker stand for in a search."""
     overrides = []
     if options.workers is not None:
