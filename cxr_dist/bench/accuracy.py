@@ -8,17 +8,15 @@ accuracy of 637 images has a standard error of 0.011: give several seeds.
 
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cxr_dist.bench import child
+from cxr_dist.bench import common
+from cxr_dist.bench.common import Built, Recipe
 from cxr_dist.bench.features import OURS, plain_command
-from cxr_dist.config.schema import Config
-from cxr_dist.runs import run_folder
 
 PLAIN = "plain Keras"
 PLAIN_EPOCHS = (3, 4)
@@ -51,26 +49,18 @@ class Course:
         return next((epoch.seconds for epoch in self.epochs if epoch.val_accuracy >= accuracy), None)
 
 
-def measure(
-    config: Config,
-    arguments: Sequence[str],
-    source: Path,
-    dataset: Path,
-    build_seconds: float,
-    seeds: Sequence[int],
-    folder: Path,
-) -> list[Course]:
-    """Plain Keras once, with the first seed, then ours with every seed, each from an empty cache.
-
-    Args:
-        arguments: Of `cxr-dist train`, that give `config`.
-        source: Labelled images of which `dataset` was built in `build_seconds`.
-        folder: Empty.
-    """
-    courses = [_plain(config, source, dataset, seeds[0], folder / "plain.json")]
+def measure(recipe: Recipe, built: Built, seeds: Sequence[int], folder: Path) -> list[Course]:
+    """Plain Keras once, with the first seed, then ours with every seed, each from an empty cache; `folder` is empty."""
+    out = folder / "plain.json"
+    command = plain_command(recipe.config, built, PLAIN_EPOCHS, out, {"seed": seeds[0]})
+    common.python(command, os.environ)
+    courses = [Course(PLAIN, seeds[0], plain_epochs(json.loads(out.read_text())))]
     for seed in seeds:
         # A folder of its own, as the feature cache lies beside the run.
-        courses.append(_ours(dataset, arguments, seed, folder / f"seed-{seed}" / "run", build_seconds))
+        run = folder / f"seed-{seed}" / "run"
+        trained = common.train(built.dataset, run, [*recipe.arguments, "--launcher", "local"], [f"seed={seed}"])
+        epochs = our_epochs(trained.history, trained.result, built.seconds + trained.seconds)
+        courses.append(Course(OURS, seed, epochs))
     return courses
 
 
@@ -106,16 +96,3 @@ def our_epochs(
     """Of a run's rows, where the whole command took `wall_seconds`; what the run itself does not count came first."""
     before = wall_seconds - result["seconds"]["total"]
     return tuple(Epoch(before + row["run_seconds"], row["stage"], row["val_accuracy"]) for row in history)
-
-
-def _plain(config: Config, source: Path, dataset: Path, seed: int, out: Path) -> Course:
-    child.python(plain_command(config, source, dataset, PLAIN_EPOCHS, out, {"seed": seed}), os.environ)
-    return Course(PLAIN, seed, plain_epochs(json.loads(out.read_text())))
-
-
-def _ours(dataset: Path, arguments: Sequence[str], seed: int, run: Path, build_seconds: float) -> Course:
-    begun = time.perf_counter()
-    child.train(dataset, run, [*arguments, "--launcher", "local"], [f"seed={seed}"])
-    wall_seconds = build_seconds + time.perf_counter() - begun
-    result = run_folder.finished_result(run)
-    return Course(OURS, seed, our_epochs(run_folder.read_history(run), result, wall_seconds))

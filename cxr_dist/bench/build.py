@@ -7,18 +7,24 @@ once beforehand; lung masks are left out by all. Worker processes are started be
 `start_up` says what that takes.
 """
 
+import functools
+import logging
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from tfrecords_builder.build import BuildOptions, build_dataset
+from tfrecords_builder.collection.download import FOLDER
 from tfrecords_builder.collection.find import class_counts, find_images
 from tfrecords_builder.common.pool import Pool
 from tfrecords_builder.images.resizing import RESAMPLING
@@ -53,8 +59,8 @@ def measure(source: Path, work: Path, image_size: int, workers: Sequence[int], r
         rounds: The median is over these.
         tfds: Whether to time TensorFlow Datasets too.
     """
-    found = find_images(source)
-    paths = [source / image.path for image in found]
+    images = find_images(source)
+    paths = [source / image.path for image in images]
     for path in paths:
         path.read_bytes()
     tasks = [(paths[start : start + _IMAGES_PER_TASK], image_size) for start in range(0, len(paths), _IMAGES_PER_TASK)]
@@ -78,14 +84,11 @@ def measure(source: Path, work: Path, image_size: int, workers: Sequence[int], r
                     seconds.setdefault((name, count), []).append(time.perf_counter() - begun)
                 shutil.rmtree(work / "ours")
         if tfds:
-            begun = time.perf_counter()
-            from cxr_dist.bench import tfds_build
-
-            took = time.perf_counter() - begun
+            folder = work / f"tfds-{number}"
+            took, spent = _build_with_tfds(source, folder, image_size, tuple(class_counts(images)))
             start_up.setdefault(("TensorFlow Datasets", 1), took)
-            spent = tfds_build.build(source, work / f"tfds-{number}", image_size, tuple(class_counts(found)))
             seconds.setdefault(("TensorFlow Datasets", 1), []).append(spent)
-            shutil.rmtree(work / f"tfds-{number}")
+            shutil.rmtree(folder)
     return [
         Timing(name, count, start_up[name, count], tuple(spent), len(paths)) for (name, count), spent in seconds.items()
     ]
@@ -111,6 +114,40 @@ def table(timings: Sequence[Timing]) -> list[str]:
             f"{timing.images_per_second / bare:17.2f} {timing.start_up_seconds:11.1f} {with_start_up:23,.0f}"
         )
     return lines
+
+
+@functools.cache  # TensorFlow Datasets takes a class of one name once
+def _plainly_decoded() -> Any:
+    """A builder as users of TensorFlow Datasets would write it: each image decoded by Pillow."""
+    from tfrecords_builder.tfds_builder import Covid19Radiography
+
+    class PlainlyDecoded(Covid19Radiography):
+        @staticmethod
+        def _image(path: Path, size: int) -> npt.NDArray[np.uint8]:
+            return np.asarray(Image.open(path).convert("L").resize((size, size), RESAMPLING))
+
+    return PlainlyDecoded
+
+
+def _build_with_tfds(source: Path, work: Path, image_size: int, class_names: tuple[str, ...]) -> tuple[float, float]:
+    """Seconds that importing TensorFlow takes, and `download_and_prepare` of the images of `source`."""
+    started = time.perf_counter()
+    import tensorflow_datasets as tfds
+
+    from tfrecords_builder.tfds_builder import SizeConfig
+
+    start_up = time.perf_counter() - started
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    manual = work / "manual"
+    manual.mkdir(parents=True)
+    (manual / FOLDER).symlink_to(source.resolve())
+    config = SizeConfig(name="bench", image_size=image_size, class_names=class_names)
+    builder = _plainly_decoded()(data_dir=str(work / "data"), config=config)
+    started = time.perf_counter()
+    with redirect_stdout(sys.stderr):  # it tells people what it does, and stdout may be read by a script
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual)))
+    return start_up, time.perf_counter() - started
 
 
 @contextmanager

@@ -11,16 +11,15 @@ with AVX-512.
 
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cxr_dist.bench import child
+from cxr_dist.bench import common
+from cxr_dist.bench.common import Built, Recipe
 from cxr_dist.config.schema import Config
-from cxr_dist.runs import run_folder
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 
@@ -47,34 +46,34 @@ class Way:
     """In training."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What every way does."""
+def measure(recipe: Recipe, built: Built, drawn: Path, steps: int, folder: Path) -> list[Way]:
+    """Take every way once.
 
-    config: Config
-    arguments: Sequence[str]
-    """Of `cxr-dist train`, that give this config."""
-    source: Path
-    dataset: Path
-    """Built of `source`."""
-    build_seconds: float
-    drawn: Path
-    """A dataset of `steps` batches."""
-    steps: int
-    """Of an epoch in plain Keras, and in stage 2."""
-
-
-def measure(work: Work, folder: Path) -> list[Way]:
-    """Take every way once; `folder` is empty."""
-    return [
-        _plain("plain Keras", None, work, folder / "plain.json"),
-        _plain("plain Keras, oneDNN", "1", work, folder / "plain-onednn.json"),
-        _stage_1(work, folder / "stage-1"),
-        *(
-            Way(name, None, None, _stage_2(work, folder / f"stage-2-{cut}", cut))
-            for name, cut in ((f"{OURS}, computing all", "off"), (f"{OURS}, cut kept", "on"))
-        ),
+    Args:
+        built: What stage 1 is trained on.
+        drawn: A dataset of `steps` batches for stage 2, as fast as any.
+        steps: Of an epoch in plain Keras, and in stage 2.
+        folder: Empty.
+    """
+    ways = [
+        _plain(recipe.config, built, steps, onednn, folder / f"plain-{len(onednn)}.json")
+        for onednn in ({}, {ONEDNN: "1"})
     ]
+    arguments = [*recipe.arguments, "--launcher", "local"]
+    stage_1 = common.train(built.dataset, folder / "stage-1", arguments, ["stages.2.epochs=0"])
+    accuracy = stage_1.result["best"]["val_accuracy"]
+    ways.append(Way(OURS, stage_1.seconds + built.seconds, accuracy, None))
+    for name, cut in ((f"{OURS}, computing all", "off"), (f"{OURS}, cut kept", "on")):
+        settings = (
+            "stages.1.epochs=0",
+            f"stages.2.epochs={_EPOCHS}",
+            f"stages.2.unfreeze_layers={PUBLISHED_LAYERS}",
+            f"features.cut={cut}",
+        )
+        stage_2 = common.train(drawn, folder / f"stage-2-{cut}", arguments, settings)
+        images = steps * recipe.config.global_batch_size
+        ways.append(Way(name, None, None, median(images / row["seconds"] for row in stage_2.history[1:])))
+    return ways
 
 
 def table(ways: Sequence[Way]) -> list[str]:
@@ -108,7 +107,7 @@ def reckoned_seconds(plain: Mapping[str, Any], images: int, train: int, validati
 
 
 def plain_command(
-    config: Config, source: Path, dataset: Path, epochs: tuple[int, int], out: Path, more: Mapping[str, int]
+    config: Config, built: Built, epochs: tuple[int, int], out: Path, more: Mapping[str, int]
 ) -> list[str]:
     """Arguments of Python that run plain Keras as published: the upper 100 layers in stage 2, at a tenth of the rate.
 
@@ -124,42 +123,20 @@ def plain_command(
         **more,
     }
     script = Path(__file__).with_name("plain_keras.py")
-    command = [str(script), str(source), str(dataset / "manifest.parquet"), "--epochs", *map(str, epochs)]
+    command = [str(script), str(built.source), str(built.dataset / "manifest.parquet"), "--epochs", *map(str, epochs)]
     return command + [text for key, value in options.items() for text in (f"--{key}", str(value))]
 
 
-def _plain(name: str, onednn: str | None, work: Work, out: Path) -> Way:
-    config, manifest = work.config, read_manifest(work.dataset)
-    validation = len(manifest.split("validation"))
-    steps = min(work.steps, validation // config.global_batch_size)
+def _plain(config: Config, built: Built, steps: int, onednn: dict[str, str], out: Path) -> Way:
+    manifest = read_manifest(built.dataset)
+    train, validation = (len(manifest.split(name)) for name in ("train", "validation"))
+    steps = min(steps, validation // config.global_batch_size)
     if not steps:
-        raise UserError(f"{work.source}: gives {validation} validation images, less than a batch; give more images")
-    command = plain_command(config, work.source, work.dataset, (_EPOCHS, _EPOCHS), out, {"steps": steps})
-    environment = {name: value for name, value in os.environ.items() if name != ONEDNN}
-    child.python(command, environment | ({} if onednn is None else {ONEDNN: onednn}))
+        raise UserError(f"{built.source}: gives {validation} validation images, less than a batch; give more images")
+    environment = {name: value for name, value in os.environ.items() if name != ONEDNN} | onednn
+    common.python(plain_command(config, built, (_EPOCHS, _EPOCHS), out, {"steps": steps}), environment)
     plain = json.loads(out.read_text())
     images = steps * config.global_batch_size
     fine_tuning = [row["train_seconds"] for row in plain["history"] if row["stage"] == 2][1:]
-    train = len(manifest.split("train"))
     seconds = reckoned_seconds(plain, images, train, validation, config.stages[1].epochs)
-    return Way(name, seconds, None, images / median(fine_tuning))
-
-
-def _stage_1(work: Work, run: Path) -> Way:
-    begun = time.perf_counter()
-    child.train(work.dataset, run, [*work.arguments, "--launcher", "local"], ["stages.2.epochs=0"])
-    seconds = time.perf_counter() - begun + work.build_seconds
-    result = run_folder.finished_result(run)
-    return Way(OURS, seconds, result["best"]["val_accuracy"], None)
-
-
-def _stage_2(work: Work, run: Path, cut: str) -> float:
-    settings = (
-        "stages.1.epochs=0",
-        f"stages.2.epochs={_EPOCHS}",
-        f"stages.2.unfreeze_layers={PUBLISHED_LAYERS}",
-        f"features.cut={cut}",
-    )
-    child.train(work.drawn, run, [*work.arguments, "--launcher", "local"], settings)
-    history = run_folder.read_history(run)
-    return median(work.steps * work.config.global_batch_size / row["seconds"] for row in history[1:])
+    return Way("plain Keras" + (", oneDNN" if onednn else ""), seconds, None, images / median(fine_tuning))

@@ -13,8 +13,7 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from cxr_dist.bench import child
-from cxr_dist.runs import run_folder
+from cxr_dist.bench import common
 from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.format.manifest import read_manifest
 
@@ -85,7 +84,6 @@ def _measure_one(images: int, arguments: Sequence[str], folder: Path) -> Size:
         f"stages.1.epochs={EPOCHS}",
         "stages.2.epochs=0",
     ]
-    child.train(folder / "dataset", folder / "run", [*arguments, "--launcher", "local"], settings)
-    result = run_folder.finished_result(folder / "run")
-    history = run_folder.read_history(folder / "run")
-    return Size(images, trained, median(row["seconds"] for row in history[1:]), result["peak_memory_bytes"])
+    run = common.train(folder / "dataset", folder / "run", [*arguments, "--launcher", "local"], settings)
+    epoch_seconds = median(row["seconds"] for row in run.history[1:])
+    return Size(images, trained, epoch_seconds, run.result["peak_memory_bytes"])

@@ -34,7 +34,7 @@ def link_splits(source: Path, manifest: Path, target: Path) -> list[str]:
     return sorted({row["class_name"] for row in rows})
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("manifest", type=Path)
@@ -48,29 +48,14 @@ def main() -> None:
     parser.add_argument("--unfreeze-layers", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of an epoch, for its speed alone; no more is validated, none tested")
-    options = parser.parse_args()
+    return parser.parse_args()
 
-    started = time.perf_counter()
+
+def build_model(options: argparse.Namespace, classes: int) -> tuple[Any, Any]:
+    """The whole model, and the base in it, which is frozen."""
     import keras
 
-    keras.utils.set_random_seed(options.seed)
-    work = Path(tempfile.mkdtemp(prefix="plain-keras-"))
-    atexit.register(shutil.rmtree, work, ignore_errors=True)
-    classes = link_splits(options.source, options.manifest, work)
     size = (options.image_size, options.image_size)
-
-    def load(split: str, shuffle: bool) -> Any:
-        return keras.utils.image_dataset_from_directory(
-            work / split,
-            class_names=classes,
-            batch_size=options.batch_size,
-            image_size=size,
-            shuffle=shuffle,
-            seed=options.seed,
-            verbose=False,
-        ).prefetch(2)
-
-    train, validation, test = load("train", True), load("validation", False), load("test", False)
     weights = None if options.weights == "none" else options.weights
     base = keras.applications.ResNet50(include_top=False, weights=weights, input_shape=(*size, 3))
     base.trainable = False
@@ -83,34 +68,48 @@ def main() -> None:
     x = keras.layers.Dense(256, activation="relu")(x)
     x = keras.layers.BatchNormalization()(x)
     x = keras.layers.Dropout(options.dropout)(x)
-    model = keras.Model(inputs, keras.layers.Dense(len(classes), activation="softmax")(x))
+    return keras.Model(inputs, keras.layers.Dense(classes, activation="softmax")(x)), base
+
+
+def make_clock(started: float) -> Any:
+    """A callback that takes, by epoch, the seconds of training and of validation, and those since `started`."""
+    import keras
 
     class Clock(keras.callbacks.Callback):
-        """Seconds of training and of validation in each epoch, and at its end since the start."""
-
         def __init__(self) -> None:
             super().__init__()
-            self.train: list[float] = []
-            self.validation: list[float] = []
-            self.elapsed: list[float] = []
+            self.rows: list[dict[str, float]] = []
 
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
             self.begun = time.perf_counter()
 
         def on_test_begin(self, logs: Any = None) -> None:
             self.tested = time.perf_counter()
-            self.train.append(self.tested - self.begun)
 
         def on_test_end(self, logs: Any = None) -> None:
-            self.validation.append(time.perf_counter() - self.tested)
-            self.elapsed.append(time.perf_counter() - started)
+            now = time.perf_counter()
+            self.rows.append(
+                {
+                    "train_seconds": self.tested - self.begun,
+                    "validation_seconds": now - self.tested,
+                    "elapsed_seconds": now - started,
+                }
+            )
 
-    history: list[dict[str, float]] = []
-    best = str(work / "best.weights.h5")
+    return Clock()
+
+
+def fit_stages(
+    options: argparse.Namespace, model: Any, base: Any, data: tuple[Any, Any], best: Path, started: float
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Rows of all epochs, and the seconds of each stage. The best weights are left in the file `best`."""
+    import keras
+
+    train, validation = data
+    history, seconds = [], {"start": time.perf_counter() - started}
     keep = keras.callbacks.ModelCheckpoint(
-        best, monitor="val_accuracy", mode="max", save_best_only=True, save_weights_only=True
+        str(best), monitor="val_accuracy", mode="max", save_best_only=True, save_weights_only=True
     )
-    seconds = {"start": time.perf_counter() - started}
     for stage, epochs in enumerate(options.epochs, start=1):
         begun = time.perf_counter()
         if stage == 2:
@@ -119,7 +118,7 @@ def main() -> None:
                 layer.trainable = False
         rate = options.learning_rate * (0.1 if stage == 2 else 1.0)
         model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
-        clock = Clock()
+        clock = make_clock(started)
         log = model.fit(
             train.repeat() if options.steps else train,
             validation_data=validation,
@@ -129,20 +128,41 @@ def main() -> None:
             callbacks=[keep, clock],
             verbose=2,
         )
-        history += [
-            {
-                "stage": stage,
-                "train_seconds": clock.train[epoch],
-                "validation_seconds": clock.validation[epoch],
-                "elapsed_seconds": clock.elapsed[epoch],
-            }
-            | {key: float(values[epoch]) for key, values in log.history.items()}
-            for epoch in range(epochs)
-        ]
+        for epoch in range(epochs):
+            figures = {key: float(values[epoch]) for key, values in log.history.items()}
+            history.append({"stage": stage} | clock.rows[epoch] | figures)
         seconds[f"stage_{stage}"] = time.perf_counter() - begun
+    return history, seconds
+
+
+def main() -> None:
+    options = parse_options()
+    started = time.perf_counter()
+    import keras
+
+    keras.utils.set_random_seed(options.seed)
+    work = Path(tempfile.mkdtemp(prefix="plain-keras-"))
+    atexit.register(shutil.rmtree, work, ignore_errors=True)
+    classes = link_splits(options.source, options.manifest, work)
+
+    def load(split: str, shuffle: bool) -> Any:
+        return keras.utils.image_dataset_from_directory(
+            work / split,
+            class_names=classes,
+            batch_size=options.batch_size,
+            image_size=(options.image_size, options.image_size),
+            shuffle=shuffle,
+            seed=options.seed,
+            verbose=False,
+        ).prefetch(2)
+
+    train, validation, test = load("train", True), load("validation", False), load("test", False)
+    model, base = build_model(options, len(classes))
+    best = work / "best.weights.h5"
+    history, seconds = fit_stages(options, model, base, (train, validation), best, started)
     result: dict[str, Any] = {"parameters": model.count_params(), "seconds": seconds, "history": history}
     if not options.steps:
-        model.load_weights(best)
+        model.load_weights(str(best))
         result |= test_scores(model, test) | {"best_val_accuracy": max(row["val_accuracy"] for row in history)}
         seconds["total"] = time.perf_counter() - started
     options.out.write_text(json.dumps(result | {"cpu_seconds": sum(os.times()[:2])}, indent=2))

@@ -1,4 +1,4 @@
-"""How training grows with workers: measured on this machine, fitted, and foretold for a cluster that a file describes.
+"""How training grows with workers: measured on this machine, fitted, and predicted for a cluster that a file describes.
 
 Each point is a run of `cxr-dist train` through Ray Train on drawn X-rays, with every forward pass computed. Workers of
 one machine without GPUs share its cores, so more of them are not faster: what is measured is what they lose to one
@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from cxr_dist.bench import child
+from cxr_dist.bench import common
 from cxr_dist.bench.cost_model import Cluster, CostModel, Point, Prediction, fit, held_out_errors, predict
-from cxr_dist.runs import run_folder
 
 _EPOCHS = 3
 """Of each stage; the first compiles, and is not counted."""
@@ -60,15 +59,16 @@ def measure(
         batch_sizes: Images, over all workers.
         folder: Empty; takes the runs.
     """
-    found = []
+    measured = []
     for count in workers:
         for batch_size in batch_sizes:
             run = folder / f"{count}-workers-{batch_size}"
             settings = [f"global_batch_size={batch_size}", "features.cache=off"]
             settings += [f"stages.{stage}.epochs={_EPOCHS}" for stage in (1, 2)]
-            child.train(dataset, run, [*arguments, "--workers", str(count)], settings)
-            found += _read(run, batch_size)
-    return found
+            measured += stages_of(
+                common.train(dataset, run, [*arguments, "--workers", str(count)], settings), batch_size
+            )
+    return measured
 
 
 def fit_stages(measured: Sequence[Measured]) -> list[Fitted]:
@@ -83,54 +83,55 @@ def fit_stages(measured: Sequence[Measured]) -> list[Fitted]:
     return fitted
 
 
-def foretell(
+def predict_stages(
     fitted: Sequence[Fitted], cluster: Cluster, images: int, bytes_per_image: int
 ) -> list[tuple[int, Prediction]]:
     """An epoch of each stage on one machine, two, four, and so on up to all of the cluster's."""
     powers = [1 << power for power in range(cluster.machines.bit_length())]
     return [
-        (found.stage, predict(found.model, cluster, machines, images, bytes_per_image))
-        for found in fitted
+        (row.stage, predict(row.model, cluster, machines, images, bytes_per_image))
+        for row in fitted
         for machines in sorted({*powers, cluster.machines})
     ]
 
 
-def table(
-    measured: Sequence[Measured], fitted: Sequence[Fitted], cluster: Cluster | None, images: int, bytes_per_image: int
-) -> list[str]:
-    """Lines for people: the points, the model, and an epoch of `images` images on the cluster."""
+def table(measured: Sequence[Measured], fitted: Sequence[Fitted]) -> list[str]:
+    """Lines for people: the points and the models."""
     lines = ["stage  workers  global batch  images/s"]
     lines += [
         f"{row.stage:5} {row.workers:8} {row.global_batch_size:13} {row.images_per_second:9.2f}" for row in measured
     ]
-    for found in fitted:
-        model = found.model
+    for row in fitted:
+        model = row.model
         bandwidth = f"{1e-6 / model.seconds_per_byte:,.0f} MB/s" if model.seconds_per_byte else "no cost seen"
         lines.append(
-            f"stage {found.stage}: {model.fixed_seconds * 1e3:.0f} ms a step, {model.seconds_per_image * 1e3:.1f} ms "
+            f"stage {row.stage}: {model.fixed_seconds * 1e3:.0f} ms a step, {model.seconds_per_image * 1e3:.1f} ms "
             f"an image, all-reduce of {model.gradient_bytes / 1e6:.1f} MB at {bandwidth}"
         )
-        if found.held_out_errors:
-            lines.append(f"  off by {max(map(abs, found.held_out_errors)):.0%} at most where a point was left out")
-    if cluster is None:
-        return lines
-    lines.append(f"{cluster.name}, an epoch of {images:,} images, foretold:")
-    lines.append("stage  machines  replicas   images/s  hours    cost  limited by")
-    lines += [
-        f"{stage:5} {row.machines:9} {row.replicas:9} {row.images_per_second:10,.0f} {row.hours:6.2f} "
-        f"{row.cost:7.2f}  {row.limit}"
-        for stage, row in foretell(fitted, cluster, images, bytes_per_image)
-    ]
+        if row.held_out_errors:
+            lines.append(f"  off by {max(map(abs, row.held_out_errors)):.0%} at most where a point was left out")
     return lines
 
 
-def _read(run: Path, batch_size: int) -> list[Measured]:
-    result, history = run_folder.finished_result(run), run_folder.read_history(run)
-    found = []
-    for stage in sorted({row["stage"] for row in history}):
-        rows = [row for row in history if row["stage"] == stage]
+def prediction_table(cluster: Cluster, images: int, predicted: Sequence[tuple[int, Prediction]]) -> list[str]:
+    """Lines for people: an epoch of `images` images on the cluster."""
+    return [
+        f"{cluster.name}, an epoch of {images:,} images, predicted:",
+        "stage  machines  replicas   images/s  hours    cost  limited by",
+        *(
+            f"{stage:5} {row.machines:9} {row.replicas:9} {row.images_per_second:10,.0f} {row.hours:6.2f} "
+            f"{row.cost:7.2f}  {row.limit}"
+            for stage, row in predicted
+        ),
+    ]
+
+
+def stages_of(run: common.Trained, batch_size: int) -> list[Measured]:
+    """The stages of a run, each at the median speed of its epochs but the first."""
+    measured = []
+    for stage in sorted({row["stage"] for row in run.history}):
+        rows = [row for row in run.history if row["stage"] == stage]
         rate = median(row["images_per_second"] for row in rows[1:])
-        found.append(
-            Measured(stage, result["workers"], batch_size, rate, rows[0]["trainable_parameters"], result["device"])
-        )
-    return found
+        parameters = rows[0]["trainable_parameters"]
+        measured.append(Measured(stage, run.result["workers"], batch_size, rate, parameters, run.result["device"]))
+    return measured

@@ -15,13 +15,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
 
 import numpy as np
 
+from cxr_dist.bench.common import Medians, Round
 from cxr_dist.data.image_files import read_square
 from cxr_dist.inference.classifier import load_classifier
 from tfrecords_builder.common.errors import UserError
@@ -33,47 +33,19 @@ ANSWER_LIMIT_S = 120.0
 BATCHES_ON_THEIR_WAY = 2
 
 
-@dataclass(frozen=True)
-class Round:
-    """The same number of images through either, in images per second."""
-
-    service: float
-    bare: float
-    seconds_per_answer: float
-    """Median over the round's requests, from sending to the answer."""
-
-    @property
-    def ratio(self) -> float:
-        return self.service / self.bare
+def table(rounds: Sequence[Round], seconds_per_answer: Sequence[float]) -> list[str]:
+    """Lines for people."""
+    row = Medians.of(rounds)
+    return [
+        "service img/s  bare model img/s  ratio (median of rounds)  median answer",
+        f"{row.ours:13.2f} {row.baseline:17.2f}  {row.ratio:.3f} ({row.rounds}){median(seconds_per_answer):29.3f} s",
+    ]
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Medians over the rounds; the ratio is the median of the rounds' own ratios."""
-
-    service: float
-    bare: float
-    ratio: float
-    seconds_per_answer: float
-    rounds: int
-    images: int
-    max_batch: int
-
-
-def summarize(rounds: Sequence[Round], images: int, max_batch: int) -> Summary:
-    return Summary(
-        median(row.service for row in rounds),
-        median(row.bare for row in rounds),
-        median(row.ratio for row in rounds),
-        median(row.seconds_per_answer for row in rounds),
-        len(rounds),
-        images,
-        max_batch,
-    )
-
-
-def measure(run: Path, paths: Sequence[Path], max_batch: int, batches: int, rounds: int) -> list[Round]:
-    """Rounds of `batches` full batches through the service and through the bare model.
+def measure(
+    run: Path, paths: Sequence[Path], max_batch: int, batches: int, rounds: int
+) -> tuple[list[Round], list[float]]:
+    """Rounds of `batches` full batches through the service and the bare model; each round's median seconds per answer.
 
     Args:
         run: Of a finished run.
@@ -84,16 +56,19 @@ def measure(run: Path, paths: Sequence[Path], max_batch: int, batches: int, roun
     classifier = load_classifier(run)
     images = np.stack([read_square(paths[index % len(paths)], classifier.image_size) for index in range(max_batch)])
     bodies = [path.read_bytes() for path in paths]
-    count, measured = max_batch * batches, []
+    count, measured, answers = max_batch * batches, [], []
     with _service(run, max_batch) as port:
         for _ in range(rounds + 1):
-            seconds, each = _send(port, [bodies[index % len(bodies)] for index in range(count)], max_batch)
+            seconds, seconds_per_answer = _send(
+                port, [bodies[index % len(bodies)] for index in range(count)], max_batch
+            )
             started = time.perf_counter()
             for _ in range(batches):
                 classifier.probabilities(images)
             bare = time.perf_counter() - started
-            measured.append(Round(count / seconds, count / bare, median(each)))
-    return measured[1:]
+            measured.append(Round(count / seconds, count / bare))
+            answers.append(median(seconds_per_answer))
+    return measured[1:], answers[1:]
 
 
 def _send(port: int, bodies: Sequence[bytes], max_batch: int) -> tuple[float, list[float]]:

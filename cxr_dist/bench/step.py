@@ -7,12 +7,11 @@ the same state of the machine.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from cxr_dist.bench.common import Medians, Round
 from cxr_dist.config.schema import Config
 from cxr_dist.distributed.devices import Topology, prepare_devices
 from cxr_dist.distributed.precision import dtype_policy, resolve_precision, resolve_xla
@@ -23,45 +22,13 @@ from cxr_dist.training.loop import train
 from tfrecords_builder.format.manifest import read_manifest
 
 
-@dataclass(frozen=True)
-class Round:
-    """One epoch of `train` and as many bare steps after it, in images per second."""
-
-    stage: int
-    train: float
-    bare: float
-
-    @property
-    def ratio(self) -> float:
-        return self.train / self.bare
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Medians over the rounds of a stage; the ratio is the median of the rounds' own ratios."""
-
-    stage: int
-    train: float
-    bare: float
-    ratio: float
-    rounds: int
-
-
-def summarize(rounds: Sequence[Round]) -> list[Summary]:
-    """One row per stage. The first round of a stage compiles and counts nowhere."""
-    summaries = []
-    for stage in sorted({row.stage for row in rounds}):
-        timed = [row for row in rounds if row.stage == stage][1:]
-        summaries.append(
-            Summary(
-                stage,
-                median(row.train for row in timed),
-                median(row.bare for row in timed),
-                median(row.ratio for row in timed),
-                len(timed),
-            )
-        )
-    return summaries
+def table(rounds: Mapping[int, Sequence[Round]]) -> list[str]:
+    """Lines for people: a row for each stage."""
+    lines = ["stage  train img/s  bare step img/s  ratio (median of rounds)"]
+    for stage, measured in rounds.items():
+        row = Medians.of(measured)
+        lines.append(f"{stage:5} {row.ours:12.2f} {row.baseline:16.2f}  {row.ratio:.3f} ({row.rounds})")
+    return lines
 
 
 def overrides(rounds: int) -> list[str]:
@@ -69,8 +36,10 @@ def overrides(rounds: int) -> list[str]:
     return ["model.weights=none", "features.cache=off"] + [f"stages.{stage}.epochs={rounds + 1}" for stage in (1, 2)]
 
 
-def measure(config: Config, dataset: Path, run: Path, reporter: Reporter) -> list[Round]:
-    """Train on `dataset` in this process, on one device, with bare steps between the epochs.
+def measure(config: Config, dataset: Path, run: Path, reporter: Reporter) -> dict[int, list[Round]]:
+    """By stage, what training on `dataset` in this process, on one device, takes, and bare steps between its epochs.
+
+    The first round of a stage compiles, and is left out.
 
     Args:
         config: with `overrides` in it.
@@ -82,14 +51,14 @@ def measure(config: Config, dataset: Path, run: Path, reporter: Reporter) -> lis
     run_folder.prepare(run, config, dataset, manifest)
     turns = _Turns(config, topology, len(manifest.class_names), reporter)
     train(config, dataset, manifest, run, topology, turns, "local")
-    return turns.rounds
+    return {stage: rounds[1:] for stage, rounds in turns.rounds.items()}
 
 
 class _Turns(Reporter):
     """A reporter that answers each epoch of `train` with as many bare steps."""
 
     def __init__(self, config: Config, topology: Topology, classes: int, reporter: Reporter) -> None:
-        self.rounds: list[Round] = []
+        self.rounds: dict[int, list[Round]] = {}
         self._config, self._topology, self._classes, self._reporter = config, topology, classes, reporter
         self._steps = 0
         self._bare: Callable[[], Any] | None = None
@@ -105,7 +74,8 @@ class _Turns(Reporter):
             for _ in range(self._steps):
                 loss = self._bare()
             loss.numpy()
-            self.rounds.append(Round(row["stage"], images / row["seconds"], images / (time.perf_counter() - started)))
+            pair = Round(images / row["seconds"], images / (time.perf_counter() - started))
+            self.rounds.setdefault(row["stage"], []).append(pair)
 
 
 def bare_step(config: Config, topology: Topology, classes: int, stage: int) -> Callable[[], Any]:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cxr_dist.bench import child
-from cxr_dist.runs import run_folder
+from cxr_dist.bench import common
 from cxr_dist.tuning.experiment import Experiment, best_result
 
 
@@ -33,14 +32,10 @@ class Comparison:
 def measure(dataset: Path, work: Path, trials: int, launcher: str, overrides: Sequence[str]) -> Comparison:
     """One trial, then all of them, on `dataset`; `overrides` hold for both."""
     head = ["stages.2.epochs=0", *overrides]
-    begun = time.perf_counter()
-    run = work / "alone" / "run"
-    child.train(dataset, run, ["--config", "cpu", "--launcher", "local"], head)
-    alone = time.perf_counter() - begun
-    result = run_folder.read_result(run) or {}
+    alone = common.train(dataset, work / "alone" / "run", ["--config", "cpu", "--launcher", "local"], head)
     experiment = work / "search" / "experiment"
     begun = time.perf_counter()
-    child.command(
+    common.command(
         [
             *("tune", str(dataset), "--out", str(experiment), "--config", "search_cpu", "--no-evaluation"),
             *("--launcher", launcher),
@@ -52,7 +47,8 @@ def measure(dataset: Path, work: Path, trials: int, launcher: str, overrides: Se
     best = best_result(outcomes)
     if best is None or any(outcome.trial.state != "complete" for outcome in outcomes) or len(outcomes) != trials:
         raise RuntimeError(f"the search did not complete its {trials} trials")
-    return Comparison(trials, alone, result["best"]["val_accuracy"], searched, best.objective or 0.0)
+    accuracy = alone.result["best"]["val_accuracy"]
+    return Comparison(trials, alone.seconds, accuracy, searched, best.objective or 0.0)
 
 
 def table(measured: Comparison) -> list[str]:

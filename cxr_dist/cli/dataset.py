@@ -1,4 +1,4 @@
-"""What each command of the command line does: options in, one call into the packages, lines for people out."""
+"""The commands that make and look at datasets: `synth`, `download`, `build`, `verify` and `eda`."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,14 +6,108 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cxr_dist.cli.options import ADDRESS_HELP, Command, add_dataset, positive
 from cxr_dist.launch.train import local_dataset
 from cxr_dist.runs.loggers import progress_bar
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.remote import parse_place
 
 if TYPE_CHECKING:
     from tfrecords_builder.build import Workers
     from tfrecords_builder.format.manifest import Manifest
     from tfrecords_builder.format.manifest_rows import Row
+
+
+def add_parsers(command: Command) -> None:
+    synth_parser = command("synth", synth, "draw phantom X-rays of the four classes, with lung masks")
+    synth_parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder for the images")
+    synth_parser.add_argument(
+        "--per-class", type=int, default=250, metavar="N", help="images of each class (default: %(default)s)"
+    )
+    synth_parser.add_argument(
+        "--size", type=int, default=299, metavar="PX", help="width and height of an image (default: %(default)s)"
+    )
+    synth_parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="random seed of what is drawn (default: %(default)s)"
+    )
+    synth_parser.add_argument(
+        "--workers", type=positive, metavar="N", help="number of processes (default: one per core)"
+    )
+
+    download_parser = command("download", download, "fetch the COVID-19 Radiography Database from Kaggle, 0.8 GB")
+    download_parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder for the images")
+
+    _add_build(command("build", build, "labelled image files -> a verified dataset of TFRecord shards"))
+    add_dataset(command("verify", verify, "read a dataset back: every record, checksum and count"))
+    eda_parser = command(
+        "eda", eda, "explore a dataset: counts, pictures, duplicates, and what could mislead a network"
+    )
+    add_dataset(eda_parser)
+    eda_parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="a new folder, or an earlier analysis"
+    )
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a folder of <Class>/images/*.png or <Class>/*.png (or .jpg)"
+    )
+    parser.add_argument(
+        "dataset", type=parse_place, metavar="DATASET", help="a new folder, or an address: s3://bucket/name, gs://..."
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=224,
+        metavar="PX",
+        help="width and height of a stored image (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--encoding",
+        choices=["raw", "png", "jpeg"],
+        default="raw",
+        help="format of a stored image (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=positive, metavar="N", help="number of processes (default: one per core)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="random seed of the split (default: %(default)s)"
+    )
+    rule = parser.add_mutually_exclusive_group()
+    rule.add_argument(
+        "--split",
+        choices=["leak-free", "published"],
+        default="leak-free",
+        help="how to divide each class 70/15/15; leak-free keeps near-duplicates and patients together, published goes "
+        "image by image (default: %(default)s)",
+    )
+    rule.add_argument(
+        "--split-file", type=Path, metavar="CSV", help="take the split from a table with the columns path and split"
+    )
+    parser.add_argument(
+        "--conflicts",
+        choices=["exclude", "keep"],
+        help="what to do with near-duplicates in several classes (default: exclude; keep with --split published)",
+    )
+    parser.add_argument(
+        "--masks",
+        choices=["read", "ignore"],
+        default="read",
+        help="store lung masks, where <Class>/masks has them, or not (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["local", "ray"],
+        default="local",
+        help="decode in processes of this machine, or in tasks of a Ray cluster (default: %(default)s)",
+    )
+    parser.add_argument("--address", metavar="ADDRESS", help=ADDRESS_HELP)
+    parser.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="at a damaged file, or a class that would lose over 1 %% of its pictures: stop, or leave it out "
+        "(default: %(default)s)",
+    )
 
 
 def synth(options: argparse.Namespace) -> None:

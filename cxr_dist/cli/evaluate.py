@@ -7,12 +7,82 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cxr_dist.cli.options import DEVICES_HELP, RUN_HELP, Command, count, positive
 from cxr_dist.runs.loggers import progress_bar
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.remote import parse_place
 
 if TYPE_CHECKING:
     from cxr_dist.evaluation.compare import Images
     from cxr_dist.evaluation.predictions import Predictions
+
+
+RISK_HELP = (
+    "target share of wrong answers among those that are given; sets the probability below which the model abstains. "
+    "That is chosen on the validation images, which chose the model too, so it is no guarantee "
+)
+
+
+def add_parsers(command: Command) -> None:
+    parser = command(
+        "evaluate",
+        evaluate,
+        "metrics with intervals, predictions, figures and report of a run, or of a search's best trial",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an earlier evaluation")
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument(
+        "--split",
+        choices=["train", "validation", "test"],
+        default="test",
+        help="the images of this split of the dataset (default: %(default)s)",
+    )
+    images.add_argument("--images", type=Path, metavar="FOLDER", help="labelled images that are not in the dataset")
+    parser.add_argument(
+        "--dataset",
+        type=parse_place,
+        metavar="DATASET",
+        help="a dataset (default: the one that the run was trained on)",
+    )
+    parser.add_argument("--devices", type=positive, metavar="M", help=DEVICES_HELP)
+    parser.add_argument(
+        "--risk",
+        type=float,
+        metavar="SHARE",
+        help=RISK_HELP + "(for this report alone; default: that of the run's calibration, else 0.05)",
+    )
+    parser.add_argument(
+        "--examine",
+        type=count,
+        default=128,
+        metavar="N",
+        help="number of images to run the checks of attention, lungs and robustness on, about 30 forward passes each; "
+        "0 for none (default: %(default)s)",
+    )
+
+    parser = command(
+        "calibrate",
+        calibrate,
+        "fit on the validation images how sure a run is, and when it abstains; predict, serve and export obey",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
+    parser.add_argument("--risk", type=float, default=0.05, metavar="SHARE", help=RISK_HELP + "(default: %(default)s)")
+    parser.add_argument(
+        "--dataset",
+        type=parse_place,
+        metavar="DATASET",
+        help="the new place of the dataset that the run was trained on (default: its place then)",
+    )
+    parser.add_argument("--devices", type=positive, metavar="M", help=DEVICES_HELP)
+
+    parser = command("compare", compare, "two runs on the same test images, with intervals")
+    for name in ("first", "second"):
+        parser.add_argument(
+            name, type=Path, metavar="RUN", help="a run, a search, or an evaluation of one, which saves predicting"
+        )
+    parser.add_argument("--devices", type=positive, metavar="M", help=DEVICES_HELP)
+    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What the commands that use a trained model do: options in, one call into the packages, lines for people out."""
+"""The commands that use a trained model: `predict`, `export` and `serve`."""
 
 import argparse
 import signal
@@ -9,7 +9,50 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from cxr_dist.cli.options import RUN_HELP, Command, positive
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def add_parsers(command: Command) -> None:
+    parser = command("predict", predict, "what a model sees in images that nobody has labelled")
+    parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
+    parser.add_argument(
+        "images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files, or folders that hold such"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object on each line, for scripts")
+    parser.add_argument(
+        "--overlay", type=Path, metavar="FOLDER", help="write each image there with the network's attention over it"
+    )
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="number of threads that decode (default: one per core)"
+    )
+
+    parser = command("export", export, "a model as a file for other programs: pixels in, probabilities out")
+    parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder, or an earlier export")
+    parser.add_argument(
+        "--format", choices=["savedmodel", "onnx"], default="savedmodel", help="file format (default: %(default)s)"
+    )
+
+    parser = command("serve", serve, "a model behind HTTP: an image in, a class and probabilities out")
+    parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)"
+    )
+    parser.add_argument(
+        "--port", type=positive, default=8000, metavar="N", help="port to listen on (default: %(default)s)"
+    )
+    for option, default, metavar, text in (
+        ("--max-batch", 16, "B", "largest number of images in one step of the model"),
+        ("--batch-wait-ms", 10, "MS", "time that the first image of a batch waits for others while the model is idle"),
+        ("--max-body-mb", 64, "MB", "largest size of a request's body; a larger one gets status 413"),
+        ("--max-waiting", 64, "N", "largest number of requests at a time; one more gets status 503"),
+        ("--timeout", 60, "S", "longest time for an answer; a later one becomes status 504"),
+    ):
+        parser.add_argument(
+            option, type=positive, default=default, metavar=metavar, help=f"{text} (default: %(default)s)"
+        )
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -53,7 +96,7 @@ def export(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Answers until Ctrl-C or SIGTERM."""
-    from cxr_dist.serving.http_app import Limits
+    from cxr_dist.serving.limits import Limits
     from cxr_dist.serving.service import serving
     from cxr_dist.tuning.experiment import best_run
 

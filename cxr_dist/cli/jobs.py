@@ -1,179 +1,134 @@
-"""What the commands about jobs of a cluster do: options in, one call into orchestration, lines for people out."""
+"""The commands `submit` and `pipeline`."""
 
 import argparse
-import os
-import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import PurePath
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 
+from cxr_dist.cli.options import Command, add_config_options, positive
+from cxr_dist.cli.tune import DEFAULT_SEARCH, SEARCH_HELP, run_apart
 from cxr_dist.runs.interrupt import INTERRUPTED
 from tfrecords_builder.common.errors import UserError
 
-if TYPE_CHECKING:
-    from cxr_dist.launch.job_client import Jobs
-    from cxr_dist.launch.submit import Request
 
-DEFAULT_DASHBOARD = "http://127.0.0.1:8265"
+def add_parsers(command: Command) -> None:
+    submit_parser = command("submit", submit, "run a command of cxr-dist as a job of a Ray cluster, and follow its log")
+    submit_parser.usage = "cxr-dist submit [OPTIONS] --address URL -- COMMAND..."
+    _add_job_options(submit_parser, "as $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS says")
+    submit_parser.add_argument(
+        "words",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND",
+        help="the command with its options, after --: train /shared/dataset --out /shared/run. Its paths are those of "
+        "the cluster's machines: give absolute ones",
+    )
 
-
-def submit(options: argparse.Namespace) -> None:
-    """One command as a job; `options.step` is what runs, checked by the command's own parser."""
-    from cxr_dist.launch import submit as submission
-
-    request, step = _request(options), options.step
-    if options.detach and request.address == "local":
-        raise UserError("--detach: the cluster of --address local ends with this command; leave one of them out")
-    submission_id = submission.new_id(request, step.command)
-    _note_relative(options.places)
-    environment = submission.prepare(request, [step])
-    with submission.cluster(request.address, request.timeout_s) as jobs:
-        submission.send(jobs, environment, request.version, step, submission_id)
-        if options.detach:
-            print(submission_id)
-            _say(_how_to_follow(submission_id, jobs))
-            return
-        _say(f"{submission_id}: sent to {jobs.address}")
-        with _left_by_ctrl_c(jobs, request.address == "local", _how_to_follow(submission_id, jobs)):
-            code = submission.follow(jobs, submission_id, _write, _say)
-    _exit(code)
-
-
-def pipeline(options: argparse.Namespace) -> None:
-    """Build, tune and evaluate as three jobs, one after the other."""
-    from cxr_dist.launch import submit as submission
-
-    request, steps = _request(options), options.steps
-    name = submission.new_id(request, "pipeline")
-    if options.detach:
-        raise UserError(
-            "--detach: a pipeline needs someone to send its next job; start it inside tmux or nohup (the same command "
-            "with its --submission-id resumes)"
-        )
-    _note_relative(options.places)
-    environment = submission.prepare(request, steps)
-    print(f"pipeline {name}", flush=True)
-    own = request.address == "local"
-    with (
-        submission.cluster(request.address, request.timeout_s) as jobs,
-        _left_by_ctrl_c(jobs, own, f"To resume the pipeline: the same command with --submission-id {name}"),
-    ):
-        code = submission.run_pipeline(jobs, environment, request.version, steps, name, _write, _say)
-    _exit(code)
+    steps = command(
+        "pipeline",
+        pipeline,
+        "build, search and evaluate one after the other; started again, it resumes where it stopped",
+    )
+    steps.add_argument("source", metavar="SOURCE", help="labelled images, as build takes them")
+    steps.add_argument("dataset", metavar="DATASET", help="where build writes the dataset")
+    steps.add_argument(
+        "--out", required=True, metavar="EXPERIMENT", help="the search's folder; evaluation/ goes into it"
+    )
+    steps.add_argument("--image-size", type=positive, metavar="PX", help="stored size, as build takes it")
+    add_config_options(steps, SEARCH_HELP, DEFAULT_SEARCH)
+    steps.add_argument("--launcher", choices=["ray", "local"], help="of the search, as tune takes it")
+    _add_job_options(steps, "no cluster: three processes of this machine")
 
 
-def list_jobs(options: argparse.Namespace) -> None:
-    from cxr_dist.launch.job_plan import job_table
-
-    jobs = _jobs(options)
-    for line in job_table(jobs.rows(), time.time(), shutil.get_terminal_size((120, 24)).columns):
-        print(line)
-
-
-def attach(options: argparse.Namespace) -> None:
-    """Follow a job; this command's exit status is the job's."""
-    from cxr_dist.launch import submit as submission
-
-    jobs = _jobs(options)
-    jobs.details(options.job)
-    with _left_by_ctrl_c(jobs, False, _how_to_follow(options.job, jobs)):
-        code = submission.follow(jobs, options.job, _write, _say)
-    _exit(code)
-
-
-def stop(options: argparse.Namespace) -> None:
-    jobs = _jobs(options)
-    status = jobs.stop(options.job)
-    print(f"{options.job}: " + ("had ended already" if status is None else f"has ended ({status})"))
-
-
-def logs(options: argparse.Namespace) -> None:
-    _write(_jobs(options).logs(options.job))
-
-
-def dashboards(options: argparse.Namespace) -> None:
-    """Where to look at a cluster and at an experiment."""
-    from cxr_dist.launch.dashboards import dashboard_lines
-    from cxr_dist.launch.job_plan import ADDRESS_VARIABLES, dashboard_address
-
-    given = options.address
-    if given is None and not any(os.environ.get(name, "").startswith("http") for name in ADDRESS_VARIABLES):
-        given = DEFAULT_DASHBOARD
-    address = dashboard_address(given, os.environ)
-    if address == "local":
-        raise UserError("--address local: is for submit; give the address of a cluster that runs")
-    if options.experiment is not None and not options.experiment.is_dir():
-        raise UserError(f"--experiment {options.experiment}: no such folder")
-    for line in dashboard_lines(address, options.experiment, os.environ, options.timeout):
-        print(line)
-
-
-def _request(options: argparse.Namespace) -> "Request":
-    from cxr_dist.launch.job_plan import dashboard_address
-    from cxr_dist.launch.submit import Request
-    from cxr_dist.runs.versions import DISTRIBUTION, version_of
-
-    return Request(
-        address=dashboard_address(options.address, os.environ),
-        version=version_of(DISTRIBUTION),
-        submission_id=options.submission_id,
-        working_dir=options.working_dir,
-        runtime_env=options.runtime_env,
-        timeout_s=options.timeout,
+def _add_job_options(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="the cluster's dashboard, http://HOST:8265; or local: a cluster that this command starts and stops "
+        f"(default: {default})",
+    )
+    parser.add_argument(
+        "--working-dir", metavar="DIR", help="code to send with the job, as ray job submit does, less .rayignore"
+    )
+    parser.add_argument(
+        "--runtime-env", type=Path, metavar="YAML", help="the job's environment, as ray job submit takes it"
     )
 
 
-def _jobs(options: argparse.Namespace) -> "Jobs":
-    from cxr_dist.launch.job_client import Jobs
-    from cxr_dist.launch.job_plan import check_submission_id, dashboard_address
+def submit(options: argparse.Namespace) -> None:
+    """One command as a job; the exit status is the command's."""
+    from cxr_dist.launch.submit import dashboard_address
 
-    address = dashboard_address(options.address, os.environ)
-    if address == "local":
-        raise UserError("--address local: is for submit; give the address of a cluster that runs")
-    if getattr(options, "job", None) is not None:
-        check_submission_id(options.job)
-    return Jobs(address, options.timeout)
-
-
-@contextmanager
-def _left_by_ctrl_c(jobs: "Jobs", own: bool, how: str) -> Iterator[None]:
-    """Ctrl-C ends the following, and what is left behind is said: nothing of a cluster of our own, else the job."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if own:
-            _say("stopped: the cluster of --address local ends with this command, and the job with it")
-        else:
-            _say(f"no longer following; the job still runs at {jobs.address}. {how}")
-        raise SystemExit(INTERRUPTED) from None
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    words = words[1:] if words[:1] == ["cxr-dist"] else words
+    if not words:
+        raise UserError("COMMAND: give the command that the job runs after --, such as: -- train DATASET --out RUN")
+    options.check_command(words)
+    _run_jobs(options, dashboard_address(options.address), [words])
 
 
-def _how_to_follow(submission_id: str, jobs: "Jobs") -> str:
-    at = f"{submission_id} --address {jobs.address}"
-    return f"follow it: cxr-dist jobs attach {at}; stop it: cxr-dist jobs stop {at}"
+def pipeline(options: argparse.Namespace) -> None:
+    """Each step is a command that resumes, or has nothing to do, when it is started again."""
+    steps = pipeline_steps(options)
+    for step in steps:
+        options.check_command(step)
+    if options.address is None:
+        if options.working_dir or options.runtime_env:
+            raise UserError("--working-dir, --runtime-env: are for jobs; give --address too, or leave them out")
+        for step in steps:
+            if status := run_apart(step):
+                _say(f"{step[0]} ended with status {status}; start the same command again to resume")
+                raise SystemExit(status if status > 0 else 1)
+        return
+    for name in ("source", "dataset", "out"):
+        path = getattr(options, name)
+        if "://" not in path and not Path(path).is_absolute():
+            raise UserError(f"{path}: a job runs in a folder of its own; give an absolute path")
+    from cxr_dist.launch.submit import dashboard_address
+
+    _run_jobs(options, dashboard_address(options.address), steps)
 
 
-def _note_relative(places: Sequence[tuple[str, object]]) -> None:
-    """A job's working folder is temporary, and on another machine."""
-    for name, place in places:
-        if isinstance(place, PurePath) and not place.is_absolute():
-            _say(
-                f"note: {name} {place} is relative to the job's temporary folder on the cluster; give an absolute path"
-            )
+def pipeline_steps(options: argparse.Namespace) -> list[list[str]]:
+    """The command lines of build, tune and evaluate. Names that begin with a dash come after `--`."""
+    size = [f"--image-size={options.image_size}"] if options.image_size else []
+    search = [f"--config={options.config}", *(f"--set={override}" for override in options.overrides)]
+    search += [f"--launcher={options.launcher}"] if options.launcher else []
+    evaluation = options.out.rstrip("/") + "/evaluation"
+    return [
+        ["build", *size, "--", options.source, options.dataset],
+        ["tune", "--no-evaluation", f"--out={options.out}", *search, "--", options.dataset],
+        ["evaluate", f"--out={evaluation}", "--", options.out],
+    ]
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _run_jobs(options: argparse.Namespace, address: str, commands: Sequence[Sequence[str]]) -> None:
+    """The commands as jobs, each sent when the one before has succeeded; a step that runs already is followed."""
+    from cxr_dist.launch import submit as launch
+
+    environment = launch.job_environment(options.working_dir, options.runtime_env)
+    is_own = address == launch.LOCAL
+    with launch.cluster(address) as jobs:
+        for command in commands:
+            line = launch.entrypoint(command)
+            job = jobs.running(line) if len(commands) > 1 else None
+            if job is None:
+                job = jobs.send(line, environment, launch.START_TIMEOUT_S if is_own else 0.0)
+            _say(f"{job}: {command[0]} runs at {jobs.address}")
+            try:
+                status = jobs.follow(job, lambda text: print(text, end="", flush=True))
+            except KeyboardInterrupt:
+                left = "the cluster of --address local ends, and the job with it"
+                if not is_own:
+                    left = (
+                        f"the job goes on. Stop it: {jobs.ray_command('stop', job)}; "
+                        f"follow it: {jobs.ray_command('logs --follow', job)}"
+                    )
+                _say(f"no longer following; {left}")
+                raise SystemExit(INTERRUPTED) from None
+            if status:
+                _say(f"{job}: {command[0]} failed (exit status {status})")
+                raise SystemExit(status)
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _exit(code: int) -> None:
-    if code:
-        raise SystemExit(code)

@@ -7,10 +7,34 @@ import time
 from pathlib import Path
 
 from cxr_dist.cli.evaluate import print_metrics
+from cxr_dist.cli.options import Command, add_config_options, add_dataset, add_launch_options
 from cxr_dist.config.loading import load_config, resolve_preset
 from cxr_dist.launch.train import run_training
 from cxr_dist.runs.loggers import progress_bar
 from tfrecords_builder.common.files import check_output_folder
+
+DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation|feature-cache")
+DEMO_PER_CLASS, DEMO_SIZE, DEMO_IMAGE_SIZE, DEMO_EXAMINED = 400, 128, 56, 64
+
+
+def add_parsers(command: Command) -> None:
+    demo_parser = command("demo", demo, "phantom X-rays -> dataset -> both stages -> evaluation, in a few minutes")
+    demo_parser.add_argument("--out", type=Path, default=Path("demo"), help="a new folder (default: %(default)s)")
+    demo_parser.add_argument(
+        "--launcher",
+        choices=["ray", "local"],
+        default="local",
+        help="train with Ray, or in this process without Ray (default: %(default)s)",
+    )
+
+    train_parser = command("train", train, "train both stages; started again with the same --out it resumes")
+    add_dataset(train_parser)
+    train_parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
+    add_config_options(train_parser, "a file, or the name of a preset (published, cpu, smoke)")
+    add_launch_options(train_parser, "the run")
+
+    config_parser = command("config", show_config, "print the resolved configuration as YAML")
+    add_config_options(config_parser, "a file, or the name of a preset (published, cpu, smoke)")
 
 
 def train(options: argparse.Namespace) -> None:
@@ -62,18 +86,3 @@ def demo(options: argparse.Namespace) -> None:
         )
     print_metrics(metrics)
     print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
-
-
-DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation|feature-cache")
-
-
-DEMO_PER_CLASS = 400
-
-
-DEMO_SIZE = 128
-
-
-DEMO_IMAGE_SIZE = 56
-
-
-DEMO_EXAMINED = 64

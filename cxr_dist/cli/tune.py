@@ -1,17 +1,36 @@
-"""The command `tune`: everything checked first, the search, its tables and page, and the best trial's evaluation."""
+"""The command `tune`: the search, and the best trial's evaluation."""
 
 import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from cxr_dist.cli.options import Command, add_config_options, add_dataset, add_launch_options
 from cxr_dist.config.loading import resolve_preset
 from cxr_dist.launch.tune import run_search
 from cxr_dist.tuning.experiment import EVALUATION, Experiment
 from cxr_dist.tuning.search_space import load_search
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.interrupts import interrupts_held
+
+SEARCH_HELP = "a search space: a file, or the name of a preset (search, search_cpu; default: search_cpu)"
+DEFAULT_SEARCH = Path("search_cpu")
+
+
+def add_parsers(command: Command) -> None:
+    parser = command("tune", tune, "search settings; started again with the same --out it resumes")
+    add_dataset(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="EXPERIMENT", help="the search's folder")
+    add_config_options(parser, SEARCH_HELP, DEFAULT_SEARCH)
+    add_launch_options(parser, "each trial")
+    parser.add_argument(
+        "--no-evaluation",
+        dest="evaluation",
+        action="store_false",
+        help="do not evaluate the best trial at the end, as cxr-dist evaluate EXPERIMENT does it too",
+    )
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -21,7 +40,7 @@ def tune(options: argparse.Namespace) -> None:
     path = resolve_preset(options.config)
     if path is None:
         raise UserError("--config: give a search space, such as --config search_cpu")
-    plan = load_search(path, options.overrides)
+    plan = load_search(path, [*options.overrides, *trial_overrides(options)])
     experiment = Experiment(options.out)
     started = time.monotonic()
     best = run_search(
@@ -34,23 +53,30 @@ def tune(options: argparse.Namespace) -> None:
         f"{time.monotonic() - started:.0f} s"
     )
     if options.evaluation:
-        evaluate_apart(options.out)
+        command = ["evaluate", str(options.out), "--out", str(options.out / EVALUATION)]
+        if status := run_apart(command):
+            raise UserError(f"the evaluation ended with status {status}; run it again: cxr-dist {' '.join(command)}")
 
 
-def evaluate_apart(experiment: Path) -> None:
-    """Evaluate the best trial on the test split in a process of its own, which shares nothing with the search.
+def trial_overrides(options: argparse.Namespace) -> list[str]:
+    """The config keys that --workers and --devices-per-worker stand for in a search."""
+    overrides = []
+    if options.workers is not None:
+        least, most = options.workers
+        if least != most:
+            raise UserError(f"--workers {least}:{most}: a trial has a fixed number of workers; give one number")
+        overrides.append(f"search.workers_per_trial={most}")
+    if options.devices_per_worker is not None:
+        overrides.append(f"search.gpus_per_trial={options.devices_per_worker}")
+    return overrides
 
-    Raises:
-        UserError: it failed; the words are above, and so is the command.
-    """
-    out = experiment / EVALUATION
-    command = [sys.executable, "-m", "cxr_dist", "evaluate", str(experiment), "--out", str(out)]
+
+def run_apart(arguments: Sequence[str]) -> int:
+    """Run a command of this program in a process of its own, which shares nothing with this one; its exit status."""
     with interrupts_held():  # this process answers Ctrl-C, and ends the other one
-        process = subprocess.Popen(command)  # noqa: S603 - our own command
+        process = subprocess.Popen([sys.executable, "-m", "cxr_dist", *arguments])  # noqa: S603 - our own command
     try:
-        status = process.wait()
+        return process.wait()
     finally:
         process.terminate()
         process.wait()
-    if status:
-        raise UserError(f"the evaluation ended with status {status}; run it again: {' '.join(command[2:])}")

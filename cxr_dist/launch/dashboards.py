@@ -1,48 +1,52 @@
 """Where to look: addresses of Ray's dashboard and metrics, of Grafana and Prometheus, and TensorBoard's command."""
 
+import json
+import os
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
 
-from cxr_dist.launch.job_client import Jobs
+from cxr_dist.launch.ray_tokens import known_token
 from cxr_dist.runs import run_folder
-from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.errors import one_line
 
 DISCOVERY = "/api/prometheus/sd"
 DISCOVERY_FILE = "/tmp/ray/prom_metrics_service_discovery.json"  # noqa: S108 - where Ray puts it on the head
+TIMEOUT_S = 5.0
 
 
-def dashboard_lines(
-    address: str, experiment: Path | None, environment: Mapping[str, str], timeout_s: float = 5.0
-) -> list[str]:
+def dashboard_lines(address: str, experiment: Path | None) -> list[str]:
     """One line for each thing to look at, with what is known of it now."""
-    lines = _ray_lines(address, timeout_s)
+    lines = _ray_lines(address)
     for name, variable in (("Grafana", "RAY_GRAFANA_HOST"), ("Prometheus", "RAY_PROMETHEUS_HOST")):
-        lines.append(f"{name}: {environment.get(variable) or f'not configured (${variable} is not set)'}")
+        lines.append(f"{name}: {os.environ.get(variable) or f'not configured (${variable} is not set)'}")
     if experiment is None:
-        lines.append("TensorBoard: tensorboard --logdir EXPERIMENT (or a run's folder)")
-    else:
-        lines.append(f"TensorBoard: {tensorboard_command(experiment)}")
-    return lines
+        return [*lines, "TensorBoard: tensorboard --logdir EXPERIMENT (or a run's folder)"]
+    scalars = experiment / run_folder.TENSORBOARD
+    command = shlex.join(["tensorboard", "--logdir", str(scalars if scalars.is_dir() else experiment)])
+    return [*lines, f"TensorBoard: {command}"]
 
 
-def tensorboard_command(folder: Path) -> str:
-    """The line for a shell that shows a run, or all runs below an experiment's folder."""
-    scalars = folder / run_folder.TENSORBOARD
-    return shlex.join(["tensorboard", "--logdir", str(scalars if scalars.is_dir() else folder)])
-
-
-def _ray_lines(address: str, timeout_s: float) -> list[str]:
+def _ray_lines(address: str) -> list[str]:
     try:
-        jobs = Jobs(address, timeout_s)
-        version = jobs.get("/api/version")["ray_version"]
-    except UserError as error:
-        return [f"Ray dashboard: {address} (not usable: {str(error).partition(': ')[2]})"]
-    lines = [f"Ray dashboard: {address} (answers, Ray {version})"]
+        version = _read(address + "/api/version")["ray_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"Ray dashboard: {address} (not usable: {one_line(error)})"]
+    lines = [
+        f"Ray dashboard: {address} (answers, Ray {version})",
+        f"Ray metrics, for Prometheus to discover: {address}{DISCOVERY} (on the head: {DISCOVERY_FILE})",
+    ]
     try:
-        groups = jobs.get(DISCOVERY)
-        targets = [target for group in groups for target in group.get("targets", [])]
-    except (UserError, AttributeError, TypeError):
-        targets = []
-    lines.append(f"Ray metrics, for Prometheus to discover: {address}{DISCOVERY} (on the head: {DISCOVERY_FILE})")
+        targets = [target for group in _read(address + DISCOVERY) for target in group["targets"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return lines  # a Ray that does not list them
     return lines + [f"Ray metrics of a process: http://{target}/metrics" for target in targets]
+
+
+def _read(url: str) -> Any:
+    """The JSON there, asked for with the token that Ray's tools would send."""
+    token = known_token()
+    request = Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})  # noqa: S310 - http, checked
+    with urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
+        return json.load(answer)

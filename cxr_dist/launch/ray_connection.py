@@ -128,7 +128,7 @@ def _host_and_port(address: str, named: str) -> tuple[str, int]:
     if address.startswith(("http://", "https://")):
         raise UserError(
             f"{named}: is the address of a dashboard; {_NEEDED}, or send the command as a job with "
-            f"`cxr-dist submit COMMAND --address {address}`"
+            f"`cxr-dist submit --address {address} -- COMMAND`"
         )
     text = address.removeprefix(CLIENT).partition("?")[0].rstrip("/") if address.startswith(CLIENT) else address
     if address.startswith(CLIENT) and not text.rpartition("]")[2].count(":"):

@@ -1,104 +1,187 @@
-"""Commands as jobs of a cluster, through Ray's job API: one job, or a pipeline of three that can be gone on with.
+"""Commands as jobs of a Ray cluster, thin over Ray's public `JobSubmissionClient`.
 
-What a job runs is a plain command line, so Ray's own tool does as well: ``ray job submit --working-dir . --
-python -m cxr_dist train ...``; a driver that a job starts joins the job's cluster.
+`ray job submit --working-dir . -- cxr-dist ...` does the same. What this adds: a cluster of this machine's own for one
+job, and following a job that already runs, so that a pipeline can be started again. In a job, Ray sets RAY_ADDRESS to
+the job's cluster, which `train` and `tune` join.
 """
 
+import asyncio
+import logging
 import os
+import shlex
+import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from cxr_dist.launch.job_client import Jobs
-from cxr_dist.launch.job_environment import job_environment
-from cxr_dist.launch.job_plan import (
-    LOCAL,
-    Decision,
-    Step,
-    check_no_secret,
-    check_submission_id,
-    decide,
-    exit_status,
-    made_up_id,
-)
-from cxr_dist.launch.ray_tokens import ask_for_tokens, known_token
-from tfrecords_builder.common.errors import UserError
+from cxr_dist.config.loading import read_yaml
+from cxr_dist.launch.ray_tokens import HOW_TO_SET, ask_for_tokens
+from tfrecords_builder.common.errors import UserError, one_line
 
-Say = Callable[[str], None]
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
 
-
-@dataclass(frozen=True)
-class Request:
-    """How a job is sent, whatever it runs."""
-
-    address: str
-    version: str
-    """Of this program, for the job's metadata."""
-    submission_id: str | None = None
-    working_dir: Path | None = None
-    runtime_env: Path | None = None
-    timeout_s: float = 30.0
+LOCAL = "local"
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+CONNECT_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 60.0
+"""For a cluster that was just started to accept a job."""
+POLL_S = 1.0
+CHECK_EVERY_S = 15.0
+"""While a job's log is silent: a machine that vanishes closes no connection."""
 
 
-def prepare(request: Request, steps: Sequence[Step]) -> dict[str, Any]:
-    """The runtime environment of the jobs, checked with what they run, before anything is started or sent.
+def dashboard_address(given: str | None) -> str:
+    """The URL of a cluster's dashboard, or `local`; from the environment where none is given.
 
     Raises:
-        UserError: the environment cannot be made, or something in a job is a secret.
+        UserError: it is no http address.
     """
-    if request.address == LOCAL:
-        ask_for_tokens()
-    environment = job_environment(request.working_dir, request.runtime_env)
-    texts = [str(environment), *(step.entrypoint for step in steps)]
-    check_no_secret(environment.get("env_vars") or {}, texts, known_token())
+    address = given or next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), "")
+    if address == LOCAL:
+        return LOCAL
+    try:
+        url = urlsplit(address)
+        usable = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        given_words = f" {address}: is not a dashboard's address" if address else ""
+        raise UserError(f"--address{given_words}: give http://HOST:8265 of the cluster's dashboard, or local")
+    return address.rstrip("/")
+
+
+def entrypoint(command: Sequence[str]) -> str:
+    """The shell line of a job that runs a command of this program."""
+    return shlex.join(["python", "-m", "cxr_dist", *command])
+
+
+def job_environment(working_dir: str | None, file: Path | None) -> dict[str, Any]:
+    """Ray's `runtime_env`, as `ray job submit` makes it of its two options.
+
+    Raises:
+        UserError: the file is no YAML mapping, or the folder does not exist.
+    """
+    environment = read_yaml(file) if file else {}
+    if working_dir is not None:
+        environment["working_dir"] = working_dir
+    folder = environment.get("working_dir")
+    if folder is not None and "://" not in str(folder) and not Path(folder).exists():
+        raise UserError(f"--working-dir {folder}: no such folder")
     return environment
 
 
-PORT_LIMIT_S = 10.0
-"""For a cluster of this machine that was just stopped to leave its port."""
-
-
-def _check_agent_port() -> None:
-    """Refuse where another cluster's agent listens: `ray.init` gives its agent one port, and no job runs without it.
-
-    A cluster that was just stopped is given the time to go.
+class Jobs:
+    """The jobs of the cluster whose dashboard is at `address`.
 
     Raises:
-        UserError: the port is taken, and stays so.
+        UserError: no dashboard of Ray answers there, or it asks for another token.
     """
-    from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 
-    until = time.monotonic() + PORT_LIMIT_S
-    while True:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    def __init__(self, address: str) -> None:
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
+
+        self.address = address
+        os.environ[ADDRESS_VARIABLES[0]] = address  # Ray prefers the variable to the argument
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        url = urlsplit(address)
+        try:
+            # Ray's client has no timeout of its own.
+            port = url.port or (443 if url.scheme == "https" else 80)
+            socket.create_connection((str(url.hostname), port), CONNECT_TIMEOUT_S).close()
+            self._client = JobSubmissionClient(address)
+        except AuthenticationError:
+            raise UserError(f"--address {address}: the cluster refuses the token that is sent; {HOW_TO_SET}") from None
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--address {address}: no Ray dashboard answers there ({one_line(error)})") from None
+
+    def send(self, line: str, environment: dict[str, Any], wait_s: float = 0.0) -> str:
+        """Start the shell line as a job; its id.
+
+        Args:
+            wait_s: How long to try. A cluster answers some seconds before it accepts jobs.
+
+        Raises:
+            UserError: the cluster refuses the job, or the environment is not one of Ray's.
+        """
+        until = time.monotonic() + wait_s
+        while True:
             try:
-                probe.bind(("127.0.0.1", DEFAULT_DASHBOARD_AGENT_LISTEN_PORT))
-                return
-            except OSError as error:
+                return str(self._client.submit_job(entrypoint=line, runtime_env=environment))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"--runtime-env, --working-dir: Ray refuses them ({one_line(error)})") from None
+            except (RuntimeError, OSError) as error:
                 if time.monotonic() > until:
-                    raise UserError(
-                        f"--address local: port {DEFAULT_DASHBOARD_AGENT_LISTEN_PORT} is taken ({error.strerror}), "
-                        "by another Ray cluster most likely; give its address, or wait until it has ended"
-                    ) from None
-        time.sleep(0.5)
+                    raise UserError(f"--address {self.address}: does not accept the job ({one_line(error)})") from None
+            time.sleep(POLL_S)
+
+    def running(self, line: str) -> str | None:
+        """The id of a job that runs this shell line now."""
+        for job in self._client.list_jobs():
+            if job.entrypoint == line and job.submission_id and not job.status.is_terminal():
+                return str(job.submission_id)
+        return None
+
+    def follow(self, job: str, write: Callable[[str], None]) -> int:
+        """Write a job's log from its beginning until the job ends; the exit status of its command.
+
+        Raises:
+            UserError: the connection to the cluster was lost.
+        """
+        import aiohttp
+
+        try:
+            return exit_status(asyncio.run(self._follow(job, write)))
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"--address {self.address}: the connection was lost while {job} ran ({one_line(error)}); "
+                f"if the cluster is still there: {self.ray_command('logs --follow', job)}"
+            ) from None
+
+    async def _follow(self, job: str, write: Callable[[str], None]) -> "JobDetails":
+        async def tail() -> None:
+            async for text in self._client.tail_job_logs(job):
+                write(text)
+
+        tailing = asyncio.create_task(tail())
+        while not (await asyncio.wait({tailing}, timeout=CHECK_EVERY_S))[0]:
+            await asyncio.to_thread(self._client.get_job_status, job)  # raises if the cluster is gone
+        await tailing
+        while not (details := await asyncio.to_thread(self._client.get_job_info, job)).status.is_terminal():
+            await asyncio.sleep(POLL_S)
+        return details
+
+    def ray_command(self, words: str, job: str) -> str:
+        """The line for a shell that does something with a job, by Ray's own tool."""
+        return f"ray job {words} --address {self.address} {job}"
+
+
+def exit_status(details: "JobDetails") -> int:
+    """Of the command that ran as a job: 0, 2, 143 (stopped on request), or 1 for all else."""
+    if details.status.value == "SUCCEEDED":
+        return 0
+    code = details.driver_exit_code
+    return code if details.status.value == "FAILED" and code in (2, 128 + signal.SIGTERM) else 1
 
 
 @contextmanager
-def own_cluster() -> Iterator[str]:
-    """A cluster of this machine, its dashboard on the loopback interface, tokens asked for; stopped at the end."""
+def cluster(address: str) -> Iterator[Jobs]:
+    """The jobs of the cluster at an address of `dashboard_address`; for `local`, of one that ends with the context."""
+    if address != LOCAL:
+        yield Jobs(address)
+        return
     ask_for_tokens()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # The `python` of a job is to be this one.
+    # The `python` of a job is this one.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     import ray
 
-    _check_agent_port()
     try:
         context = ray.init(
             address="local",
@@ -107,102 +190,11 @@ def own_cluster() -> Iterator[str]:
             log_to_driver=False,
             logging_level="ERROR",
         )
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--address local: a cluster could not be started here ({reason})") from None
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise UserError(f"--address local: Ray cannot start a cluster on this machine ({one_line(error)})") from None
     try:
         if not context.dashboard_url:
-            raise UserError("--address local: the cluster's dashboard did not start; see /tmp/ray/session_latest/logs")
-        yield f"http://{context.dashboard_url}"
+            raise UserError("--address local: Ray's dashboard did not start; see /tmp/ray/session_latest/logs")
+        yield Jobs(f"http://{context.dashboard_url}")
     finally:
         ray.shutdown()
-
-
-@contextmanager
-def cluster(address: str, timeout_s: float) -> Iterator[Jobs]:
-    """The jobs of the cluster at an address of `dashboard_address`, or of one started for the occasion."""
-    if address == LOCAL:
-        with own_cluster() as url:
-            yield Jobs(url, timeout_s)
-        return
-    yield Jobs(address, timeout_s)
-
-
-def send(
-    jobs: Jobs,
-    environment: dict[str, Any],
-    version: str,
-    step: Step,
-    submission_id: str,
-    pipeline: str | None = None,
-) -> None:
-    """Start a step as a job, in an environment that `prepare` made.
-
-    Raises:
-        UserError: the id is taken, or the cluster refuses the job.
-    """
-    metadata = {"command": step.command, "version": version} | ({"pipeline": pipeline} if pipeline else {})
-    jobs.submit(step.entrypoint, submission_id, environment, metadata)
-
-
-def new_id(request: Request, command: str) -> str:
-    """The id that was given, or one that says what and when."""
-    return check_submission_id(request.submission_id or made_up_id(command, time.time()))
-
-
-def follow(jobs: Jobs, submission_id: str, write: Callable[[str], None], say: Say) -> int:
-    """Show a job's log until it ends; its exit status."""
-    details = jobs.follow(submission_id, write)
-    status = details.status.value
-    code = exit_status(status, details.driver_exit_code)
-    if status == "STOPPED":
-        say(f"{submission_id}: was stopped")
-    elif code:
-        reason = f"exit status {details.driver_exit_code}"
-        if details.driver_exit_code is None:
-            reason = " ".join((details.message or "no reason given").split())[:400]
-        say(f"{submission_id}: failed ({reason})")
-    return code
-
-
-def run_pipeline(
-    jobs: Jobs,
-    environment: dict[str, Any],
-    version: str,
-    steps: Sequence[Step],
-    name: str,
-    write: Callable[[str], None],
-    say: Say,
-) -> int:
-    """Run the steps as jobs, each when the one before has succeeded, from where an earlier start under this name is.
-
-    Returns:
-        0, or the exit status of the step that failed.
-
-    Raises:
-        UserError: what ran under this name before was another pipeline.
-    """
-    for step in steps:
-        rows = {row.submission_id: row for row in jobs.rows()}
-        decision = decide(f"{name}-{step.command}", {identity: row.status for identity, row in rows.items()})
-        _check_same(name, step, decision, {identity: row.entrypoint for identity, row in rows.items()})
-        if decision.action == "skip":
-            say(f"{decision.submission_id}: has succeeded already")
-            continue
-        if decision.action == "submit":
-            send(jobs, environment, version, step, decision.submission_id, name)
-        say(f"{decision.submission_id}: {step.command} " + ("runs already" if decision.action == "attach" else "sent"))
-        code = follow(jobs, decision.submission_id, write, say)
-        if code:
-            say(f"to resume from here: the same command with --submission-id {name}")
-            return code
-    return 0
-
-
-def _check_same(name: str, step: Step, decision: Decision, entrypoints: dict[str, str]) -> None:
-    """A step that was done with other arguments made something else."""
-    if decision.action != "submit" and entrypoints[decision.submission_id] != step.entrypoint:
-        raise UserError(
-            f"--submission-id {name}: {decision.submission_id} ran other arguments "
-            f"({entrypoints[decision.submission_id]}); give the same ones, or another id"
-        )

@@ -11,7 +11,7 @@ INTERRUPTED = 130
 """Exit status, as a shell gives it of a program that SIGINT has killed."""
 RESUME = "start the same command again to resume"
 """What a user is told where that is so."""
-_RESUMED = ("build", "demo", "download", "train", "tune")
+_RESUMED = ("build", "demo", "download", "pipeline", "train", "tune")
 
 
 def exit_on_interrupt() -> None:

@@ -6,21 +6,18 @@ model in batches (`batcher`).
 
 import logging
 import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from cxr_dist.inference.classifier import Classifier, Prediction, load_classifier
+from cxr_dist.inference.classifier import Classifier, load_classifier
 from cxr_dist.launch.ray_connection import OWN_CLUSTER, connected
 from cxr_dist.runs.calibration_file import read_calibration
 from cxr_dist.runs.finished import read_finished, weights_file
-from cxr_dist.serving.batcher import Batcher
-from cxr_dist.serving.http_app import HttpApp, Limits
+from cxr_dist.serving.limits import Limits
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.seal import check_seal
 
@@ -48,12 +45,15 @@ def serving(
     _check_address(host, port)
     try:
         with connected(OWN_CLUSTER, verbose):
-            serve = _serve()
+            from ray import serve
+
             level = "INFO" if verbose else "ERROR"
             logging.getLogger("ray.serve").setLevel(level)
+            # Longer than all that the replica itself allows, so that its words come first.
+            timeout_s = limits.body_timeout_s + limits.answer_timeout_s + _TO_THE_END_S
             serve.start(
                 proxy_location="HeadOnly",
-                http_options={"host": host, "port": port, "request_timeout_s": _longest_s(limits)},
+                http_options={"host": host, "port": port, "request_timeout_s": timeout_s},
                 logging_config={"log_level": level, "enable_access_log": verbose},
             )
             try:
@@ -65,53 +65,29 @@ def serving(
         raise UserError(f'serve needs {error.name}; install it: pip install -c constraints.txt -e ".[serve]"') from None
 
 
-def _serve() -> Any:
-    from ray import serve
-
-    return serve
-
-
-def _longest_s(limits: Limits) -> float:
-    """Of a request: longer than all that the replica itself allows, so that its words come first."""
-    return limits.body_timeout_s + limits.answer_timeout_s + _TO_THE_END_S
-
-
 def _application(run: Path, limits: Limits, load: Load) -> Any:
     import ray
     from ray import serve
-    from starlette.requests import Request
+
+    def build() -> Any:
+        """In the replica's process."""
+        from cxr_dist.serving.http_app import Predictions, make_app
+
+        classifier = load(run)
+        size = classifier.image_size
+        for count in (1, limits.max_batch):  # what is slow the first time is done before the first request
+            classifier.probabilities(np.zeros((count, size, size), np.uint8))
+        return make_app(Predictions(classifier.predict, size, limits), classifier.class_names, size)
 
     gpu = ray.cluster_resources().get("GPU", 0) >= 1
-
-    @serve.deployment(
+    deployment: Any = serve.deployment(
         name="classifier",
         num_replicas=1,
         max_ongoing_requests=limits.max_waiting + _BESIDE,
         max_queued_requests=_BESIDE,
         ray_actor_options={"num_cpus": 1, "num_gpus": int(gpu)},
         graceful_shutdown_timeout_s=_TO_THE_END_S,
-    )
-    class Service:
-        def __init__(self) -> None:
-            self._classifier = load(run)
-            size = self._classifier.image_size
-            for count in (1, limits.max_batch):  # what is slow the first time is done before the first request
-                self._classifier.probabilities(np.zeros((count, size, size), np.uint8))
-            batcher: Batcher[npt.NDArray[np.uint8], Prediction] = Batcher(
-                self._answers, most=limits.max_batch, wait_s=limits.batch_wait_s, at_once=limits.batches_at_once
-            )
-            self._app = HttpApp(batcher.result, size, self._classifier.class_names, limits)
-
-        async def __call__(self, request: Request) -> Any:
-            return await self._app.respond(request)
-
-        def _answers(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Prediction]:
-            started = time.perf_counter()
-            answers = self._classifier.predict(np.stack(images))
-            self._app.count_batch(len(images), time.perf_counter() - started)
-            return answers
-
-    deployment: Any = Service
+    )(serve.ingress(build)())
     return deployment.bind()
 
 

@@ -56,20 +56,18 @@ def test_a_run_says_when_its_epochs_ended(finished_run: Path) -> None:
 
 def test_growth_through_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sizes of noise, the smallest first, each trained on by a command of its own."""
-    from cxr_dist.bench import child, growth
+    from cxr_dist.bench import common, growth
 
     trained = []
 
-    def train(dataset: Path, run: Path, _arguments: object, settings: list[str]) -> None:
+    def train(dataset: Path, run: Path, _arguments: object, settings: list[str]) -> common.Trained:
         trained.append(settings)
-        run.mkdir()
         images = int(run.parent.name)
-        (run / "result.json").write_text(json.dumps({"peak_memory_bytes": 1_000_000 * images}))
-        rows = [{"seconds": seconds} for seconds in (99.0, images / 10, images / 10)]
-        (run / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert (dataset / "manifest.parquet").is_file()
+        rows = [{"seconds": seconds} for seconds in (99.0, images / 10, images / 10)]
+        return common.Trained(1.0, {"peak_memory_bytes": 1_000_000 * images}, rows)
 
-    monkeypatch.setattr(child, "train", train)
+    monkeypatch.setattr(common, "train", train)
     assert growth.EPOCHS == 3
     main(["bench", "growth", "--sizes", "80", "40", "--json"])
     sizes = json.loads(capsys.readouterr().out)

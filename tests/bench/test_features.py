@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_dist.bench import child, features, plain_keras, scaling
+from cxr_dist.bench import common, features, plain_keras, scaling
 from cxr_dist.bench.cost_model import Cluster
 from cxr_dist.bench.features import Way
 from cxr_dist.phantoms import write_phantoms
@@ -46,29 +46,22 @@ def test_the_baseline_times_its_epochs(tmp_path: Path) -> None:
 # Scaling: from runs to a table
 
 
-def run_folder(path: Path, workers: int, seconds: dict[int, float]) -> Path:
-    path.mkdir()
-    (path / "result.json").write_text(json.dumps({"workers": workers, "device": "CPU"}))
+def test_runs_become_points() -> None:
     rows = [
         {"stage": stage, "images_per_second": rate, "trainable_parameters": 1000 * stage}
-        for stage, rate in seconds.items()
-        for rate in (rate / 9, rate, rate)  # the first compiles
+        for stage, full in {1: 16.0, 2: 8.0}.items()
+        for rate in (full / 9, full, full)  # the first compiles
     ]
-    (path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_runs_become_points(tmp_path: Path) -> None:
-    found = scaling._read(run_folder(tmp_path / "run", 2, {1: 16.0, 2: 8.0}), 32)
-    assert [(row.stage, row.images_per_second, row.trainable_parameters) for row in found] == [
+    measured = scaling.stages_of(common.Trained(9.0, {"workers": 2, "device": "CPU"}, rows), 32)
+    assert [(row.stage, row.images_per_second, row.trainable_parameters) for row in measured] == [
         (1, 16.0, 1000),
         (2, 8.0, 2000),
     ]
-    point = found[1].point()
+    point = measured[1].point()
     assert (point.replicas, point.share, point.seconds) == (2, 0.5, 4.0)
 
 
-def test_the_table_of_scaling(tmp_path: Path) -> None:
+def test_the_table_of_scaling() -> None:
     measured = [
         scaling.Measured(2, workers, batch, rate, 20_000_000, "CPU")
         for workers, batch, rate in ((1, 32, 8.0), (1, 64, 8.0), (2, 32, 7.0), (2, 64, 7.5))
@@ -77,12 +70,13 @@ def test_the_table_of_scaling(tmp_path: Path) -> None:
     assert fitted[0].model.seconds_per_image == pytest.approx(1 / 8, rel=0.02)
     assert max(map(abs, fitted[0].held_out_errors)) < 0.05
     cluster = Cluster(name="six", machines=6, relative_speed=1, network_gigabits=10, storage_gigabytes=1)
-    lines = scaling.table(measured, fitted, cluster, 3600, 50_000)
+    assert len(scaling.table(measured, fitted)) == 1 + 4 + 2
+    lines = scaling.prediction_table(cluster, 3600, scaling.predict_stages(fitted, cluster, 3600, 50_000))
     assert [line.split()[1] for line in lines[-4:]] == ["1", "2", "4", "6"]
 
 
 def test_what_a_child_command_says_is_the_users_to_mend(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="says above why"):
-        child.train(tmp_path / "missing", tmp_path / "run", ["--launcher", "local"], ["stages.1.epochs=1"])
+        common.train(tmp_path / "missing", tmp_path / "run", ["--launcher", "local"], ["stages.1.epochs=1"])
     with pytest.raises(subprocess.CalledProcessError):
-        child.python(["-c", "raise SystemExit(3)"], {})
+        common.python(["-c", "raise SystemExit(3)"], {})

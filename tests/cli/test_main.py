@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_dist.cli import main
+from cxr_dist.cli import main, tune
 from cxr_dist.config.loading import load_config
 from cxr_dist.runs import run_folder
 from tfrecords_builder.common.errors import UserError
@@ -38,7 +38,7 @@ COMMANDS = (
     "config",
     "doctor",
     "submit",
-    "jobs",
+    "pipeline",
     "dashboards",
 )
 TRAIN = ["--launcher", "local", "--config", "smoke"]
@@ -117,6 +117,18 @@ def test_help(name: str | None, capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"^    {mentioned}\s", captured.out, re.MULTILINE)
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.main(["--version"])
+    assert caught.value.code == 0
+    assert re.fullmatch(r"cxr-dist \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_workers_of_a_search_are_those_of_a_trial() -> None:
+    options = main.build_parser().parse_args(["tune", "d", "--out", "e", "--workers", "2", "--devices-per-worker", "4"])
+    assert tune.trial_overrides(options) == ["search.workers_per_trial=2", "search.gpus_per_trial=4"]
+
+
 def test_every_command_is_tested_here() -> None:
     parser = main.build_parser()
     actions = [action for action in parser._actions if action.dest == "command"]
@@ -175,6 +187,12 @@ def test_training_on_nothing_says_one_line_and_makes_nothing(tmp_path: Path) -> 
         (["train", "a", "--out", "b", "--launcher", "slurm"], ["--launcher", "'slurm'", "ray", "local"]),
         (["train", "a", "--out", "b", "--workers", "two"], ["--workers", "two: must be", "at least 1"]),
         (["train", "a", "--out", "b", "--devices-per-worker", "-1"], ["--devices-per-worker"]),
+        (["train", "a", "--out", "b", "--workers", "5:2"], ["--workers", "invalid range '5:2'", "MIN:MAX"]),
+        (["tune", "a", "--out", "b", "--workers", "1:2"], ["--workers 1:2", "one number"]),
+        (["bench"], ["BENCHMARK", "cxr-dist bench --help"]),
+        (["bench", "serve"], ["RUN_OR_EXPERIMENT", "cxr-dist bench serve --help"]),
+        (["bench", "build", "--trials", "3"], ["unrecognized arguments", "--trials"]),
+        (["bench", "scaling", "--workers", "1", "--batch-sizes", "32"], ["one point makes no model"]),
         (["evaluate", "a", "--out", "b", "--split", "dev"], ["--split", "'dev'", "validation"]),
         (["evaluate", "a", "--out", "b", "--split", "train", "--images", "c"], ["--images", "--split"]),
     ],
@@ -489,7 +507,7 @@ def test_notes_of_an_error_are_printed_before_it(
         error.add_note("dataset/.cxr-build: keeps the images that were decoded")
         raise error
 
-    monkeypatch.setattr(main.dataset_commands, "verify", fail)
+    monkeypatch.setattr(main.dataset, "verify", fail)
     with pytest.raises(SystemExit) as stopped:
         main.main(["verify", "dataset"])
     assert stopped.value.code == 2

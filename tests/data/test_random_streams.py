@@ -21,7 +21,7 @@ def test_the_order_of_an_epoch_has_fixed_values() -> None:
 
 def test_the_draws_of_a_view_have_fixed_values() -> None:
     """Exact in float32: the copies of an image that a feature cache holds."""
-    draws = cache.view_draws(2, seed=0, view=1)
+    draws = cache.copy_draws(2, seed=0, number=1)
     assert draws.dtype == np.float32
     assert draws.shape == (2, augmentation.DRAWS)
     assert (draws.ravel()[:3] * 2**23).tolist() == [1794410.0, -511225.0, 2806470.0]

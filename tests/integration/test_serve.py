@@ -23,7 +23,7 @@ from cxr_dist.inference.classifier import Classifier, load_classifier
 from cxr_dist.inference.predict import predict_files
 from cxr_dist.runs.calibration_file import CALIBRATION
 from cxr_dist.serving import service
-from cxr_dist.serving.http_app import Limits
+from cxr_dist.serving.limits import Limits
 from tests.conftest import use_small_base
 from tests.inference.test_classifier import FITTED
 from tests.tfrecords_builder.images.test_decode import claiming
@@ -174,14 +174,18 @@ def test_slow_bodies_end_and_do_not_take_the_place_of_others_for_ever(port: int,
 def test_pages(port: int) -> None:
     assert ask(port, None, method="GET", path="/health") == (200, {"status": "alive"})
     assert ask(port, None, method="GET", path="/ready") == (200, {"status": "ready"})
-    for path in ("/", "/docs"):
-        status, page = ask(port, None, method="GET", path=path)
-        assert status == 200
-        assert b"Not for diagnosis" in page
-        assert b"Viral_Pneumonia" in page
+    assert ask(port, None, method="GET", path="/")[0] == 307
+    assert ask(port, None, method="GET", path="/docs")[0] == 200
+    status, schema = ask(port, None, method="GET", path="/openapi.json")
+    assert status == 200
+    assert "Not for diagnosis" in schema["info"]["description"]
+    assert "Viral_Pneumonia" in schema["info"]["description"]
+    predict = schema["paths"]["/predict"]["post"]
+    assert set(predict["requestBody"]["content"]) == {"image/png", "image/jpeg", "application/dicom"}
+    assert {"200", "408", "413", "415", "422", "503", "504"} <= set(predict["responses"])
     assert ask(port, None, method="GET")[0] == 405
     assert ask(port, b"", path="/docs")[0] == 405
-    assert ask(port, None, method="GET", path="/nope")[0] == 404
+    assert ask(port, None, method="GET", path="/nope") == (404, {"error": "Not Found"})
     status, text = ask(port, None, method="GET", path="/metrics")
     assert status == 200
     assert b'cxr_dist_requests_total{status="200"}' in text

@@ -1,54 +1,44 @@
-"""Jobs of a real cluster of this machine, which asks for a token: sent, followed, stopped, and gone on with."""
+"""Jobs of a real cluster of this machine, which asks for a token: sent, followed, left, and found again."""
 
 import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 TOKEN = secrets.token_hex(32)
 SERVE = """
 import sys
-from cxr_dist.launch.submit import own_cluster
+from cxr_dist.launch.submit import cluster
 
-with own_cluster() as url:
-    print(url, flush=True)
+with cluster("local") as jobs:
+    jobs.send("true", {}, wait_s=60)  # accepts jobs from now on
+    print(jobs.address, flush=True)
     sys.stdin.read()
-"""
-CHAIN = """
-import json, sys
-from cxr_dist.launch.job_client import Jobs
-from cxr_dist.launch.job_plan import Step
-from cxr_dist.launch.submit import Request, prepare, run_pipeline
-from pathlib import Path
-
-url, environment, name, steps = sys.argv[1:]
-request, steps = Request(url, "1", runtime_env=Path(environment)), [Step(*step) for step in json.loads(steps)]
-say = lambda line: print("SAID", line, flush=True)
-sys.exit(run_pipeline(Jobs(url), prepare(request, steps), "1", steps, name, sys.stdout.write, say))
 """
 SLEEP = """
 import sys
-from cxr_dist.launch.job_client import Jobs
-
-Jobs(sys.argv[1]).submit("echo begun; sleep 600", sys.argv[2], {}, {})
-"""
-DETAILS = """
-import sys
-from cxr_dist.launch.job_client import Jobs
+from cxr_dist.launch.submit import Jobs
 
 jobs = Jobs(sys.argv[1])
-print([jobs.details(row.submission_id).model_dump_json() for row in jobs.rows()])
+job = jobs.running("echo begun; sleep 600") or jobs.send("echo begun; sleep 600", {})
+print(job, flush=True)
+try:
+    jobs.follow(job, lambda text: print(text, end="", flush=True))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+SPACE = """
+base: smoke
+search: {trials: 2, sampler: random, scheduler: off, parameters: {model.dropout: {low: 0.0, high: 0.5}}}
+stages: {1: {epochs: 1}, 2: {epochs: 0}}
 """
 
 
@@ -73,13 +63,6 @@ def run(*arguments: object, timeout_s: float = 120, **changes: str) -> subproces
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def mended_by_the_user(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line of an error."""
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert done.stderr.startswith("error: ")
-    return done.stderr
-
-
 def wait_for(line: str, process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     for found in process.stdout:
@@ -97,9 +80,6 @@ class Cluster:
         self.url = self.process.stdout.readline().strip()
         assert self.url.startswith("http://127.0.0.1:"), self.process.communicate(timeout=30)
 
-    def cxr_dist(self, *arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
-        return run("-m", "cxr_dist", *arguments, "--address", self.url, **changes)
-
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(timeout=60)
@@ -116,24 +96,16 @@ def cluster() -> Iterator[Cluster]:
             running.kill()
 
 
-@pytest.fixture(scope="module")
-def user_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Variables that the driver sets for its workers too: Ray merges both, or refuses."""
-    path = tmp_path_factory.mktemp("environment") / "runtime_env.yaml"
-    path.write_text('env_vars: {TF_ENABLE_ONEDNN_OPTS: "0", GRPC_VERBOSITY: ERROR}\n')
-    return path
-
-
 @pytest.mark.nightly
 def test_a_pipeline_on_phantoms(phantom_source: Path, tmp_path: Path) -> None:
-    """Build, tune and evaluate on a cluster of the command's own, from the command line.
+    """Build, search and evaluation as jobs of a cluster of the command's own, which the search joins.
 
     The first of this file: the cluster of the others leaves no room for one.
     """
     experiment, space = tmp_path / "experiment", tmp_path / "space.yaml"
     space.write_text(SPACE)
     done = run(
-        *("-m", "cxr_dist", "submit", "pipeline", phantom_source, tmp_path / "dataset", "--out", experiment),
+        *("-m", "cxr_dist", "pipeline", phantom_source, tmp_path / "dataset", "--out", experiment),
         *("--image-size", 32, "--config", space, "--address", "local"),
         timeout_s=500,
     )
@@ -144,94 +116,51 @@ def test_a_pipeline_on_phantoms(phantom_source: Path, tmp_path: Path) -> None:
     assert best["trial"] in (0, 1)
 
 
-def test_the_jobs_exit_status_is_the_commands(cluster: Cluster) -> None:
-    arguments = ("evaluate", "/no such run", "--out", "/nowhere", "--submission-id", "bad")
-    done = cluster.cxr_dist("submit", *arguments)
-    assert done.returncode == 2, done.stderr
+def test_the_jobs_log_and_exit_status_are_the_commands(cluster: Cluster, tmp_path: Path) -> None:
+    """The job has the folder and the variables that were given; its command finds the code there."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "cxr_dist.py").write_text(
+        "import os, sys; print(os.environ['GIVEN']); sys.exit('error: mine')"
+    )
+    (tmp_path / "env.yaml").write_text("env_vars: {GIVEN: hello, PYTHONPATH: ''}\n")
+    at = ("-m", "cxr_dist", "submit", "--address", cluster.url)
+    own = ("--working-dir", tmp_path / "code", "--runtime-env", tmp_path / "env.yaml")
+    done = run(*at, *own, "--", "verify", "/d")
+    assert done.stdout.splitlines()[-2:] == ["hello", "error: mine"], done.stderr
+    assert done.returncode == 1
+    done = run(*at, "--", "evaluate", "/no such run", "--out", "/nowhere", RAY_ADDRESS="http://elsewhere:1")
     assert done.stdout.splitlines()[-1] == "error: /no such run: no such folder; give the folder of a run"
-    assert done.stderr.splitlines()[-1] == "bad: failed (exit status 2)"
-    assert "--submission-id bad: is taken" in mended_by_the_user(cluster.cxr_dist("submit", *arguments))
-    assert cluster.cxr_dist("jobs", "logs", "bad").stdout == done.stdout
+    assert done.stderr.splitlines()[-1].endswith(": evaluate failed (exit status 2)")
+    assert done.returncode == 2
 
 
-@pytest.mark.nightly
-def test_a_chain_goes_on_after_the_step_that_failed(
-    cluster: Cluster, user_environment: Path, phantom_source: Path, tmp_path: Path
-) -> None:
-    """The first step joins the job's cluster and has its tasks run there, under variables that both sides name."""
-    build = ["--launcher", "ray", "--address", "auto", "--image-size", "32", str(phantom_source), str(tmp_path / "d")]
-    steps = [("build", build), ("verify", [str(tmp_path / "e")])]
-
-    def chain(*steps: tuple[str, list[str]]) -> subprocess.CompletedProcess[str]:
-        return run("-c", CHAIN, cluster.url, user_environment, "chain", json.dumps(steps))
-
-    first = chain(*steps)
-    assert first.returncode == 2, first.stdout + first.stderr
-    assert "12 shards" in first.stdout
-    (tmp_path / "d").rename(tmp_path / "e")
-    second = chain(*steps)
-    assert second.returncode == 0, second.stdout + second.stderr
-    said = [line.removeprefix("SAID ") for line in second.stdout.splitlines() if line.startswith("SAID ")]
-    assert said == ["chain-build: has succeeded already", "chain-verify-2: verify sent"]
-    assert not (tmp_path / "d").exists(), "built once"
-    other = chain(("build", [*build, "--seed=1"]))
-    assert "UserError: --submission-id chain: chain-build ran other arguments" in other.stderr
+def test_a_token_is_asked_for(cluster: Cluster) -> None:
+    at = ("-m", "cxr_dist", "submit", "--address", cluster.url, "--", "verify", "/d")
+    for changes in ({"RAY_AUTH_TOKEN": "f" * 64}, {"RAY_AUTH_MODE": "disabled"}):
+        done = run(*at, **changes)
+        assert done.returncode == 2
+        assert done.stderr.splitlines() == [done.stderr.strip()]
+        assert done.stderr.startswith(f"error: --address {cluster.url}: the cluster refuses the token")
+        assert TOKEN not in done.stderr
+    assert (
+        f"Ray dashboard: {cluster.url} (answers" in run("-m", "cxr_dist", "dashboards", "--address", cluster.url).stdout
+    )
 
 
-def test_a_token_is_asked_for_and_stays_secret(cluster: Cluster) -> None:
-    wrong = mended_by_the_user(cluster.cxr_dist("jobs", "list", RAY_AUTH_TOKEN="f" * 64))
-    assert f"--address {cluster.url}: the cluster has another token (403)" in wrong
-    missing = mended_by_the_user(cluster.cxr_dist("jobs", "list", RAY_AUTH_MODE="disabled"))
-    assert "asks for a token (401)" in missing
-    details = run("-c", DETAILS, cluster.url)
-    assert '"submission_id":"bad"' in details.stdout, details.stderr
-    assert TOKEN not in details.stdout
-    assert TOKEN not in wrong + missing
-
-
-def test_jobs_are_listed_left_and_stopped(cluster: Cluster) -> None:
-    assert run("-c", SLEEP, cluster.url, "sleeper").returncode == 0
-    following = start("-m", "cxr_dist", "jobs", "attach", "sleeper", "--address", cluster.url)
+def test_following_ends_by_ctrl_c_and_with_the_cluster(cluster: Cluster) -> None:
+    """A job that was left is found again. The last of this file: the cluster is gone after it."""
+    following = start("-c", SLEEP, cluster.url)
+    assert following.stdout is not None
+    job = following.stdout.readline()
     wait_for("begun", following)
     following.send_signal(signal.SIGINT)
-    _, said = following.communicate(timeout=60)
-    assert following.returncode == 130
-    assert f"the job still runs at {cluster.url}" in said
-    assert f"cxr-dist jobs stop sleeper --address {cluster.url}" in said
-    listed = cluster.cxr_dist("jobs", "list").stdout.splitlines()
-    assert listed[0].split()[:2] == ["id", "status"]
-    assert listed[-1].split()[:2] == ["sleeper", "RUNNING"]
-    assert cluster.cxr_dist("jobs", "stop", "sleeper").stdout == "sleeper: has ended (STOPPED)\n"
-    ended = cluster.cxr_dist("jobs", "attach", "sleeper")
-    assert (ended.returncode, ended.stderr) == (1, "sleeper: was stopped\n")
-    assert "knows no such job" in mended_by_the_user(cluster.cxr_dist("jobs", "stop", "other"))
-    assert f"Ray dashboard: {cluster.url} (answers" in cluster.cxr_dist("dashboards").stdout
-
-
-def test_a_cluster_that_dies_ends_the_following(cluster: Cluster) -> None:
-    """The last of this file: the cluster is gone after it."""
-    assert run("-c", SLEEP, cluster.url, "lost").returncode == 0
-    following = start("-m", "cxr_dist", "jobs", "attach", "lost", "--address", cluster.url)
-    wait_for("begun", following)
+    _, errors = following.communicate(timeout=60)
+    assert following.returncode == 130, errors
+    again = start("-c", SLEEP, cluster.url)
+    assert again.stdout is not None
+    assert again.stdout.readline() == job
+    wait_for("begun", again)
     cluster.kill()
-    _, said = following.communicate(timeout=90)
-    assert following.returncode == 2
-    assert said.startswith(f"error: --address {cluster.url}: the cluster was lost while lost ran")
-    assert len(said.splitlines()) == 1
-
-
-SPACE = """
-base: smoke
-search: {trials: 2, sampler: random, scheduler: off, parameters: {model.dropout: {low: 0.0, high: 0.5}}}
-stages: {1: {epochs: 1}, 2: {epochs: 0}}
-"""
-
-
-def test_a_second_cluster_of_this_machine_is_refused_at_once(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with suppress(OSError):  # the cluster of these tests has it
-            taken.bind(("127.0.0.1", DEFAULT_DASHBOARD_AGENT_LISTEN_PORT))
-            taken.listen()
-        done = run("-m", "cxr_dist", "submit", "evaluate", tmp_path, "--out", tmp_path / "out", "--address", "local")
-    assert f"port {DEFAULT_DASHBOARD_AGENT_LISTEN_PORT} is taken" in mended_by_the_user(done)
+    _, errors = again.communicate(timeout=90)
+    assert f"UserError: --address {cluster.url}: the connection was lost while {job.strip()} ran" in errors
+    assert f"ray job logs --follow --address {cluster.url} {job.strip()}" in errors

@@ -136,7 +136,7 @@ def test_what_answers_is_no_cluster_of_that_kind(form: str, there: str, monkeypa
     [
         (
             "http://head:8265",
-            ["is the address of a dashboard", "HOST:6379", "submit COMMAND --address http://head:8265"],
+            ["is the address of a dashboard", "HOST:6379", "submit --address http://head:8265 -- COMMAND"],
         ),
         ("https://head", ["is the address of a dashboard", "ray://HOST:10001"]),
         ("head", ["is no address of a Ray cluster", "HOST:6379"]),

@@ -166,7 +166,7 @@ def test_another_keras_is_refused_before_the_first_step(
     import keras
 
     run = Training(replicas)
-    resnet.set_trainable(run.model, 0, False)
+    resnet.FrozenBase().apply(run.model)
     row = stage(name, 0.9, 0.0)
     StageState.create(run.strategy, run.model, row, "float32")
     STAND_INS[changed](monkeypatch, keras.optimizers.SGD if name == "sgd" else keras.optimizers.Adam)

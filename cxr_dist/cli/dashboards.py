@@ -1,0 +1,36 @@
+"""The command `dashboards`."""
+
+import argparse
+import os
+from pathlib import Path
+
+from cxr_dist.cli.options import Command
+from tfrecords_builder.common.errors import UserError
+
+DEFAULT_DASHBOARD = "http://127.0.0.1:8265"
+
+
+def add_parsers(command: Command) -> None:
+    parser = command("dashboards", dashboards, "the addresses of a cluster's and an experiment's dashboards")
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="the cluster's dashboard (default: $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS, or " + DEFAULT_DASHBOARD + ")",
+    )
+    parser.add_argument("--experiment", type=Path, metavar="DIR", help="the folder of an experiment or a run")
+
+
+def dashboards(options: argparse.Namespace) -> None:
+    """Where to look at a cluster and at an experiment."""
+    from cxr_dist.launch.dashboards import dashboard_lines
+    from cxr_dist.launch.submit import ADDRESS_VARIABLES, LOCAL, dashboard_address
+
+    given = options.address
+    if given is None and not any(os.environ.get(name, "").startswith("http") for name in ADDRESS_VARIABLES):
+        given = DEFAULT_DASHBOARD
+    address = dashboard_address(given)
+    if address == LOCAL:
+        raise UserError("--address local: is for submit; give the address of a cluster that runs")
+    if options.experiment is not None and not options.experiment.is_dir():
+        raise UserError(f"--experiment {options.experiment}: no such folder")
+    print("\n".join(dashboard_lines(address, options.experiment)))
