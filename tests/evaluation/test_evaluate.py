@@ -12,11 +12,11 @@ from cxr_dist.cli import main
 from cxr_dist.config.loading import load_config
 from cxr_dist.data import pipeline
 from cxr_dist.data.batch_sampler import EvaluationPlan
+from cxr_dist.data.image_folder import FolderSource
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.evaluation import calibration, evaluate
 from cxr_dist.evaluation.evaluate import (
     EvaluationSpec,
-    FolderSource,
     calibrate_run,
     class_probabilities,
     evaluate_run,

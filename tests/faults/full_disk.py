@@ -110,12 +110,12 @@ def keep() -> Scenario:
 
 
 def report() -> Scenario:
-    from cxr_dist.evaluation import figures
     from cxr_dist.evaluation.assessment import assess
     from cxr_dist.evaluation.predictions import Predictions, read_predictions
     from cxr_dist.evaluation.report import FILES, METRICS, PREDICTIONS, Evaluation, metrics_json, write_evaluation
+    from tfrecords_builder.common import figure
 
-    figures.png_bytes = lambda _figure: b"PNG" * 1000  # drawing takes seconds and writes nothing
+    figure.png_bytes = lambda _drawing: b"PNG" * 1000  # drawing takes seconds and writes nothing
 
     def predictions(seed: int) -> Predictions:
         rng = np.random.default_rng(seed)
