@@ -49,20 +49,12 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
     """
     labels, predicted, probabilities = predictions.labels, predictions.predicted, predictions.probabilities
     classes = np.arange(len(predictions.class_names))
-    support = np.bincount(labels, minlength=len(classes))
-    present = np.flatnonzero(support)
+    present = np.unique(labels)
     options = {"labels": present, "zero_division": 0}
-    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average=None, **options)
     macro = precision_recall_fscore_support(labels, predicted, average="macro", **options)
     weighted = precision_recall_fscore_support(labels, predicted, average="weighted", **options)
-    row_of = {index: row for row, index in enumerate(present.tolist())}
-
-    def of_class(values: npt.NDArray[np.float64], index: int) -> float | None:
-        return float(values[row_of[index]]) if index in row_of else None
-
-    aucs = [_auc(labels == index, probabilities[:, index]) for index in classes]
-    averages = [_average_precision(labels == index, probabilities[:, index]) for index in classes]
     confusion = confusion_matrix(labels, predicted, labels=classes)
+    per_class = _per_class(predictions, confusion)
     return {
         "n": len(predictions),
         "accuracy": float(np.mean(labels == predicted)),
@@ -70,29 +62,42 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
         "recall_macro": float(macro[1]),
         "f1_macro": float(macro[2]),
         "f1_weighted": float(weighted[2]),
-        "averaged_classes": [predictions.class_names[index] for index in present],
-        "missing_classes": [name for index, name in enumerate(predictions.class_names) if index not in row_of],
-        "auc_macro_ovr": _mean_of_defined(aucs),
-        "average_precision_macro": _mean_of_defined(averages),
+        "averaged_classes": [name for name, row in per_class.items() if row["support"]],
+        "missing_classes": [name for name, row in per_class.items() if not row["support"]],
+        "auc_macro_ovr": _mean_of_defined([row["auc"] for row in per_class.values()]),
+        "average_precision_macro": _mean_of_defined([row["average_precision"] for row in per_class.values()]),
         "cosine_similarity": _cosine_similarity(predictions),
         "log_loss": float(log_loss(labels, probabilities, labels=classes)),
         "brier": float(brier_of_images(predictions).mean()),
         "calibration_error": calibration_error(predictions),
-        "per_class": {
-            name: {
-                "precision": of_class(precision, index),
-                "recall": of_class(recall, index),
-                "specificity": _specificity(confusion, index),
-                "f1": of_class(f1, index),
-                "support": int(support[index]),
-                "auc": aucs[index],
-                "average_precision": averages[index],
-            }
-            for index, name in enumerate(predictions.class_names)
-        },
+        "per_class": per_class,
         "confusion_matrix": confusion.tolist(),
         "class_names": list(predictions.class_names),
     }
+
+
+def _per_class(predictions: Predictions, confusion: npt.NDArray[np.int64]) -> dict[str, dict[str, Any]]:
+    labels, probabilities = predictions.labels, predictions.probabilities
+    present = np.unique(labels).tolist()
+    columns = precision_recall_fscore_support(
+        labels, predictions.predicted, average=None, labels=present, zero_division=0
+    )
+    scores = dict(zip(present, zip(*columns[:3], strict=True), strict=True))
+    rows = {}
+    for index, name in enumerate(predictions.class_names):
+        member, score = labels == index, probabilities[:, index]
+        precision, recall, f1 = (float(value) for value in scores[index]) if index in scores else (None, None, None)
+        ranked = member.any() and not member.all()
+        rows[name] = {
+            "precision": precision,
+            "recall": recall,
+            "specificity": _specificity(confusion, index),
+            "f1": f1,
+            "support": int(member.sum()),
+            "auc": float(roc_auc_score(member, score)) if ranked else None,
+            "average_precision": float(average_precision_score(member, score)) if ranked else None,
+        }
+    return rows
 
 
 def at_label(predictions: Predictions) -> npt.NDArray[np.float64]:
@@ -178,14 +183,6 @@ def mean_roc_curve(
 def _cosine_similarity(predictions: Predictions) -> float:
     # The label vector is one-hot: its length is one, and its product with a row is the row's entry at the label.
     return float(np.mean(at_label(predictions) / np.linalg.norm(predictions.probabilities, axis=1)))
-
-
-def _auc(member: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]) -> float | None:
-    return float(roc_auc_score(member, score)) if member.any() and not member.all() else None
-
-
-def _average_precision(member: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]) -> float | None:
-    return float(average_precision_score(member, score)) if member.any() and not member.all() else None
 
 
 def _specificity(confusion: npt.NDArray[np.int64], index: int) -> float | None:
