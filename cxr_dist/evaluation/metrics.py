@@ -25,27 +25,14 @@ CALIBRATION_BINS = 15
 
 
 def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
-    """All metrics of `predictions`, as plain numbers, lists and None that strict JSON can hold.
+    """All metrics of `predictions`, as numbers, lists and None that strict JSON can hold.
 
-    Macro means run over the classes that have images, as scikit-learn's do with ``labels=`` those classes and
-    ``zero_division=0``. A class without images is missing: its precision, recall and F1 are None. A one-vs-rest AUC
-    needs images inside and outside the class: elsewhere it is None, and `auc_macro_ovr` is the mean of those that
-    exist (None if there is none).
-
-    Returns:
-        n: number of images.
-        accuracy, precision_macro, recall_macro, f1_macro, f1_weighted: in [0, 1]; f1_weighted by support.
-        averaged_classes, missing_classes: the classes with images, which macro means run over, and those without.
-        auc_macro_ovr: one-vs-rest, unweighted mean over classes (Hand and Till's is one-vs-one).
-        cosine_similarity: mean over images of cos(one-hot label, probabilities), as keras.metrics.CosineSimilarity.
-        average_precision_macro: one-vs-rest, unweighted mean over the classes that have one.
-        log_loss: mean negative log-likelihood, in nats.
-        brier: mean squared distance of the probabilities from the label as one-hot, 0 to 2 (Brier 1950).
-        calibration_error: expected calibration error of the predicted probability, in 15 equal bins (Guo et al. 2017).
-        per_class: for each class precision, recall (which is its sensitivity), f1 (None without images of the class),
-            specificity (None without images outside the class), support (number of images), auc and average_precision.
-        confusion_matrix: C lists of C counts; rows are true classes, columns predicted ones.
-        class_names: the classes in label order.
+    Macro means run over the classes with images, as scikit-learn's with ``labels=`` those classes and
+    ``zero_division=0``. What a class lacks the images for is None: precision, recall and F1 without images of it,
+    specificity without others, AUC and average precision without either. `f1_weighted` is by support, AUCs are
+    one-vs-rest, `log_loss` is in nats, `brier` from 0 to 2 (Brier 1950), `calibration_error` the expected one in 15
+    bins of equal width (Guo et al. 2017), `cosine_similarity` the mean of cos(one-hot label, probabilities).
+    `confusion_matrix` holds C lists of C counts; rows are true classes, columns predicted ones.
     """
     labels, predicted, probabilities = predictions.labels, predictions.predicted, predictions.probabilities
     classes = np.arange(len(predictions.class_names))
