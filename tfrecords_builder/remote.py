@@ -145,13 +145,8 @@ def staged_output(
     """A local folder to build in, which goes up when the block ends without an error.
 
     It begins as what is there: the dataset at the address, so that a build which changes nothing does nothing, or a
-    build that was stopped.
-
-    Args:
-        url: Where the dataset goes.
-        needed: Bytes that the build may take.
-        stage: See `local_copy`.
-        progress: Called with (records sent, records in all).
+    build that was stopped. `needed` is what the build may take, in bytes; `progress` is called with (records sent,
+    records in all).
 
     Raises:
         UserError: The address holds something else, or cannot be written.

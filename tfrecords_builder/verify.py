@@ -40,9 +40,7 @@ class VerifySummary:
 def verify_dataset(dataset: Path, progress: Callable[[int, int], None] | None = None) -> VerifySummary:
     """Check the manifest against itself, then every byte of every shard against the manifest.
 
-    Args:
-        dataset: A dataset's folder.
-        progress: Called with (records checked, records in all).
+    `progress` is called with (records checked, records in all).
 
     Raises:
         UserError: The first thing found wrong, with the shard and the record.

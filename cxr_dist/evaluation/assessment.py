@@ -51,25 +51,19 @@ def assess(
     """The content of metrics.json.
 
     Args:
-        predictions: Of the evaluated images, with the probabilities as the network gives them.
-        calibrated: What `calibration.fit` found on other images; None where there was nothing to find it on.
-        comparable: Whether the images are the test split of a dataset of X-rays: the published result is of nothing
-            else.
+        predictions: Of the evaluated images, with the network's own probabilities.
+        calibrated: Of `calibration.fit` on other images, if there is one.
+        comparable: Whether the images are the test split of real X-rays, as those of the published result.
         origin: Which of the images the run has seen, and how many patients are named.
 
     Returns:
         What `evaluate_predictions` gives, and
         uncertainty: of `bootstrap.bootstrap`, and `patients`.
-        seen: training and validation (how many of the images are such images of the run), share (of both together)
-            and asked_for; None where it is not known.
-        metrics_unseen: what `evaluate_predictions` gives of the images that the run has not seen, with `uncertainty`;
-            None if it has seen none or all of them, or if they were asked for.
-        published: of `beside_published`; empty if the images are no test split, if the classes with images
-            are not the published four, or if the run has seen images of another dataset.
-        calibration: None without `calibrated`; else that, with `before` and `after` (log_loss, brier and
-            calibration_error with the network's probabilities and with the scaled ones), `reliability` of both,
-            `at_threshold` (images predicted, coverage and accuracy at the threshold), and `in_sample` (how many of the
-            images it was fitted on; None where that is not known).
+        seen: how many images the run has seen (training, validation, share, asked_for); None where unknown.
+        metrics_unseen: metrics and uncertainty of the others; None if there are none, or seen ones were asked for.
+        published: of `beside_published`; empty unless comparable, of the published classes, and not seen.
+        calibration: `calibrated` with `before` and `after` scaling (log_loss, brier, calibration_error), `reliability`
+            of both, `at_threshold`, and `in_sample` (images that it was fitted on; None where unknown); or None.
     """
     metrics = evaluate_predictions(predictions)
     uncertainty = bootstrap.bootstrap(predictions)

@@ -54,11 +54,7 @@ def check_same_images(first: Images, second: Images) -> None:
 def compare(
     first: Predictions, second: Predictions, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> dict[str, Any]:
-    """The second classifier less the first.
-
-    Args:
-        first: Of N images; its groups are those that are resampled.
-        second: Of the same images, in any order.
+    """The second classifier less the first, on the same images in any order; the first's groups are resampled.
 
     Returns:
         n, unit, units, level; `metrics`: name -> first, second, difference (second - first), low and high of its

@@ -36,15 +36,12 @@ from tfrecords_builder.remote import Place, parse_place
 def evaluate_run(
     spec: EvaluationSpec, devices: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """Evaluate a finished run and write metrics, predictions, figures and report.
+    """Evaluate a finished run and write metrics, predictions, figures and report; what metrics.json holds.
 
     Args:
         spec: What to evaluate.
         devices: GPUs, or logical CPUs; all GPUs or one CPU when None.
         progress: Called with the images done and their number.
-
-    Returns:
-        What metrics.json holds.
 
     Raises:
         UserError: the run is not finished, or the images cannot be had.
@@ -101,13 +98,9 @@ def calibrate_run(
 
     Args:
         run_path: The run's folder.
-        risk: Share of wrong answers that the threshold allows, 0 to 1.
-        dataset: Where the dataset is that the run was trained on; by default where it was then.
-        devices: As `evaluate_run`.
-        progress: As `evaluate_run`.
-
-    Returns:
-        What `calibration.fit` found.
+        risk: Error rate that the threshold allows, 0 to 1.
+        dataset: Where the run's dataset is now; by default where it was.
+        devices, progress: As `evaluate_run`.
 
     Raises:
         UserError: the run is not finished, its validation images cannot be had, or the file cannot be written.
@@ -272,10 +265,8 @@ def class_probabilities(
 ) -> npt.NDArray[np.float32]:
     """The softmax of a network's logits for every input of `source` once, in order, in inference mode.
 
-    Args:
-        batch_size: Images per replica and step.
-        step: `forward.make_forward_step` of the network; traced once, whatever the number of sources.
-        progress: Called with the steps done and their number.
+    `batch_size` is per replica and step; `step`, of `forward.make_forward_step`, is traced once for all sources;
+    `progress` is called with the steps done and their number.
 
     Returns:
         float32 [N, C], complete on every worker.

@@ -25,44 +25,23 @@ CALIBRATION_BINS = 15
 
 
 def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
-    """All metrics of `predictions`, as plain numbers, lists and None that strict JSON can hold.
+    """All metrics of `predictions`, as numbers, lists and None that strict JSON can hold.
 
-    Macro means run over the classes that have images, as scikit-learn's do with ``labels=`` those classes and
-    ``zero_division=0``. A class without images is missing: its precision, recall and F1 are None. A one-vs-rest AUC
-    needs images inside and outside the class: elsewhere it is None, and `auc_macro_ovr` is the mean of those that
-    exist (None if there is none).
-
-    Returns:
-        n: number of images.
-        accuracy, precision_macro, recall_macro, f1_macro, f1_weighted: in [0, 1]; f1_weighted by support.
-        averaged_classes, missing_classes: the classes with images, which macro means run over, and those without.
-        auc_macro_ovr: one-vs-rest, unweighted mean over classes (Hand and Till's is one-vs-one).
-        cosine_similarity: mean over images of cos(one-hot label, probabilities), as keras.metrics.CosineSimilarity.
-        average_precision_macro: one-vs-rest, unweighted mean over the classes that have one.
-        log_loss: mean negative log-likelihood, in nats.
-        brier: mean squared distance of the probabilities from the label as one-hot, 0 to 2 (Brier 1950).
-        calibration_error: expected calibration error of the predicted probability, in 15 equal bins (Guo et al. 2017).
-        per_class: for each class precision, recall (which is its sensitivity), f1 (None without images of the class),
-            specificity (None without images outside the class), support (number of images), auc and average_precision.
-        confusion_matrix: C lists of C counts; rows are true classes, columns predicted ones.
-        class_names: the classes in label order.
+    Macro means run over the classes with images, as scikit-learn's with ``labels=`` those classes and
+    ``zero_division=0``. What a class lacks the images for is None: precision, recall and F1 without images of it,
+    specificity without others, AUC and average precision without either. `f1_weighted` is by support, AUCs are
+    one-vs-rest, `log_loss` is in nats, `brier` from 0 to 2 (Brier 1950), `calibration_error` the expected one in 15
+    bins of equal width (Guo et al. 2017), `cosine_similarity` the mean of cos(one-hot label, probabilities).
+    `confusion_matrix` holds C lists of C counts; rows are true classes, columns predicted ones.
     """
     labels, predicted, probabilities = predictions.labels, predictions.predicted, predictions.probabilities
     classes = np.arange(len(predictions.class_names))
-    support = np.bincount(labels, minlength=len(classes))
-    present = np.flatnonzero(support)
+    present = np.unique(labels)
     options = {"labels": present, "zero_division": 0}
-    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average=None, **options)
     macro = precision_recall_fscore_support(labels, predicted, average="macro", **options)
     weighted = precision_recall_fscore_support(labels, predicted, average="weighted", **options)
-    row_of = {index: row for row, index in enumerate(present.tolist())}
-
-    def of_class(values: npt.NDArray[np.float64], index: int) -> float | None:
-        return float(values[row_of[index]]) if index in row_of else None
-
-    aucs = [_auc(labels == index, probabilities[:, index]) for index in classes]
-    averages = [_average_precision(labels == index, probabilities[:, index]) for index in classes]
     confusion = confusion_matrix(labels, predicted, labels=classes)
+    per_class = _per_class(predictions, confusion)
     return {
         "n": len(predictions),
         "accuracy": float(np.mean(labels == predicted)),
@@ -70,29 +49,42 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
         "recall_macro": float(macro[1]),
         "f1_macro": float(macro[2]),
         "f1_weighted": float(weighted[2]),
-        "averaged_classes": [predictions.class_names[index] for index in present],
-        "missing_classes": [name for index, name in enumerate(predictions.class_names) if index not in row_of],
-        "auc_macro_ovr": _mean_of_defined(aucs),
-        "average_precision_macro": _mean_of_defined(averages),
+        "averaged_classes": [name for name, row in per_class.items() if row["support"]],
+        "missing_classes": [name for name, row in per_class.items() if not row["support"]],
+        "auc_macro_ovr": _mean_of_defined([row["auc"] for row in per_class.values()]),
+        "average_precision_macro": _mean_of_defined([row["average_precision"] for row in per_class.values()]),
         "cosine_similarity": _cosine_similarity(predictions),
         "log_loss": float(log_loss(labels, probabilities, labels=classes)),
         "brier": float(brier_of_images(predictions).mean()),
         "calibration_error": calibration_error(predictions),
-        "per_class": {
-            name: {
-                "precision": of_class(precision, index),
-                "recall": of_class(recall, index),
-                "specificity": _specificity(confusion, index),
-                "f1": of_class(f1, index),
-                "support": int(support[index]),
-                "auc": aucs[index],
-                "average_precision": averages[index],
-            }
-            for index, name in enumerate(predictions.class_names)
-        },
+        "per_class": per_class,
         "confusion_matrix": confusion.tolist(),
         "class_names": list(predictions.class_names),
     }
+
+
+def _per_class(predictions: Predictions, confusion: npt.NDArray[np.int64]) -> dict[str, dict[str, Any]]:
+    labels, probabilities = predictions.labels, predictions.probabilities
+    present = np.unique(labels).tolist()
+    columns = precision_recall_fscore_support(
+        labels, predictions.predicted, average=None, labels=present, zero_division=0
+    )
+    scores = dict(zip(present, zip(*columns[:3], strict=True), strict=True))
+    rows = {}
+    for index, name in enumerate(predictions.class_names):
+        member, score = labels == index, probabilities[:, index]
+        precision, recall, f1 = (float(value) for value in scores[index]) if index in scores else (None, None, None)
+        ranked = member.any() and not member.all()
+        rows[name] = {
+            "precision": precision,
+            "recall": recall,
+            "specificity": _specificity(confusion, index),
+            "f1": f1,
+            "support": int(member.sum()),
+            "auc": float(roc_auc_score(member, score)) if ranked else None,
+            "average_precision": float(average_precision_score(member, score)) if ranked else None,
+        }
+    return rows
 
 
 def at_label(predictions: Predictions) -> npt.NDArray[np.float64]:
@@ -178,14 +170,6 @@ def mean_roc_curve(
 def _cosine_similarity(predictions: Predictions) -> float:
     # The label vector is one-hot: its length is one, and its product with a row is the row's entry at the label.
     return float(np.mean(at_label(predictions) / np.linalg.norm(predictions.probabilities, axis=1)))
-
-
-def _auc(member: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]) -> float | None:
-    return float(roc_auc_score(member, score)) if member.any() and not member.all() else None
-
-
-def _average_precision(member: npt.NDArray[np.bool_], score: npt.NDArray[np.float64]) -> float | None:
-    return float(average_precision_score(member, score)) if member.any() and not member.all() else None
 
 
 def _specificity(confusion: npt.NDArray[np.int64], index: int) -> float | None:

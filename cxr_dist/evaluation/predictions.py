@@ -15,10 +15,8 @@ from tfrecords_builder.common.files import write_bytes
 PROBABILITY_PREFIX = "prob_"
 """Column of a class's probability in the predictions file: this, then the class name."""
 
-
 ROW_SUM_TOLERANCE = 1e-4
 """A float32 softmax sums to one within about 1e-6; a row further off than this is no probability vector."""
-
 
 _MARK = {b"cxr_dist.file": b"predictions"}
 

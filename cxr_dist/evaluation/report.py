@@ -74,7 +74,7 @@ def check_output_folder(out: Path) -> None:
     Raises:
         UserError: `out` is a file, or a folder that holds something else.
     """
-    if not _is_metrics_file(out / METRICS):
+    if not {"confusion_matrix", "class_names"} <= files.read_json_object(out / METRICS).keys():
         # The metrics are written last, the predictions first: an interrupted evaluation has the one without the other.
         files.check_output_folder(
             out,
@@ -86,17 +86,10 @@ def check_output_folder(out: Path) -> None:
 
 
 def write_evaluation(out: Path, evaluation: Evaluation) -> dict[str, Any]:
-    """Write metrics.json, predictions.parquet, report.html and its figures as PNG.
+    """Write metrics.json, predictions.parquet, report.html and its figures as PNG; the metrics.
 
-    Everything is computed before the first file is touched. An earlier evaluation in `out` loses its
-    metrics.json first and gets the new one last: a folder with metrics.json is complete and of one piece.
-
-    Args:
-        out: Created if need be; see `check_output_folder`.
-        evaluation: What to write.
-
-    Returns:
-        The metrics.
+    Everything is computed before the first file is touched. An earlier evaluation in `out` loses its metrics.json first
+    and gets the new one last: a folder with metrics.json is complete and of one piece.
 
     Raises:
         UserError: `out` holds something else, or cannot be written.
@@ -198,11 +191,3 @@ def confident_mistakes(predictions: Predictions, limit: int = MISTAKES_SHOWN) ->
         }
         for row in ranked[:limit]
     ]
-
-
-def _is_metrics_file(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "confusion_matrix" in content and "class_names" in content

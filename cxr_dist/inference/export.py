@@ -8,7 +8,6 @@ run does, before the folder gets its name. In float32, whatever the run was trai
 """
 
 import importlib.util
-import json
 import secrets
 import shutil
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from cxr_dist.model import split_point
 from cxr_dist.runs.calibration_file import Calibration, read_calibration
 from cxr_dist.runs.finished import read_finished
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.common.files import check_output_folder, sync, write_json
+from tfrecords_builder.common.files import check_output_folder, read_json_object, sync, write_json
 
 Format = Literal["savedmodel", "onnx"]
 METADATA = "metadata.json"
@@ -50,7 +49,13 @@ def export_run(run: Path, out: Path, format_name: Format) -> dict[str, Any]:
     found = read_finished(run)
     calibration = read_calibration(run) or Calibration()
     names = {METADATA, *NAMES.values()}
-    check_output_folder(out, "an export", "OUT", lambda name: name in names, lambda: _is_export(out))
+    check_output_folder(
+        out,
+        "an export",
+        "OUT",
+        lambda name: name in names,
+        lambda: read_json_object(out / METADATA).get("made_by") == MARK,
+    )
     if format_name == "onnx":
         _require_onnx()
     prepare_devices(1)
@@ -176,14 +181,6 @@ def _load_onnx(target: Path) -> Run:
 
     session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
     return lambda images: session.run(["probabilities"], {"images": images})[0]
-
-
-def _is_export(out: Path) -> bool:
-    try:
-        found = json.loads((out / METADATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and found.get("made_by") == MARK
 
 
 def _publish(work: Path, out: Path) -> None:

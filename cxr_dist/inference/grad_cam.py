@@ -12,7 +12,6 @@ from cxr_dist.model import keras_graph
 
 BATCH_SIZE = 32
 
-
 Maps = npt.NDArray[np.float32]
 
 

@@ -12,10 +12,8 @@ from cxr_dist.inference.grad_cam import enlarged
 SIDE = 168
 """Of a picture, in pixels: small, as a report holds twenty."""
 
-
 HEAT = "cividis"
 """Nunez, Anderton and Renslow, PLOS ONE 13, 2018: looks alike with and without a colour vision deficiency."""
-
 
 OPACITY = 0.65
 """Of the highest heat; none is transparent, so that the X-ray stays to be seen."""

@@ -14,19 +14,11 @@ LUNG_EDGE = 0.04
 
 
 def draw_phantom(class_name: str, size: int, rng: np.random.Generator) -> tuple[Image8, Image8]:
-    """Draw one X-ray and its lung mask.
+    """One X-ray of a class of `CLASS_FOLDERS` and its lung mask (255 inside), uint8 [size, size] each.
 
     Anatomy, exposure and sign have a stream of `rng` each: generators of the same seed give the same patient under
     the same exposure for every class, and images that differ inside the lungs alone. Nothing but pixel noise depends
     on `size`.
-
-    Args:
-        class_name: one of `CLASS_FOLDERS`.
-        size: pixels a side, S.
-        rng: a generator made from a seed (it is spawned from).
-
-    Returns:
-        The image, uint8 [S, S], and the mask, uint8 [S, S], 255 inside the lungs and 0 outside.
 
     Raises:
         ValueError: `class_name` is none of the four.

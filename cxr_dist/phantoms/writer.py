@@ -34,18 +34,10 @@ def write_phantoms(
 ) -> dict[str, int]:
     """Write `<Class>/images/<Class>-<n>.png` and `<Class>/masks/<Class>-<n>.png`, n from 1, for each class.
 
-    Both are 8-bit gray, `size` pixels a side; a mask is 255 inside the lungs. Phantom n of a class depends on
-    (seed, class, n, size) alone. Everything is drawn under a hidden name beside `folder` and renamed at the end: a run
-    that is killed leaves no `folder`. (Files are not synced one by one: phantoms that a power cut damages are drawn
-    again from their seed.)
-
-    Args:
-        folder: the folder to make; it may exist if it is empty.
-        per_class: images of each of the four classes.
-        size: pixels a side.
-        seed: another seed gives other patients.
-        workers: processes that draw; None for as many as this process has cores, fewer for few images.
-        progress: called with (images written, images in all) as they come.
+    Both are 8-bit gray, `size` pixels a side; a mask is 255 inside the lungs. Phantom n of a class depends on (seed,
+    class, n, size) alone. All are drawn under a hidden name beside `folder` and renamed at the end, so a run that is
+    killed leaves no `folder`. By default it takes a process per core, fewer for few images; `progress` is called with
+    (images written, images in all).
 
     Returns:
         Images per class folder.

@@ -14,14 +14,9 @@ from cxr_dist.data import pipeline
 from cxr_dist.data.batch_sampler import EvaluationPlan
 from cxr_dist.data.image_folder import FolderSource
 from cxr_dist.distributed.strategy import make_strategy
-from cxr_dist.evaluation import calibration, evaluate
-from cxr_dist.evaluation.evaluate import (
-    EvaluationSpec,
-    calibrate_run,
-    class_probabilities,
-    evaluate_run,
-    predict_run,
-)
+from cxr_dist.evaluation import calibration, evaluated_images
+from cxr_dist.evaluation.evaluate import calibrate_run, class_probabilities, evaluate_run, predict_run
+from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.evaluation.predictions import read_predictions
 from cxr_dist.model import forward, resnet
 from cxr_dist.training import train_step
@@ -198,7 +193,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
         places.append(place)
         return remote.local_copy(place)
 
-    monkeypatch.setattr(evaluate, "local_copy", recorded)
+    monkeypatch.setattr(evaluated_images, "local_copy", recorded)
     monkeypatch.setenv(remote.STAGE_VARIABLE, str(tmp_path / "stage"))
     return places
 

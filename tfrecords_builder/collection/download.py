@@ -35,13 +35,10 @@ _POLL_SECONDS = 0.5
 
 
 def download_database(folder: Path, images: Mapping[str, int] = IMAGES) -> bool:
-    """Put the database into `folder`; False when it is there already.
+    """Put the database into the new or empty `folder`; False when it is there already.
 
-    A download that was stopped goes on when it is started again: what has arrived is kept beside `folder`.
-
-    Args:
-        folder: A new or empty folder.
-        images: How many of each class there should be.
+    A download that was stopped goes on when it is started again: what has arrived is kept beside `folder`. `images`
+    says how many of each class there should be.
 
     Raises:
         UserError: kagglehub is not installed, the disk is too small, Kaggle cannot be reached or wants credentials,

@@ -70,10 +70,9 @@ def find_images(root: Path) -> list[SourceImage]:
 def list_source(root: Path, on_error: str = "stop", masks: str = "read") -> Listing:
     """All files below `root`: which are images, which are their masks, and why the others are neither.
 
-    Both `<Class>/images/*.png` (the database's layout) and `<Class>/*.png` are understood, class by class; a class
-    that has both kinds keeps both. Lung masks are in `<Class>/masks`, or beside the images, and named as their image,
-    with "mask" before or behind it or without. `images` and `masks` may be in capitals. A folder without anything that
-    looks like an image (of documents, say) is no class.
+    Both `<Class>/images/*.png` (the database's layout) and `<Class>/*.png` are read, class by class, or both.
+    Lung masks are in `<Class>/masks`, or beside the images, and named as their image, with "mask" before or behind
+    it or without. A folder without anything that looks like an image (of documents, say) is no class.
 
     Args:
         root: The folder that holds one folder per class.
@@ -82,9 +81,7 @@ def list_source(root: Path, on_error: str = "stop", masks: str = "read") -> List
         masks: With "ignore" no image has a mask, and all masks are counted as ignored.
 
     Raises:
-        UserError: `root` is missing, holds no class folder with images, is itself a class folder, or
-            holds an empty class folder, one that would lose pictures, two folders that would be the same class, a
-            link that puts images into a second class, or a name that is not Unicode.
+        UserError: `root` holds no classes, or a class that would be empty, ambiguous or lose pictures.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give the folder that holds one folder per class")
@@ -156,12 +153,8 @@ def match_masks(images: Sequence[str], masks: Sequence[str]) -> tuple[list[str],
 def read_split_file(path: Path, known: Collection[str]) -> tuple[dict[str, str], str]:
     """The split of each image by path, and the file's SHA-256, from a CSV with the columns path and split.
 
-    Args:
-        path: The file. Lines of further columns are fine.
-        known: The paths of all source images.
-
     Raises:
-        UserError: The file cannot be read, lacks a column, or has a line that names no image of the source, no split,
+        UserError: The file cannot be read, lacks a column, or has a line that names no image of `known`, no split,
             or an image a second time.
     """
     try:

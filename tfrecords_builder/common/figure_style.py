@@ -11,7 +11,6 @@ COLOURS = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GRAY, RULE = "#6b6b6b", "#d0d4d9"
 DASHES = ("-", "--", "-.", ":")
 
-
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 11.0,

@@ -7,7 +7,7 @@ import re
 import secrets
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.locks import LOCK
@@ -145,6 +145,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Put `text`, as UTF-8, at `path`, complete or not at all."""
     write_bytes(path, text.encode())
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def write_json(path: Path, value: object) -> None:

@@ -26,16 +26,13 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def acquire(path: Path, *, shared: bool = False, create: bool = True, wait_s: float = 0.0) -> int | None:
-    """Lock the file `path`.
+    """Lock the file `path`, whose folder exists; a descriptor whose closing gives the lock up, or None when it is held.
 
     Args:
-        path: A file; its folder exists.
+        path: The file.
         shared: Whether other processes may hold a shared lock at the same time.
         create: Whether the file is made if it is missing. Without, a shared lock needs no permission to write.
         wait_s: How long to wait for another process, at most.
-
-    Returns:
-        A descriptor, whose closing gives the lock up; None when another process holds the lock.
 
     Raises:
         UserError: The file system has no locks.

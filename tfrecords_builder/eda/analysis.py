@@ -185,7 +185,10 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
     wanted = {path for paths in samples.values() for path in paths} | set(shown)
     statistics = PixelStatistics(len(manifest.class_names), manifest.image_size)
     levels = SourceLevels()
-    trivial = {split: _TrivialFeatures(_bounded_sample(manifest, split)) for split in ("train", "validation")}
+    trivial = {
+        split: _TrivialFeatures(_least_hashes((row.path for row in manifest.rows if row.split == split), SAMPLE_LIMIT))
+        for split in ("train", "validation")
+    }
     pictures: dict[str, Gray] = {}
     total = sum(shard.records for shard in manifest.shards)
     for done, (row, gray) in enumerate(_images(dataset, manifest), start=1):
@@ -261,10 +264,11 @@ def choose_samples(manifest: Manifest) -> dict[str, list[str]]:
 
 def measure_shortcuts(train: "_TrivialFeatures", validation: "_TrivialFeatures") -> dict[str, shortcuts.Shortcut]:
     """Each of `FEATURES` alone, fitted on training images and judged on validation images."""
-    left, right = train.tables(train), validation.tables(train)
+    fitted, judged = train.tables(train), validation.tables(train)
     return {
-        name: shortcuts.measure(left[name], train.labels, right[name], validation.labels)
-        for name in sorted(left, key=list(FEATURES).index)
+        name: shortcuts.measure(fitted[name], train.labels, judged[name], validation.labels)
+        for name in FEATURES
+        if name in fitted
     }
 
 
@@ -378,10 +382,6 @@ def _pixel_numbers(manifest: Manifest, statistics: PixelStatistics) -> dict[str,
             for other in range(one + 1, len(means))
         ],
     }
-
-
-def _bounded_sample(manifest: Manifest, split: str) -> list[str]:
-    return _least_hashes((row.path for row in manifest.rows if row.split == split), SAMPLE_LIMIT)
 
 
 def _least_hashes(paths: Iterable[str], count: int) -> list[str]:

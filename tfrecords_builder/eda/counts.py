@@ -1,7 +1,7 @@
 """What a dataset's manifest alone says, as numbers for its analysis: counts, sizes, duplicates, other files. Pure."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from tfrecords_builder.format.manifest import Manifest
 from tfrecords_builder.format.manifest_rows import ACCEPTED, Row
-from tfrecords_builder.splitting.splits import SPLITS, TRAIN_PERCENT, VALIDATION_PERCENT
+from tfrecords_builder.splitting.splits import TRAIN_PERCENT, VALIDATION_PERCENT
 
 GROUPS_SHOWN = 6
 SIZES_LISTED = 10
@@ -103,7 +103,7 @@ def patient_numbers(manifest: Manifest) -> dict[str, int]:
     return {
         "several_images": len(patients),
         "images": sum(map(len, patients.values())),
-        "straddling_splits": sum(len(_splits_of(rows)) > 1 for rows in patients.values()),
+        "straddling_splits": _straddling(patients.values()),
     }
 
 
@@ -116,7 +116,7 @@ def duplicate_numbers(manifest: Manifest) -> dict[str, Any]:
         "groups": len(groups),
         "images": sum(map(len, groups.values())),
         "sizes": {str(size): n for size, n in sorted(Counter(map(len, groups.values())).items())},
-        "straddling_splits": sum(len(_splits_of(rows)) > 1 for rows in groups.values()),
+        "straddling_splits": _straddling(groups.values()),
         "straddling_classes": sum(len({row.class_name for row in rows}) > 1 for rows in groups.values()),
         "largest": [
             [{"path": row.path, "class_name": row.class_name, "split": row.split} for row in rows] for rows in largest
@@ -133,9 +133,9 @@ def largest_groups(manifest: Manifest) -> list[list[Row]]:
     return [rows for _, rows in order[:GROUPS_SHOWN]]
 
 
-def _splits_of(rows: Sequence[Row]) -> list[str]:
-    present = {row.split for row in rows}
-    return [split for split in SPLITS if split in present]
+def _straddling(groups: Iterable[Sequence[Row]]) -> int:
+    """How many of the groups have images in more than one split."""
+    return sum(len({row.split for row in rows} - {None}) > 1 for rows in groups)
 
 
 def accepted(manifest: Manifest) -> Iterator[Row]:

@@ -32,14 +32,9 @@ _FILE = re.compile(
 
 
 def write_analysis(dataset: Path, out: Path, progress: eda.Progress | None = None) -> dict[str, Any]:
-    """Analyse a dataset and write eda.html, the figures and eda.json.
+    """Analyse a dataset and write eda.html, the figures and eda.json; an earlier analysis in `out` is replaced.
 
-    Everything is computed before the first file is touched. An earlier analysis in `out` is replaced.
-
-    Args:
-        dataset: A folder that `build.build_dataset` made.
-        out: Created if need be; see `check_output_folder`.
-        progress: Called with (images read, images in all).
+    Everything is computed before the first file is touched. `progress` is called with (images read, images in all).
 
     Returns:
         The numbers, as they are in eda.json.
@@ -84,7 +79,7 @@ def check_output_folder(out: Path) -> None:
         "an analysis",
         "--out",
         lambda name: bool(_FILE.fullmatch(name)) and not (out / name).is_dir(),
-        lambda: _is_numbers(out / NUMBERS) or _is_page(out / PAGE),
+        lambda: files.read_json_object(out / NUMBERS).get("kind") == eda.KIND or _is_page(out / PAGE),
     )
 
 
@@ -127,14 +122,6 @@ def render(numbers: Mapping[str, Any], drawn: list[Figure]) -> str:
         sources_shown=SOURCES_SHOWN,
         generator=GENERATOR,
     )
-
-
-def _is_numbers(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("kind") == eda.KIND
 
 
 def _is_page(path: Path) -> bool:

@@ -122,15 +122,7 @@ class Decoded:
 
 
 def decode_gray(data: bytes, path: Path) -> Decoded:
-    """Decode the bytes of an image file.
-
-    Args:
-        data: The file's content.
-        path: Named in errors only.
-
-    Raises:
-        ImageError: See `load_gray`.
-    """
+    """Decode the bytes of an image file; `path` is for messages. Raises `ImageError` as `load_gray`."""
     plain = png.decode_plain_gray(data, MAX_PIXELS)
     if plain is not None:
         return Decoded(plain, plain.shape[1], plain.shape[0])

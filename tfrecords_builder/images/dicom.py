@@ -63,11 +63,7 @@ def is_dicom(head: bytes) -> bool:
 
 
 def decode_dicom(data: bytes, path: Path) -> Decoded:
-    """Decode the bytes of a DICOM file with one picture.
-
-    Args:
-        data: The file's content.
-        path: Named in errors only.
+    """Decode the bytes of a DICOM file with one picture; `path` is for messages.
 
     Raises:
         ImageError: It is no DICOM file, damaged, truncated, of several frames, of a kind that is no picture, or

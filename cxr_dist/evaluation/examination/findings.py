@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tfrecords_builder.common.figure import Figure
@@ -24,14 +24,6 @@ class Finding:
     sentence: str
     figures: Mapping[str, float | int | str | None]
     """The numbers that the sentence is about."""
-
-    def tree(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "severity": self.severity,
-            "sentence": self.sentence,
-            "figures": dict(self.figures),
-        }
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class Examination:
             "kind": KIND,
             "format_version": FORMAT_VERSION,
             **self.numbers,
-            "findings": [finding.tree() for finding in self.findings],
+            "findings": [asdict(finding) for finding in self.findings],
             "figures": {item.file: {"title": item.title, "caption": item.caption} for item in self.figures},
         }
         return json.dumps(tree, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

@@ -16,19 +16,13 @@ LOOKS = sum(len(each.strengths) - 1 for each in PERTURBATIONS)
 def robustness(
     classify: Callable[[Images], Labels], images: Images, labels: Labels, predicted: Labels, classes: int, seed: int
 ) -> dict[str, Any]:
-    """Accuracy and macro F1 at each strength of each perturbation.
+    """Accuracy and macro F1 at each strength of each perturbation of images uint8 [N, S, S].
 
-    Args:
-        classify: uint8 [N, S, S] -> int32 [N], the class that the network names.
-        images: uint8 [N, S, S].
-        labels: int32 [N].
-        predicted: int32 [N]: what the network named for `images` as they are.
-        classes: C.
-        seed: Of the noise.
+    `predicted`, int32 [N], holds the classes of the unchanged images; `seed` is that of the noise.
 
     Returns:
-        By perturbation its title, its unit, and a point for each strength (None first: the images as they are):
-        strength, accuracy, macro_f1, and against none the fall of accuracy with its 99 % bound.
+        By perturbation its title, its unit, and a point for each strength (None first: unchanged): strength, accuracy,
+        macro_f1, and the fall of accuracy with its 99 % bound.
     """
     right = predicted == labels
     curves: dict[str, Any] = {}

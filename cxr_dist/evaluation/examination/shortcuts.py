@@ -66,14 +66,8 @@ def occlusion_scores(
 ) -> dict[str, Any]:
     """Accuracy and macro F1 under each occlusion, beside chance.
 
-    Args:
-        classify: The network.
-        images: uint8 [N, S, S].
-        labels: int32 [N].
-        predicted: int32 [N]: what it named for `images` as they are.
-        masks: bool [N, S, S] or None; see `occlusion.lung_boxes`.
-        classes: C.
-        seed: Of the permutations.
+    `predicted`, int32 [N], holds the classes of the unchanged images uint8 [N, S, S]; for `masks` see
+    `occlusion.lung_boxes`; `seed` is that of the permutations.
     """
     known = occlusion.lung_boxes(masks, *images.shape[:2])[1]
     chance, right = chance_of(labels), predicted == labels
@@ -104,23 +98,15 @@ def occlusion_scores(
 
 
 def cue_conflict(classify: Classify, images: Images, labels: Labels, classes: int, seed: int) -> dict[str, Any]:
-    """How often the answer follows the border's class when border and image are of different classes.
+    """How often the prediction follows the border's class when border and image are of different classes.
 
     Each image gets a border of every other class in turn, each time that of an image drawn by `seed`, and as a control
     that of another image of its own class (its own border, where it is alone).
 
-    Args:
-        classify: The network.
-        images: uint8 [N, S, S].
-        labels: int32 [N], of two classes at least, or nothing is measured.
-        classes: C.
-        seed: Of the donors.
-
     Returns:
         images, conflicts: numbers of images and of pairs.
-        follows_border: share of conflicts in which the answer is the border's class.
-        follows_image: share in which it is the image's.
-        control: share in which the image, in a border of its own class, is given the class that the foreign border has.
+        follows_border, follows_image: shares of conflicts in which the prediction is the border's or the image's class.
+        control: share in which the image, in a border of its own class, is predicted as the foreign border's class.
         excess: follows_border - control.
         p_value: that as many images, or more, lean towards the border by chance (McNemar's one-sided test).
     """

@@ -37,11 +37,6 @@ RULE = (
 def by_source(labels: Labels, predicted: Labels, sources: Sequence[str | None] | None) -> dict[str, Any]:
     """Accuracy of each source's images with its 95 % interval (Clopper-Pearson), the commonest first.
 
-    Args:
-        labels: int32 [N].
-        predicted: int32 [N].
-        sources: N names, None where nothing is known.
-
     Returns:
         `skipped`: why nothing was measured, or None. `sources`: by name images, accuracy, low, high.
     """
@@ -85,17 +80,10 @@ def source_in_features(
     class_names: Sequence[str],
     seed: int,
 ) -> dict[str, Any]:
-    """Whether a logistic regression on the pooled features tells the source, within each class.
+    """Whether a logistic regression on the pooled features, float32 [N, F], tells the source within each class.
 
-    Cross-validated, and images that show the same are in one fold.
-
-    Args:
-        features: float32 [N, F], of the network; None when they cannot be had.
-        labels: int32 [N].
-        sources: N names, None where nothing is known.
-        groups: N names of groups of duplicates; None: each image is its own.
-        class_names: C names.
-        seed: Of the folds.
+    Cross-validated, with images of one group in one fold. `sources` holds None where nothing is known; without `groups`
+    each image is its own.
 
     Returns:
         `skipped`: why nothing was measured, or None; `rule`; `classes`: by class name the number of images and of
