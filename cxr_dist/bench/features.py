@@ -160,7 +160,7 @@ def _stage_2(work: Work, run: Path, cut: str) -> float:
         "stages.1.epochs=0",
         f"stages.2.epochs={_EPOCHS}",
         f"stages.2.unfreeze_layers={PUBLISHED_LAYERS}",
-        f"features.cut={cut}",
+        f"features.cache_activations={cut}",
     )
     child.train(work.drawn, run, [*work.arguments, "--launcher", "local"], settings)
     history = run_folder.read_history(run)

@@ -82,7 +82,7 @@ def _configured(options: argparse.Namespace, overrides: list[str]) -> tuple[Conf
 
 def bench_features(options: argparse.Namespace) -> None:
     """On labelled images, or on phantoms of the network's size."""
-    config, arguments = _configured(options, [*options.overrides, "features.views=1"])
+    config, arguments = _configured(options, [*options.overrides, "features.augmented_copies=1"])
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
         work = Path(folder)
         source = options.dataset or _phantoms(work / "phantoms", options.images, BENCH_IMAGE_SIZE)

@@ -61,7 +61,7 @@ def run_training(
             run_folder.prepare(run, config, dataset, manifest)
             if _finished(run) is not None:
                 return False
-            check_plan(replicas, leave_out(run, folder, manifest, config.input.max_damaged).paths)
+            check_plan(replicas, leave_out(run, folder, manifest, config.input.max_corrupt_records).paths)
             return True
 
         def check_plan(replicas: int, without: Collection[str]) -> None:

@@ -87,7 +87,7 @@ def leave_out(run: Path, dataset: Path, manifest: Manifest, most: int) -> LeftOu
         if len(found.records) > most:
             first = found.records[0]
             raise UserError(
-                f"input.max_damaged {most}: {len(found.records)} records are damaged, the first is record "
+                f"input.max_corrupt_records {most}: {len(found.records)} records are damaged, the first is record "
                 f"{first.record} at byte {first.offset} of {dataset / first.shard}; restore the dataset, build it "
                 "anew, or allow more"
             )

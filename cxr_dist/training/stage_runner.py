@@ -184,7 +184,7 @@ class StageRunner:
         """End a run whose steps are lost to non-finite numbers, and say where."""
         totals = self._progress.totals
         skipped = int(totals[steps.SKIPPED] - totals[steps.OVERFLOWED])
-        if skipped > self._context.config.max_skipped_steps:
+        if skipped > self._context.config.max_nonfinite_steps:
             raise self._diverged(f"{skipped} steps had a loss or gradient that is not finite")
 
     def _diverged(self, what: str) -> UserError:

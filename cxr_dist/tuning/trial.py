@@ -125,7 +125,7 @@ def prepared(
             finished = run_folder.read_result(run)
             if finished is not None:
                 return finished
-            left_out = leave_out(run, Path(job.dataset), manifest, config.input.max_damaged)
+            left_out = leave_out(run, Path(job.dataset), manifest, config.input.max_corrupt_records)
             key = first_stage_key(config, left_out.fingerprint(manifest.fingerprint), replicas)
             base = held.enter_context(SharedBase(experiment.folder / SHARED, run).used())
             publisher = held.enter_context(FirstStages(experiment.folder / SHARED).used_by(run, key))
@@ -191,9 +191,9 @@ def compute_shared_features(
 
     scratch = Experiment(experiment).folder / TRIALS_SCRATCH
     manifest = read_manifest(dataset)
-    if config.input.max_damaged:
+    if config.input.max_corrupt_records:
         scratch.mkdir(parents=True, exist_ok=True)
-        leave_out(scratch, dataset, manifest, config.input.max_damaged)
+        leave_out(scratch, dataset, manifest, config.input.max_corrupt_records)
     compute_features(config, dataset, manifest, scratch, topology, reporter)
     _forget()
 
