@@ -26,7 +26,7 @@ import numpy.typing as npt
 from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
 from cxr_dist.data import augmentation as augment, pipeline, random_streams
 from cxr_dist.data.arrays import ArraySource, Slice, Source
-from cxr_dist.data.batch_sampler import EvaluationPlan
+from cxr_dist.data.batch_sampler import EvaluationBatchSampler
 from cxr_dist.data.shards import ShardSource
 from cxr_dist.distributed import collectives
 from cxr_dist.distributed.devices import Topology
@@ -287,7 +287,7 @@ class FrozenFeatures:
             self._xla,
         )
         alone = Topology(1, 0, self._topology.kind, devices)
-        plan = EvaluationPlan(source.count, BATCH_SIZE, len(devices))
+        plan = EvaluationBatchSampler(source.count, BATCH_SIZE, len(devices))
         iterator = pipeline.distributed_batches(self._strategy, alone, source, plan, extra=draws)
         self._iterators.append(iterator)
         return run, iterator

@@ -34,7 +34,7 @@ def run_training(
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Check all that can be checked, prepare the run's folder, and train through the launcher."""
-    from cxr_dist.data.batch_sampler import TrainingPlan
+    from cxr_dist.data.batch_sampler import TrainBatchSampler
     from cxr_dist.launch.local import train_locally
     from cxr_dist.launch.ray_train import train_with_ray
     from cxr_dist.model.resnet import check_weights
@@ -65,8 +65,8 @@ def run_training(
             return True
 
         def check_plan(replicas: int, without: Collection[str]) -> None:
-            count, parts = len(manifest.split("train", without)), config.accumulation_steps
-            TrainingPlan(count, config.global_batch_size, replicas, config.seed, parts=parts)
+            count, microbatches = len(manifest.split("train", without)), config.accumulation_steps
+            TrainBatchSampler(count, config.global_batch_size, replicas, config.seed, accumulation_steps=microbatches)
 
         if launcher == "local":
             result = train_locally(

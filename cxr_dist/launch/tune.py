@@ -21,7 +21,7 @@ def run_search(plan: SearchPlan, experiment: Experiment, options: argparse.Names
     Raises:
         UserError: what `tune` is given is wrong, or no trial is complete.
     """
-    from cxr_dist.data.batch_sampler import TrainingPlan
+    from cxr_dist.data.batch_sampler import TrainBatchSampler
     from cxr_dist.model.resnet import check_weights
     from cxr_dist.tuning.page import write_page
     from tfrecords_builder.format.manifest import check_shards, read_manifest
@@ -34,7 +34,7 @@ def run_search(plan: SearchPlan, experiment: Experiment, options: argparse.Names
         base = jobs.resolved(plan.base)
         check_weights(base.model.weights)
         workers = plan.search.workers_per_trial
-        TrainingPlan(len(manifest.split("train")), base.global_batch_size, workers, base.seed)
+        TrainBatchSampler(len(manifest.split("train")), base.global_batch_size, workers, base.seed)
         check_disk(plan, experiment, jobs)
 
         def begin() -> tuple[Sampler, Watch]:

@@ -174,7 +174,7 @@ def test_nothing_is_muted_when_messages_are_wanted(
 def test_no_descriptor_is_lost() -> None:
     code = (
         "import os; os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'\n"
-        "from cxr_dist.distributed.strategy import muted_stderr\n"
+        "from cxr_dist.distributed.devices import muted_stderr\n"
         "before = os.listdir('/proc/self/fd')\n"
         "for _ in range(3):\n"
         "    with muted_stderr(): os.write(2, b'x')\n"

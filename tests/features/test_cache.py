@@ -9,7 +9,7 @@ import pytest
 from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
 from cxr_dist.data import augmentation as augment
 from cxr_dist.data.arrays import ArraySource
-from cxr_dist.data.batch_sampler import TrainingPlan
+from cxr_dist.data.batch_sampler import TrainBatchSampler
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.features import cache
 from cxr_dist.features.store import FeatureStore
@@ -78,13 +78,13 @@ def test_views_are_augmented_by_fresh_draws(tmp_path: Path) -> None:
     assert np.abs(rows[0] - rows[1]).max() > 1e-2
 
 
-@pytest.mark.parametrize("views", [1, 2, 3])
-def test_epochs_take_the_views_in_turn(views: int) -> None:
-    plan = TrainingPlan(10, 5, 1, seed=0, views=views)
-    plain = TrainingPlan(10, 5, 1, seed=0)
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_epochs_take_the_copies_in_turn(copies: int) -> None:
+    plan = TrainBatchSampler(10, 5, 1, seed=0, copies=copies)
+    plain = TrainBatchSampler(10, 5, 1, seed=0)
     for step in range(8):
         epoch = step // 2
-        np.testing.assert_array_equal(plan.positions(step, 0), plain.positions(step, 0) + epoch % views * 10)
+        np.testing.assert_array_equal(plan.positions(step, 0), plain.positions(step, 0) + epoch % copies * 10)
 
 
 def test_a_second_run_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
