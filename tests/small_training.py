@@ -9,7 +9,7 @@ import numpy as np
 from cxr_dist.config.schema import Config, ModelConfig, StageConfig
 from cxr_dist.data import pipeline
 from cxr_dist.data.arrays import ArraySource
-from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
+from cxr_dist.data.batch_sampler import EvaluationBatchSampler, TrainBatchSampler
 from cxr_dist.distributed.devices import Topology
 from cxr_dist.distributed.precision import dtype_policy
 from cxr_dist.distributed.strategy import make_strategy
@@ -101,7 +101,7 @@ class Training:
         with self.strategy.scope():
             self.model = resnet.build_model(CLASSES, SIZE, self.config, dtype_policy(precision), make_base)
         self.source = images()
-        self.plan = TrainingPlan(self.source.count, BATCH, self.topology.replicas, seed=0)
+        self.plan = TrainBatchSampler(self.source.count, BATCH, self.topology.replicas, seed=0)
 
     def poison(self, replica: int) -> None:
         """An infinite pixel in one image of `replica` at every step, and in no other replica's."""
@@ -128,7 +128,7 @@ class Training:
         )
         train_step = steps.make_train_step(self.model, replace(state, loss_scale=self.loss_scale), spec)
         evaluate = steps.make_evaluation_step(self.strategy, self.model, CLASSES, self.xla)
-        evaluation = EvaluationPlan(self.source.count, 5, self.topology.replicas)
+        evaluation = EvaluationBatchSampler(self.source.count, 5, self.topology.replicas)
         iterator = pipeline.distributed_batches(self.strategy, self.topology, self.source, self.plan)
         rates = np.full(self.plan.steps_per_epoch, row.learning_rate, np.float32)
         for epoch in range(row.epochs):

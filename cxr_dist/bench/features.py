@@ -68,7 +68,7 @@ def measure(recipe: Recipe, built: Built, drawn: Path, steps: int, folder: Path)
             "stages.1.epochs=0",
             f"stages.2.epochs={_EPOCHS}",
             f"stages.2.unfreeze_layers={PUBLISHED_LAYERS}",
-            f"features.cut={cut}",
+            f"features.cache_activations={cut}",
         )
         stage_2 = common.train(drawn, folder / f"stage-2-{cut}", arguments, settings)
         images = steps * recipe.config.global_batch_size

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from cxr_dist.data import pipeline
 from cxr_dist.data.arrays import Slice
-from cxr_dist.data.batch_sampler import TrainingPlan
+from cxr_dist.data.batch_sampler import TrainBatchSampler
 from cxr_dist.data.shards import ShardSource
 from cxr_dist.distributed.devices import prepare_devices
 from cxr_dist.distributed.strategy import make_strategy
@@ -130,7 +130,7 @@ def _ours(dataset: Path, count: int, batch_size: int, memory_bytes: int) -> Call
     """As the loop: all images into memory, then batches from there without end."""
     topology = prepare_devices(1)
     source = ShardSource(dataset, read_manifest(dataset), "train").in_memory(memory_bytes)
-    plan = TrainingPlan(count, batch_size, 1, seed=0)
+    plan = TrainBatchSampler(count, batch_size, 1, seed=0)
     batches = pipeline.distributed_batches(make_strategy(topology), topology, Slice(source, 0, count), plan)
     return lambda: (batch["inputs"] for batch in batches)
 

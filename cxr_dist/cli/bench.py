@@ -171,7 +171,7 @@ def bench_step(options: argparse.Namespace) -> None:
 def bench_features(options: argparse.Namespace) -> None:
     from cxr_dist.bench import features
 
-    recipe = common.Recipe.load(options.config, [*options.overrides, "features.views=1"])
+    recipe = common.Recipe.load(options.config, [*options.overrides, "features.augmented_copies=1"])
     with _work_folder() as work:
         built = common.build(options.source, options.images, work)
         drawn = common.draw_dataset(work / "drawn", options.steps * recipe.config.global_batch_size)

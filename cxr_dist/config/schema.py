@@ -97,12 +97,12 @@ class StageConfig(Node):
     warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up from zero")
     clip_norm: float | None = Field(None, gt=0, description="largest global norm of the reduced gradient")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    weight_average: float | None = Field(
+    ema_decay: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="decay of a moving average of the weights, step by step, such as 0.99; validation and the best "
-        "model are then those of the average",
+        description="decay of an exponential moving average of the weights, step by step, such as 0.99; validation "
+        "and the best model are then those of the average",
     )
     class_weights: bool = Field(False, description="weight the loss against the class imbalance (mean weight 1)")
     augment: bool = Field(False, description="apply the augmentation in this stage")
@@ -123,15 +123,15 @@ class FeaturesConfig(Node):
     cache: Switch = Field(
         "auto",
         description="compute the pooled features of each image once for a stage that trains the head alone; off turns "
-        "off all reuse; auto reads images where it would save nothing (augmentation, and no more epochs than views)",
+        "off all reuse; auto reads images where it would save nothing (augmentation, and no more epochs than copies)",
     )
-    views: int = Field(
-        4, ge=1, description="with augmentation, augmented views of each image, which the epochs take in turn"
+    augmented_copies: int = Field(
+        4, ge=1, description="with augmentation, copies of each image, which the epochs take in turn"
     )
-    cut: Switch = Field(
+    cache_activations: Switch = Field(
         "auto",
-        description="keep the tensors below the first unfrozen layer too, for a stage that trains upper layers; auto "
-        "measures whether reading them costs less than computing them (never with augmentation, or deterministic)",
+        description="cache the activations below the first unfrozen layer too, for a stage that trains upper layers; "
+        "auto measures whether reading them costs less than computing them (never with augmentation, or deterministic)",
     )
     folder: str | None = Field(
         None,
@@ -155,7 +155,7 @@ class InputConfig(Node):
         "each worker's memory for the stages that train on images; with deterministic, a stage takes as much again for "
         "a moment at its start",
     )
-    max_damaged: int = Field(
+    max_corrupt_records: int = Field(
         0,
         ge=0,
         description="damaged records of training and validation that a run may leave out; they are looked for before "
@@ -166,7 +166,7 @@ class InputConfig(Node):
 class CheckpointConfig(Node):
     """What a run leaves to go on from when it is interrupted, in the middle of an epoch too."""
 
-    share: float = Field(
+    max_overhead: float = Field(
         0.01, gt=0, le=1, description="of the training time that writing may take: the interval follows from the cost"
     )
     every_steps: int | None = Field(
@@ -180,7 +180,7 @@ class AllReduceConfig(Node):
     """How workers sum their gradients; nothing where there is one worker."""
 
     algorithm: Literal["auto", "nccl", "ring"] = Field("auto", description="auto: nccl on GPUs, ring on CPUs")
-    pack_mb: float = Field(
+    bucket_mb: float = Field(
         0.0, ge=0, description="megabytes (10^6 bytes) of gradients that are sent together; 0: all of them"
     )
 
@@ -214,7 +214,7 @@ class Config(Node):
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
     all_reduce: AllReduceConfig = Field(default_factory=AllReduceConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    max_skipped_steps: int = Field(
+    max_nonfinite_steps: int = Field(
         20,
         ge=0,
         description="steps of an epoch whose loss or gradient may be non-finite (they change nothing) before the run "

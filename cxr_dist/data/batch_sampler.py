@@ -24,22 +24,22 @@ def epoch_order(count: int, seed: int, epoch: int) -> Positions:
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
+class TrainBatchSampler:
     """Which images are in which batch. Every epoch leaves out less than a batch, others each time."""
 
     count: int
     global_batch_size: int
     replicas: int
     seed: int
-    views: int = 1
+    copies: int = 1
     """Of each image, one behind another in the source; an epoch takes one of them, the next epoch the next."""
-    parts: int = 1
-    """In which each replica takes its batch."""
+    accumulation_steps: int = 1
+    """Microbatches in which each replica takes its batch."""
 
     def __post_init__(self) -> None:
-        divisor = self.replicas * self.parts
+        divisor = self.replicas * self.accumulation_steps
         if self.global_batch_size % divisor:
-            times = f" times {self.parts} accumulation_steps" if self.parts > 1 else ""
+            times = f" times {self.accumulation_steps} accumulation_steps" if self.accumulation_steps > 1 else ""
             raise UserError(
                 f"global_batch_size {self.global_batch_size}: must be a multiple of the {self.replicas} replicas{times}"
                 f"; try {-(-self.global_batch_size // divisor) * divisor}"
@@ -64,11 +64,11 @@ class TrainingPlan:
         epoch, step = divmod(step, self.steps_per_epoch)
         order = _cached_order(self.count, self.seed, epoch)
         start = step * self.global_batch_size + replica * self.batch_size
-        return order[start : start + self.batch_size] + epoch % self.views * self.count
+        return order[start : start + self.batch_size] + epoch % self.copies * self.count
 
 
 @dataclass(frozen=True)
-class EvaluationPlan:
+class EvaluationBatchSampler:
     """Every image once, in order, on any number of replicas; the last batches are padded.
 
     After the last step it begins again, so that one iterator serves any number of passes.

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.data.arrays import Source
-from cxr_dist.data.batch_sampler import PADDING, EvaluationPlan, TrainingPlan
+from cxr_dist.data.batch_sampler import PADDING, EvaluationBatchSampler, TrainBatchSampler
 from cxr_dist.data.numpy_function import weak_numpy_function
 from cxr_dist.distributed.devices import Topology
 
@@ -19,7 +19,7 @@ class _Elements:
 
     def __init__(
         self,
-        plan: TrainingPlan | EvaluationPlan,
+        plan: TrainBatchSampler | EvaluationBatchSampler,
         labels: npt.NDArray[np.int32],
         first_replica: int,
         local_replicas: int,
@@ -46,7 +46,7 @@ class _Elements:
 
 def worker_batches(
     source: Source,
-    plan: TrainingPlan | EvaluationPlan,
+    plan: TrainBatchSampler | EvaluationBatchSampler,
     *,
     first_replica: int,
     local_replicas: int,
@@ -94,7 +94,7 @@ def distributed_batches(
     strategy: Any,
     topology: Topology,
     source: Source,
-    plan: TrainingPlan | EvaluationPlan,
+    plan: TrainBatchSampler | EvaluationBatchSampler,
     start_step: int = 0,
     extra: npt.NDArray[np.float32] | None = None,
 ) -> Any:

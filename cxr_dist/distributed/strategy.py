@@ -55,5 +55,5 @@ def communication_options(all_reduce: AllReduceConfig, kind: DeviceKind) -> Any:
     algorithm = {"auto": "nccl" if kind == "GPU" else "ring"}.get(all_reduce.algorithm, all_reduce.algorithm)
     return tf.distribute.experimental.CommunicationOptions(
         implementation=tf.distribute.experimental.CommunicationImplementation(algorithm.upper()),
-        bytes_per_pack=int(all_reduce.pack_mb * 1e6),
+        bytes_per_pack=int(all_reduce.bucket_mb * 1e6),
     )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cxr_dist.data import pipeline
 from cxr_dist.data.arrays import ArraySource, Source
-from cxr_dist.data.batch_sampler import EvaluationPlan, Positions
+from cxr_dist.data.batch_sampler import EvaluationBatchSampler, Positions
 from cxr_dist.distributed.devices import Topology, prepare_devices
 from cxr_dist.distributed.precision import resolve_precision, resolve_xla
 from cxr_dist.distributed.strategy import make_strategy
@@ -271,7 +271,7 @@ def class_probabilities(
     Returns:
         float32 [N, C], complete on every worker.
     """
-    plan = EvaluationPlan(source.count, batch_size, topology.replicas)
+    plan = EvaluationBatchSampler(source.count, batch_size, topology.replicas)
     iterator = pipeline.distributed_batches(strategy, topology, source, plan)
     outputs: list[npt.NDArray[np.float32]] = []
     for number in range(plan.steps):

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
 from cxr_dist.data import augmentation as augment, pipeline, random_streams
 from cxr_dist.data.arrays import ArraySource, Slice, Source
-from cxr_dist.data.batch_sampler import EvaluationPlan
+from cxr_dist.data.batch_sampler import EvaluationBatchSampler
 from cxr_dist.data.shards import ShardSource
 from cxr_dist.distributed import collectives
 from cxr_dist.distributed.devices import Topology
@@ -73,11 +73,11 @@ def use_of_cache(features: FeaturesConfig, stage: StageConfig, name: str) -> Lit
         return "off"
     if name == POOL_NAME:
         # As many forward passes as epochs would save nothing, and lose fresh draws.
-        useless = stage.augment and features.views >= stage.epochs
+        useless = stage.augment and features.augmented_copies >= stage.epochs
         return "off" if useless and features.cache == "auto" else "on"
-    if features.cut == "auto" and stage.augment:
+    if features.cache_activations == "auto" and stage.augment:
         return "off"
-    return features.cut
+    return features.cache_activations
 
 
 def cache_pays(*, epochs: int, bytes_per_image: int, seconds_below: float, read_rate: float, write_rate: float) -> bool:
@@ -131,7 +131,7 @@ class FrozenFeatures:
         """
         copies: list[AugmentedCopy | None] = [None]
         if augmentation is not None:
-            copies = [AugmentedCopy(augmentation, number) for number in range(self._config.features.views)]
+            copies = [AugmentedCopy(augmentation, number) for number in range(self._config.features.augmented_copies)]
         described = self._describe(model, names, images, copies)
         cached = [self._find_or_compute(model, entries, images, copy) for copy, entries in described.items()]
         rows = Rows([part for of_copy in cached for part in of_copy[names[0]].parts])
@@ -287,7 +287,7 @@ class FrozenFeatures:
             self._xla,
         )
         alone = Topology(1, 0, self._topology.kind, devices)
-        plan = EvaluationPlan(source.count, BATCH_SIZE, len(devices))
+        plan = EvaluationBatchSampler(source.count, BATCH_SIZE, len(devices))
         iterator = pipeline.distributed_batches(self._strategy, alone, source, plan, extra=draws)
         self._iterators.append(iterator)
         return run, iterator
@@ -335,8 +335,8 @@ def _append(writer: PartWriter, rows: npt.NDArray[Any], name: str) -> None:
     try:
         writer.append(rows)
     except OverflowError as error:
-        key = "cache" if name == POOL_NAME else "cut"
-        raise UserError(f"the tensors at {name} cannot be kept ({error}); set features.{key}=off") from None
+        key = "cache" if name == POOL_NAME else "cache_activations"
+        raise UserError(f"the tensors at {name} cannot be cached ({error}); set features.{key}=off") from None
 
 
 def copy_draws(count: int, seed: int, number: int) -> npt.NDArray[np.float32]:

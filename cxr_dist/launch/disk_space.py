@@ -42,7 +42,7 @@ def needed_by_run(config: Config, images: int) -> Needed:
     for stage in _stages(config):
         trained = trained_bytes(stage.unfreeze_layers)
         changed = max(changed, trained)
-        copies = _SLOTS[stage.optimizer] + (stage.weight_average is not None)
+        copies = _SLOTS[stage.optimizer] + (stage.ema_decay is not None)
         largest = max(largest, changed + copies * trained)
     # Of each checkpoint, the one being written too, the best weights of its time; the model twice while it is saved.
     checkpoints = _FLOAT * BASE_PARAMETERS + (config.checkpoint.keep + 1) * (largest + changed)
@@ -54,7 +54,7 @@ def cache_bytes(config: Config, images: int) -> int:
     if config.features.cache == "off":
         return 0
     heads = [stage for stage in _stages(config) if not stage.unfreeze_layers]
-    views = {config.features.views if stage.augment else 1 for stage in heads}
+    views = {config.features.augmented_copies if stage.augment else 1 for stage in heads}
     return min(int(config.features.limit_gb * 1e9), images * _FEATURE_BYTES * sum(views))
 
 

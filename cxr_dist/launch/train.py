@@ -119,16 +119,18 @@ def opened_run(run: Path, config: Config, dataset: OpenDataset, replicas: int) -
             check_space(run, run_folder.feature_cache(config, run), needed_by_run(config, images))
         run_folder.prepare(run, config, dataset.place, manifest)
         if not is_finished:
-            excluded = exclude_corrupt(run, dataset.folder, manifest, config.input.max_damaged)
+            excluded = exclude_corrupt(run, dataset.folder, manifest, config.input.max_corrupt_records)
             check_batch(config, len(manifest.split("train", excluded.paths)), replicas)
         yield is_finished
 
 
 def check_batch(config: Config, images: int, replicas: int) -> None:
     """Raise `UserError` unless so many replicas can share the batches of so many training images."""
-    from cxr_dist.data.batch_sampler import TrainingPlan
+    from cxr_dist.data.batch_sampler import TrainBatchSampler
 
-    TrainingPlan(images, config.global_batch_size, replicas, config.seed, parts=config.accumulation_steps)
+    TrainBatchSampler(
+        images, config.global_batch_size, replicas, config.seed, accumulation_steps=config.accumulation_steps
+    )
 
 
 def remove_checkpoints(run: Path) -> None:

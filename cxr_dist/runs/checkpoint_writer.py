@@ -43,7 +43,7 @@ class CheckpointWriter:
             return step % self._config.every_steps == 0
         if self._running is not None and not self._running.done():
             return False
-        return self._clock() - self._begun >= self._cost / self._config.share
+        return self._clock() - self._begun >= self._cost / self._config.max_overhead
 
     def write(self, task: Callable[[], None]) -> None:
         """Do `task` beside what follows; waits for the one before.

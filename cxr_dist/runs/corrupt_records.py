@@ -87,7 +87,7 @@ def exclude_corrupt(run: Path, dataset: Path, manifest: Manifest, most: int) -> 
         if len(corrupt.records) > most:
             first = corrupt.records[0]
             raise UserError(
-                f"input.max_damaged {most}: {len(corrupt.records)} records are damaged, the first is record "
+                f"input.max_corrupt_records {most}: {len(corrupt.records)} records are damaged, the first is record "
                 f"{first.record} at byte {first.offset} of {dataset / first.shard}; restore the dataset, build it "
                 "anew, or allow more"
             )

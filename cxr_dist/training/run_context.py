@@ -8,7 +8,7 @@ from typing import Any
 from cxr_dist.config.schema import Config, StageConfig
 from cxr_dist.data import pipeline
 from cxr_dist.data.arrays import Source
-from cxr_dist.data.batch_sampler import EvaluationPlan, TrainingPlan
+from cxr_dist.data.batch_sampler import EvaluationBatchSampler, TrainBatchSampler
 from cxr_dist.data.shards import ShardSource
 from cxr_dist.distributed.devices import Topology
 from cxr_dist.distributed.precision import dtype_policy, resolve_precision, resolve_xla
@@ -46,12 +46,12 @@ class RunContext:
         self._content = self.left_out.fingerprint(manifest.fingerprint)
         self.train_source = ShardSource(dataset, manifest, "train", self.left_out.paths)
         self.validation_source = ShardSource(dataset, manifest, "validation", self.left_out.paths)
-        self.plan = TrainingPlan(
+        self.plan = TrainBatchSampler(
             self.train_source.count,
             config.global_batch_size,
             topology.replicas,
             config.seed,
-            parts=config.accumulation_steps,
+            accumulation_steps=config.accumulation_steps,
         )
         if config.deterministic:
             tf.config.experimental.enable_op_determinism()
@@ -67,7 +67,7 @@ class RunContext:
         self.heartbeat: Callable[[str], None] = lambda _doing: None
         """Called with what the process does, wherever there is progress."""
 
-    def batches(self, source: Source, plan: TrainingPlan | EvaluationPlan, start_step: int = 0) -> Any:
+    def batches(self, source: Source, plan: TrainBatchSampler | EvaluationBatchSampler, start_step: int = 0) -> Any:
         """An endless iterator, kept until the run ends: making and destroying one costs seconds."""
         iterator = pipeline.distributed_batches(self.strategy, self.topology, source, plan, start_step)
         self._iterators.append(iterator)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.data.batch_sampler import EvaluationPlan
+from cxr_dist.data.batch_sampler import EvaluationBatchSampler
 from cxr_dist.evaluation.metrics import counts_metrics
 from cxr_dist.features.stage_inputs import Inputs, StageInputs
 from cxr_dist.model.resnet import FrozenBase
@@ -55,12 +55,12 @@ class StageRunner:
         self._rates = schedules.learning_rates(stage, plan.steps_per_epoch)
         start = self._first_step + progress.epoch * plan.steps_per_epoch + progress.step
         copies = reads.train.count // plan.count
-        self._batches = context.batches(reads.train, replace(plan, views=copies), start)
+        self._batches = context.batches(reads.train, replace(plan, copies=copies), start)
         fixed = FixedStepsPerCall.of(context.topology.kind, reads.from_cache and not stage.unfreeze_layers)
         self._steps_per_call = StepsPerCall(fixed.training if context.topology.workers > 1 else None)
         # A microbatch a step, as more may not fit in the replica's memory.
-        batch_size = plan.batch_size // plan.parts
-        self._evaluation = EvaluationPlan(reads.validation.count, batch_size, context.topology.replicas)
+        batch_size = plan.batch_size // plan.accumulation_steps
+        self._evaluation = EvaluationBatchSampler(reads.validation.count, batch_size, context.topology.replicas)
         self._evaluation_batches = context.batches(reads.validation, self._evaluation)
         self._evaluation_steps_per_call = fixed.validation
         self._evaluation_step = steps.make_evaluation_step(
@@ -184,7 +184,7 @@ class StageRunner:
         """End a run whose steps are lost to non-finite numbers, and say where."""
         totals = self._progress.totals
         skipped = int(totals[steps.SKIPPED] - totals[steps.OVERFLOWED])
-        if skipped > self._context.config.max_skipped_steps:
+        if skipped > self._context.config.max_nonfinite_steps:
             raise self._diverged(f"{skipped} steps had a loss or gradient that is not finite")
 
     def _diverged(self, what: str) -> UserError:

@@ -32,7 +32,7 @@ class StageState:
         with strategy.scope():
             optimizer = optimizers.make_optimizer(stage)
             optimizer.build(model.trainable_variables)
-            decay = stage.weight_average
+            decay = stage.ema_decay
             average = None if decay is None else WeightAverage(model.trainable_variables, decay)
         return cls(strategy, model, optimizer, LossScale.create(precision), average)
 

@@ -126,7 +126,7 @@ def run_prepared(job: TrialJob, replicas: int, report: Report, train: Train) -> 
             result = run_folder.read_result(run)
             if result is not None:
                 return result
-            excluded = exclude_corrupt(run, dataset.folder, dataset.manifest, config.input.max_damaged)
+            excluded = exclude_corrupt(run, dataset.folder, dataset.manifest, config.input.max_corrupt_records)
             key = first_stage_key(config, excluded.fingerprint(dataset.manifest.fingerprint), replicas)
             base = held.enter_context(SharedBase(experiment.folder / SHARED, run).used())
             publisher = held.enter_context(FirstStages(experiment.folder / SHARED).used_by(run, key))
@@ -175,8 +175,8 @@ def compute_shared_features(job: TrialJob, topology: Topology, reporter: Reporte
     # Stands in for a run's folder; the list of corrupt records is written there, and nothing else.
     scratch = Path(job.experiment) / "trials" / "features"
     manifest = read_manifest(dataset)
-    if config.input.max_damaged:
+    if config.input.max_corrupt_records:
         scratch.mkdir(parents=True, exist_ok=True)
-        exclude_corrupt(scratch, dataset, manifest, config.input.max_damaged)
+        exclude_corrupt(scratch, dataset, manifest, config.input.max_corrupt_records)
     compute_features(config, dataset, manifest, scratch, topology, reporter)
     _free_memory()

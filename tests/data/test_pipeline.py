@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 
 from cxr_dist.data import batch_sampler as plans, shards
 from cxr_dist.data.arrays import ArraySource, MemorySource
-from cxr_dist.data.batch_sampler import PADDING, EvaluationPlan, TrainingPlan, epoch_order
+from cxr_dist.data.batch_sampler import PADDING, EvaluationBatchSampler, TrainBatchSampler, epoch_order
 from cxr_dist.data.pipeline import worker_batches
 from cxr_dist.data.shards import ShardSource
 from tfrecords_builder.build import BuildOptions, build_dataset
@@ -25,7 +25,7 @@ from tfrecords_builder.images.decode import load_gray
 REPLICAS = (1, 2, 3, 4, 6, 12)
 
 
-def global_batch(plan: TrainingPlan | EvaluationPlan, step: int) -> list[int]:
+def global_batch(plan: TrainBatchSampler | EvaluationBatchSampler, step: int) -> list[int]:
     return [int(position) for replica in range(plan.replicas) for position in plan.positions(step, replica)]
 
 
@@ -37,7 +37,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_replicas(
     count: int, factor: int, seed: int, data: st.DataObject
 ) -> None:
     batch = min(12 * factor, count // 12 * 12)
-    plans = [TrainingPlan(count, batch, replicas, seed) for replicas in REPLICAS]
+    plans = [TrainBatchSampler(count, batch, replicas, seed) for replicas in REPLICAS]
     step = data.draw(st.integers(0, 5 * plans[0].steps_per_epoch))
     expected = global_batch(plans[0], step)
     assert len(set(expected)) == batch
@@ -53,7 +53,7 @@ def test_an_epoch_has_no_repeats_and_leaves_out_less_than_a_batch(
     count: int, batch: int, seed: int, epoch: int
 ) -> None:
     batch = min(batch, count)
-    plan = TrainingPlan(count, batch, 1, seed)
+    plan = TrainBatchSampler(count, batch, 1, seed)
     seen: list[int] = []
     for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
         seen += global_batch(plan, step)
@@ -70,21 +70,21 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
         np.testing.assert_array_equal(order, epoch_order(500, seed, epoch))
         assert order.dtype == np.int64
     # The plan uses them so, across epochs and back: a run that goes on asks for any step first.
-    plan = TrainingPlan(500, 50, 2, seed=3)
+    plan = TrainBatchSampler(500, 50, 2, seed=3)
     for step in (12, 3, 39, 0, 12):
         epoch, within = divmod(step, plan.steps_per_epoch)
         assert global_batch(plan, step) == orders[3, epoch][within * 50 : (within + 1) * 50].tolist()
 
 
 def test_what_an_epoch_leaves_out_changes() -> None:
-    plan = TrainingPlan(99, 50, 1, seed=0)
+    plan = TrainBatchSampler(99, 50, 1, seed=0)
     left_out = [set(range(99)) - set(global_batch(plan, epoch)) for epoch in range(12)]
     assert set.intersection(*left_out) == set()
 
 
 @given(count=st.integers(0, 300), batch=st.integers(1, 40), replicas=st.integers(1, 9))
 def test_evaluation_counts_every_image_once(count: int, batch: int, replicas: int) -> None:
-    plan = EvaluationPlan(count, batch, replicas)
+    plan = EvaluationBatchSampler(count, batch, replicas)
     seen = [position for step in range(plan.steps) for position in global_batch(plan, step)]
     assert seen[:count] == list(range(count)), "in order"
     assert seen[count:] == [PADDING] * (len(seen) - count), "padding only at the end"
@@ -102,7 +102,7 @@ def test_evaluation_counts_every_image_once(count: int, batch: int, replicas: in
 )
 def test_batch_sizes_that_do_not_fit(count: int, batch: int, replicas: int, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        TrainingPlan(count, batch, replicas, seed=0)
+        TrainBatchSampler(count, batch, replicas, seed=0)
     message = str(caught.value)
     assert message.startswith("global_batch_size ")
     assert all(word in message for word in words), message
@@ -126,7 +126,7 @@ def test_elements_come_as_planned(
     first_replica: int, local_replicas: int, replicas: int, start_step: int, dtype: Any
 ) -> None:
     source = array_source(50, dtype)
-    plan = TrainingPlan(50, 12, replicas, seed=4)
+    plan = TrainBatchSampler(50, 12, replicas, seed=4)
     batches = worker_batches(
         source, plan, first_replica=first_replica, local_replicas=local_replicas, start_step=start_step
     )
@@ -148,7 +148,7 @@ def test_elements_come_as_planned(
         np.testing.assert_array_equal(element["slot"], replica * batch + np.arange(batch))
 
 
-@pytest.mark.parametrize("plan", [TrainingPlan(50, 12, 1, seed=4), EvaluationPlan(50, 12, 1)])
+@pytest.mark.parametrize("plan", [TrainBatchSampler(50, 12, 1, seed=4), EvaluationBatchSampler(50, 12, 1)])
 def test_pipelines_say_that_they_never_end(plan: Any) -> None:
     """Of another, a distributed iterator of several workers asks all of them before every batch who has data left."""
     import tensorflow as tf
@@ -166,7 +166,7 @@ def test_an_epoch_s_order_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> N
         return epoch_order(count, seed, epoch)
 
     monkeypatch.setattr(plans, "epoch_order", counted)
-    plan = TrainingPlan(1000, 2, 1, seed=77)
+    plan = TrainBatchSampler(1000, 2, 1, seed=77)
     batches = worker_batches(array_source(1000, np.int32), plan, first_replica=0, local_replicas=1)
     list(batches.take(2 * plan.steps_per_epoch).as_numpy_iterator())
     assert epochs[:2] == [0, 1]
@@ -174,7 +174,7 @@ def test_an_epoch_s_order_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_pipeline_that_starts_later_goes_on_identically() -> None:
-    plan = TrainingPlan(50, 12, 2, seed=1)
+    plan = TrainBatchSampler(50, 12, 2, seed=1)
 
     def elements(start: int, steps: int) -> list[dict[str, Any]]:
         batches = worker_batches(array_source(50), plan, first_replica=0, local_replicas=2, start_step=start)
@@ -191,7 +191,7 @@ def test_batches_that_were_read_leave_nothing_behind() -> None:
 
     def objects_after(runs: int) -> int:
         for _ in range(runs):
-            plan = TrainingPlan(50, 12, 1, seed=1)
+            plan = TrainBatchSampler(50, 12, 1, seed=1)
             batches = worker_batches(array_source(50), plan, first_replica=0, local_replicas=1)
             list(batches.take(2).as_numpy_iterator())
         del batches
@@ -205,7 +205,7 @@ def test_batches_that_were_read_leave_nothing_behind() -> None:
 @pytest.mark.parametrize(("replicas", "batch"), [(1, 8), (2, 8), (3, 5), (4, 40)])
 def test_evaluation_batches_mask_their_padding(replicas: int, batch: int) -> None:
     source = array_source(101)
-    plan = EvaluationPlan(101, batch, replicas)
+    plan = EvaluationBatchSampler(101, batch, replicas)
     counted: Counter[int] = Counter()
     for replica in range(replicas):
         batches = worker_batches(source, plan, first_replica=replica, local_replicas=1)
@@ -226,7 +226,7 @@ def test_arrays_of_different_lengths_are_a_defect() -> None:
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_memory_gives_rows_as_arrays_do_and_is_given_back(dtype: Any) -> None:
     arrays = array_source(50, dtype)
-    plan = TrainingPlan(50, 12, 2, seed=4)
+    plan = TrainBatchSampler(50, 12, 2, seed=4)
 
     def elements(source: Any) -> list[dict[str, Any]]:
         batches = worker_batches(source, plan, first_replica=0, local_replicas=2, start_step=3)
@@ -262,7 +262,7 @@ def test_shards_give_the_images_of_their_paths(split: str, dataset: Path, phanto
     manifest = read_manifest(dataset)
     source = ShardSource(dataset, manifest, split)
     assert source.count == len(source.paths) == len(source.labels) == sum(manifest.counts[split].values())
-    plan = EvaluationPlan(source.count, 5, 1)
+    plan = EvaluationBatchSampler(source.count, 5, 1)
     number = 0
     batches = worker_batches(source, plan, first_replica=0, local_replicas=1)
     assert batches.element_spec["inputs"].shape.as_list() == [5, 32, 32, 1]
@@ -284,7 +284,7 @@ def test_a_split_in_memory_is_the_split(
     monkeypatch.setattr(shards, "_RUN_BYTES", run_bytes)  # one record at a time, some, a shard
     build_dataset(phantom_source, tmp_path / "dataset", BuildOptions(image_size=32, encoding=encoding, workers=1))
     source = ShardSource(tmp_path / "dataset", read_manifest(tmp_path / "dataset"), "train")
-    plan = EvaluationPlan(source.count, 7, 1)
+    plan = EvaluationBatchSampler(source.count, 7, 1)
     needed = source.count * 32 * 32
     assert source.in_memory(needed - 1) is source
     kept = source.in_memory(needed)
@@ -306,7 +306,7 @@ def test_what_is_left_out_or_empty_is_not_read_into_memory(dataset: Path) -> Non
     for left_out in (whole.paths[:3], whole.paths[::4], whole.paths[-2:], [whole.paths[7]]):
         source = ShardSource(dataset, manifest, "train", left_out)
         kept = source.in_memory(1 << 30)
-        plan = EvaluationPlan(kept.count, 1, 1)
+        plan = EvaluationBatchSampler(kept.count, 1, 1)
         batches = worker_batches(kept, plan, first_replica=0, local_replicas=1).take(plan.steps).as_numpy_iterator()
         for position, element in enumerate(batches):
             np.testing.assert_array_equal(element["inputs"][..., 0], source.pixels(np.array([position])))
@@ -329,7 +329,7 @@ def test_a_flipped_byte_names_shard_and_offset(dataset: Path, tmp_path: Path, pl
     import tensorflow as tf
 
     source = ShardSource(damaged, manifest, "validation")
-    plan = EvaluationPlan(source.count, 2, 1)
+    plan = EvaluationBatchSampler(source.count, 2, 1)
     batches = worker_batches(source, plan, first_replica=0, local_replicas=1).take(plan.steps)
     with pytest.raises(tf.errors.OpError):
         list(batches.as_numpy_iterator())
@@ -347,7 +347,7 @@ def test_a_reader_reads_its_own_records_alone(dataset: Path, tmp_path: Path) -> 
     damaged = Path(shutil.copytree(dataset, tmp_path / "dataset"))
     manifest = read_manifest(damaged)
     index = manifest.split("train")
-    plan = TrainingPlan(len(index), 8, 2, seed=0)
+    plan = TrainBatchSampler(len(index), 8, 2, seed=0)
     own = {int(position) for position in plan.positions(0, 0)}
     for position in set(range(len(index))) - own:
         shard = damaged / index.shard_names[index.shard[position]]

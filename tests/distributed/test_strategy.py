@@ -100,7 +100,7 @@ def test_the_strategy_is_chosen_from_the_devices(count: int, name: str) -> None:
     made = strategy.make_strategy(topology)
     assert type(made).__name__ == name
     assert made.num_replicas_in_sync == count
-    assert strategy.make_strategy(topology, AllReduceConfig(pack_mb=1)) is made
+    assert strategy.make_strategy(topology, AllReduceConfig(bucket_mb=1)) is made
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_strategy_is_chosen_from_the_devices(count: int, name: str) -> None:
     [("auto", "GPU", "NCCL"), ("auto", "CPU", "RING"), ("ring", "GPU", "RING"), ("nccl", "GPU", "NCCL")],
 )
 def test_how_gradients_are_summed(algorithm: str, kind: DeviceKind, expected: str) -> None:
-    all_reduce = AllReduceConfig.model_validate({"algorithm": algorithm, "pack_mb": 50})
+    all_reduce = AllReduceConfig.model_validate({"algorithm": algorithm, "bucket_mb": 50})
     options = strategy.communication_options(all_reduce, kind)
     assert (options.implementation.value, options.bytes_per_pack) == (expected, 50_000_000)
 

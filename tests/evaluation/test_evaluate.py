@@ -11,7 +11,7 @@ import pytest
 from cxr_dist.cli import main
 from cxr_dist.config.loading import load_config
 from cxr_dist.data import pipeline
-from cxr_dist.data.batch_sampler import EvaluationPlan
+from cxr_dist.data.batch_sampler import EvaluationBatchSampler
 from cxr_dist.data.image_folder import FolderSource
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.evaluation import calibration, evaluated_images
@@ -39,7 +39,7 @@ def test_101_images_on_1_2_and_3_replicas() -> None:
         keras.utils.set_random_seed(0)
         with strategy.scope():
             network = resnet.build_model(CLASSES, SIZE, config(), "float32", small_base)
-        plan = EvaluationPlan(source.count, 16, replicas)
+        plan = EvaluationBatchSampler(source.count, 16, replicas)
         iterator = pipeline.distributed_batches(strategy, local_topology(replicas), source, plan)
         confusion, _ = train_step.make_evaluation_step(strategy, network, CLASSES, xla=False)(iterator, plan.steps)
         confusions.append(confusion)

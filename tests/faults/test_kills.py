@@ -30,7 +30,7 @@ SETTINGS = [
     "stages.2.optimizer=adam",
     "stages.2.augment=true",
     "stages.2.unfreeze_layers=20",
-    "checkpoint.share=0.5",
+    "checkpoint.max_overhead=0.5",
 ]
 STEPS = 7 * 7
 LIMIT_S = 180.0

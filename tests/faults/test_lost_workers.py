@@ -21,7 +21,7 @@ from tests.training.test_loop import comparable
 
 pytestmark = [pytest.mark.ray, pytest.mark.nightly]
 ROOT = Path(__file__).parents[2]
-SETTINGS = [*SMALL_RUN, "stages.2.epochs=4", "features.cache=off", "checkpoint.share=0.5", "worker_timeout_s=60"]
+SETTINGS = [*SMALL_RUN, "stages.2.epochs=4", "features.cache=off", "checkpoint.max_overhead=0.5", "worker_timeout_s=60"]
 LIMIT_S = 420.0
 Popen = subprocess.Popen[str]
 

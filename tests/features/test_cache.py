@@ -9,7 +9,7 @@ import pytest
 from cxr_dist.config.schema import AugmentationConfig, Config, FeaturesConfig, StageConfig
 from cxr_dist.data import augmentation as augment
 from cxr_dist.data.arrays import ArraySource
-from cxr_dist.data.batch_sampler import TrainingPlan
+from cxr_dist.data.batch_sampler import TrainBatchSampler
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.features import cache
 from cxr_dist.features.store import FeatureStore
@@ -65,7 +65,7 @@ def test_they_are_those_of_every_image_in_order(tmp_path: Path, replicas: int) -
 
 def test_views_are_augmented_by_fresh_draws(tmp_path: Path) -> None:
     augmentation = AugmentationConfig(shift=0.1)
-    made = Features(tmp_path, views=3)
+    made = Features(tmp_path, augmented_copies=3)
     source = made.of("pool", augmentation=augmentation)
     assert source.count == 3 * COUNT
     np.testing.assert_array_equal(source.labels, np.tile(made.images.source.labels, 3))
@@ -78,23 +78,23 @@ def test_views_are_augmented_by_fresh_draws(tmp_path: Path) -> None:
     assert np.abs(rows[0] - rows[1]).max() > 1e-2
 
 
-@pytest.mark.parametrize("views", [1, 2, 3])
-def test_epochs_take_the_views_in_turn(views: int) -> None:
-    plan = TrainingPlan(10, 5, 1, seed=0, views=views)
-    plain = TrainingPlan(10, 5, 1, seed=0)
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_epochs_take_the_copies_in_turn(copies: int) -> None:
+    plan = TrainBatchSampler(10, 5, 1, seed=0, copies=copies)
+    plain = TrainBatchSampler(10, 5, 1, seed=0)
     for step in range(8):
         epoch = step // 2
-        np.testing.assert_array_equal(plan.positions(step, 0), plain.positions(step, 0) + epoch % views * 10)
+        np.testing.assert_array_equal(plan.positions(step, 0), plain.positions(step, 0) + epoch % copies * 10)
 
 
 def test_a_second_run_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Features(tmp_path).of("pool", "block_relu")
-    augmented = Features(tmp_path, views=2).of("pool", augmentation=AugmentationConfig())
+    augmented = Features(tmp_path, augmented_copies=2).of("pool", augmentation=AugmentationConfig())
     with monkeypatch.context() as patch:
         patch.setattr(cache.FrozenFeatures, "_compute", lambda *_: pytest.fail("computed again"))
         Features(tmp_path, replicas=2).of("pool", "block_relu")
         Features(tmp_path).of("block_relu")
-        again = Features(tmp_path, views=2).of("pool", augmentation=AugmentationConfig())
+        again = Features(tmp_path, augmented_copies=2).of("pool", augmentation=AugmentationConfig())
     rows = np.arange(again.count)
     np.testing.assert_array_equal(pixels_of(again)[rows], pixels_of(augmented)[rows])
 
@@ -158,7 +158,7 @@ def test_weights_above_a_split_point_do_not_decide_it(tmp_path: Path) -> None:
 def test_a_value_that_does_not_fit_says_what_to_set(tmp_path: Path) -> None:
     made = Features(tmp_path)
     resnet.base_of(made.model).get_layer("block_out_bn").beta.assign([1e6] * 16)
-    with pytest.raises(UserError, match=r"features\.cut=off"):
+    with pytest.raises(UserError, match=r"features\.cache_activations=off"):
         made.of("block_relu")
 
 
@@ -167,14 +167,14 @@ def test_a_value_that_does_not_fit_says_what_to_set(tmp_path: Path) -> None:
     [
         ({}, {}, "pool", "on"),
         ({"cache": "off"}, {}, "pool", "off"),
-        ({"cache": "off", "cut": "on"}, {}, "x", "off"),
-        ({"views": 4}, {"augment": True, "epochs": 10}, "pool", "on"),
-        ({"views": 4}, {"augment": True, "epochs": 4}, "pool", "off"),
-        ({"views": 4, "cache": "on"}, {"augment": True, "epochs": 4}, "pool", "on"),
+        ({"cache": "off", "cache_activations": "on"}, {}, "x", "off"),
+        ({"augmented_copies": 4}, {"augment": True, "epochs": 10}, "pool", "on"),
+        ({"augmented_copies": 4}, {"augment": True, "epochs": 4}, "pool", "off"),
+        ({"augmented_copies": 4, "cache": "on"}, {"augment": True, "epochs": 4}, "pool", "on"),
         ({}, {}, "x", "auto"),
         ({}, {"augment": True}, "x", "off"),
-        ({"cut": "on"}, {"augment": True}, "x", "on"),
-        ({"cut": "off"}, {}, "x", "off"),
+        ({"cache_activations": "on"}, {"augment": True}, "x", "on"),
+        ({"cache_activations": "off"}, {}, "x", "off"),
     ],
 )
 def test_use_of_cache(settings: dict[str, Any], stage: dict[str, Any], name: str, expected: str) -> None:

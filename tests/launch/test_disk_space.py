@@ -49,7 +49,7 @@ def test_more_of_anything_needs_more() -> None:
     plain = run("stages.2.unfreeze_layers=20")
     assert run("stages.2.unfreeze_layers=32") > plain
     assert run("stages.2.unfreeze_layers=20", "checkpoint.keep=3") > plain
-    assert run("stages.2.unfreeze_layers=20", "stages.2.weight_average=0.9") > plain
+    assert run("stages.2.unfreeze_layers=20", "stages.2.ema_decay=0.9") > plain
     assert run("stages.2.unfreeze_layers=20", "stages.2.optimizer=sgd") < plain
     assert run("stages.2.epochs=0", "stages.2.unfreeze_layers=20") == run("stages.2.epochs=0")
 
@@ -59,7 +59,7 @@ def test_the_cache_is_what_stages_of_the_head_read_within_its_limit() -> None:
         return cache_bytes(load_config(None, [*changes]), 1_000_000)
 
     assert cache() == 8_192_000_000
-    assert cache("stages.1.augment=true", "features.views=3") == 3 * 8_192_000_000
+    assert cache("stages.1.augment=true", "features.augmented_copies=3") == 3 * 8_192_000_000
     assert cache("features.limit_gb=1") == 1_000_000_000
     assert cache("features.cache=off") == 0
     assert cache("stages.1.epochs=0") == 0

@@ -21,7 +21,7 @@ class Clock:
 @pytest.mark.parametrize("cost", [0.0, 0.5, 7.0])
 def test_writing_takes_its_share_of_the_time(share: float, cost: float) -> None:
     clock = Clock()
-    writer = CheckpointWriter(CheckpointConfig(share=share, background=False), clock)
+    writer = CheckpointWriter(CheckpointConfig(max_overhead=share, background=False), clock)
     assert writer.is_due(1), "the first tells the cost"
     written = []
 

@@ -91,7 +91,8 @@ def test_the_decision_is_taken_once(copy: Path, flip: Damage, tmp_path: Path) ->
 def test_more_than_the_limit_is_refused_and_nothing_is_written(copy: Path, flip: Damage, tmp_path: Path) -> None:
     flip("train", 1), flip("validation", 2)
     with pytest.raises(
-        UserError, match=r"input\.max_damaged 1: 2 records are damaged, the first is record \d+ at byte \d+ of .*"
+        UserError,
+        match=r"input\.max_corrupt_records 1: 2 records are damaged, the first is record \d+ at byte \d+ of .*",
     ):
         exclude_corrupt(tmp_path, copy, read_manifest(copy), 1)
     assert load_excluded(tmp_path) == ExcludedRecords()
@@ -114,7 +115,7 @@ def test_a_run_leaves_them_out_counts_them_and_says_so(
     flip("train", 1), flip("train", 30), flip("validation", 4)
     with pytest.raises(UserError, match=r"record \d+ at byte \d+: the checksum of its content does not match"):
         train(copy, tmp_path / "strict", f"features.cache={cache}")
-    result = train(copy, tmp_path / "run", f"features.cache={cache}", "input.max_damaged=3")
+    result = train(copy, tmp_path / "run", f"features.cache={cache}", "input.max_corrupt_records=3")
     assert result["damaged_records"] == 3
     assert f"3 damaged records are left out; {tmp_path / 'run' / 'damaged.json'} lists them" in capsys.readouterr().err
     # 54 images in batches of 8: the same 6 steps an epoch as 48 to 55 images have.
@@ -129,7 +130,7 @@ def test_a_run_leaves_them_out_counts_them_and_says_so(
 def test_without_damage_the_key_changes_no_number(copy: Path, tmp_path: Path) -> None:
     histories = []
     for name, most in (("strict", 0), ("lenient", 5)):
-        assert train(copy, tmp_path / name, f"input.max_damaged={most}")["damaged_records"] == 0
+        assert train(copy, tmp_path / name, f"input.max_corrupt_records={most}")["damaged_records"] == 0
         histories.append(comparable(run_folder.read_history(tmp_path / name)))
     assert histories[0] == histories[1]
 
@@ -137,7 +138,7 @@ def test_without_damage_the_key_changes_no_number(copy: Path, tmp_path: Path) ->
 def test_a_decision_of_other_data_or_settings_is_forgotten(copy: Path, flip: Damage, tmp_path: Path) -> None:
     """Until a checkpoint is there, a run may begin anew with others: what was left out then is whole now."""
     run, manifest = tmp_path / "run", read_manifest(copy)
-    config = run_folder.resolve_config(load_config(None, [*SMALL_RUN, "input.max_damaged=3"]), manifest)
+    config = run_folder.resolve_config(load_config(None, [*SMALL_RUN, "input.max_corrupt_records=3"]), manifest)
     run_folder.prepare(run, config, copy, manifest)
     flip("train", 1)
     assert exclude_corrupt(run, copy, manifest, 3).records

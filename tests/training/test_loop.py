@@ -145,7 +145,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
         "stages.2.epochs=3",
         "stages.2.optimizer=adam",
         "stages.2.augment=true",
-        "stages.2.weight_average=0.9",
+        "stages.2.ema_decay=0.9",
         "deterministic=true",
         "checkpoint.every_steps=2",
         "checkpoint.background=false",
@@ -305,7 +305,7 @@ def test_a_run_leaves_the_state_of_the_process_as_it_was(dataset: Path, tmp_path
 def test_what_was_measured_once_is_not_measured_again(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors at a cut are rounded: a run that goes on reads what it read, however busy the machine is by then."""
+    """Cached activations are rounded: a run that goes on reads what it read, however busy the machine is by then."""
     config = small("stages.1.epochs=1", "stages.2.epochs=2", "stages.2.unfreeze_layers=3", "checkpoint.every_steps=2")
     whole, copy = tmp_path / "whole", tmp_path / "copy"
     monkeypatch.setattr(FrozenFeatures, "pays", lambda *_: True)
@@ -408,16 +408,16 @@ def test_cached_features_change_no_number(finished_run: Path, dataset: Path, tmp
         np.testing.assert_allclose([row[key] for row in left], [row[key] for row in right], atol=1e-4)
 
 
-def test_a_kept_cut_changes_no_number(dataset: Path, tmp_path: Path) -> None:
+def test_cached_activations_change_no_number(dataset: Path, tmp_path: Path) -> None:
     """Stage 2 from tensors inside the base, kept in half precision, follows stage 2 from images."""
     common = ["model.dropout=0", "stages.1.epochs=1", "stages.2.epochs=3", "stages.2.unfreeze_layers=3"]
-    for name, settings in (("images", ["features.cache=off"]), ("cut", ["features.cut=on"])):
+    for name, settings in (("images", ["features.cache=off"]), ("cached", ["features.cache_activations=on"])):
         run_training(small(*common, *settings), dataset, tmp_path / name / "run", launcher="local")
-    left, right = history(tmp_path / "images" / "run"), history(tmp_path / "cut" / "run")
+    left, right = history(tmp_path / "images" / "run"), history(tmp_path / "cached" / "run")
     assert [row["stage"] for row in left] == [1, 2, 2, 2]
     for key in ("loss", "val_loss"):
         np.testing.assert_allclose([row[key] for row in left], [row[key] for row in right], atol=2e-3)
-    assert len(list((tmp_path / "cut" / run_folder.FEATURE_CACHE).glob("*/entry.json"))) == 4
+    assert len(list((tmp_path / "cached" / run_folder.FEATURE_CACHE).glob("*/entry.json"))) == 4
     assert not (tmp_path / "images" / run_folder.FEATURE_CACHE).exists()
 
 
@@ -454,7 +454,7 @@ def test_a_run_that_diverges_ends_and_says_where(dataset: Path, tmp_path: Path, 
     assert found is not None
     poisoned = {name: np.full_like(value, np.nan) if "dense" in name else value for name, value in found.arrays.items()}
     broken = tmp_path / "broken"
-    config = small("stages.2.epochs=0", "stages.1.epochs=3", f"max_skipped_steps={most}", "checkpoint.every_steps=1")
+    config = small("stages.2.epochs=0", "stages.1.epochs=3", f"max_nonfinite_steps={most}", "checkpoint.every_steps=1")
     manifest = read_manifest(dataset)
     run_folder.prepare(broken, run_folder.resolve_config(config, manifest), dataset, manifest)
     shutil.copytree(run / run_folder.CHECKPOINTS, broken / run_folder.CHECKPOINTS)

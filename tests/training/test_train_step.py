@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cxr_dist.config.schema import StageConfig
-from cxr_dist.data.batch_sampler import TrainingPlan
+from cxr_dist.data.batch_sampler import TrainBatchSampler
 from cxr_dist.model import resnet
 from tests import small_training as training
 from tests.small_training import Trace, Training
@@ -129,4 +129,4 @@ def test_microbatches_start_from_each_others_statistics() -> None:
 
 def test_a_batch_that_does_not_divide_into_microbatches() -> None:
     with pytest.raises(UserError, match=r"^global_batch_size 20: .*2 replicas times 3 accumulation_steps; try 24"):
-        TrainingPlan(100, 20, 2, seed=0, parts=3)
+        TrainBatchSampler(100, 20, 2, seed=0, accumulation_steps=3)

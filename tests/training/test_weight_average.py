@@ -79,7 +79,7 @@ def test_the_loop_validates_and_keeps_the_average(
     settings = [*SMALL_RUN, "stages.1.epochs=1", "stages.2.epochs=2", "stages.2.learning_rate=3e-3"]
     rows = {}
     for name, decay in (("plain", None), ("none", 0.0), ("averaged", 0.9)):
-        more = [] if decay is None else [f"stages.1.weight_average={decay}", f"stages.2.weight_average={decay}"]
+        more = [] if decay is None else [f"stages.1.ema_decay={decay}", f"stages.2.ema_decay={decay}"]
         run_training(load_config(None, [*settings, *more]), dataset, tmp_path / name, launcher="local")
         rows[name] = comparable(run_folder.read_history(tmp_path / name))
     for left, right in zip(rows["plain"], rows["none"], strict=True):
