@@ -42,7 +42,11 @@ def parse_override(override: str) -> dict[str, Any]:
     key, found, value = override.partition("=")
     if not found or not key:
         raise UserError(f"--set {override}: expected key=value, such as stages.1.epochs=5")
-    return nested(key.strip(), _plain(_parse_value(override, value)))
+    try:
+        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"--set {override}: the value is not YAML; quote it") from None
+    return nested(key.strip(), _plain(parsed))
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -105,20 +109,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: holds a {type(loaded).__name__}, not a mapping of config keys")
-    if _is_larger(loaded, MOST_VALUES):
+    pending: list[Any] = [loaded]
+    for _ in range(MOST_VALUES + 1):  # aliases make a few bytes many values, or endlessly many
+        if not pending:
+            break
+        current = pending.pop()
+        pending.extend(current.values() if isinstance(current, dict) else current if isinstance(current, list) else ())
+    if pending:
         raise UserError(f"{path}: holds more than {MOST_VALUES} values, aliases written out; give fewer")
     return _plain(loaded)
-
-
-def _is_larger(node: Any, most: int) -> bool:
-    """Whether a tree has more nodes; aliases make a few bytes many, or endless."""
-    pending, count = [node], 0
-    while pending and count <= most:
-        current = pending.pop()
-        count += 1
-        children = current.values() if isinstance(current, dict) else current if isinstance(current, list) else ()
-        pending.extend(children)
-    return count > most
 
 
 class _Loader(yaml.SafeLoader):
@@ -141,13 +140,6 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse_value(override: str, text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"--set {override}: the value is not YAML; quote it") from None
-
-
 def _plain(node: Any) -> Any:
     """Keys as strings, so that stages.1 from YAML and from the command line are the same key."""
     if isinstance(node, dict):
@@ -161,7 +153,7 @@ def _merge(tree: dict[str, Any], update: dict[str, Any], where: str, prefix: str
         if prefix == "stages." and key not in tree and key.isdigit():
             tree[key] = _plain(StageConfig().model_dump(mode="json"))
         if key not in tree:
-            meant = _first_leaf(name, value)
+            meant = next(iter(flat({name: value})), name)  # a leaf tells better than a section what was meant
             raise UserError(f"{where}{meant}: unknown config key{_nearest(meant)}")
         if isinstance(tree[key], dict):
             if not isinstance(value, dict):
@@ -172,14 +164,6 @@ def _merge(tree: dict[str, Any], update: dict[str, Any], where: str, prefix: str
             raise UserError(f"{where}{name}: is a value, not a mapping")
         else:
             tree[key] = value
-
-
-def _first_leaf(name: str, value: Any) -> str:
-    """The dotted name of the first value below `name`: it tells better than a section's what was meant."""
-    while isinstance(value, dict) and value:
-        key, value = next(iter(value.items()))
-        name = f"{name}.{key}"
-    return name
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -197,10 +181,8 @@ def known_keys() -> dict[str, Any]:
 
 def _nearest(name: str) -> str:
     keys = list(known_keys())
-    by_leaf = [key for key in keys if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5) or by_leaf[:1]
+    leaf, leaves = name.rsplit(".", 1)[-1], {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
     if not near:
-        leaves = {key.rsplit(".", 1)[-1]: key for key in keys}
-        close = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.5)
-        near = [leaves[close[0]]] if close else []
+        near = [leaves[close] for close in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.5)]
     return f"; did you mean {near[0]}?" if near else "; cxr-dist config prints them all"

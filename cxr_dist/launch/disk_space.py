@@ -83,8 +83,10 @@ def check_space(out: Path, cache: Path, needed: Needed) -> None:
     Raises:
         UserError: names the bytes that are needed and free, and what to change.
     """
-    of_run = max(0, needed.run - _held(out))
-    of_cache = max(0, needed.cache - _held(cache))
+    of_run, of_cache = (
+        max(0, size - (bytes_below(folder) if folder.is_dir() else 0))
+        for size, folder in ((needed.run, out), (needed.cache, cache))
+    )
     checks = [(out, of_run, "give --out on another disk, or lower checkpoint.keep")]
     if of_cache and _disk(cache) == _disk(out):
         fix = "give --out on another disk, or lower checkpoint.keep or features.limit_gb"
@@ -97,10 +99,6 @@ def check_space(out: Path, cache: Path, needed: Needed) -> None:
             raise UserError(
                 f"{folder}: needs up to {most / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free; {fix}"
             )
-
-
-def _held(folder: Path) -> int:
-    return bytes_below(folder) if folder.is_dir() else 0
 
 
 def _disk(folder: Path) -> int:

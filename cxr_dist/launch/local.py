@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config
-from cxr_dist.distributed.devices import Topology, prepare_devices
+from cxr_dist.distributed.devices import Topology
 from cxr_dist.runs.events import Reporter, Reporters, closing
 from cxr_dist.runs.loggers import run_reporters
-from cxr_dist.runs.run_folder import TENSORBOARD, OpenDataset
+from cxr_dist.runs.run_folder import OpenDataset
 from cxr_dist.runs.stop_request import stopped_by_sigterm
 
 
@@ -28,12 +28,7 @@ class LocalWorker:
         """Train in the opened folder `run`; result.json."""
         from cxr_dist.training.loop import train
 
-        reporters = Reporters([reporter, *run_reporters(run, TENSORBOARD, run.name)])
+        reporters = Reporters([reporter, *run_reporters(run, run.name)])
         with stopped_by_sigterm(run), closing(reporters):
             folder, manifest = self.dataset.folder, self.dataset.manifest
             return train(self.config, folder, manifest, run, self.topology, reporters, "local")
-
-
-def local_worker(config: Config, dataset: OpenDataset, devices: int | None) -> LocalWorker:
-    """This process with so many of its devices; all GPUs, or one CPU, for None."""
-    return LocalWorker(config, dataset, prepare_devices(devices))

@@ -2,13 +2,17 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from cxr_dist.distributed.devices import DeviceKind
 from cxr_dist.tuning.search_space import SearchConfig
 from tfrecords_builder.common.errors import UserError
+
+DRIVER_MEMORY = 256e6
+"""Bytes, of a trial's own process that waits for its workers."""
+TRIALS_PER_MACHINE = 2
+"""Without GPUs, by default: a second trial fills the gaps of the first."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +52,25 @@ def plan_workers(nodes: Sequence[Node], workers: int | None, devices_per_worker:
     Raises:
         UserError: the cluster cannot place the workers; says what is there and what was asked.
     """
-    if not nodes:
-        raise UserError("the cluster has no machine; start one, or use --launcher local")
+    _check_any(nodes)
     for name, value in (("--workers", workers), ("--devices-per-worker", devices_per_worker)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value}: must be at least 1")
     gpu_nodes = [node for node in nodes if node.gpus >= 1]
     if gpu_nodes:
         per_node = min(int(node.gpus) for node in gpu_nodes)
-        if devices_per_worker is None:
-            devices_per_worker = per_node if workers is None else _most_devices(nodes, workers)
-        if workers is None:
-            workers = _places(WorkerPlan(1, devices_per_worker, "GPU", 1.0), nodes)
-        share = min(node.cpus * devices_per_worker / node.gpus for node in gpu_nodes)
-        plan = WorkerPlan(max(workers, 1), devices_per_worker, "GPU", max(1.0, float(int(share))))
-    else:
-        workers = workers or 1
-        if workers > 1 and (devices_per_worker or 1) > 1:
-            raise UserError(
-                f"--devices-per-worker {devices_per_worker}: without GPUs each of several workers has one logical CPU; "
-                "leave it out, or ask for one worker"
-            )
-        share = sum(node.cpus for node in nodes) / workers
-        largest = max(node.cpus for node in nodes)
-        plan = WorkerPlan(workers, devices_per_worker or 1, "CPU", max(1.0, float(int(min(share, largest)))))
-    return _fitted(plan, nodes)
+        devices = devices_per_worker or (per_node if workers is None else _most_devices(nodes, workers))
+        workers = workers or max(_slots(nodes, 1.0, devices), 1)
+        share = min(node.cpus * devices / node.gpus for node in gpu_nodes)
+        return _fitted(WorkerPlan(workers, devices, "GPU", max(1.0, float(int(share)))), nodes)
+    workers, devices = workers or 1, devices_per_worker or 1
+    if workers > 1 and devices > 1:
+        raise UserError(
+            f"--devices-per-worker {devices}: without GPUs each of several workers has one logical CPU; "
+            "leave it out, or ask for one worker"
+        )
+    share = min(sum(node.cpus for node in nodes) / workers, max(node.cpus for node in nodes))
+    return _fitted(WorkerPlan(workers, devices, "CPU", max(1.0, float(int(share)))), nodes)
 
 
 def plan_most_workers(
@@ -95,45 +93,53 @@ def plan_most_workers(
     if workers is None:
         return plan_workers(nodes, None, devices_per_worker)
     fitting = []
-    for number in range(workers[1], workers[0], -1):
+    for number in range(workers[1], workers[0] - 1, -1):
         try:
             fitting.append(plan_workers(nodes, number, devices_per_worker))
         except UserError:
-            continue
-    if not fitting or not any(accepts(plan.replicas) for plan in fitting):
-        fitting.append(plan_workers(nodes, workers[0], devices_per_worker))
+            if number == workers[0] and not fitting:
+                raise
     return next((plan for plan in fitting if accepts(plan.replicas)), fitting[0])
+
+
+def _check_any(nodes: Sequence[Node]) -> None:
+    if not nodes:
+        raise UserError("the cluster has no machine; start one, or use --launcher local")
 
 
 def _most_devices(nodes: Sequence[Node], workers: int) -> int:
     """The most GPUs that each of `workers` can have on one machine; 1 when not even that fits."""
     largest = max(int(node.gpus) for node in nodes)
-    fitting = (each for each in range(largest, 1, -1) if _places(WorkerPlan(1, each, "GPU", 1.0), nodes) >= workers)
-    return next(fitting, 1)
+    return next((count for count in range(largest, 1, -1) if _slots(nodes, 1.0, count) >= workers), 1)
 
 
 def _fitted(plan: WorkerPlan, nodes: Sequence[Node]) -> WorkerPlan:
     """The plan, with as many CPUs per worker as let all workers be placed."""
+    gpus = plan.devices_per_worker if plan.kind == "GPU" else 0
     for cpus in range(int(plan.cpus_per_worker), 0, -1):
-        fitted = WorkerPlan(plan.workers, plan.devices_per_worker, plan.kind, float(cpus))
-        if _places(fitted, nodes) >= plan.workers:
-            return fitted
-    what = f"{plan.devices_per_worker} GPU(s) and 1 CPU" if plan.kind == "GPU" else "1 CPU"
-    there = ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes)
-    room = _places(WorkerPlan(plan.workers, plan.devices_per_worker, plan.kind, 1.0), nodes)
+        if _slots(nodes, float(cpus), gpus) >= plan.workers:
+            return replace(plan, cpus_per_worker=float(cpus))
+    what = f"{gpus} GPU(s) and 1 CPU" if gpus else "1 CPU"
     raise UserError(
         f"--workers {plan.workers} --devices-per-worker {plan.devices_per_worker}: each worker needs {what} on one "
-        f"machine, and the cluster ({there}) has room for {room}; ask for fewer workers or devices, or add machines"
+        f"machine, and the cluster ({_format(nodes)}) has room for {_slots(nodes, 1.0, gpus)}; ask for fewer workers "
+        "or devices, or add machines"
     )
 
 
-def _places(plan: WorkerPlan, nodes: Sequence[Node]) -> int:
-    """How many workers the machines can hold."""
-    gpus = plan.devices_per_worker if plan.kind == "GPU" else 0
-    return sum(
-        min(int(node.cpus // plan.cpus_per_worker), int(node.gpus // gpus) if gpus else int(node.cpus))
-        for node in nodes
-    )
+def _slots(nodes: Sequence[Node], cpus: float, gpus: float) -> int:
+    """How many workers of so many CPUs and GPUs the machines hold; a fraction of a GPU is of one GPU."""
+    total = 0
+    for node in nodes:
+        slots = int(node.cpus / cpus + 1e-9)
+        if gpus:
+            slots = min(slots, int(node.gpus) * int(1 / gpus + 1e-9) if gpus < 1 else int(node.gpus // gpus))
+        total += slots
+    return total
+
+
+def _format(nodes: Sequence[Node]) -> str:
+    return ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes)
 
 
 @dataclass(frozen=True)
@@ -161,48 +167,29 @@ def plan_trials(nodes: Sequence[Node], search: SearchConfig) -> TrialPlan:
     Raises:
         UserError: a trial, or as many as were asked for at a time, cannot be placed; says what there is and was asked.
     """
-    if not nodes:
-        raise UserError("the cluster has no machine; start one, or use --launcher local")
+    _check_any(nodes)
     gpu_nodes = [node for node in nodes if node.gpus >= 1]
     gpus = search.gpus_per_trial if search.gpus_per_trial is not None else (1.0 if gpu_nodes else 0.0)
-    hosts = gpu_nodes if gpus else list(nodes)
     if search.cpus_per_trial is not None:
         cpus = search.cpus_per_trial
-    elif gpus and hosts:
-        cpus = max(1.0, float(int(min(node.cpus * gpus / node.gpus for node in hosts))))
+    elif gpus and gpu_nodes:
+        cpus = max(1.0, float(int(min(node.cpus * gpus / node.gpus for node in gpu_nodes))))
     else:
         cpus = max(1.0, float(int(min(node.cpus for node in nodes)) // TRIALS_PER_MACHINE))
     workers = search.workers_per_trial
-    places = sum(_slots(node, cpus, gpus) for node in nodes)
-    room = places // workers
+    room = _slots(nodes, cpus, gpus) // workers
     concurrent = search.concurrent or room
     if room < max(concurrent, 1):
-        each = f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
-        there = ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes)
-        asked = f"{workers} workers of {each}" if workers > 1 else each
+        worker = f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+        trial = f"{workers} workers of {worker}" if workers > 1 else worker
         raise UserError(
-            f"search: {search.concurrent or 1} trial(s) at a time of {asked} each, and the cluster ({there}) has room "
-            f"for {room}; lower search.concurrent, or its workers_, cpus_ or gpus_per_trial"
+            f"search: {search.concurrent or 1} trial(s) at a time of {trial} each, and the cluster ({_format(nodes)}) "
+            f"has room for {room}; lower search.concurrent, or its workers_, cpus_ or gpus_per_trial"
         )
     if workers == 1:
         return TrialPlan(cpus, gpus, concurrent)
     kind: DeviceKind = "GPU" if gpus else "CPU"
     return TrialPlan(cpus, gpus, concurrent, WorkerPlan(workers, max(int(gpus), 1), kind, cpus))
-
-
-DRIVER_MEMORY = 256e6
-"""Bytes, of a trial's own process that waits for its workers."""
-TRIALS_PER_MACHINE = 2
-"""Without GPUs, by default: a second trial fills the gaps of the first."""
-
-
-def _slots(node: Node, cpus: float, gpus: float) -> int:
-    """How many workers of so many CPUs and GPUs one machine holds; a fraction of a GPU is of one GPU."""
-    fitting = int(node.cpus / cpus + 1e-9)
-    if not gpus:
-        return fitting
-    on_gpus = int(node.gpus) * int(1 / gpus + 1e-9) if gpus < 1 else int(node.gpus // gpus)
-    return min(fitting, on_gpus)
 
 
 def this_machine() -> Node:
@@ -214,7 +201,5 @@ def cluster_nodes() -> list[Node]:
     """The live machines of the cluster that this process is connected to."""
     import ray
 
-    def resources(node: dict[str, Any]) -> Node:
-        return Node(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-
-    return [resources(node) for node in ray.nodes() if node["Alive"]]
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]

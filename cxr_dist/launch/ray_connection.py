@@ -51,11 +51,12 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_LOGGING", "1" if verbose else "0")
     # Inside a job Ray merges the job's variables with ours, and by itself refuses those that both name. The job's are
-    # part of this process's environment, so that what `_worker_environment` gives of them is what the job says.
+    # part of this process's environment, so that what is given of them below is what the job says.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     import ray
 
     level = logging.INFO if verbose else logging.ERROR
+    quiet = {} if verbose else {name: os.environ.get(name, value) for name, value in QUIET.items()}
     try:
         if address == "auto":
             check_cluster(address_on_this_machine(), named, is_looked_up=True)
@@ -64,7 +65,7 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
             log_to_driver=verbose,
             logging_level=level,
             include_dashboard=False if address == OWN_CLUSTER else None,
-            runtime_env={"env_vars": _worker_environment(verbose)},
+            runtime_env={"env_vars": WORKER_ENVIRONMENT | quiet},
         )
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"{named}: the Ray cluster there cannot be used ({one_line(error)})") from None
@@ -83,11 +84,6 @@ def _named(address: str | None) -> str:
     if variable and address in (None, "", "auto"):  # `auto` is the variable's, where it is set
         return f"RAY_ADDRESS {variable}"
     return f"--address {resolved_address(address)}"
-
-
-def _worker_environment(verbose: bool) -> dict[str, str]:
-    quiet = {} if verbose else {name: os.environ.get(name, value) for name, value in QUIET.items()}
-    return WORKER_ENVIRONMENT | quiet
 
 
 def check_cluster(address: str, named: str, *, is_looked_up: bool = False) -> None:

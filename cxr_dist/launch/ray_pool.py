@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 from tfrecords_builder.common.pool import lost_task
@@ -12,8 +13,6 @@ Result = TypeVar("Result")
 
 IN_FLIGHT_PER_CPU = 4
 """Enough that no processor waits, few enough that results do not pile up before an earlier, slow one."""
-
-
 PAUSES_S = (0.0, 1.0, 10.0)
 """Before each further attempt at a task that was lost: a machine that is short of memory gets some time."""
 STOP_S = 30.0
@@ -42,11 +41,11 @@ class RayPool:
         waiting: deque[tuple[Task, Any]] = deque()
         pending = iter(tasks)
         try:
-            for task in pending:
-                waiting.append((task, remote.remote(task)))
-                if len(waiting) >= IN_FLIGHT_PER_CPU * max(cpus, 1):
-                    yield _result(remote, *waiting.popleft())
-            while waiting:
+            while True:
+                for task in islice(pending, IN_FLIGHT_PER_CPU * max(cpus, 1) - len(waiting)):
+                    waiting.append((task, remote.remote(task)))
+                if not waiting:
+                    return
                 yield _result(remote, *waiting.popleft())
         finally:
             references = [reference for _, reference in waiting]

@@ -150,17 +150,17 @@ def _asking_to_grow(
     """
     from ray.exceptions import RayError
 
-    seen = plan.workers
+    last = plan.workers
 
     def look() -> None:
-        nonlocal seen
+        nonlocal last
         try:
-            found = plan_again().workers
+            workers = plan_again().workers
         except (UserError, OSError, RuntimeError, RayError):
-            found = plan.workers  # less room than the run has, or no answer: for whoever notices the loss
-        if found == seen > plan.workers:
+            workers = plan.workers  # less room than the run has, or no answer: for whoever notices the loss
+        if workers == last > plan.workers:
             StopRequest(run).make(for_more_workers=True)
-        seen = found
+        last = workers
 
     with _every(GROWTH_INTERVAL_S, look, "growth", reporter):
         yield
@@ -168,7 +168,7 @@ def _asking_to_grow(
 
 @contextmanager
 def _every(interval_s: float, look: Callable[[], None], name: str, reporter: Reporter) -> Iterator[None]:
-    """Call `look` in a thread called `name`, again and again, while the context lasts.
+    """Call `look` in a thread again and again while the context lasts.
 
     A call that fails is a warning, the same failure in a row only once: the run itself does not need it.
     """
@@ -177,15 +177,15 @@ def _every(interval_s: float, look: Callable[[], None], name: str, reporter: Rep
     def run() -> None:
         last = ""
         while not ended.wait(interval_s):
+            failure = ""
             try:
                 look()
-                last = ""
             except Exception as error:  # noqa: BLE001 - whatever it is, the thread must not end without a word
                 failure = f"{name}: {type(error).__name__}: {one_line(error)}"
-                if failure != last:
-                    last = failure
-                    with suppress(Exception):  # the reporter may be what fails, as when nobody reads its output
-                        reporter.emit({"kind": "warning", "text": f"{failure}; trying again"})
+            if failure and failure != last:
+                with suppress(Exception):  # the reporter may be what fails, as when nobody reads its output
+                    reporter.emit({"kind": "warning", "text": f"{failure}; trying again"})
+            last = failure
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
@@ -242,7 +242,7 @@ def launch(worker: Callable[[dict[str, Any]], None], arguments: dict[str, Any], 
         # Ray Train handles Ctrl-C itself, and ends this process with status 0, as if the run were complete.
         raise KeyboardInterrupt from None
     except Exception as error:
-        meaning = _meaning(list(_errors_in(error)), plan)
+        meaning = _meaning(_errors_in(error), plan)
         if meaning is None:
             raise
         raise meaning from None
@@ -292,7 +292,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     if topology.is_chief:
         reporters = [
             EventFile(run / run_folder.EVENTS),
-            *run_reporters(run, run_folder.TENSORBOARD, arguments["name"], arguments["hparams"]),
+            *run_reporters(run, arguments["name"], arguments["hparams"]),
             RayMetrics(arguments["name"], int(arguments["config"]["global_batch_size"])),
         ]
     config = Config.model_validate(arguments["config"])
@@ -317,19 +317,17 @@ def _last_line(error: BaseException) -> str:
     return lines[-1].partition(". ")[0] if lines else type(error).__name__
 
 
-def _errors_in(error: BaseException) -> Iterator[BaseException]:
+def _errors_in(error: BaseException) -> list[BaseException]:
     """`error` and all that it was made of, on workers and controller."""
-    pending: list[BaseException] = [error]
-    seen: set[int] = set()
+    errors: list[BaseException] = []
+    pending: list[Any] = [error]
     while pending:
         current = pending.pop(0)
-        if id(current) in seen:
+        if not isinstance(current, BaseException) or any(current is known for known in errors):
             continue
-        seen.add(id(current))
-        yield current
-        inside = [getattr(current, name, None) for name in ("cause", "controller_failure", "health_check_failure")]
-        pending += [
-            found for found in (current.__cause__, current.__context__, *inside) if isinstance(found, BaseException)
-        ]
+        errors.append(current)
+        names = ("__cause__", "__context__", "cause", "controller_failure", "health_check_failure")
+        pending += [getattr(current, name, None) for name in names]
         failures = getattr(current, "worker_failures", None)
         pending += failures.values() if isinstance(failures, dict) else []
+    return errors

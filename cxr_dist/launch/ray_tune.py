@@ -199,8 +199,8 @@ def reserved(cpus: float, gpus: float, limit_s: float = PLACEMENT_LIMIT_S) -> It
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    until = time.monotonic() + limit_s
-    said = False
+    until, is_told = time.monotonic() + limit_s, False
+    what = "1 CPU and 1 GPU" if gpus else "1 CPU"
     while True:
         # Over all machines, so that more may be asked of one than it has free: then half as many.
         free = min(cpus, ray.available_resources().get("CPU", 0.0))
@@ -212,9 +212,8 @@ def reserved(cpus: float, gpus: float, limit_s: float = PLACEMENT_LIMIT_S) -> It
                     return
             finally:
                 remove_placement_group(group)
-        what = "1 CPU and 1 GPU" if gpus else "1 CPU"
-        if not said:
-            said = True
+        if not is_told:
+            is_told = True
             print(f"waiting for {what} of the cluster, which other work holds", file=sys.stderr, flush=True)
         if time.monotonic() > until:
             raise UserError(
@@ -237,20 +236,18 @@ def _slow_start_warning(placement: TrialPlan) -> Any:
             self._since: float | None = None
 
         def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-            states = {trial.status for trial in trials}
+            states, now = {trial.status for trial in trials}, time.monotonic()
             if "RUNNING" in states or "PENDING" not in states:
                 self._since = None
                 return
-            now = time.monotonic()
             self._since = self._since or now
             if now - self._since > PLACEMENT_LIMIT_S:
                 self._since = now
                 what = " + ".join(f"{value:g} {name}" for name, value in placement.resources().items() if value)
-                print(
-                    f"no trial has started for a minute: each needs {what}, and other work holds the cluster; waiting",
-                    file=sys.stderr,
-                    flush=True,
+                text = (
+                    f"no trial has started for a minute: each needs {what}, and other work holds the cluster; waiting"
                 )
+                print(text, file=sys.stderr, flush=True)
 
     return SlowStartWarning()
 

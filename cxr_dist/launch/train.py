@@ -76,7 +76,8 @@ def run_training(
     Raises:
         UserError: what the user gave is wrong, or more is asked than there is.
     """
-    from cxr_dist.launch.local import local_worker
+    from cxr_dist.distributed.devices import prepare_devices
+    from cxr_dist.launch.local import LocalWorker
     from cxr_dist.launch.ray_train import workers_on_cluster
     from cxr_dist.model.resnet import check_weights
 
@@ -87,7 +88,7 @@ def run_training(
         check_weights(config.model.weights)
         placed: AbstractContextManager[Workers]
         if launcher == "local":
-            placed = nullcontext(local_worker(config, data, devices_per_worker))
+            placed = nullcontext(LocalWorker(config, data, prepare_devices(devices_per_worker)))
         else:
             placed = workers_on_cluster(config, dataset, workers, devices_per_worker, address, verbose)
         with placed as team, opened_run(run, config, data, team.replicas) as is_finished:

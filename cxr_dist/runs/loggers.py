@@ -16,7 +16,8 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from cxr_dist.runs.events import EndState, Event, Reporter
-from tfrecords_builder.common.errors import UserError
+from cxr_dist.runs.run_folder import TENSORBOARD
+from tfrecords_builder.common.errors import UserError, reading
 from tfrecords_builder.common.files import write_json
 
 
@@ -86,10 +87,13 @@ class TensorBoardReporter(Reporter):
         if event["kind"] != "epoch":
             return
         import tensorflow as tf
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
         if self._writer is None:
             # Not before: it starts TensorFlow, and a multi-worker strategy has to be made ahead of that.
-            self._last = last_step(self._folder)
+            paths = self._folder.glob("*tfevents*")
+            steps = (event.step for path in paths for event in EventFileLoader(str(path)).Load())
+            self._last = max(steps, default=0)
             self._writer = tf.summary.create_file_writer(str(self._folder))
         row = event["row"]
         if row["epochs_done"] <= self._last:
@@ -106,12 +110,9 @@ class TensorBoardReporter(Reporter):
             self._writer = None
 
 
-def last_step(folder: Path) -> int:
-    """The last step of which event files have a scalar; 0 where there is none."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    paths = folder.glob("*tfevents*")
-    return max((event.step for path in paths for event in EventFileLoader(str(path)).Load()), default=0)
+MLFLOW = "mlflow.json"
+"""In a run's folder: the number of the run in MLflow."""
+MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
 
 
 class MLflowReporter(Reporter):
@@ -121,17 +122,16 @@ class MLflowReporter(Reporter):
     """
 
     def __init__(self, run: Path, name: str, params: Mapping[str, bool | int | float | str]) -> None:
-        self._client = _mlflow_client()
-        known = _mlflow_run(self._client, run)
+        self._client, known = _mlflow_run(run)
+        self._last = 0
         if known is not None:
             self._run = known.info.run_id
             self._client.update_run(self._run, status="RUNNING")
             self._last = max((point.step for point in self._client.get_metric_history(self._run, "loss")), default=0)
             return
-        self._last = 0
-        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "cxr-dist")
-        found = self._client.get_experiment_by_name(experiment)
-        number = found.experiment_id if found else self._client.create_experiment(experiment)
+        name_of_experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "cxr-dist")
+        experiment = self._client.get_experiment_by_name(name_of_experiment)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name_of_experiment)
         # By client and number: MLflow's own notion of an active run belongs to a process, which may run many trials.
         self._run = self._client.create_run(number, run_name=name).info.run_id
         write_json(run / MLFLOW, {"run_id": self._run})
@@ -139,13 +139,11 @@ class MLflowReporter(Reporter):
             self._client.log_param(self._run, key, value)
 
     def emit(self, event: Event) -> None:
-        if event["kind"] == "epoch":
-            row = event["row"]
-            if row["epochs_done"] <= self._last:
-                return
-            for key, value in row.items():
-                if isinstance(value, float):
-                    self._client.log_metric(self._run, key, value, step=row["epochs_done"])
+        if event["kind"] != "epoch" or event["row"]["epochs_done"] <= self._last:
+            return
+        for key, value in event["row"].items():
+            if isinstance(value, float):
+                self._client.log_metric(self._run, key, value, step=event["row"]["epochs_done"])
 
     def close(self, state: EndState) -> None:
         self._client.set_terminated(self._run, state.upper())
@@ -155,62 +153,48 @@ def end_mlflow_run(run: Path, state: EndState) -> None:
     """End the run in MLflow whose own process was killed; nothing where it has ended, or MLflow is not set up."""
     if not os.environ.get(MLFLOW_VARIABLE) or not (run / MLFLOW).is_file():
         return
-    client = _mlflow_client()
-    known = _mlflow_run(client, run)
+    client, known = _mlflow_run(run)
     if known is not None and known.info.status == "RUNNING":
         client.set_terminated(known.info.run_id, state.upper())
 
 
-def _mlflow_client() -> Any:
+def _mlflow_run(run: Path) -> tuple[Any, Any]:
+    """A client of MLflow, and the run that the folder names as the server has it; None where it has none."""
     try:
-        import mlflow
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
     except ImportError:
         raise UserError(
             f"{MLFLOW_VARIABLE}: is set, and MLflow is not installed; install the extra mlflow, or unset it"
         ) from None
-    return mlflow.MlflowClient()
-
-
-def _mlflow_run(client: Any, run: Path) -> Any:
-    """The run that the folder names, as the server has it; None where there is none, as on another server."""
-    from mlflow.exceptions import MlflowException
-
-    if not (run / MLFLOW).is_file():
-        return None
+    client, path = MlflowClient(), run / MLFLOW
+    if not path.is_file():
+        return client, None
+    with reading(path, "remove it for a new run in MLflow"):
+        number = json.loads(path.read_text(encoding="utf-8"))["run_id"]
     try:
-        return client.get_run(json.loads((run / MLFLOW).read_text(encoding="utf-8"))["run_id"])
-    except (ValueError, KeyError):
-        raise UserError(f"{run / MLFLOW}: damaged; remove it for a new run in MLflow") from None
+        return client, client.get_run(number)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return None
+        return client, None
 
 
-MLFLOW = "mlflow.json"
-"""In a run's folder."""
-
-MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
-
-
-def run_reporters(
-    run: Path, tensorboard: str, name: str, params: Mapping[str, bool | int | float | str] | None = None
-) -> list[Reporter]:
+def run_reporters(run: Path, name: str, params: Mapping[str, bool | int | float | str] | None = None) -> list[Reporter]:
     """Those who keep a run's figures for other programs: TensorBoard, and MLflow where it is set up.
 
     Args:
         run: The run's folder.
-        tensorboard: Name of the folder in it for TensorBoard.
         name: Of the run, in MLflow.
         params: What a trial sets, for MLflow.
 
     Raises:
         UserError: MLflow is set up and not installed.
     """
-    found: list[Reporter] = [TensorBoardReporter(run / tensorboard)]
+    reporters: list[Reporter] = [TensorBoardReporter(run / TENSORBOARD)]
     if os.environ.get(MLFLOW_VARIABLE):
-        found.append(MLflowReporter(run, name, params or {}))
-    return found
+        reporters.append(MLflowReporter(run, name, params or {}))
+    return reporters
 
 
 @contextmanager

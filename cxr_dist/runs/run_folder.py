@@ -97,16 +97,10 @@ def locked(run: Path, wait_s: float = 0.0) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be made, or another process holds it.
     """
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run}: is a file; give a folder for the run")
     busy = "another process is training into it; wait for it, or give another --out"
     with ExitStack() as held:
-        try:
+        with _writable(run):
             held.enter_context(locks.held_folder(run, busy, wait_s))
-        except OSError as error:
-            raise UserError(
-                f"{run}: cannot be made ({error.strerror}); give a folder that you may write as --out"
-            ) from None
         yield
 
 
@@ -119,8 +113,6 @@ def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> No
         UserError: the folder holds something else, or a run with other settings or other data.
     """
     info = RunInfo(absolute(dataset), manifest.fingerprint, manifest.class_names, manifest.image_size)
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run}: is a file; give a folder for the run")
     if (run / CONFIG).is_file() and (run / RUN).is_file():
         if (run / RESULT).exists() or any((run / CHECKPOINTS).glob("epoch-*.safetensors")):
             _check_same(run, config, info)
@@ -128,12 +120,20 @@ def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> No
             return
     elif run.is_dir() and not _is_begun(run):
         raise UserError(f"{run}: holds something that is not a run of this program; give a new folder as --out")
-    try:
+    with _writable(run):
         _tidy(run)
         (run / DAMAGED).unlink(missing_ok=True)  # it was decided for the settings and the data of before
         write_text(run / CONFIG, config.to_yaml())
         write_seen(run, manifest)
         write_json(run / RUN, {"format": FORMAT, **asdict(info), "made_with": []})
+
+
+@contextmanager
+def _writable(run: Path) -> Iterator[None]:
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; give a folder for the run")
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{run}: cannot be written ({error.strerror}); give a folder that you may write as --out"
@@ -149,28 +149,23 @@ def _tidy(run: Path) -> None:
     for path in run.glob(".*"):
         if is_temporary(path.name, (CONFIG, RUN, SEEN, HISTORY, RESULT, MODEL, DAMAGED)):
             path.unlink(missing_ok=True)
-    for path in run.glob(f".{MODEL}.*"):  # the folder in which Keras writes it
-        if path.is_dir():
+        elif path.name.startswith(f".{MODEL}.") and path.is_dir():  # the folder in which Keras writes it
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_begun(run: Path) -> bool:
     """Whether the folder holds nothing but what a run may have left that was stopped at its start."""
-    if (run / CONFIG).is_file() and not _is_resolved(run / CONFIG):
-        return False  # a configuration that somebody wrote
+    path = run / CONFIG
+    try:
+        if path.is_file() and load_config(path).to_yaml().encode() != path.read_bytes():
+            return False  # a configuration that somebody wrote: `prepare` writes every key, and nothing else
+    except UserError:
+        return False
     return all(
         entry.name in (CONFIG, SEEN, EVENTS, STOP, REGROUP, HEARTBEATS, TENSORBOARD, LOCK)
         or is_temporary(entry.name, (CONFIG, RUN, SEEN))
         for entry in run.iterdir()
     )
-
-
-def _is_resolved(path: Path) -> bool:
-    """Whether a configuration is as `prepare` writes it: every key, and nothing else."""
-    try:
-        return load_config(path).to_yaml().encode() == path.read_bytes()
-    except UserError:
-        return False
 
 
 def _check_same(run: Path, config: Config, info: RunInfo) -> None:
@@ -191,14 +186,12 @@ def other_dataset(before: str, now: str) -> str:
 
 
 def _first_difference(before: Any, now: Any, prefix: str = "") -> tuple[str, Any, Any]:
-    for key in sorted(before.keys() | now.keys()):
-        left, right = before.get(key), now.get(key)
-        if left != right:
-            name = f"{prefix}{key}"
-            if isinstance(left, dict) and isinstance(right, dict):
-                return _first_difference(left, right, f"{name}.")
-            return name, left, right
-    raise ValueError("there is no difference")
+    """The first key whose values differ: (dotted key, value before, value now)."""
+    key = next(key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))
+    left, right, name = before.get(key), now.get(key), f"{prefix}{key}"
+    if isinstance(left, dict) and isinstance(right, dict):
+        return _first_difference(left, right, f"{name}.")
+    return name, left, right
 
 
 def read_config(run: Path) -> Config:

@@ -103,8 +103,6 @@ class Experiment:
         self.folder = folder.resolve()
         self._keep: int | None = None
 
-    # -- the search -------------------------------------------------------------------------------
-
     @contextmanager
     def opened(self, plan: SearchPlan, dataset: Place, manifest: Manifest) -> Iterator[None]:
         """The folder, made or found, held against other searches.
@@ -122,7 +120,7 @@ class Experiment:
                 )
             info = {"format": FORMAT, "dataset": absolute(dataset), "fingerprint": manifest.fingerprint}
             if is_begun and (self.folder / EXPERIMENT).exists():
-                self._check_same(plan, info)
+                _check_same(self, plan, info)
             else:
                 write_text(self.folder / SEARCH, yaml.safe_dump(plan.tree(), sort_keys=False))
                 write_json(self.folder / EXPERIMENT, info)
@@ -130,51 +128,22 @@ class Experiment:
             self._keep = plan.search.keep
             yield
 
-    def _check_same(self, plan: SearchPlan, info: dict[str, Any]) -> None:
-        earlier_info, earlier, now = self.info(), self.plan().tree(), plan.tree()
-        for section in ("search", "config"):
-            for key in sorted(earlier[section].keys() | now[section].keys()):
-                # What changes no trial's result may change: how many, how many at a time, how long, how many are kept.
-                if section == "search" and key in ("trials", "concurrent", "time_limit_s", "keep"):
-                    continue
-                if earlier[section].get(key) != now[section].get(key):
-                    raise UserError(
-                        f"{self.folder}: holds a search with another {section}.{key}; give another --out, or the same "
-                        "settings to go on"
-                    )
-        if earlier_info["fingerprint"] != info["fingerprint"]:
-            other = run_folder.other_dataset(earlier_info["dataset"], info["dataset"])
-            raise UserError(f"{self.folder}: holds a search on {other}; give another --out")
-
     def plan(self) -> SearchPlan:
         """The search, as its folder has it."""
-        with reading(self._file(SEARCH), ANOTHER_OUT):
+        with reading(_required(self.folder, SEARCH), ANOTHER_OUT):
             return from_tree(read_yaml(self.folder / SEARCH))
 
     def info(self) -> dict[str, Any]:
         """The dataset, as the folder has it."""
-        return _read_formatted(self._file(EXPERIMENT), ANOTHER_OUT)
-
-    def _file(self, name: str) -> Path:
-        if not (self.folder / name).is_file():
-            raise UserError(f"{self.folder}: is not the folder of a search (no {name}); give what tune wrote")
-        return self.folder / name
-
-    # -- trials -----------------------------------------------------------------------------------
+        return _read_formatted(_required(self.folder, EXPERIMENT), ANOTHER_OUT)
 
     def run(self, number: int) -> Path:
+        """The run of a trial. Beside it are the trial's file and `.log`, what its process prints without Ray."""
         return self.folder / TRIALS / f"{number:05d}"
-
-    def log(self, number: int) -> Path:
-        """What the trial's process prints."""
-        return self.folder / TRIALS / f"{number:05d}.log"
 
     def failure(self, number: int) -> Path:
         """Where a trial's process writes why it failed: a line, and after it what helps to find the cause."""
         return self.folder / TRIALS / f"{number:05d}.failure.txt"
-
-    def _write(self, trial: Trial) -> None:
-        write_json(self.run(trial.number).with_suffix(".json"), {"format": FORMAT, **asdict(trial)})
 
     def trials(self) -> list[Trial]:
         """All that were begun, in order."""
@@ -192,7 +161,7 @@ class Experiment:
             earlier = _read_trial(path)
             trial = replace(earlier, attempts=earlier.attempts + 1)
         self.failure(number).unlink(missing_ok=True)
-        self._write(trial)
+        _write_trial(self.run(number), trial)
         name = f"{self.folder.name}/{number:05d}"
         hparams.write_start(self.run(number) / run_folder.TENSORBOARD, name, values)
         return trial
@@ -211,13 +180,13 @@ class Experiment:
         state: State = "complete" if is_complete else "stopped" if reason is None else "failed"
         why = reason or "" if state == "failed" else ""
         ended = replace(trial, state=state, reason=why, seconds=trial.seconds + seconds)
-        self._write(ended)
+        _write_trial(self.run(trial.number), ended)
         self._close(ended)
         self._reduce_models()
         return self.result(ended)
 
     def _close(self, trial: Trial) -> None:
-        """Say to other programs how a trial ended, where its own process was killed too, and remove what is not needed.
+        """Say to other programs how a trial ended, as its process may have been killed; remove what is not needed.
 
         One that was stopped early did not fail.
         """
@@ -225,7 +194,6 @@ class Experiment:
         hparams.write_end(run / run_folder.TENSORBOARD, "failure" if trial.state == "failed" else "success")
         states: dict[State, EndState] = {"complete": "finished", "stopped": "killed", "failed": "failed"}
         end_mlflow_run(run, states[trial.state])
-        # A complete trial needs its best weights, any other none.
         checkpoints = CheckpointFolder(run / run_folder.CHECKPOINTS)
         if trial.state == "complete":
             checkpoints.keep_best_alone()
@@ -234,11 +202,10 @@ class Experiment:
 
     def _reduce_models(self) -> None:
         """Remove `model.keras` of all trials but the best `search.keep` so far: who leaves them is beaten for good."""
-        models = [path.parent for path in (self.folder / TRIALS).glob(f"?????/{run_folder.MODEL}")]
         if self._keep is None:
             self._keep = self.plan().search.keep
-        whole = [self.result(trial) for trial in self.trials() if self.run(trial.number) in models]
-        for result in ranked(whole)[self._keep :]:
+        whole = [trial for trial in self.trials() if (self.run(trial.number) / run_folder.MODEL).exists()]
+        for result in ranked([self.result(trial) for trial in whole])[self._keep :]:
             (self.run(result.trial.number) / run_folder.MODEL).unlink(missing_ok=True)
 
     def result(self, trial: Trial) -> TrialResult:
@@ -260,8 +227,6 @@ class Experiment:
                 open_.append(trial)
         return ended, open_
 
-    # -- what it leaves ---------------------------------------------------------------------------
-
     def write_tables(self) -> TrialResult | None:
         """`trials.parquet` and `best.json` of all trials so far; the best of them."""
         import pyarrow as pa
@@ -275,15 +240,12 @@ class Experiment:
             table = pa.Table.from_pylist(rows)
             write_atomically(self.folder / TRIALS_TABLE, lambda file: pq.write_table(table, file))
         best = best_result(results)
-        if best is not None:
-            write_json(self.folder / BEST, self._best_tree(best))
-        return best
-
-    def _best_tree(self, best: TrialResult) -> dict[str, Any]:
+        if best is None:
+            return None
         run, row = self.run(best.trial.number), best.best_row or {}
         relative = run.relative_to(self.folder)
         weights = CheckpointFolder(run / run_folder.CHECKPOINTS).newest_best()
-        return {
+        content = {
             "trial": best.trial.number,
             "values": best.trial.values,
             "metrics": {key: value for key, value in row.items() if key.startswith("val_")}
@@ -293,6 +255,36 @@ class Experiment:
             "model": str(relative / run_folder.MODEL),
             "config": run_folder.read_config(run).tree(),
         }
+        write_json(self.folder / BEST, content)
+        return best
+
+
+def _check_same(experiment: Experiment, plan: SearchPlan, info: dict[str, Any]) -> None:
+    """Raise `UserError` where the folder's search is not this one."""
+    earlier_info, earlier, now = experiment.info(), experiment.plan().tree(), plan.tree()
+    for section in ("search", "config"):
+        for key in sorted(earlier[section].keys() | now[section].keys()):
+            # What changes no trial's result may change: how many, how many at a time, how long, how many are kept.
+            if section == "search" and key in ("trials", "concurrent", "time_limit_s", "keep"):
+                continue
+            if earlier[section].get(key) != now[section].get(key):
+                raise UserError(
+                    f"{experiment.folder}: holds a search with another {section}.{key}; give another --out, or the "
+                    "same settings to go on"
+                )
+    if earlier_info["fingerprint"] != info["fingerprint"]:
+        other = run_folder.other_dataset(earlier_info["dataset"], info["dataset"])
+        raise UserError(f"{experiment.folder}: holds a search on {other}; give another --out")
+
+
+def _required(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise UserError(f"{folder}: is not the folder of a search (no {name}); give what tune wrote")
+    return folder / name
+
+
+def _write_trial(run: Path, trial: Trial) -> None:
+    write_json(run.with_suffix(".json"), {"format": FORMAT, **asdict(trial)})
 
 
 def ranked(results: Sequence[TrialResult]) -> list[TrialResult]:
@@ -342,7 +334,7 @@ def _row(result: TrialResult, keys: list[str], mixed: set[str]) -> dict[str, Any
 
 
 def _cell(value: Any, *, mixed: bool) -> Any:
-    """A column has one type: where choices are of several, as text."""
+    """A column has one type: where choices are of several, text."""
     if not mixed or value is None:
         return value
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

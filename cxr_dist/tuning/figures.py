@@ -6,6 +6,7 @@ What was complete, stopped early or failed differs in the marker and not in colo
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import matplotlib as mpl
 import numpy as np
@@ -40,13 +41,9 @@ class Point:
 def history_figure(points: Sequence[Point]) -> Figure:
     """Validation accuracy of each trial by number, and the best complete one so far as a line."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 3.6), layout="constrained")
-        axes = figure.add_subplot()
-        _scatter(axes, [point.number for point in points], points)
+        figure, axes = _scatter([point.number for point in points], points, "Trial", height=3.6)
         numbers, best = best_so_far(points)
         axes.step(numbers, best, where="post", color=VERMILLION, linestyle="--", label="best so far")
-        axes.set_xlabel("Trial")
-        axes.set_ylabel("Validation accuracy")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside upper center", ncols=3)
     return figure
@@ -54,53 +51,42 @@ def history_figure(points: Sequence[Point]) -> Figure:
 
 def best_so_far(points: Sequence[Point]) -> tuple[list[int], list[float]]:
     """Of the complete trials, by number: the best validation accuracy up to each."""
-    numbers: list[int] = []
-    best: list[float] = []
-    for point in sorted(points, key=lambda point: point.number):
-        if point.state == "complete":
-            numbers.append(point.number)
-            best.append(max([point.objective, *best[-1:]]))
-    return numbers, best
+    complete = sorted((point.number, point.objective) for point in points if point.state == "complete")
+    return [number for number, _ in complete], list(accumulate((objective for _, objective in complete), max))
 
 
 def parameter_figure(key: str, parameter: Parameter, points: Sequence[Point]) -> Figure:
     """Validation accuracy against one key."""
+    choices = parameter.choices
+    places = [choices.index(point.values[key]) if choices else float(point.values[key]) for point in points]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 3.4), layout="constrained")
-        axes = figure.add_subplot()
-        if parameter.choices is not None:
-            places = [parameter.choices.index(point.values[key]) for point in points]
-            _scatter(axes, places, points)
-            axes.set_xticks(range(len(parameter.choices)), [str(choice) for choice in parameter.choices])
+        figure, axes = _scatter(places, points, key, height=3.4)
+        if choices is not None:
+            axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
             axes.margins(x=0.15)
         else:
-            _scatter(axes, [float(point.values[key]) for point in points], points)
+            # The whole range and a little more, so that points at its ends are whole.
+            low, high = (float(value) for value in parameter.extremes())
+            margin = (high / low) ** 0.03 if parameter.log else 0.03 * (high - low)
+            axes.set_xlim(*((low / margin, high * margin) if parameter.log else (low - margin, high + margin)))
             if parameter.log:
                 axes.set_xscale("log")
                 axes.xaxis.set_minor_formatter(NullFormatter())
-            if parameter.low is not None and parameter.high is not None:
-                axes.set_xlim(*_with_margin(float(parameter.low), float(parameter.high), log=parameter.log))
-        axes.set_xlabel(key)
-        axes.set_ylabel("Validation accuracy")
         figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
-def _with_margin(low: float, high: float, *, log: bool) -> tuple[float, float]:
-    """The whole range of a parameter and a little more, so that points at its ends are whole."""
-    if log:
-        margin = (high / low) ** 0.03
-        return low / margin, high * margin
-    return low - 0.03 * (high - low), high + 0.03 * (high - low)
-
-
-def _scatter(axes: Axes, places: Sequence[float], points: Sequence[Point]) -> None:
-    for state, (marker, face, edge, label) in _MARKERS.items():
+def _scatter(places: Sequence[float], points: Sequence[Point], label: str, height: float) -> tuple[Figure, Axes]:
+    """Points at `places` by their validation accuracy, in inches 7 wide."""
+    figure = Figure(figsize=(7.0, height), layout="constrained")
+    axes = figure.add_subplot(xlabel=label, ylabel="Validation accuracy")
+    for state, (marker, face, edge, name) in _MARKERS.items():
         chosen = [(place, point.objective) for place, point in zip(places, points, strict=True) if point.state == state]
         if chosen:
             across, up = zip(*chosen, strict=True)
-            axes.scatter(across, up, marker=marker, c=face, edgecolors=edge, s=42, label=label, zorder=3)
+            axes.scatter(across, up, marker=marker, c=face, edgecolors=edge, s=42, label=name, zorder=3)
     axes.grid(axis="y", color=RULE, linewidth=0.7)
+    return figure, axes
 
 
 def parallel_figure(parameters: dict[str, Parameter], points: Sequence[Point]) -> Figure:
@@ -125,11 +111,17 @@ def parallel_figure(parameters: dict[str, Parameter], points: Sequence[Point]) -
                 linestyle="-" if points[index].state == "complete" else ":",
             )
         for place, key in enumerate(keys):
-            _scale(axes, place, parameters[key])
+            axes.axvline(place, color=RULE, zorder=0)
+            for value in parameters[key].extremes():
+                text = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+                where = (place, position(parameters[key], value))
+                axes.annotate(text, where, (-6, 0), textcoords="offset points", ha="right", va="center", color=GRAY)
         for height, value in ((0.0, low), (1.0, high)):
             axes.annotate(f"{value:.4f}", (len(keys), height), (6, 0), textcoords="offset points", va="center")
         axes.axvline(len(keys), color=RULE, zorder=0)
-        axes.set_xticks(range(len(keys) + 1), [*[_two_lines(key) for key in keys], "validation\naccuracy"])
+        axes.set_xticks(
+            range(len(keys) + 1), [*[".\n".join(key.rsplit(".", 1)) for key in keys], "validation\naccuracy"]
+        )
         axes.set_yticks([])
         axes.tick_params(length=0)
         axes.set_xlim(-0.35, len(keys) + 0.45)
@@ -140,22 +132,7 @@ def position(parameter: Parameter, value: Value) -> float:
     """Where a value stands between the ends of its parameter: 0 to 1."""
     if parameter.choices is not None:
         return parameter.choices.index(value) / max(len(parameter.choices) - 1, 1)
-    if parameter.low is None or parameter.high is None:
-        raise ValueError("a range has both ends")
-    low, high, at = float(parameter.low), float(parameter.high), float(value)
+    low, high, at = (float(number) for number in (*parameter.extremes(), value))
     if parameter.log:
         low, high, at = np.log(low), np.log(high), np.log(at)
     return float((at - low) / (high - low))
-
-
-def _two_lines(key: str) -> str:
-    section, dot, leaf = key.rpartition(".")
-    return f"{section}{dot}\n{leaf}"
-
-
-def _scale(axes: Axes, place: int, parameter: Parameter) -> None:
-    axes.axvline(place, color=RULE, zorder=0)
-    for value in parameter.extremes():
-        height = position(parameter, value)
-        text = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-        axes.annotate(text, (place, height), (-6, 0), textcoords="offset points", ha="right", va="center", color=GRAY)

@@ -222,7 +222,7 @@ def serve_trials(connection: Connection, cores: int, folder: str) -> None:
                 job: TrialJob = connection.recv()
             except EOFError:
                 break
-            _print_to(experiment.log(job.number))
+            _print_to(experiment.run(job.number).with_suffix(".log"))
             try:
                 topology = topology or prepare_devices(None, cores=cores)
                 run_trial(job, topology, report, "local")

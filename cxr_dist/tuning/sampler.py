@@ -75,16 +75,13 @@ class Sampler:
             fixed = self._grid[number]
         elif number == 0 and self._plan.search.start_from_base:
             fixed = self._plan.base_values()
-        self._ask(number, fixed)
+        self.ask_again(number, fixed)
         return number, {key: self._open[number].params[key] for key in self._distributions}
 
-    def ask_again(self, number: int, values: Values) -> None:
-        """Trial `number` was chosen by an earlier process and runs now."""
-        self._ask(number, values)
-
-    def _ask(self, number: int, fixed: Values | None) -> None:
-        if fixed is not None:
-            self.study.enqueue_trial(fixed)
+    def ask_again(self, number: int, values: Values | None) -> None:
+        """Trial `number` runs now, with these values, which an earlier process chose; None: new ones."""
+        if values is not None:
+            self.study.enqueue_trial(values)
         self._open[number] = self.study.ask(self._distributions)
 
     def report(self, number: int, epochs_done: int, objective: float) -> bool:
@@ -121,17 +118,15 @@ class Sampler:
             self.study.tell(trial, ended.objective)
 
     def _learn(self, trial: Finished) -> None:
-        import optuna
+        from optuna.trial import TrialState, create_trial
 
-        states = optuna.trial.TrialState
+        state = TrialState.PRUNED if trial.stopped and trial.curve else TrialState.COMPLETE
         if trial.objective is None:
-            state = states.FAIL
-        else:
-            state = states.PRUNED if trial.stopped and trial.curve else states.COMPLETE
+            state = TrialState.FAIL
         self.study.add_trial(
-            optuna.trial.create_trial(
+            create_trial(
                 state=state,
-                value=trial.objective if state == states.COMPLETE else None,
+                value=trial.objective if state == TrialState.COMPLETE else None,
                 params=dict(trial.values),
                 distributions=self._distributions,
                 intermediate_values=dict(trial.curve),
@@ -144,9 +139,7 @@ def _distribution(parameter: Parameter) -> Any:
 
     if parameter.choices is not None:
         return CategoricalDistribution(parameter.choices)
-    low, high = parameter.low, parameter.high
-    if low is None or high is None:
-        raise ValueError("a range has both ends")
+    low, high = (float(value) for value in parameter.extremes())
     if parameter.is_whole:
         return IntDistribution(int(low), int(high), log=parameter.log, step=int(parameter.step or 1))
-    return FloatDistribution(float(low), float(high), log=parameter.log, step=parameter.step)
+    return FloatDistribution(low, high, log=parameter.log, step=parameter.step)

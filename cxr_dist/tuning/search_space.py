@@ -47,27 +47,22 @@ class Parameter(Node):
 
     def extremes(self) -> tuple[Value, ...]:
         """Values between which, or among which, all others are."""
-        if self.choices is not None:
-            return self.choices
-        return tuple(value for value in (self.low, self.high) if value is not None)
+        return self.choices or tuple(value for value in (self.low, self.high) if value is not None)
 
     def holds(self, value: object) -> bool:
         """Whether a trial could have `value`."""
         if self.choices is not None:
             return value in self.choices
-        if not isinstance(value, int | float) or self.low is None or self.high is None:
-            return False
-        return self.low <= value <= self.high
+        return isinstance(value, int | float) and (self.low or 0) <= value <= (self.high or 0)
 
     def points(self) -> tuple[Value, ...] | None:
         """All values, where they are few enough to be listed; None for a range without steps."""
-        if self.choices is not None:
+        if self.low is None or self.high is None:
             return self.choices
-        if self.low is None or self.high is None or not (self.step or self.is_whole) or self.log:
+        if self.log or not (self.step or self.is_whole):
             return None
         step = self.step or 1
-        count = int((self.high - self.low) / step + 1e-9) + 1
-        return tuple(self.low + number * step for number in range(count))
+        return tuple(self.low + number * step for number in range(int((self.high - self.low) / step + 1e-9) + 1))
 
 
 def _off(value: object) -> object:
@@ -188,40 +183,30 @@ def load_search(path: Path, overrides: list[str] | None = None) -> SearchPlan:
     if not isinstance(section, dict):
         raise UserError(f"{path}: has no section search; give a search space, such as --config search_cpu")
     base = tree.pop("base", None)
-    if base is not None and not isinstance(base, str):
-        raise UserError(f"{path}: base is no name of a preset or file, but a {type(base).__name__}")
-    base_path = resolve_preset(_beside(path, base)) if base else None
-    layers: list[tuple[str, Mapping[str, Any]]] = []
-    if base_path is not None:
-        layers.append((f"{base_path}: ", read_yaml(base_path)))
-    layers.append((f"{path}: ", tree))
+    layers: list[tuple[str, Mapping[str, Any]]] = [(f"{path}: ", tree)]
+    if base is not None:
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base is no name of a preset or file, but a {type(base).__name__}")
+        beside = path.parent / base
+        base_path = beside if beside.is_file() else resolve_preset(Path(base)) or beside
+        layers.insert(0, (f"{base_path}: ", read_yaml(base_path)))
     for override in overrides or []:
         change = parse_override(override)
-        if set(change) == {"search"}:
-            _set_search(section, change["search"], override)
-        else:
+        if set(change) != {"search"}:
             layers.append(("--set ", change))
+            continue
+        if not isinstance(change["search"], dict):
+            raise UserError(f"--set {override}: search holds keys of its own, such as search.trials")
+        for key, value in change["search"].items():
+            if isinstance(value, dict) and key != "parameters":
+                raise UserError(f"--set {override}: search.{key} is a value, not a mapping")
+            section[key] = value
     try:
         plan = SearchPlan(SearchConfig.model_validate(section), tuple(layers))
     except ValidationError as error:
         raise UserError(f"{path}: {first_problem(error, 'search')}") from None
     _check_keys(plan)
     return plan
-
-
-def _beside(path: Path, base: str) -> Path:
-    """`base` is a file beside the one that names it, or else a preset."""
-    beside = path.parent / base
-    return beside if beside.is_file() else Path(base)
-
-
-def _set_search(section: dict[str, Any], change: object, override: str) -> None:
-    if not isinstance(change, dict):
-        raise UserError(f"--set {override}: search holds keys of its own, such as search.trials")
-    for key, value in change.items():
-        if isinstance(value, dict) and key != "parameters":
-            raise UserError(f"--set {override}: search.{key} is a value, not a mapping")
-        section[key] = value
 
 
 def _check_keys(plan: SearchPlan) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from cxr_dist.config.schema import Config
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.checkpoints import BASE_PATTERN, CheckpointFolder, Position
-from cxr_dist.runs.events import Event, Reporter
+from cxr_dist.runs.events import Event, Reporter, Reporters
 from tfrecords_builder.common import locks
 from tfrecords_builder.common.files import move_durably, sync
 
@@ -50,12 +50,16 @@ class SharedBase(Reporter):
 
     def _share(self) -> None:
         """Give others what the run has written; of two that wrote the same, the first is kept."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._checkpoints.glob(BASE_PATTERN):
             shared = self._folder / path.name
-            self._folder.mkdir(parents=True, exist_ok=True)
             self._is_shared = path.samefile(shared) if shared.exists() else _link(path, shared)
             if not self._is_shared:
                 self._is_shared = _link(shared, path)
+
+
+_NO_LINKS = frozenset((errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.ENOENT))
+"""ENOENT: another trial removed the file meanwhile."""
 
 
 def _link(source: Path, target: Path) -> bool:
@@ -72,8 +76,12 @@ def _link(source: Path, target: Path) -> bool:
     return True
 
 
-_NO_LINKS = frozenset((errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.ENOENT))
-"""ENOENT: another trial removed the file meanwhile."""
+def _copy(source: Path, target: Path) -> None:
+    """By a link where the file system has them."""
+    if not _link(source, target):
+        copied = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+        shutil.copyfile(source, copied)
+        move_durably(copied, target)
 
 
 def first_stage_key(config: Config, fingerprint: str, replicas: int) -> str | None:
@@ -94,75 +102,61 @@ class FirstStages:
         self._folder = folder
 
     @contextmanager
-    def used_by(self, run: Path, key: str | None) -> Iterator["Publisher"]:
+    def used_by(self, run: Path, key: str | None) -> Iterator[Reporter]:
         """Give `run` the stage if another trial has finished it; wait if one is running it; else be the one that does.
 
         A run that has checkpoints goes on from its own.
         """
         checkpoints = run / run_folder.CHECKPOINTS
         if key is None or CheckpointFolder(checkpoints).newest_position() is not None:
-            yield Publisher()
+            yield Reporters([])
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        entry = self._folder / key
-        lock = locks.acquire(self._folder / f"{key}.lock", wait_s=locks.FOREVER)
-        publisher = Publisher(run, entry, lock)
+        publisher = _Publisher(checkpoints, self._folder / key)
         try:
-            if entry.is_dir():
-                _take(entry, checkpoints)
+            if publisher.entry.is_dir():
+                checkpoints.mkdir(parents=True, exist_ok=True)
+                # The checkpoint last: it is looked for by its own name, and needs the other files.
+                files = sorted(publisher.entry.iterdir(), key=lambda path: Position.of_file(path.name) is not None)
+                for path in files:
+                    _copy(path, checkpoints / path.name)
                 publisher.give_up_lock()
             yield publisher
         finally:
             publisher.give_up_lock()
 
 
-class Publisher(Reporter):
-    """Listens to a run, and keeps its first stage for others when the next one begins."""
+class _Publisher(Reporter):
+    """Listens to a run while it holds the lock of its first stage, and keeps the stage for others when it has ended."""
 
-    def __init__(self, run: Path | None = None, entry: Path | None = None, lock: int | None = None) -> None:
-        self._run, self._entry, self._lock = run, entry, lock
-        self._first: int | None = None
+    def __init__(self, checkpoints: Path, entry: Path) -> None:
+        self._checkpoints, self.entry = checkpoints, entry
+        self._lock = locks.acquire(entry.with_name(f"{entry.name}.lock"), wait_s=locks.FOREVER)
+        self._stage: int | None = None
 
     def emit(self, event: Event) -> None:
-        if event["kind"] != "stage" or self._lock is None or self._run is None or self._entry is None:
+        if event["kind"] != "stage" or self._lock is None:
             return
-        if self._first is None:
-            self._first = event["stage"]
-        elif event["stage"] != self._first:
-            self._publish(self._run, self._entry, self._first)
+        if self._stage is None:
+            self._stage = event["stage"]
+        elif event["stage"] != self._stage:
+            self._publish()
             self.give_up_lock()
 
-    def _publish(self, run: Path, entry: Path, stage: int) -> None:
-        checkpoints = run / run_folder.CHECKPOINTS
-        folder = CheckpointFolder(checkpoints)
+    def _publish(self) -> None:
+        folder = CheckpointFolder(self._checkpoints)
         newest = folder.newest(lambda _: None)
         # Heard of from another process the event may be late, and the newest checkpoint of the stage after.
-        if newest is None or newest.state["stage"] != stage or entry.exists():
+        if newest is None or newest.state["stage"] != self._stage or self.entry.exists():
             return
-        work = entry.with_name(f".{entry.name}.{os.getpid()}")
+        work = self.entry.with_name(f".{self.entry.name}.{os.getpid()}")
         work.mkdir()
         for path in folder.files_of(newest.position):
             _copy(path, work / path.name)
-        work.rename(entry)
-        sync(entry.parent)
+        work.rename(self.entry)
+        sync(self.entry.parent)
 
     def give_up_lock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def _take(entry: Path, checkpoints: Path) -> None:
-    """The checkpoint last: it is looked for by its own name, and needs the other files."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    for path in sorted(entry.iterdir(), key=lambda path: Position.of_file(path.name) is not None):
-        _copy(path, checkpoints / path.name)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """By a link where the file system has them."""
-    if _link(source, target):
-        return
-    copied = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    shutil.copyfile(source, copied)
-    move_durably(copied, target)

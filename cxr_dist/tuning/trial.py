@@ -101,7 +101,7 @@ def run_trial(
     from cxr_dist.training.loop import train
 
     def loop(config: Config, run: Path, listeners: Reporter, dataset: OpenDataset) -> dict[str, Any]:
-        owned = Reporters([*reporters, *run_reporters(run, run_folder.TENSORBOARD, job.name, job.values)])
+        owned = Reporters([*reporters, *run_reporters(run, job.name, job.values)])
         with closing(owned):
             # The listener last: it may end the run at an epoch, which the others are to have.
             everyone = Reporters([owned, listeners])

@@ -190,7 +190,7 @@ def rows(*numbers: int) -> list[dict[str, Any]]:
 
 def reported(run: Path, *numbers: int, error: BaseException | None = None, params: Any = None) -> None:
     """A process of a run: its epochs, and its end."""
-    owned = Reporters(run_reporters(run, "tensorboard", run.name, params))
+    owned = Reporters(run_reporters(run, run.name, params))
     with suppress(*([type(error)] if error else [])), closing(owned):
         for event in rows(*numbers):
             owned.emit(event)
@@ -230,7 +230,7 @@ def test_mlflow_hears_how_a_run_ended(
 def test_a_resumed_run_is_the_same_one_and_each_epoch_is_there_once(tmp_path: Path, mlflow_client: Any) -> None:
     """Killed without a word, then failed, then finished: a checkpoint may be older than the last epoch reported."""
     run = tmp_path / "run"
-    for reporter in run_reporters(run, "tensorboard", "run"):
+    for reporter in run_reporters(run, "run"):
         for event in rows(1, 2, 3):
             reporter.emit(event)
     assert mlflow_runs(mlflow_client)["run"].info.status == "RUNNING"
@@ -283,4 +283,4 @@ def test_mlflow_that_is_set_up_and_not_installed_is_said(tmp_path: Path, monkeyp
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite://")
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UserError, match="install the extra mlflow"):
-        run_reporters(tmp_path, "tensorboard", "run")
+        run_reporters(tmp_path, "run")
