@@ -34,7 +34,7 @@ def measure(dataset: Path, work: Path, trials: int, launcher: str, overrides: Se
     head = ["stages.2.epochs=0", *overrides]
     alone = common.train(dataset, work / "alone" / "run", ["--config", "cpu", "--launcher", "local"], head)
     experiment = work / "search" / "experiment"
-    begun = time.perf_counter()
+    started = time.perf_counter()
     common.command(
         [
             *("tune", str(dataset), "--out", str(experiment), "--config", "search_cpu", "--no-evaluation"),
@@ -42,7 +42,7 @@ def measure(dataset: Path, work: Path, trials: int, launcher: str, overrides: Se
         ],
         [f"search.trials={trials}", *overrides],
     )
-    searched = time.perf_counter() - begun
+    searched = time.perf_counter() - started
     outcomes = [Experiment(experiment).outcome(trial) for trial in Experiment(experiment).trials()]
     best = best_outcome(outcomes)
     if best is None or any(outcome.trial.state != "complete" for outcome in outcomes) or len(outcomes) != trials:
