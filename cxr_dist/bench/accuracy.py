@@ -76,10 +76,10 @@ def table(courses: Sequence[Course]) -> list[str]:
     lines.append(f"{plain.best:.4f}, the best of plain Keras, was there after {when:,.0f} s, and in ours")
     for course in ours:
         seconds = course.seconds_to(plain.best)
-        said = (
+        when_reached = (
             f"not reached (best {course.best:.4f})" if seconds is None else f"{seconds:,.0f} s, {when / seconds:.2f}x"
         )
-        lines.append(f"  seed {course.seed}: {said}")
+        lines.append(f"  seed {course.seed}: {when_reached}")
     if len(reached) == len(ours) > 1:
         lines.append(f"  median of the seeds: {when / median(reached):.2f} times sooner")
     return lines

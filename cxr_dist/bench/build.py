@@ -71,7 +71,7 @@ def measure(source: Path, work: Path, image_size: int, workers: Sequence[int], r
             with _started(count) as (pool, took):
                 for name in ("bare decoding", "cxr-dist build"):
                     start_up[name, count] = took
-                    begun = time.perf_counter()
+                    started = time.perf_counter()
                     if name == "bare decoding":
                         list(pool.map(bare_decode, tasks))
                     else:
@@ -81,7 +81,7 @@ def measure(source: Path, work: Path, image_size: int, workers: Sequence[int], r
                             BuildOptions(image_size=image_size, masks="ignore", on_error="skip"),
                             pool=pool,
                         )
-                    seconds.setdefault((name, count), []).append(time.perf_counter() - begun)
+                    seconds.setdefault((name, count), []).append(time.perf_counter() - started)
                 shutil.rmtree(work / "ours")
         if tfds:
             folder = work / f"tfds-{number}"
@@ -152,10 +152,10 @@ def _build_with_tfds(source: Path, work: Path, image_size: int, class_names: tup
 
 @contextmanager
 def _started(workers: int) -> Iterator[tuple[Pool, float]]:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with Pool(workers) as pool:
         list(pool.map(_imported, range(4 * workers)))
-        yield pool, time.perf_counter() - begun
+        yield pool, time.perf_counter() - started
 
 
 def _imported(_number: int) -> bool:

@@ -81,7 +81,7 @@ def make_clock(started: float) -> Any:
             self.rows: list[dict[str, float]] = []
 
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self.begun = time.perf_counter()
+            self.started = time.perf_counter()
 
         def on_test_begin(self, logs: Any = None) -> None:
             self.tested = time.perf_counter()
@@ -90,7 +90,7 @@ def make_clock(started: float) -> Any:
             now = time.perf_counter()
             self.rows.append(
                 {
-                    "train_seconds": self.tested - self.begun,
+                    "train_seconds": self.tested - self.started,
                     "validation_seconds": now - self.tested,
                     "elapsed_seconds": now - started,
                 }
@@ -111,7 +111,7 @@ def fit_stages(
         str(best), monitor="val_accuracy", mode="max", save_best_only=True, save_weights_only=True
     )
     for stage, epochs in enumerate(options.epochs, start=1):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         if stage == 2:
             base.trainable = True
             for layer in base.layers[: -options.unfreeze_layers]:
@@ -131,7 +131,7 @@ def fit_stages(
         for epoch in range(epochs):
             figures = {key: float(values[epoch]) for key, values in log.history.items()}
             history.append({"stage": stage} | clock.rows[epoch] | figures)
-        seconds[f"stage_{stage}"] = time.perf_counter() - begun
+        seconds[f"stage_{stage}"] = time.perf_counter() - started
     return history, seconds
 
 

@@ -72,31 +72,32 @@ def measure(source: Path, dataset: Path, batch_size: int, rounds: int, memory_by
             "image_dataset_from_directory": (lambda: _keras(Path(folder), batch_size, manifest.image_size), images),
             "cxr-dist": (lambda: _ours(dataset, count, batch_size, memory_bytes), shards),
         }
-        found: dict[str, list[tuple[float, float, set[int]]]] = {name: [] for name in ways}
-        taken = {kind: np.ones((count, manifest.image_size, manifest.image_size, 1), np.uint8) for kind in _KINDS}
+        rounds_of: dict[str, list[tuple[float, float, set[int]]]] = {name: [] for name in ways}
+        pixels = {kind: np.ones((count, manifest.image_size, manifest.image_size, 1), np.uint8) for kind in _KINDS}
         for _ in range(rounds):
             for name, (start, files) in ways.items():
                 for file in files:
                     _drop_from_memory(file)
                 passes = None
                 gc.collect()  # what the last one had in memory
-                for images_taken in taken.values():
-                    images_taken.fill(1)
+                for batch_pixels in pixels.values():
+                    batch_pixels.fill(1)
                 seconds = []
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 passes = start()
                 for kind in _KINDS:
-                    _take(passes(), batch_size, taken[kind])
-                    seconds.append(time.perf_counter() - begun)
-                    begun = time.perf_counter()
-                sums = {int(images_taken.sum(dtype=np.int64)) for images_taken in taken.values()}
-                cold, warm = (count / each for each in seconds)
-                found[name].append((cold, warm, sums))
-    sums = {total for rows in found.values() for *_, each in rows for total in each}
+                    _take(passes(), batch_size, pixels[kind])
+                    seconds.append(time.perf_counter() - started)
+                    started = time.perf_counter()
+                sums = {int(batch_pixels.sum(dtype=np.int64)) for batch_pixels in pixels.values()}
+                cold, warm = (count / taken for taken in seconds)
+                rounds_of[name].append((cold, warm, sums))
+    sums = {total for rows in rounds_of.values() for *_, totals in rows for total in totals}
     if len(sums) > 1:
-        raise RuntimeError(f"different pixels: {found}")
+        raise RuntimeError(f"different pixels: {rounds_of}")
     return [
-        Rate(name, tuple(row[0] for row in rows), tuple(row[1] for row in rows), *sums) for name, rows in found.items()
+        Rate(name, tuple(row[0] for row in rows), tuple(row[1] for row in rows), *sums)
+        for name, rows in rounds_of.items()
     ]
 
 

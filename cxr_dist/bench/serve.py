@@ -85,9 +85,9 @@ def _send(port: int, bodies: Sequence[bytes], max_batch: int) -> tuple[float, li
             started = time.perf_counter()
             connection.request("POST", "/predict", body, {"Content-Type": "image/png"})
             response = connection.getresponse()
-            said = response.read()
+            answer = response.read()
             if response.status != http.client.OK:
-                raise RuntimeError(f"the service answered {response.status}: {said[:200]!r}")
+                raise RuntimeError(f"the service answered {response.status}: {answer[:200]!r}")
             took.append(time.perf_counter() - started)
         connection.close()
         return took

@@ -34,7 +34,7 @@ def measure(dataset: Path, work: Path, trials: int, launcher: str, overrides: Se
     head = ["stages.2.epochs=0", *overrides]
     alone = common.train(dataset, work / "alone" / "run", ["--config", "cpu", "--launcher", "local"], head)
     experiment = work / "search" / "experiment"
-    begun = time.perf_counter()
+    started = time.perf_counter()
     common.command(
         [
             *("tune", str(dataset), "--out", str(experiment), "--config", "search_cpu", "--no-evaluation"),
@@ -42,10 +42,10 @@ def measure(dataset: Path, work: Path, trials: int, launcher: str, overrides: Se
         ],
         [f"search.trials={trials}", *overrides],
     )
-    searched = time.perf_counter() - begun
-    outcomes = Experiment(experiment).results()
-    best = best_result(outcomes)
-    if best is None or any(outcome.trial.state != "complete" for outcome in outcomes) or len(outcomes) != trials:
+    searched = time.perf_counter() - started
+    results = Experiment(experiment).results()
+    best = best_result(results)
+    if best is None or any(result.trial.state != "complete" for result in results) or len(results) != trials:
         raise RuntimeError(f"the search did not complete its {trials} trials")
     accuracy = alone.result["best"]["val_accuracy"]
     return Comparison(trials, alone.seconds, accuracy, searched, best.objective or 0.0)

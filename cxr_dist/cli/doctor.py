@@ -41,7 +41,7 @@ class Finding:
     what: str
     state: State
     """note: something works less well, or is not installed and not needed by everybody; missing: training fails."""
-    said: str
+    message: str
 
 
 def add_parsers(command: Command) -> None:
@@ -75,34 +75,34 @@ def examine_machine() -> list[Finding]:
 
 def examine_cluster(nodes: Sequence[Node]) -> list[Finding]:
     """Of the machines of a Ray cluster: what there is, and what `train` would place on it by default."""
-    there = ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes) or "none"
-    machines = Finding("machines", "ok" if nodes else "missing", there)
+    machines_text = ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes) or "none"
+    machines = Finding("machines", "ok" if nodes else "missing", machines_text)
     try:
         plan = plan_workers(nodes, None, None)
     except UserError as error:
         return [machines, Finding("train", "missing", one_line(error))]
-    said = (
+    message = (
         f"{plan.workers} worker(s) of {plan.devices_per_worker} {plan.kind}(s) and {plan.cpus_per_worker:g} CPUs each"
     )
-    return [machines, Finding("train", "ok", f"by default {said}")]
+    return [machines, Finding("train", "ok", f"by default {message}")]
 
 
 def table(findings: Sequence[Finding]) -> list[str]:
     """Lines for people."""
     width = max(len(finding.what) for finding in findings)
-    return [f"{finding.state:8}{finding.what:{width}}  {finding.said}" for finding in findings]
+    return [f"{finding.state:8}{finding.what:{width}}  {finding.message}" for finding in findings]
 
 
 def extras_of(requirements: Sequence[str]) -> dict[str, list[str]]:
     """By extra but `test`, the distributions that it asks for with their own extras, of a distribution's `requires`."""
-    found: dict[str, list[str]] = {}
+    by_extra: dict[str, list[str]] = {}
     for text in requirements:
         requirement = Requirement(text)
         named = re.search(r"extra == ['\"]([\w-]+)['\"]", str(requirement.marker))
         if named and named[1] != "test":
             own = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
-            found.setdefault(named[1], []).append(requirement.name + own)
-    return found
+            by_extra.setdefault(named[1], []).append(requirement.name + own)
+    return by_extra
 
 
 def _environment() -> list[Finding]:
@@ -120,12 +120,12 @@ def _environment() -> list[Finding]:
 
 
 def _package(name: str, wanted: SpecifierSet) -> Finding:
-    found, fix = versions.version_of(name), "pip install -c constraints.txt -e ."
-    if found == versions.NOT_INSTALLED:
-        return Finding(name, "missing", f"{found}: {fix}")
-    if not wanted.contains(found, prereleases=True):
-        return Finding(name, "note", f"{found}, and this program supports {wanted}: {fix}")
-    return Finding(name, "ok", found)
+    version, fix = versions.version_of(name), "pip install -c constraints.txt -e ."
+    if version == versions.NOT_INSTALLED:
+        return Finding(name, "missing", f"{version}: {fix}")
+    if not wanted.contains(version, prereleases=True):
+        return Finding(name, "note", f"{version}, and this program supports {wanted}: {fix}")
+    return Finding(name, "ok", version)
 
 
 def _hardware() -> list[Finding]:
@@ -147,9 +147,9 @@ def _hardware() -> list[Finding]:
     return findings
 
 
-def _amount(what: str, there: float, least: float, why: str) -> Finding:
-    enough = there >= least
-    return Finding(what, "ok" if enough else "note", f"{there:.1f} GiB" + ("" if enough else f"; {why}"))
+def _amount(what: str, amount: float, least: float, why: str) -> Finding:
+    enough = amount >= least
+    return Finding(what, "ok" if enough else "note", f"{amount:.1f} GiB" + ("" if enough else f"; {why}"))
 
 
 def _devices() -> list[Finding]:

@@ -53,6 +53,8 @@ def dashboard_address(given: str | None) -> str:
     if not usable:
         given_words = f" {address}: is not a dashboard's address" if address else ""
         raise UserError(f"--address{given_words}: give http://HOST:8265 of the cluster's dashboard, or local")
+    if url.username or url.password:
+        raise UserError("--address: holds a name or password, which others could read; put a token in $RAY_AUTH_TOKEN")
     return address.rstrip("/")
 
 

@@ -93,9 +93,9 @@ def _application(run: Path, limits: Limits, load: Load) -> Any:
 
 def _check_run(run: Path) -> None:
     """What the replica would fail at, minutes and retries later."""
-    found = read_finished(run)
+    finished = read_finished(run)
     read_calibration(run)
-    model = weights_file(found.folder) or found.folder
+    model = weights_file(finished.folder) or finished.folder
     try:
         check_seal(model)
     except (OSError, ValueError) as error:

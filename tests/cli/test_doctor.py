@@ -23,7 +23,7 @@ def states(findings: list[doctor.Finding]) -> dict[str, str]:
 def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor", "--json"])
     found = {row["what"]: row for row in json.loads(capsys.readouterr().out)}
-    assert found["tensorflow"]["said"] == importlib.metadata.version("tensorflow")
+    assert found["tensorflow"]["message"] == importlib.metadata.version("tensorflow")
     assert not [what for what, row in found.items() if row["state"] == "missing"]
     assert {"cores", "memory", "devices", "auto", "extra onnx"} <= found.keys()
 
@@ -50,7 +50,7 @@ def test_gpus_that_tensorflow_does_not_see(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Path, "glob", glob)
     (found,) = [finding for finding in doctor.examine_machine() if finding.what == "devices"]
     assert found.state == "missing"
-    assert ".[gpu]" in found.said
+    assert ".[gpu]" in found.message
 
 
 def test_a_package_of_another_version_than_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,8 +62,8 @@ def test_a_package_of_another_version_than_is_supported(monkeypatch: pytest.Monk
     monkeypatch.setattr(versions, "version_of", lambda name: installed.get(name) or version_of(name))
     found = {finding.what: finding for finding in doctor.examine_machine()}
     assert found["keras"].state == found["pillow"].state == "note"
-    assert "3.17.0rc1, and this program supports" in found["keras"].said
-    assert "-c constraints.txt" in found["keras"].said
+    assert "3.17.0rc1, and this program supports" in found["keras"].message
+    assert "-c constraints.txt" in found["keras"].message
     assert found["tensorflow"].state == "ok"
     assert "tqdm" not in found
 
@@ -73,8 +73,8 @@ def test_an_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(doctor, "_requirements", lambda: asked)
     extras = [finding for finding in doctor.examine_machine() if finding.what.startswith("extra")]
     assert [(finding.what, finding.state) for finding in extras] == [("extra dicom", "note")]
-    assert "without nothing-of-the-kind" in extras[0].said
-    assert '".[dicom]"' in extras[0].said
+    assert "without nothing-of-the-kind" in extras[0].message
+    assert '".[dicom]"' in extras[0].message
 
 
 def test_extras_keep_those_of_other_packages() -> None:
@@ -93,4 +93,4 @@ def test_extras_keep_those_of_other_packages() -> None:
 def test_a_cluster_and_what_training_would_place_there(nodes: list[Node], state: str, said: str) -> None:
     findings = doctor.examine_cluster(nodes)
     assert states(findings)["train"] == state
-    assert said in findings[-1].said
+    assert said in findings[-1].message

@@ -147,7 +147,7 @@ def test_exit_statuses() -> None:
 def test_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert submit.dashboard_address("http://h:8265/") == "http://h:8265"
     assert submit.dashboard_address("https://[::1]/ray") == "https://[::1]/ray"
-    for bad in ("ray://h:10001", "h:6379", "auto", "http://", "http://h:port", "ftp://h"):
+    for bad in ("ray://h:10001", "h:6379", "auto", "http://", "http://h:port", "ftp://h", "http://me:pw@h:1"):
         with pytest.raises(UserError, match=r"^--address"):
             submit.dashboard_address(bad)
     monkeypatch.setenv("RAY_ADDRESS", "http://h")
