@@ -118,6 +118,7 @@ def changed(run: Training, before: dict[str, np.ndarray]) -> set[str]:
 
 
 @pytest.mark.real
+@pytest.mark.nightly
 def test_each_stage_changes_exactly_what_it_trains(imagenet_weights: Path) -> None:
     run = Training(make_base=resnet.resnet50, weights=str(imagenet_weights), batch_norm="train", dropout=0.3)
     resnet.load_base_weights(run.model, str(imagenet_weights))

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from cxr_dist.runs.events import Event, Reporter, Reporters
 from cxr_dist.runs.finished import read_finished
 from cxr_dist.training import loop, train_step
 from cxr_dist.training.steps_per_call import FixedStepsPerCall, StepsPerCall
-from tests.conftest import SMALL_RUN
+from tests.conftest import SMALL_RUN, use_small_base
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 
@@ -125,37 +126,70 @@ def determinism_ends() -> Iterator[None]:
     tf_config.disable_op_determinism()
 
 
+@dataclass(frozen=True)
+class Moment:
+    """When a run is stopped, and how it resumes."""
+
+    stage: int
+    epoch: int
+    step: int | None
+    checkpoint: str
+    steps_left: int
+
+
+MOMENTS = [
+    Moment(1, 1, 2, "epoch-00000-step-0000002", 33),
+    Moment(1, 1, None, "epoch-00001", 28),
+    Moment(1, 2, 6, "epoch-00001-step-0000006", 22),
+    Moment(1, 2, None, "epoch-00002", 21),
+    Moment(2, 2, 4, "epoch-00003-step-0000004", 10),
+    Moment(2, 3, None, "epoch-00005", 0),
+]
+QUICK_MOMENTS = (MOMENTS[2], MOMENTS[4])
+INTERRUPTED = [
+    "stages.2.epochs=3",
+    "stages.2.optimizer=adam",
+    "stages.2.augment=true",
+    "stages.2.ema_decay=0.9",
+    "deterministic=true",
+    "checkpoint.every_steps=2",
+    "checkpoint.background=false",
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with a whole run, a copy of it as it stood at each of the moments, and the run's result."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    whole = folder / "whole"
+    copies = [
+        CopyAfter(whole, folder / moment.checkpoint, moment.stage, moment.epoch, moment.step) for moment in MOMENTS
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_base(patch)
+        result = train_here(small(*INTERRUPTED), dataset, whole, Reporters(copies))
+    tf_config.disable_op_determinism()
+    return folder, result
+
+
 @pytest.mark.usefixtures("determinism_ends")
 @pytest.mark.parametrize(
-    ("stage", "epoch", "step", "name", "steps_left"),
+    "moment",
     [
-        (1, 1, 2, "epoch-00000-step-0000002", 33),
-        (1, 1, None, "epoch-00001", 28),
-        (1, 2, 6, "epoch-00001-step-0000006", 22),
-        (1, 2, None, "epoch-00002", 21),
-        (2, 2, 4, "epoch-00003-step-0000004", 10),
-        (2, 3, None, "epoch-00005", 0),
+        pytest.param(moment, id=moment.checkpoint, marks=[] if moment in QUICK_MOMENTS else pytest.mark.nightly)
+        for moment in MOMENTS
     ],
 )
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
-    dataset: Path, tmp_path: Path, stage: int, epoch: int, step: int | None, name: str, steps_left: int
+    dataset: Path, undisturbed: tuple[Path, dict[str, Any]], moment: Moment
 ) -> None:
     """After any step, in an epoch or between two: the same history, and to the bit the same weights and optimizer."""
-    config = small(
-        "stages.2.epochs=3",
-        "stages.2.optimizer=adam",
-        "stages.2.augment=true",
-        "stages.2.ema_decay=0.9",
-        "deterministic=true",
-        "checkpoint.every_steps=2",
-        "checkpoint.background=false",
-    )
-    whole, copy = tmp_path / "whole", tmp_path / "copy"
-    undisturbed = train_here(config, dataset, whole, CopyAfter(whole, copy, stage, epoch, step))
-    resumed = train_here(config, dataset, copy, Reporters([]))
-    assert resumed["resumed_from"] == f"{name}.safetensors"
-    assert resumed["steps_computed"] == steps_left
-    assert resumed["best"] == undisturbed["best"]
+    folder, result = undisturbed
+    whole, copy = folder / "whole", folder / moment.checkpoint
+    resumed = train_here(small(*INTERRUPTED), dataset, copy, Reporters([]))
+    assert resumed["resumed_from"] == f"{moment.checkpoint}.safetensors"
+    assert resumed["steps_computed"] == moment.steps_left
+    assert resumed["best"] == result["best"]
     seconds = resumed["seconds"]
     assert seconds["total"] >= sum(value for phase, value in seconds.items() if phase != "total")
     assert comparable(history(copy)) == comparable(history(whole))
@@ -175,6 +209,7 @@ def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 CLOCKS = {"images_per_second", "input_wait", "run_seconds", "seconds"}
 
 
+@pytest.mark.nightly
 def test_a_damaged_newest_checkpoint_is_passed_over(
     run_with_checkpoints: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +353,7 @@ def test_what_was_measured_once_is_not_measured_again(
     )
 
 
+@pytest.mark.nightly
 def test_a_first_stage_does_not_decide_for_another_second_one(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +381,7 @@ def test_nothing_is_measured_where_runs_must_repeat(
     train_here(config, dataset, tmp_path / "run", Reporters([]))
 
 
+@pytest.mark.nightly
 def test_two_mirrored_devices_through_the_whole_loop(dataset: Path, tmp_path: Path) -> None:
     """What one device gives, from the features of both splits to the last validation."""
     settings = small("model.synchronize_batch_norm=true", "model.dropout=0", "stages.2.optimizer=sgd")

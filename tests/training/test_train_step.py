@@ -50,13 +50,14 @@ def test_two_mirrored_replicas_follow_one_device() -> None:
     assert_same(curve(replicas=2, synchronized=True), curve(), 1e-4)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_xla_changes_nothing(replicas: int) -> None:
     assert_same(curve(replicas, xla=True), curve(replicas), 1e-3)
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.nightly), "float16"])
 def test_half_precision_follows_float32(precision: str, replicas: int) -> None:
     """bfloat16 has 8 significant bits and float16 11: the losses, from 1.6 to 0.7, agree to 0.05 over 16 steps.
 
@@ -65,7 +66,7 @@ def test_half_precision_follows_float32(precision: str, replicas: int) -> None:
     assert_same(curve(replicas, precision), curve(replicas), 0.05)
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_an_overflow_anywhere_skips_the_step_everywhere(replicas: int) -> None:
     """One replica's images make its gradients infinite; no weight of any replica may change."""
     run = Training(replicas, "float16")
