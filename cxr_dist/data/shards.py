@@ -6,7 +6,7 @@ Images are read through the byte offsets in the manifest: a worker touches only 
 import os
 import threading
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
@@ -23,7 +23,7 @@ from cxr_dist.runs.seen_images import Digests, digests_of
 from tfrecords_builder.collection.metadata import normalized_patient
 from tfrecords_builder.common.pool import default_workers
 from tfrecords_builder.format import record, tfrecord
-from tfrecords_builder.format.manifest import Manifest
+from tfrecords_builder.format.manifest import Manifest, SplitIndex
 
 _READERS = 8
 """At most, of a split that is read into memory; no more than processors, as each decodes what it reads."""
@@ -34,8 +34,7 @@ _RUN_BYTES = 1 << 19
 class ShardSource:
     """The images of one split of a dataset, uint8 [B, S, S, 1].
 
-    Every record's CRC is checked as it is read. What goes wrong in a reading thread is kept in
-    `failure`, since TensorFlow passes on only its text.
+    Every record's CRC is checked as it is read.
     """
 
     def __init__(self, dataset: Path, manifest: Manifest, split: str, without: Collection[str] = ()) -> None:
@@ -43,13 +42,13 @@ class ShardSource:
         without: Source paths of records that are left out.
         """
         self._index = manifest.split(split, without)
-        self._paths = [dataset / name for name in self._index.shard_names]
-        self._manifest, self._split = manifest, split
-        self._files: dict[int, int] = {}
-        self._lock = threading.Lock()
-        self.failure: Exception | None = None
-        # When nothing can read any more: iterators, whose threads do, hold on to this source.
-        weakref.finalize(self, _close, self._files).atexit = False
+        self._manifest = manifest
+        self._reader = _RecordReader(dataset, self._index, lambda: manifest.split(split))
+
+    @property
+    def failure(self) -> Exception | None:
+        """What a reading thread met, of which TensorFlow passes on only the text."""
+        return self._reader.failure
 
     @property
     def count(self) -> int:
@@ -94,14 +93,14 @@ class ShardSource:
 
     def pixels(self, positions: Positions) -> npt.NDArray[np.uint8]:
         """The images at `positions`: uint8 [B, S, S]."""
-        return np.stack([self._pixels(payload)[..., 0] for payload in self._payloads(positions)])
+        return np.stack([_decoded(self._manifest, payload)[..., 0] for payload in self._reader.payloads(positions)])
 
     def masks(self, positions: Positions) -> npt.NDArray[np.bool_] | None:
         """Their lung masks, bool [B, S, S], all False where an image has none; None in a dataset without masks."""
         if not self._manifest.settings.masks:
             return None
         size = self._manifest.image_size
-        encoded = (record.decode_example(payload).mask for payload in self._payloads(positions))
+        encoded = (record.decode_example(payload).mask for payload in self._reader.payloads(positions))
         return np.stack(
             [np.zeros((size, size), np.bool_) if m is None else record.decode_mask(m, size) for m in encoded]
         )
@@ -121,10 +120,10 @@ class ShardSource:
         ended = threading.Event()
 
         def read(shard: Positions) -> None:
-            for position, payload in zip(shard, self._sequential(shard), strict=True):
+            for position, payload in zip(shard, self._reader.sequential(shard), strict=True):
                 if ended.is_set():
                     return
-                images[position] = self._pixels(payload)
+                images[position] = _decoded(self._manifest, payload)
 
         order = np.lexsort((self._index.offset, self._index.shard))
         shards = np.split(order, np.flatnonzero(np.diff(self._index.shard[order])) + 1)
@@ -137,32 +136,49 @@ class ShardSource:
                 ended.set()
         return MemorySource(images, self.labels)
 
-    def _pixels(self, payload: bytes) -> npt.NDArray[np.uint8]:
-        size, encoding = self._manifest.image_size, self._manifest.encoding
-        if encoding == "raw":
-            return record.raw_pixels(payload, size)
-        return record.decode_image(record.decode_example(payload).image, size, encoding)[..., None]
-
     def _read_raw(self, positions: Positions) -> npt.NDArray[np.uint8]:
         size = self._manifest.image_size
         images = np.empty((len(positions), size, size, 1), np.uint8)
-        for slot, payload in enumerate(self._payloads(positions)):
+        for slot, payload in enumerate(self._reader.payloads(positions)):
             images[slot] = record.raw_pixels(payload, size)
         return images
 
     def _read(self, positions: Positions) -> npt.NDArray[np.object_]:
         records = np.empty(len(positions), dtype=object)
-        for slot, payload in enumerate(self._payloads(positions)):
+        for slot, payload in enumerate(self._reader.payloads(positions)):
             records[slot] = payload
         return records
 
-    def _payloads(self, positions: Positions) -> Iterator[bytes]:
+
+def _decoded(manifest: Manifest, payload: bytes) -> npt.NDArray[np.uint8]:
+    if manifest.encoding == "raw":
+        return record.raw_pixels(payload, manifest.image_size)
+    example = record.decode_example(payload)
+    return record.decode_image(example.image, manifest.image_size, manifest.encoding)[..., None]
+
+
+class _RecordReader:
+    """Reads the records of a split by position; checks the CRC of each."""
+
+    def __init__(self, dataset: Path, index: SplitIndex, whole: Callable[[], SplitIndex]) -> None:
+        """Args:
+        whole: The index with the records that are left out.
+        """
+        self._index, self._whole = index, whole
+        self._paths = [dataset / name for name in index.shard_names]
+        self._files: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self.failure: Exception | None = None
+        # When nothing can read any more: iterators, whose threads do, hold on to this reader.
+        weakref.finalize(self, _close, self._files).atexit = False
+
+    def payloads(self, positions: Positions) -> Iterator[bytes]:
         with self._failures_kept():
             for position in positions:
                 shard = int(self._index.shard[position])
                 yield tfrecord.read_at(self._file(shard), *self._place(position), self._paths[shard])
 
-    def _sequential(self, positions: Positions) -> Iterator[bytes]:
+    def sequential(self, positions: Positions) -> Iterator[bytes]:
         """Of records of one shard, by rising offset."""
         with self._failures_kept():
             shard = int(self._index.shard[positions[0]])
@@ -190,7 +206,7 @@ class ShardSource:
 
     def _numbered(self, error: tfrecord.CorruptRecordError) -> tfrecord.CorruptRecordError:
         """The error with the record's number in its shard, which only the index knows."""
-        index = self._manifest.split(self._split)  # with what is left out
+        index = self._whole()
         in_shard = index.shard == self._paths.index(Path(error.shard))
         number = int(np.sum(in_shard & (index.offset < error.offset)))
         return tfrecord.CorruptRecordError(error.shard, number, error.offset, error.reason)

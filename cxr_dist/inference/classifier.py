@@ -39,7 +39,7 @@ def load_model(run: FinishedRun, precision: str) -> Any:
         if path.name == run_folder.MODEL:
             model.load_weights(path)
         else:
-            restore_model(model, CheckpointFolder(path.parent).load_best_file(path))
+            restore_model(model, CheckpointFolder(path.parent).load_best(path))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = one_line(error)
         raise UserError(f"{path}: cannot be loaded ({reason}); train the run again") from None

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cxr_dist.model import keras_graph
+from cxr_dist import compat
 
 BATCH_SIZE = 32
 
@@ -32,9 +32,10 @@ def last_feature_map(model: Any) -> Any:
         ValueError: `model` has no such tensor.
     """
     found = None
-    for call in keras_graph.calls(model):
-        if len(call.inputs) == 1 and len(call.inputs[0].shape) == 4 and len(call.outputs[0].shape) == 2:
-            found = call.inputs[0]
+    for node in compat.functional_nodes(model):
+        inputs, outputs = node.input_tensors, node.output_tensors
+        if len(inputs) == 1 and len(inputs[0].shape) == 4 and len(outputs[0].shape) == 2:
+            found = inputs[0]
     if found is None:
         raise ValueError(f"{model.name}: no layer turns a feature map [B, h, w, F] into a vector [B, F]")
     return found

@@ -10,7 +10,7 @@ import functools
 from collections import Counter
 from typing import Any
 
-from cxr_dist.model import keras_graph
+from cxr_dist import compat
 
 
 @functools.cache
@@ -58,16 +58,17 @@ def fold_frozen_batch_norm(network: Any) -> Any:
     """
     import keras
 
-    ordered = keras_graph.calls(network)
-    uses = Counter(id(tensor) for call in ordered for tensor in call.inputs)
+    nodes = compat.functional_nodes(network)
+    uses = Counter(id(tensor) for node in nodes for tensor in node.input_tensors)
     uses.update(id(tensor) for tensor in network.outputs)
-    maker = {id(tensor): call.layer for call in ordered for tensor in call.outputs}
+    maker = {id(tensor): node.operation for node in nodes for tensor in node.output_tensors}
     convolution_of = {}
-    for call in ordered:
-        if isinstance(call.layer, keras.layers.BatchNormalization) and not call.layer.trainable:
-            source = maker[id(call.inputs[0])]
-            if uses[id(call.inputs[0])] == 1 and _is_plain(source):
-                convolution_of[call.layer.name] = source
+    for node in nodes:
+        layer = node.operation
+        if isinstance(layer, keras.layers.BatchNormalization) and not layer.trainable:
+            source = maker[id(node.input_tensors[0])]
+            if uses[id(node.input_tensors[0])] == 1 and _is_plain(source):
+                convolution_of[layer.name] = source
     replaced = {layer.name for layer in convolution_of.values()}
 
     def call_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,6 @@ from cxr_dist.config.schema import Config, StageConfig
 from cxr_dist.runs.versions import unsupported
 from tfrecords_builder.common.errors import UserError, one_line
 
-PARAMETERS_FOUR_CLASSES = 24_122_500
 FEATURES = 2048
 HIDDEN_UNITS = 256
 IMAGENET_MEAN_BGR = (103.939, 116.779, 123.68)

@@ -11,13 +11,14 @@ Both sides share the variables of the whole model. Frozen BatchNorm is folded on
 network as a whole, which is what trains from images.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cxr_dist.model import batch_norm_folding, keras_graph
+from cxr_dist import compat
+from cxr_dist.model import batch_norm_folding
 from cxr_dist.model.resnet import FEATURES, IMAGE_NAME, MEAN_NAME, POOL_NAME, TO_BGR_NAME, FrozenBase, base_of, head_of
 
 
@@ -36,12 +37,12 @@ class SplitPoint:
         base = base_of(model)
         trained = frozen.trained(base)
         highest, computed = None, False
-        for call, tensors in keras_graph.crossing(base):
-            if call.layer.name in trained and call.layer.weights:
+        for layer, tensors in _crossing(base):
+            if layer.name in trained and layer.weights:
                 break
-            computed = computed or bool(call.layer.weights)  # padding alone is nothing to keep
+            computed = computed or bool(layer.weights)  # padding alone is nothing to keep
             if len(tensors) == 1 and computed:
-                highest = call.layer.name, tensors[0]
+                highest = layer.name, tensors[0]
         if highest is None:
             return None
         name, tensor = highest
@@ -50,6 +51,18 @@ class SplitPoint:
     @property
     def bytes_per_image(self) -> int:
         return int(np.prod(self.shape)) * np.dtype(stored_dtype(self.name)).itemsize
+
+
+def _crossing(base: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """After each layer, in the order of computation, the tensors that later ones or the output still need."""
+    nodes = compat.functional_nodes(base)
+    last_use = {id(tensor): position for position, node in enumerate(nodes) for tensor in node.input_tensors}
+    last_use |= {id(tensor): len(nodes) for tensor in base.outputs}
+    alive: dict[int, Any] = {}
+    for position, node in enumerate(nodes):
+        alive |= {id(tensor): tensor for tensor in node.output_tensors}
+        alive = {key: tensor for key, tensor in alive.items() if last_use.get(key, -1) > position}
+        yield node.operation, list(alive.values())
 
 
 def stored_dtype(name: str) -> str:

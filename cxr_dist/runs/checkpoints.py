@@ -1,36 +1,25 @@
-"""What a run leaves to go on from: weights, optimizer, position - written complete or not at all.
-
-A checkpoint is one file in the safetensors format: arrays only, so loading one executes nothing, and any reader of the
-format opens it. Its metadata hold one JSON text: the state, and a checksum of the whole file, as the format has none of
-its own. The checksum stands inside because a file renames in one step and two do not. The file is written under a
-temporary name, sealed with the checksum, flushed to disk and renamed.
+"""What a run leaves to go on from: weights, optimizer, position.
 
 Most weights of a stage are frozen. So the weights of the base that a run starts from have a file of their own, written
-once, and a checkpoint holds only the arrays that differ from it.
+once, and a checkpoint holds only the arrays that differ from it (`checkpoint_file` says how).
 """
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.numpy
-from safetensors import SafetensorError, safe_open
 
-from cxr_dist.runs.versions import FORMAT, FormatError, check_format
+from cxr_dist.runs.checkpoint_file import SUFFIX, Arrays, explained, load_arrays, load_state, save_arrays
+from cxr_dist.runs.versions import FormatError
 from tfrecords_builder.common.errors import UserError, one_line
-from tfrecords_builder.common.files import intended_name, write_atomically
-from tfrecords_builder.common.seal import UNSEALED, check_seal, seal
+from tfrecords_builder.common.files import intended_name
 
-Arrays = dict[str, npt.NDArray[Any]]
-SUFFIX = ".safetensors"
-_METADATA = "cxr-dist"
 _EPOCH, _BEST, _BASE = "epoch-", "best-", "base-"
 _NAME = re.compile(rf"{_EPOCH}(?P<epochs>\d+)(?:-step-(?P<step>\d+))?{re.escape(SUFFIX)}")
 _BASE_NAME = re.compile(rf"{_BASE}[0-9a-f]{{32}}{re.escape(SUFFIX)}")
@@ -39,59 +28,6 @@ BASE_PATTERN = f"{_BASE}*{SUFFIX}"
 _BEST_OF, _BASE_OF = "best_epochs_done", "base"
 KEPT = 2
 """How many checkpoints are kept: the newest, and the one before in case the newest is damaged."""
-
-
-def save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], state: Mapping[str, Any]) -> None:
-    """Write arrays and a JSON state as one file.
-
-    Raises:
-        ValueError: an array's dtype is none of NumPy's own numbers (objects, bfloat16): it would not come back.
-    """
-    for name, array in arrays.items():
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"{name}: cannot be saved as {array.dtype}")
-    described = json.dumps({"format": FORMAT, "state": state, "seal": UNSEALED})
-    # safetensors takes the bytes of other orders as they lie.
-    ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-
-    def write(file: IO[bytes]) -> None:
-        # Through this program's own file: errors of the library do not say that a disk is full.
-        file.write(safetensors.numpy.save(ordered, {_METADATA: described}))
-        seal(file)
-
-    write_atomically(path, write)
-
-
-def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
-    """Read what `save_arrays` wrote, after its checksum.
-
-    Raises:
-        FormatError: the file is of another format.
-        UserError: the file is missing, damaged, or something else.
-    """
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, _state(path, file)  # noqa: SIM118 - no mapping
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """The JSON state alone; raises as `load_arrays` does."""
-    with _opened(path) as file:
-        return _state(path, file)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    with _explained(path):
-        check_seal(path)
-        with safe_open(path, framework="numpy") as file:
-            yield file
-
-
-def _state(path: Path, file: Any) -> dict[str, Any]:
-    described = json.loads(file.metadata()[_METADATA])
-    check_format(path, described)
-    state: dict[str, Any] = described["state"]
-    return state
 
 
 @contextmanager
@@ -106,18 +42,6 @@ def fitting(path: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """All that reading a file can raise, as words for people."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, SafetensorError) as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: damaged checkpoint ({reason}); remove it to go on from the one before") from None
-
-
 def model_arrays(model: Any) -> Arrays:
     """The model's weights by path, moving statistics included: what decides its output."""
     return {f"model/{variable.path}": np.asarray(variable) for variable in model.weights}
@@ -130,10 +54,7 @@ def restore_model(model: Any, arrays: Arrays) -> None:
         ValueError: a weight is missing or has another shape.
     """
     for variable in model.weights:
-        value = arrays.get(f"model/{variable.path}")
-        if value is None or value.shape != tuple(variable.shape):
-            raise ValueError(f"the checkpoint has no weight {variable.path} of shape {tuple(variable.shape)}")
-        variable.assign(value)
+        _assign(variable, arrays.get(f"model/{variable.path}"), f"weight {variable.path}")
 
 
 def optimizer_arrays(optimizer: Any) -> Arrays:
@@ -143,10 +64,13 @@ def optimizer_arrays(optimizer: Any) -> Arrays:
 def restore_optimizer(optimizer: Any, arrays: Arrays) -> None:
     """Assign what `optimizer_arrays` gave, by order: names repeat among an optimizer's variables."""
     for index, variable in enumerate(optimizer.variables):
-        value = arrays.get(f"optimizer/{index}")
-        if value is None or value.shape != tuple(variable.shape):
-            raise ValueError(f"the checkpoint has no optimizer variable {index} of shape {tuple(variable.shape)}")
-        variable.assign(value)
+        _assign(variable, arrays.get(f"optimizer/{index}"), f"optimizer variable {index}")
+
+
+def _assign(variable: Any, value: npt.NDArray[Any] | None, name: str) -> None:
+    if value is None or value.shape != tuple(variable.shape):
+        raise ValueError(f"the checkpoint has no {name} of shape {tuple(variable.shape)}")
+    variable.assign(value)
 
 
 @dataclass(frozen=True, order=True)
@@ -212,6 +136,37 @@ class Checkpoint:
     """Those weights."""
 
 
+class _ChangedArrays:
+    """Files of a folder that hold what differs from the base, and the base's own file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.base: _Base | None = None
+
+    def save(self, path: Path, arrays: Arrays, state: Mapping[str, Any]) -> None:
+        if self.base is not None and not (self._folder / self.base.name).exists():
+            save_arrays(self._folder / self.base.name, self.base.arrays, {})
+        changed = arrays if self.base is None else self.base.changed(arrays)
+        save_arrays(path, changed, {_BASE_OF: self.base.name if self.base else None, **state})
+
+    def load(self, path: Path) -> tuple[Arrays, dict[str, Any]]:
+        """What `save` got; further files then have the same base."""
+        arrays, state = load_arrays(path)
+        name = state.pop(_BASE_OF, None)
+        if self.base is None or self.base.name != name:
+            self.base = None if name is None else self._load_base(path, str(name))
+        return arrays if self.base is None else self.base.arrays | arrays, state
+
+    def _load_base(self, path: Path, name: str) -> _Base:
+        if not _BASE_NAME.fullmatch(name):  # a checkpoint must not name files elsewhere
+            raise UserError(f"{path}: damaged checkpoint (no name of base weights: {name[:80]})")
+        try:
+            return _Base(name, load_arrays(self._folder / name)[0])
+        except UserError as error:
+            reason = f"{error}".split(";")[0]
+            raise UserError(f"{reason}; every checkpoint of the run needs it: train into a new --out") from None
+
+
 class CheckpointFolder:
     """The checkpoints of one run: the newest few, and of each the weights that were best until then.
 
@@ -220,12 +175,11 @@ class CheckpointFolder:
     """
 
     def __init__(self, folder: Path, keep: int = KEPT) -> None:
-        self._folder, self._keep = folder, keep
-        self._base: _Base | None = None
+        self._folder, self._keep, self._files = folder, keep, _ChangedArrays(folder)
 
     def start_from(self, arrays: Arrays) -> None:
         """Name the weights that a new run starts from; `save` writes them once, and then what differs from them."""
-        self._base = _Base.of(arrays)
+        self._files.base = _Base.of(arrays)
 
     def save(
         self,
@@ -244,40 +198,17 @@ class CheckpointFolder:
             best_epochs_done: Which epoch left the best weights, over all stages; 0 while there are none.
             best_arrays: Those weights.
         """
-        if self._base is not None and not (self._folder / self._base.name).exists():
-            save_arrays(self._folder / self._base.name, self._base.arrays, {})
-        if best_epochs_done and best_arrays is not None and not self.best(best_epochs_done).exists():
-            self._save_changed(self.best(best_epochs_done), best_arrays, {"epochs_done": best_epochs_done})
-        self._save_changed(self._folder / position.file_name, arrays, {_BEST_OF: best_epochs_done, **state})
-        kept = self._positions()[-self._keep :]
+        best = self.best(best_epochs_done)
+        if best_epochs_done and best_arrays is not None and not best.exists():
+            self._files.save(best, best_arrays, {"epochs_done": best_epochs_done})
+        self._files.save(self._folder / position.file_name, arrays, {_BEST_OF: best_epochs_done, **state})
+        kept, base = self._positions()[-self._keep :], self._files.base
         for path in self._folder.glob(f"*{SUFFIX}"):
             found = Position.of_file(path.name)
-            other_base = self._base is not None and path.name != self._base.name and _BASE_NAME.fullmatch(path.name)
+            other_base = base is not None and path.name != base.name and _BASE_NAME.fullmatch(path.name)
             if (found is not None and found not in kept) or other_base:
                 path.unlink(missing_ok=True)
         self._remove_unused_best(best_epochs_done)
-
-    def _save_changed(self, path: Path, arrays: Arrays, state: Mapping[str, Any]) -> None:
-        base = self._base
-        changed = arrays if base is None else base.changed(arrays)
-        save_arrays(path, changed, {_BASE_OF: base.name if base else None, **state})
-
-    def _load_whole(self, path: Path) -> tuple[Arrays, dict[str, Any]]:
-        """What `_save_changed` wrote, with the arrays of its base; further checkpoints then have the same base."""
-        arrays, state = load_arrays(path)
-        name = state.pop(_BASE_OF, None)
-        if self._base is None or self._base.name != name:
-            self._base = None if name is None else self._load_base(path, str(name))
-        return arrays if self._base is None else self._base.arrays | arrays, state
-
-    def _load_base(self, path: Path, name: str) -> _Base:
-        if not _BASE_NAME.fullmatch(name):  # a checkpoint must not name files elsewhere
-            raise UserError(f"{path}: damaged checkpoint (no name of base weights: {name[:80]})")
-        try:
-            return _Base(name, load_arrays(self._folder / name)[0])
-        except UserError as error:
-            reason = f"{error}".split(";")[0]
-            raise UserError(f"{reason}; every checkpoint of the run needs it: train into a new --out") from None
 
     def best(self, epochs_done: int) -> Path:
         """The file of the weights that the epoch left."""
@@ -287,24 +218,19 @@ class CheckpointFolder:
         """The file of the best weights of all: of a finished run, those of its model."""
         return max(self._folder.glob(f"{_BEST}*{SUFFIX}"), default=None, key=lambda path: path.name)
 
-    def load_best(self, epochs_done: int) -> Arrays:
-        """The weights that the epoch left; raises as `load_best_file` does."""
-        return self.load_best_file(self.best(epochs_done))
-
-    def load_best_file(self, path: Path) -> Arrays:
+    def load_best(self, path: Path) -> Arrays:
         """The weights in a file of this folder that `best` or `newest_best` names.
 
         Raises:
             UserError: they are missing or damaged, and cannot be had again without training.
         """
         try:
-            return self._load_whole(path)[0]
+            return self._files.load(path)[0]
         except FormatError:
             raise
         except UserError as error:
-            raise UserError(
-                f"{error}".split(";")[0] + "; the run lost its best weights: train into a new --out"
-            ) from None
+            reason = f"{error}".split(";")[0]
+            raise UserError(f"{reason}; the run lost its best weights: train into a new --out") from None
 
     def load(self, position: Position) -> Checkpoint:
         """The checkpoint of a position, with the best weights of its time.
@@ -313,10 +239,10 @@ class CheckpointFolder:
             UserError: either is missing or damaged.
         """
         path = self._folder / position.file_name
-        arrays, state = self._load_whole(path)
-        with _explained(path):
+        arrays, state = self._files.load(path)
+        with explained(path):
             best = int(state.pop(_BEST_OF))
-        return Checkpoint(position, arrays, state, best, self.load_best(best) if best else {})
+        return Checkpoint(position, arrays, state, best, self.load_best(self.best(best)) if best else {})
 
     def newest(self, warn: Callable[[str], None], *, set_aside: bool = False) -> Checkpoint | None:
         """The newest whole checkpoint, if there is any; others are passed over with a warning.
@@ -377,17 +303,14 @@ class CheckpointFolder:
             base = load_state(best).get(_BASE_OF) if best else None
         except UserError:
             return
-        self._remove_all_but({best.name if best else "", base or ""})
+        self.remove_all(keep={best.name if best else "", base or ""})
 
-    def remove_all(self) -> None:
-        """Remove every checkpoint; the folder stays."""
-        self._remove_all_but(set())
-
-    def _remove_all_but(self, names: set[str]) -> None:
+    def remove_all(self, keep: Collection[str] = ()) -> None:
+        """Remove every checkpoint but the files that `keep` names; the folder stays."""
         self.clean()
         for pattern in (f"*{SUFFIX}", f"*{DAMAGED_SUFFIX}"):
             for path in self._folder.glob(pattern):
-                if path.name not in names:
+                if path.name not in keep:
                     path.unlink(missing_ok=True)
 
     def _remove_unused_best(self, newest: int) -> None:

@@ -14,6 +14,7 @@ from cxr_dist.config.schema import Config
 from cxr_dist.distributed.devices import Topology, hardware
 from cxr_dist.model.resnet import FrozenBase, build_model, load_base_weights, name_what_older_keras_knows
 from cxr_dist.runs import checkpoints, run_folder, versions
+from cxr_dist.runs.checkpoint_file import Arrays
 from cxr_dist.runs.events import Reporter
 from cxr_dist.runs.heartbeat import HEARTBEATS, Watchdog
 from cxr_dist.training.progress import Progress
@@ -173,7 +174,7 @@ def _finish(context: RunContext, kept: RunCheckpoints, progress: Progress, launc
     return result
 
 
-def _save_model(context: RunContext, arrays: checkpoints.Arrays) -> None:
+def _save_model(context: RunContext, arrays: Arrays) -> None:
     """`model.keras` in float32, so that it runs anywhere as it is."""
     portable = build_model(context.classes, context.model.input.shape[1], context.config, "float32")
     checkpoints.restore_model(portable, arrays)

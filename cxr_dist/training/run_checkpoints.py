@@ -6,6 +6,7 @@ from pathlib import Path
 from cxr_dist.distributed import collectives
 from cxr_dist.model.resnet import base_of, load_base_weights
 from cxr_dist.runs import checkpoints, run_folder
+from cxr_dist.runs.checkpoint_file import Arrays
 from cxr_dist.runs.checkpoint_writer import CheckpointWriter
 from cxr_dist.runs.stop_request import StoppedError, StopRequest
 from cxr_dist.training.progress import Progress
@@ -22,12 +23,12 @@ class RunCheckpoints:
         self._path = context.run / run_folder.CHECKPOINTS
         self._folder = checkpoints.CheckpointFolder(self._path, context.config.checkpoint.keep)
         self.writer = CheckpointWriter(context.config.checkpoint, warn=context.warn)
-        self.best_arrays: checkpoints.Arrays = {}
+        self.best_arrays: Arrays = {}
         """The weights of the best epoch so far."""
         self.resumed_from: str | None = None
         """Name of the checkpoint that the run went on from."""
 
-    def restore(self) -> tuple[Progress, checkpoints.Arrays | None]:
+    def restore(self) -> tuple[Progress, Arrays | None]:
         """Load the newest checkpoint, or the pretrained weights of a new run, into the model.
 
         All workers take the chief's checkpoint: what they read meanwhile may have changed.

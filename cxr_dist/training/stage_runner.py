@@ -12,6 +12,7 @@ from cxr_dist.evaluation.metrics import counts_metrics
 from cxr_dist.features.stage_inputs import Inputs, StageInputs
 from cxr_dist.model.resnet import FrozenBase
 from cxr_dist.runs import checkpoints, run_folder
+from cxr_dist.runs.checkpoint_file import Arrays
 from cxr_dist.training import schedules, train_step as steps
 from cxr_dist.training.gradients import StepSpec
 from cxr_dist.training.progress import Progress
@@ -32,7 +33,7 @@ class StageRunner:
         kept: RunCheckpoints,
         progress: Progress,
         inputs: StageInputs,
-        restored: checkpoints.Arrays | None,
+        restored: Arrays | None,
     ) -> None:
         """Freeze what the stage freezes, fetch or compute its inputs, and make its state and steps.
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from cxr_dist.config.schema import StageConfig
 from cxr_dist.runs import checkpoints
+from cxr_dist.runs.checkpoint_file import Arrays
 from cxr_dist.training import optimizers
 from cxr_dist.training.loss_scale import LossScale
 from cxr_dist.training.weight_average import WeightAverage
@@ -36,13 +37,13 @@ class StageState:
             average = None if decay is None else WeightAverage(model.trainable_variables, decay)
         return cls(strategy, model, optimizer, LossScale.create(precision), average)
 
-    def arrays(self) -> checkpoints.Arrays:
+    def arrays(self) -> Arrays:
         """What a checkpoint holds of it."""
         average = {} if self.average is None else self.average.arrays()
         kept = checkpoints.model_arrays(self.model) | checkpoints.optimizer_arrays(self.optimizer)
         return kept | self.loss_scale.arrays() | average
 
-    def restore(self, arrays: checkpoints.Arrays) -> None:
+    def restore(self, arrays: Arrays) -> None:
         """Assign what `arrays` gave; the model's weights were restored before the state was made.
 
         Raises:
@@ -54,7 +55,7 @@ class StageState:
         if self.average is not None:
             self.average.restore(arrays)
 
-    def evaluated_arrays(self) -> checkpoints.Arrays:
+    def evaluated_arrays(self) -> Arrays:
         """The weights that validation measures: the averages where there are some, by the names of `model_arrays`."""
         average = {} if self.average is None else self.average.model_arrays()
         return checkpoints.model_arrays(self.model) | average

@@ -23,7 +23,8 @@ def main() -> None:
     from cxr_dist.config.loading import load_config
     from cxr_dist.launch import train
     from cxr_dist.runs import run_folder
-    from cxr_dist.runs.checkpoints import CheckpointFolder, save_arrays
+    from cxr_dist.runs.checkpoint_file import save_arrays
+    from cxr_dist.runs.checkpoints import CheckpointFolder
     from tests.conftest import use_small_base
 
     dataset, run, *overrides = sys.argv[1:]

@@ -78,7 +78,8 @@ def build(source: Path) -> Scenario:
 
 
 def keep() -> Scenario:
-    from cxr_dist.runs.checkpoints import CheckpointFolder, Position, load_arrays
+    from cxr_dist.runs.checkpoint_file import load_arrays
+    from cxr_dist.runs.checkpoints import CheckpointFolder, Position
 
     def arrays(number: int) -> dict[str, Any]:
         return {"model/a": np.full(50_000, number, np.float32), "optimizer/0": np.array(number)}

@@ -41,7 +41,7 @@ def use_checkpoint(folder: Path, damaged: Path) -> None:
     """As a run that goes on: passing a damaged one over is finding it."""
     checkpoints = CheckpointFolder(folder)
     if damaged.name.startswith("best-"):
-        checkpoints.load_best(int(damaged.stem.removeprefix("best-")))
+        checkpoints.load_best(damaged)
         return
     newest = checkpoints.newest_position()
     assert newest is not None

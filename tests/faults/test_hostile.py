@@ -21,7 +21,7 @@ from cxr_dist.config.loading import read_yaml
 from cxr_dist.evaluation.evaluate import evaluate_run
 from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.runs import run_folder
-from cxr_dist.runs.checkpoints import load_arrays, load_state
+from cxr_dist.runs.checkpoint_file import load_arrays, load_state
 from tests.conftest import use_small_base
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.seal import UNSEALED, seal, seal_zip

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist.runs import checkpoints, run_folder
+from cxr_dist.runs import checkpoint_file, checkpoints, run_folder
 from tests.training.test_loop import comparable
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def start(dataset: Path, run: Path) -> subprocess.Popen[str]:
 class Ended:
     result: dict[str, Any]
     history: list[dict[str, Any]]
-    weights: checkpoints.Arrays
+    weights: checkpoint_file.Arrays
     lines: int
 
 
@@ -67,7 +67,7 @@ def ended(run: Path, lines: int) -> Ended:
     """What a finished run left, and the final state, which its process copied from the last checkpoint."""
     assert not list((run / run_folder.CHECKPOINTS).iterdir())
     assert (run / run_folder.MODEL).is_file()
-    arrays, _ = checkpoints.load_arrays(run.parent / "last.safetensors")
+    arrays, _ = checkpoint_file.load_arrays(run.parent / "last.safetensors")
     result = run_folder.read_result(run)
     assert result is not None
     return Ended(result, comparable(run_folder.read_history(run)), arrays, lines)

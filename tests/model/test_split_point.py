@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cxr_dist.model import batch_norm_folding, keras_graph, resnet as model, split_point
+from cxr_dist import compat
+from cxr_dist.model import batch_norm_folding, resnet as model, split_point
 from cxr_dist.model.resnet import FrozenBase
 from cxr_dist.model.split_point import SplitPoint
 from tests.small_training import CLASSES, SIZE, config, small_base
@@ -77,7 +78,7 @@ def test_two_split_points_in_one_pass(resnet: Any) -> None:
 def test_every_batch_norm_of_a_frozen_resnet50_is_folded(resnet: Any) -> None:
     FrozenBase().apply(resnet)
     folded = batch_norm_folding.fold_frozen_batch_norm(model.base_of(resnet))
-    kinds = [type(call.layer).__name__ for call in keras_graph.calls(folded)]
+    kinds = [type(node.operation).__name__ for node in compat.functional_nodes(folded)]
     assert kinds.count("FoldedConvolution") == 53
     assert not {"Conv2D", "BatchNormalization"} & set(kinds)
 
@@ -145,6 +146,6 @@ def test_a_convolution_that_others_read_is_not_folded() -> None:
     network = randomized(keras.Model(inputs, keras.layers.Add()([shared, normed])))
     network.trainable = False
     folded = batch_norm_folding.fold_frozen_batch_norm(network)
-    assert [type(call.layer).__name__ for call in keras_graph.calls(folded)].count("FoldedConvolution") == 0
+    assert [type(node.operation).__name__ for node in compat.functional_nodes(folded)].count("FoldedConvolution") == 0
     pixels = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
     np.testing.assert_allclose(folded(pixels), network(pixels), atol=1e-6)

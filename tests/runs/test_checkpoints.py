@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cxr_dist.runs import checkpoints
-from cxr_dist.runs.checkpoints import KEPT, CheckpointFolder, Position, load_arrays, load_state, save_arrays
+from cxr_dist.runs import checkpoint_file, checkpoints
+from cxr_dist.runs.checkpoint_file import load_arrays, load_state, save_arrays
+from cxr_dist.runs.checkpoints import KEPT, CheckpointFolder, Position
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.seal import UNSEALED, seal, sealed_json
 
 STATE = {"stage": 2, "epoch": 3, "history": [{"loss": 0.1, "best": True}], "seconds": {"start": 1e-3}}
 
 
-def arrays() -> checkpoints.Arrays:
+def arrays() -> checkpoint_file.Arrays:
     rng = np.random.default_rng(0)
     return {
         "model/conv1/kernel": rng.normal(size=(2, 3)).astype(np.float32),
@@ -32,7 +33,7 @@ def arrays() -> checkpoints.Arrays:
     }
 
 
-def assert_same(found: checkpoints.Arrays, expected: checkpoints.Arrays) -> None:
+def assert_same(found: checkpoint_file.Arrays, expected: checkpoints.Arrays) -> None:
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert found[name].dtype == array.dtype
@@ -171,7 +172,7 @@ def test_what_equals_the_base_is_written_once_and_comes_back_to_the_bit(tmp_path
     for done, expected in ((1, weights(0.0, 1.0)), (2, weights(-0.0, 1.0))):
         fresh = CheckpointFolder(tmp_path)
         loaded = fresh.load(Position(done))
-        best = fresh.load_best(done)
+        best = fresh.load_best(fresh.best(done))
         for name, value in expected.items():
             assert loaded.arrays[name].tobytes() == best[name].tobytes() == value.tobytes()
         assert (loaded.state, loaded.best_epochs_done) == ({}, done)
@@ -202,7 +203,7 @@ def test_what_a_finished_run_keeps(tmp_path: Path) -> None:
     folder.keep_best_alone()
     (base,) = tmp_path.glob(checkpoints.BASE_PATTERN)
     assert {path.name for path in tmp_path.iterdir()} == {base.name, "best-00002.safetensors"}
-    assert CheckpointFolder(tmp_path).load_best(2)["model/a"].tolist() == [5.0]
+    assert CheckpointFolder(tmp_path).load_best(CheckpointFolder(tmp_path).best(2))["model/a"].tolist() == [5.0]
     CheckpointFolder(tmp_path).remove_all()
     assert list(tmp_path.iterdir()) == []
 
@@ -233,11 +234,11 @@ def test_a_checkpoint_of_another_format_is_neither_passed_over_nor_set_aside(
     """Nothing is wrong with it: another version of the program can go on from it."""
     folder = CheckpointFolder(tmp_path)
     folder.save(Position(1), arrays(), {})
-    monkeypatch.setattr(checkpoints, "FORMAT", 99)
+    monkeypatch.setattr(checkpoint_file, "FORMAT", 99)
     folder.save(Position(2), arrays(), {}, 2, arrays())
     monkeypatch.undo()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    readers = (lambda: folder.newest(warn_nothing, set_aside=True), lambda: folder.load_best(2))
+    readers = (lambda: folder.newest(warn_nothing, set_aside=True), lambda: folder.load_best(folder.best(2)))
     files = ("epoch-00002.safetensors", "best-00002.safetensors")
     for read, name in zip(readers, files, strict=True):
         with pytest.raises(UserError, match=f"{name}: has format 99, .*; use the version that wrote it") as caught:

@@ -23,7 +23,7 @@ from cxr_dist.inference.classifier import load_model
 from cxr_dist.inference.export import export_run
 from cxr_dist.launch import train
 from cxr_dist.launch.train import run_training
-from cxr_dist.runs import checkpoints, run_folder, versions
+from cxr_dist.runs import checkpoint_file, checkpoints, run_folder, versions
 from cxr_dist.runs.events import Event, Reporter, Reporters
 from cxr_dist.runs.finished import read_finished
 from cxr_dist.training import loop, train_step
@@ -75,10 +75,10 @@ def test_checkpoints_hold_what_training_changed(dataset: Path, tmp_path: Path) -
     train_here(small("stages.1.epochs=1", "stages.2.unfreeze_layers=3"), dataset, tmp_path / "run", Reporters([]))
     folder = tmp_path / "run" / run_folder.CHECKPOINTS
     (base,) = folder.glob(checkpoints.BASE_PATTERN)
-    frozen, _ = checkpoints.load_arrays(base)
+    frozen, _ = checkpoint_file.load_arrays(base)
     position = checkpoints.CheckpointFolder(folder).newest_position()
     assert position is not None
-    written, _ = checkpoints.load_arrays(folder / position.file_name)
+    written, _ = checkpoint_file.load_arrays(folder / position.file_name)
     whole = checkpoints.CheckpointFolder(folder).load(position).arrays
     of_model = {name for name in whole if name.startswith("model/")}
     assert of_model == frozen.keys() | {name for name in written if name.startswith("model/")}
@@ -194,7 +194,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     assert seconds["total"] >= sum(value for phase, value in seconds.items() if phase != "total")
     assert comparable(history(copy)) == comparable(history(whole))
     (arrays, _), (expected, _) = (
-        checkpoints.load_arrays(run / "checkpoints/epoch-00005.safetensors") for run in (copy, whole)
+        checkpoint_file.load_arrays(run / "checkpoints/epoch-00005.safetensors") for run in (copy, whole)
     )
     assert arrays.keys() == expected.keys()
     for key, value in expected.items():
@@ -311,9 +311,9 @@ def test_a_state_that_does_not_fit_is_one_line_that_names_the_checkpoint(
     whole = path.read_bytes()
     for change in CHANGES[precision]:
         path.write_bytes(whole)
-        arrays, state = checkpoints.load_arrays(path)
+        arrays, state = checkpoint_file.load_arrays(path)
         change(arrays, state)
-        checkpoints.save_arrays(path, arrays, state)
+        checkpoint_file.save_arrays(path, arrays, state)
         with pytest.raises(UserError, match=r"does not fit this version of the program .*; use the version") as caught:
             train_here(config, dataset, copy, Reporters([]))
         assert str(caught.value).startswith(f"{path}: ")

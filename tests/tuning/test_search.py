@@ -360,8 +360,8 @@ def test_the_best_trials_so_far_are_whole_and_the_others_keep_what_training_chan
     assert len(bases) == 1, "one file of base weights on the disk"
     for number in range(6):
         folder = checkpoints.CheckpointFolder(experiment.run(number) / run_folder.CHECKPOINTS)
-        assert folder.load_best(2)["model/head"].tolist() == [number, number]
-        assert folder.load_best(2)["model/base"].tolist() == [0, 0, 0]
+        assert folder.load_best(folder.best(2))["model/head"].tolist() == [number, number]
+        assert folder.load_best(folder.best(2))["model/base"].tolist() == [0, 0, 0]
 
 
 def test_a_search_that_was_killed_before_it_removed_files_does_so_at_its_next_start(
@@ -397,7 +397,7 @@ def test_without_links_each_trial_has_its_own_base(tmp_path: Path, monkeypatch: 
     for number in range(2):
         ended_trial(experiment, number, 0.5, 0.1)
         folder = checkpoints.CheckpointFolder(experiment.run(number) / run_folder.CHECKPOINTS)
-        assert folder.load_best(2)["model/head"].tolist() == [number, number]
+        assert folder.load_best(folder.best(2))["model/head"].tolist() == [number, number]
 
 
 def shown_by_hparams(folder: Path) -> dict[str, tuple[dict[str, object], str]]:
@@ -470,7 +470,8 @@ def test_a_finished_first_stage_is_given_to_the_next_trial_and_not_to_one_that_h
     found = checkpoints.CheckpointFolder(second / run_folder.CHECKPOINTS).newest(print)
     assert found is not None
     assert (found.position, found.state["stage"]) == (Position(3), 1)
-    assert checkpoints.CheckpointFolder(second / run_folder.CHECKPOINTS).load_best(3)
+    assert found.best_epochs_done == 3
+    assert found.best_arrays
     own = checkpoints.CheckpointFolder(third / run_folder.CHECKPOINTS).newest(print)
     assert own is not None
     assert own.position == Position(1)
