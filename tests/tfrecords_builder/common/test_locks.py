@@ -29,7 +29,7 @@ LIMIT_S = 60.0
 HOLDER = """
 import sys
 from pathlib import Path
-from tfrecords_builder import locks
+from tfrecords_builder.common import locks
 
 path, kind = Path(sys.argv[1]), sys.argv[2]
 with locks.held_folder(path, "busy") if kind == "folder" else locks.held(path, shared=kind == "shared") as held:
