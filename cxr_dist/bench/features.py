@@ -1,7 +1,7 @@
 """What not computing twice is worth: both stages against `fit` in plain Keras, each in a process of its own.
 
 Stage 1 is timed as a user sees it: from the start of the command to its end, with an empty cache, and building the
-dataset. Plain Keras's time is reckoned from the speed of its `fit` over some steps and from its start-up, as each of
+dataset. Plain Keras's time is estimated from the speed of its `fit` over some steps and from its start-up, as each of
 its epochs does the same work. Stage 2 is compared by images per second, on as many drawn X-rays as the steps take, with
 the tensors below the first unfrozen layer computed in each step, and kept.
 
@@ -91,7 +91,7 @@ def table(ways: Sequence[Way]) -> list[str]:
     return lines
 
 
-def reckoned_seconds(plain: Mapping[str, Any], images: int, train: int, validation: int, epochs: int) -> float:
+def estimated_seconds(plain: Mapping[str, Any], images: int, train: int, validation: int, epochs: int) -> float:
     """What `epochs` of stage 1 take plain Keras over `train` and `validation` images, start-up included.
 
     Args:
@@ -138,5 +138,5 @@ def _plain(config: Config, built: Built, steps: int, onednn: dict[str, str], out
     plain = json.loads(out.read_text())
     images = steps * config.global_batch_size
     fine_tuning = [row["train_seconds"] for row in plain["history"] if row["stage"] == 2][1:]
-    seconds = reckoned_seconds(plain, images, train, validation, config.stages[1].epochs)
+    seconds = estimated_seconds(plain, images, train, validation, config.stages[1].epochs)
     return Way("plain Keras" + (", oneDNN" if onednn else ""), seconds, None, images / median(fine_tuning))

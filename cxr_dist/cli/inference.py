@@ -45,7 +45,7 @@ def add_parsers(command: Command) -> None:
     )
     for option, default, metavar, text in (
         ("--max-batch", 16, "B", "largest number of images in one step of the model"),
-        ("--batch-wait-ms", 10, "MS", "time that the first image of a batch waits for others while the model is idle"),
+        ("--batch-wait-ms", 10, "MS", "time that the first image of a batch waits for others"),
         ("--max-body-mb", 64, "MB", "largest size of a request's body; a larger one gets status 413"),
         ("--max-waiting", 64, "N", "largest number of requests at a time; one more gets status 503"),
         ("--timeout", 60, "S", "longest time for an answer; a later one becomes status 504"),

@@ -22,7 +22,6 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from cxr_dist.data.image_files import decode_square
 from cxr_dist.inference.classifier import Prediction
-from cxr_dist.serving.batcher import Batcher
 from cxr_dist.serving.limits import Limits
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images.decode import ImageError, TooLargeError
@@ -48,17 +47,14 @@ ERRORS = {
 
 
 class Predictions:
-    """Answers for requests. Lives on one event loop; decodes, and runs the model, in threads of its own."""
+    """Answers for requests. Lives on one event loop; decodes in threads of its own."""
 
-    def __init__(self, answers: Callable[[Image], Sequence[Prediction]], image_size: int, limits: Limits) -> None:
+    def __init__(self, classify: Callable[[Image], Awaitable[Prediction]], image_size: int, limits: Limits) -> None:
         """Args:
-        answers: Of the model, for uint8 [B, S, S].
+        classify: The model, for uint8 [S, S].
         """
-        self._answers, self._image_size, self._limits = answers, image_size, limits
+        self._classify, self._image_size, self._limits = classify, image_size, limits
         self._decoders = ThreadPoolExecutor(limits.decoders, thread_name_prefix="decode")
-        self._batcher: Batcher[Image, Prediction] = Batcher(
-            self._run_model, most=limits.max_batch, wait_s=limits.batch_wait_s, at_once=limits.concurrent_batches
-        )
         self._waiting = self._held_bytes = 0
         self.metrics = Metrics(lambda: self._waiting)
 
@@ -123,16 +119,10 @@ class Predictions:
         finally:
             self._held_bytes -= len(body)
         try:
-            return await self._batcher.result(image)
+            return await self._classify(image)
         except Exception as error:
             logging.getLogger("ray.serve").exception("the model failed")
             raise HTTPException(500, "the model failed on this image; the service's log says why") from error
-
-    def _run_model(self, images: Sequence[Image]) -> Sequence[Prediction]:
-        started = time.perf_counter()
-        answers = self._answers(np.stack(images))
-        self.metrics.count_batch(len(images), time.perf_counter() - started)
-        return answers
 
 
 def make_app(predictions: Predictions, class_names: Sequence[str], image_size: int) -> FastAPI:

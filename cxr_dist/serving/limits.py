@@ -10,7 +10,7 @@ class Limits:
     max_batch: int = 16
     """Images in a step of the model."""
     batch_wait_s: float = 0.01
-    """How long the first image of a batch waits for others while the model is idle."""
+    """How long the first image of a batch waits for others."""
     concurrent_batches: int = 2
     """In the model; the second takes the cores that the first leaves idle."""
     max_body_bytes: int = 64 << 20

@@ -1,19 +1,23 @@
 """A trained model behind HTTP: a Ray Serve application on a cluster of this machine's own.
 
 One replica holds the model. Its event loop reads requests, threads decode, and what has been decoded goes through the
-model in batches (`batcher`).
+model in batches (`serve.batch`).
 """
 
+import asyncio
 import logging
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from cxr_dist.inference.classifier import Classifier, load_classifier
+from cxr_dist.inference.classifier import Classifier, Prediction, load_classifier
 from cxr_dist.launch.ray_connection import OWN_CLUSTER, connected
 from cxr_dist.runs.calibration_file import read_calibration
 from cxr_dist.runs.finished import read_finished, weights_file
@@ -77,7 +81,21 @@ def _application(run: Path, limits: Limits, load: Load) -> Any:
         size = classifier.image_size
         for count in (1, limits.max_batch):  # what is slow the first time is done before the first request
             classifier.probabilities(np.zeros((count, size, size), np.uint8))
-        return make_app(Predictions(classifier.predict, size, limits), classifier.class_names, size)
+        threads = ThreadPoolExecutor(limits.concurrent_batches, thread_name_prefix="model")
+
+        @serve.batch(
+            max_batch_size=limits.max_batch,
+            batch_wait_timeout_s=limits.batch_wait_s,
+            max_concurrent_batches=limits.concurrent_batches,
+        )
+        async def classify(images: list[npt.NDArray[np.uint8]]) -> Sequence[Prediction]:
+            started, loop = time.perf_counter(), asyncio.get_running_loop()
+            answers = await loop.run_in_executor(threads, classifier.predict, np.stack(images))
+            predictions.metrics.count_batch(len(images), time.perf_counter() - started)
+            return answers
+
+        predictions = Predictions(classify, size, limits)
+        return make_app(predictions, classifier.class_names, size)
 
     gpu = ray.cluster_resources().get("GPU", 0) >= 1
     deployment: Any = serve.deployment(

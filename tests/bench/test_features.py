@@ -15,11 +15,11 @@ from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 
 
-def test_seconds_are_reckoned_from_epochs_that_were_not_first() -> None:
+def test_seconds_are_estimated_from_epochs_that_were_not_first() -> None:
     """Start 9 s and compiling 20 s once; then 4 epochs of 300 images at 10 and 100 at 20 images/s."""
     rows = [{"stage": 1, "train_seconds": seconds, "validation_seconds": 3.0} for seconds in (26.0, 6.0, 6.0)]
     plain = {"seconds": {"start": 9.0}, "history": [*rows, {"stage": 2, "train_seconds": 99, "validation_seconds": 99}]}
-    assert features.reckoned_seconds(plain, 60, 300, 100, epochs=4) == pytest.approx(9 + 20 + 4 * (30 + 5))
+    assert features.estimated_seconds(plain, 60, 300, 100, epochs=4) == pytest.approx(9 + 20 + 4 * (30 + 5))
 
 
 def test_the_table_says_how_often_ours_fits_into_theirs() -> None:
