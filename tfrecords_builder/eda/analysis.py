@@ -7,7 +7,7 @@ the manifest, memory does not grow with the number of images.
 
 import hashlib
 import heapq
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,7 @@ from tfrecords_builder.eda.counts import (
     count_numbers,
     duplicate_numbers,
     largest_groups,
+    left_out_numbers,
     patient_numbers,
     quantiles,
     size_numbers,
@@ -218,14 +219,7 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
         "duplicates": duplicate_numbers(manifest),
         "patients": patient_numbers(manifest),
         "source_folder": source_folder_numbers(manifest),
-        "left_out": {
-            status: {
-                "images": len(items),
-                "reasons": dict(sorted(Counter(reason for _, reason in items).items(), key=lambda i: (-i[1], i[0]))),
-                "files": [{"path": path, "reason": reason} for path, reason in items],
-            }
-            for status, items in (("rejected", manifest.rejected), ("excluded", manifest.excluded))
-        },
+        "left_out": left_out_numbers(manifest),
         "shortcuts": {name: asdict(item) | {"suspicious": item.suspicious} for name, item in found.items()},
     }
     numbers["warnings"] = warnings_of(numbers)

@@ -84,6 +84,18 @@ def category_numbers(manifest: Manifest, of: Callable[[Row], str]) -> dict[str, 
     return dict(sorted(counts.items(), key=lambda item: (-sum(item[1].values()), item[0])))
 
 
+def left_out_numbers(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Images that are in no split, by status: how many, each reason with its count, and each file with its reason."""
+    return {
+        status: {
+            "images": len(items),
+            "reasons": dict(sorted(Counter(reason for _, reason in items).items(), key=lambda i: (-i[1], i[0]))),
+            "files": [{"path": path, "reason": reason} for path, reason in items],
+        }
+        for status, items in (("rejected", manifest.rejected), ("excluded", manifest.excluded))
+    }
+
+
 def source_folder_numbers(manifest: Manifest) -> dict[str, Any]:
     """What became of each file of the source folder, and what else the build said of the folder."""
     masks = len({row.mask for row in manifest.rows if row.mask})
