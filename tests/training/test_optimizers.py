@@ -11,10 +11,10 @@ from cxr_dist.config.loading import load_config
 from cxr_dist.config.schema import StageConfig
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.launch.train import run_training
+from cxr_dist.model.resnet import FrozenBase
 from cxr_dist.runs import run_folder
 from cxr_dist.training import optimizers
 from cxr_dist.training.stage_state import StageState
-from tests import small_training as training
 from tests.conftest import SMALL_RUN
 from tests.small_training import Training, local_topology
 from tfrecords_builder.common.errors import UserError
@@ -166,7 +166,7 @@ def test_another_keras_is_refused_before_the_first_step(
     import keras
 
     run = Training(replicas)
-    training.model.set_trainable(run.model, 0, False)
+    FrozenBase().apply(run.model)
     row = stage(name, 0.9, 0.0)
     StageState.create(run.strategy, run.model, row, "float32")
     STAND_INS[changed](monkeypatch, keras.optimizers.SGD if name == "sgd" else keras.optimizers.Adam)
