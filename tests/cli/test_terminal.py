@@ -233,7 +233,7 @@ def test_handlers_of_others_stay(handler: Callable[..., None] | signal.Handlers)
 
 
 def test_who_is_told_to_resume(capfd: pytest.CaptureFixture[str]) -> None:
-    resumed = {"build", "demo", "download", "train", "tune"}
+    resumed = {"build", "demo", "download", "pipeline", "train", "tune"}
     choices: Sequence[str] = next(a.choices for a in main.build_parser()._actions if a.dest == "command") or ()
     assert resumed < set(choices)
     for name in choices:
