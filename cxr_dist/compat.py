@@ -1,9 +1,10 @@
-"""Every name that Keras and TensorFlow do not document and that this program needs: nothing outside uses one.
+"""Every name that Keras, TensorFlow and Ray do not document and that this program needs: no other module uses one.
 
 Each function says why there is no public way, and raises an error that names library, version and missing name when the
 name has gone. `pyproject.toml` bounds the versions from above for these names.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +62,46 @@ def forgetting_numpy_function(graph: Any, function: Callable[..., Any]) -> Calla
         functions.remove(wrapper)  # one call, as another thread may add to the list at this moment
 
     return forget
+
+
+def ray_lost_worker_errors() -> tuple[type[Exception], ...]:
+    """What Ray Train raises of workers that do not answer. It exports neither."""
+    module = "ray.train.v2._internal.exceptions"
+    return _imported(module, "WorkerHealthCheckFailedError"), _imported(module, "WorkerHealthCheckTimeoutError")
+
+
+def ray_startup_timeout_error() -> type[Exception]:
+    """What Ray Train raises when workers did not get their places in time. It does not export it."""
+    error: type[Exception] = _imported("ray.train.v2._internal.exceptions", "WorkerGroupStartupTimeoutError")
+    return error
+
+
+def ray_address_on_this_machine() -> str:
+    """The address that Ray takes `auto` for. Publicly, Ray tells it only by joining the cluster.
+
+    Raises:
+        ConnectionError: No cluster runs on this machine.
+    """
+    return str(_imported("ray._private.services", "get_ray_address_from_environment")("auto", None))
+
+
+def ray_reads_its_token_again() -> None:
+    """Let Ray see $RAY_AUTH_MODE and $RAY_AUTH_TOKEN as they are now. Publicly, it reads them when it is imported.
+
+    Not without need: threads of a cluster that was just left may still look at what is made anew here.
+    """
+    authentication = "ray._private.authentication.authentication_utils"
+    if not _imported(authentication, "is_token_auth_enabled")():
+        _imported("ray._raylet", "Config").initialize("")
+        _imported("ray._raylet", "AuthenticationTokenLoader").instance().reset_cache()
+
+
+def _imported(module: str, name: str) -> Any:
+    """`name` of a module of Ray; raises UserError when Ray no longer has it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise unsupported("ray", f"it has no {module}.{name}") from None
 
 
 def _existing(owner: Any, name: str, distribution: str) -> Any:

@@ -9,8 +9,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cxr_dist.compat import ray_address_on_this_machine
 from cxr_dist.distributed.devices import QUIET
-from cxr_dist.launch.ray_names import address_on_this_machine
 from cxr_dist.launch.ray_tokens import HOW_TO_SET, ask_for_tokens, token_sent
 from tfrecords_builder.common.errors import UserError, one_line
 
@@ -59,7 +59,7 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
     quiet = {} if verbose else {name: os.environ.get(name, value) for name, value in QUIET.items()}
     try:
         if address == "auto":
-            check_cluster(address_on_this_machine(), named, is_looked_up=True)
+            check_cluster(ray_address_on_this_machine(), named, is_looked_up=True)
         ray.init(
             address=address,
             log_to_driver=verbose,

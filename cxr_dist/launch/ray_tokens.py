@@ -9,6 +9,8 @@ import secrets
 import sys
 from pathlib import Path
 
+from cxr_dist import compat
+
 HOW_TO_SET = "set RAY_AUTH_MODE=token, and its token as RAY_AUTH_TOKEN or a file that holds it as RAY_AUTH_TOKEN_PATH"
 
 
@@ -41,11 +43,4 @@ def ask_for_tokens() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_AUTH_MODE"] = "token"
     if "ray" in sys.modules:
-        from ray._private.authentication.authentication_utils import is_token_auth_enabled
-        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
-
-        # Ray reads its environment when it is imported; where that came first, it reads it again. Not without need:
-        # threads of a cluster that was just left may still look at what is made anew here.
-        if not is_token_auth_enabled():
-            Config.initialize("")
-            AuthenticationTokenLoader.instance().reset_cache()
+        compat.ray_reads_its_token_again()

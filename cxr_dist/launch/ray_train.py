@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cxr_dist import compat
 from cxr_dist.config.schema import Config
 from cxr_dist.distributed.devices import muted_stderr, prepare_devices, scratch_folder
-from cxr_dist.launch import ray_names
 from cxr_dist.launch.placement import WorkerPlan, cluster_nodes, plan_most_workers
 from cxr_dist.launch.ray_connection import connected
 from cxr_dist.launch.ray_metrics import RayMetrics
@@ -262,12 +262,12 @@ def _meaning(errors: list[BaseException], plan: WorkerPlan) -> Exception | None:
         mendable = error if isinstance(error, UserError) else disk_error(error)
         if mendable is not None:
             return UserError(str(mendable))
-        if isinstance(error, ray_names.startup_timeout_error()):
+        if isinstance(error, compat.ray_startup_timeout_error()):
             return UnplacedError(
                 f"--workers {plan.workers}: the cluster has such workers, but they are busy with other work "
                 "(none were free for a minute); wait, or ask for fewer"
             )
-    losses = (ray.exceptions.RayActorError, ray.train.PreemptionError, *ray_names.health_check_errors())
+    losses = (ray.exceptions.RayActorError, ray.train.PreemptionError, *compat.ray_lost_worker_errors())
     tensorflow: Any = sys.modules.get("tensorflow")  # it is imported where there is an error of its own
     if tensorflow is not None:  # of workers whose partner went away
         names = tensorflow.errors

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from cxr_dist.launch import ray_names, ray_train
+from cxr_dist import compat
+from cxr_dist.launch import ray_train
 from cxr_dist.launch.placement import WorkerPlan
 from cxr_dist.launch.restarts import REPLACEMENT_LIMIT_S, LostWorkersError, Restart, RestartPolicy, UnplacedError
 from cxr_dist.runs.stop_request import RegroupedError, StoppedError, StopRequest
@@ -69,12 +70,12 @@ def test_after_a_loss_the_cluster_gets_time_to_replace_machines(tmp_path: Path) 
 
 
 def test_names_of_ray_that_are_not_public_are_there_and_a_lost_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(issubclass(error, Exception) for error in ray_names.health_check_errors())
-    assert issubclass(ray_names.startup_timeout_error(), Exception)
+    assert all(issubclass(error, Exception) for error in compat.ray_lost_worker_errors())
+    assert issubclass(compat.ray_startup_timeout_error(), Exception)
     monkeypatch.setattr("ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError", None)
     monkeypatch.delattr("ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError")
     with pytest.raises(UserError, match=r"^ray 2\..*WorkerGroupStartupTimeoutError.*install ray"):
-        ray_names.startup_timeout_error()
+        compat.ray_startup_timeout_error()
 
 
 def test_it_asks_until_it_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
