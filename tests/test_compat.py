@@ -1,4 +1,4 @@
-"""Names that Keras, TensorFlow and Ray do not document: each works, its end is said in words, none is used elsewhere."""
+"""Names that Keras, TensorFlow and Ray do not document: each works, its end is said, and none is used elsewhere."""
 
 import ast
 import gc
