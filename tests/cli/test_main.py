@@ -529,7 +529,7 @@ def test_compare_refuses_other_images_before_it_predicts(
     shutil.copytree(finished_run, other)
     run_folder.prepare(tmp_path / "prepared", load_config(), tmp_path / "rebuilt", read_manifest(tmp_path / "rebuilt"))
     shutil.copy(tmp_path / "prepared" / run_folder.RUN, other / run_folder.RUN)
-    monkeypatch.setattr("cxr_dist.evaluation.evaluate.Network.load", predicted)
+    monkeypatch.setattr("cxr_dist.evaluation.evaluate.LoadedRun.load", predicted)
     assert "the images differ" in command.fails("compare", finished_run, other)
     assert "the images differ" in command.fails("compare", other, finished_run, "--json")
 

@@ -122,7 +122,7 @@ def test_calibrate_fits_on_validation_and_evaluate_takes_what_is_kept(finished_r
     assert calibrate_run(run, risk=0.5)["target_risk"] == 0.5
     assert evaluate_run(EvaluationSpec(run, out))["calibration"]["target_risk"] == 0.5, "the run's own is the default"
     (run / "calibration.json").write_text('{"temperature": -1}')
-    with pytest.raises(UserError, match=r"calibration\.json: temperature must be"):
+    with pytest.raises(UserError, match=r"calibration\.json: damaged \(temperature -1"):
         evaluate_run(EvaluationSpec(run, out))
     assert calibrate_run(run) == fitted, "a damaged one is replaced"
 

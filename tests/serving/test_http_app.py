@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from cxr_dist.inference.classifier import Answer
+from cxr_dist.inference.classifier import Prediction
 from cxr_dist.serving.http_app import Predictions, make_app
 from cxr_dist.serving.limits import Limits
 
@@ -23,12 +23,12 @@ def png(value: int) -> bytes:
     return buffer.getvalue()
 
 
-async def classify(image: npt.NDArray[np.uint8]) -> Answer:
+async def classify(image: npt.NDArray[np.uint8]) -> Prediction:
     """A model that names an image by its first pixel, and fails on 13."""
     await asyncio.sleep(0.05)
     if image[0, 0] == 13:
         raise ValueError("unlucky")
-    return Answer(str(image[0, 0]), False, {"a": 1.0})
+    return Prediction(str(image[0, 0]), False, {"a": 1.0})
 
 
 @dataclass
