@@ -195,7 +195,7 @@ def _draw_reliability(before: Sequence[Mapping[str, float]], after: Sequence[Map
             left = [row["low"] + width * (number + 0.2) for row in bins]
             counts.bar(left, [row["images"] for row in bins], width, align="edge", color=colour)
         axes.set(xlim=(0, 1.01), ylim=(-0.02, 1.02), ylabel="Accuracy")
-        axes.legend(loc="upper left")
+        figure.legend(loc="outside upper center", ncols=2)  # few images in a bin take its curve anywhere
         counts.set(xlabel="Confidence (probability of the predicted class)", ylabel="Images", yscale="log")
     return figure
 
