@@ -1,4 +1,4 @@
-"""The command `bench`: one measurement a subcommand, a table for people or JSON for scripts out."""
+"""The command `bench`: one measurement a subcommand, which prints a table or JSON; `page` makes a page of the JSON."""
 
 import argparse
 import json
@@ -90,6 +90,10 @@ def add_parsers(command: Command) -> None:
     _add_number(parser, "--rounds", 5, "rounds that the medians are over")
     _add_number(parser, "--steps", 6, "full batches in a round")
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+
+    parser = benchmark("page", bench_page, "write a Markdown page from the JSON of benchmarks of one machine")
+    parser.add_argument("results", type=Path, nargs="+", metavar="JSON", help="what a benchmark with --json printed")
+    parser.add_argument("--out", type=Path, required=True, metavar="PAGE", help="the page, as DATE-MACHINE.md")
 
 
 def _add_number(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
@@ -256,6 +260,12 @@ def bench_serve(options: argparse.Namespace) -> None:
     _show(options, {"rounds": rows, "summary": vars(common.Medians.of(rounds))}, serve.table(rounds, answers))
 
 
+def bench_page(options: argparse.Namespace) -> None:
+    from cxr_dist.bench import page
+
+    page.write_page(options.results, options.out)
+
+
 @contextmanager
 def _work_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="cxr-dist-bench-") as folder:
@@ -263,4 +273,9 @@ def _work_folder() -> Iterator[Path]:
 
 
 def _show(options: argparse.Namespace, data: object, lines: Sequence[str]) -> None:
-    print(json.dumps(data) if options.json else "\n".join(lines))
+    if not options.json:
+        print("\n".join(lines))
+        return
+    from cxr_dist.bench.page import Measurement
+
+    print(json.dumps(Measurement.of(options.given, data, lines).tree()))

@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Sequence[str]) -> None:
     options = build_parser().parse_args(arguments)
+    options.given = list(arguments)
     check_backend()
     if not options.verbose:
         for name, value in QUIET.items():

@@ -70,7 +70,7 @@ def test_growth_through_the_command(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setattr(common, "train", train)
     assert growth.EPOCHS == 3
     main(["bench", "growth", "--sizes", "80", "40", "--json"])
-    sizes = json.loads(capsys.readouterr().out)
+    sizes = json.loads(capsys.readouterr().out)["figures"]
     assert [(size["images"], size["epoch_seconds"]) for size in sizes] == [(40, 4.0), (80, 8.0)]
     assert [size["peak_memory_bytes"] for size in sizes] == [40_000_000, 80_000_000]
     assert all("features.cache=off" in settings for settings in trained)
