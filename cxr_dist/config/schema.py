@@ -118,7 +118,7 @@ class StageConfig(Node):
 
 
 class FeaturesConfig(Node):
-    """Reuse of what frozen layers compute, kept on disk; see the feature cache in ARCHITECTURE.md."""
+    """Reuse of what frozen layers compute, kept on disk; docs/design/feature-cache.md describes it."""
 
     cache: Switch = Field(
         "auto",
