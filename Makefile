@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves: they need Python 3.11 to 3.13 and make, nothing else.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint audit clean
+.PHONY: help demo test test-all test-newest lint audit clean
 MAKEFLAGS += --no-builtin-rules
 
 # TensorFlow 2.21 has no wheels for later Pythons; raise the upper bound when the pinned version has.
@@ -33,6 +33,11 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile -c constraints.txt
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
 
+# Neither the pinned versions nor, for Keras, TensorFlow and Ray, the upper bounds of pyproject.toml: what fails here
+# says what has to change before the bounds can rise.
+NEWEST := $(VENV).newest
+UNPINNED := env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(NEWEST)/bin/python -m pip install -qq
+
 # An earlier demo is replaced. A folder that holds anything else stays, and the command says what is in the way.
 DEMO_HOLDS := phantoms|\.phantoms\.unfinished-[0-9a-f]+|dataset|run|evaluation|feature-cache
 REMOVE_DEMO := if [ -d $(DEMO) ] && ! ls -A $(DEMO) | grep -qvxE '$(DEMO_HOLDS)'; then rm -rf $(DEMO); fi
@@ -50,6 +55,13 @@ test: lint ## set up, then all checks and the tests of every change
 test-all: lint ## set up, then all checks and all tests, those for the night too
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "nightly or not nightly" --hypothesis-profile=nightly
 
+test-newest: $(VENV)/.made ## the tests of every change with the newest dependencies, in an environment of its own
+	@"$(PYTHON)" -m venv --clear $(NEWEST)
+	@$(UNPINNED) -e ".[test]"
+	@$(UNPINNED) --upgrade keras tensorflow "ray[default,serve,train,tune]"
+	$(NEWEST)/bin/python -m pip list
+	$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS)
+
 lint: $(VENV)/.installed-test ## set up, then the checks that run nothing: style, types, direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -62,7 +74,7 @@ audit: ## look for known vulnerabilities of the pinned dependencies, all extras 
 
 clean: ## remove the environment, caches and the demo
 	@$(REMOVE_DEMO)
-	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(NEWEST) *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find cxr_dist tfrecords_builder tune_configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made:
