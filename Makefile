@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves: they need Python 3.11 to 3.13 and make, nothing else.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-newest lint audit clean
+.PHONY: help demo test test-all lint audit clean
 MAKEFLAGS += --no-builtin-rules
 
 # TensorFlow 2.21 has no wheels for later Pythons; raise the upper bound when the pinned version has.
@@ -55,13 +55,6 @@ test: lint ## set up, then all checks and the tests of every change
 test-all: lint ## set up, then all checks and all tests, those for the night too
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "nightly or not nightly" --hypothesis-profile=nightly
 
-test-newest: $(VENV)/.made ## the tests of every change with the newest dependencies, in an environment of its own
-	@"$(PYTHON)" -m venv --clear $(NEWEST)
-	@$(UNPINNED) -e ".[test]"
-	@$(UNPINNED) --upgrade keras tensorflow "ray[default,serve,train,tune]"
-	$(NEWEST)/bin/python -m pip list
-	$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS)
-
 lint: $(VENV)/.installed-test ## set up, then the checks that run nothing: style, types, direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -71,6 +64,14 @@ lint: $(VENV)/.installed-test ## set up, then the checks that run nothing: style
 audit: ## look for known vulnerabilities of the pinned dependencies, all extras included
 	@test -x $(VENV)/audit/bin/pip-audit || { "$(PYTHON)" -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install -qq pip-audit; }
 	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
+.PHONY: test-newest
+test-newest: $(VENV)/.made ## the tests of every change with the newest dependencies, in an environment of its own
+	@"$(PYTHON)" -m venv --clear $(NEWEST)
+	@$(UNPINNED) -e ".[test]"
+	@$(UNPINNED) --upgrade keras tensorflow "ray[default,serve,train,tune]"
+	$(NEWEST)/bin/python -m pip list
+	$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS)
 
 clean: ## remove the environment, caches and the demo
 	@$(REMOVE_DEMO)
