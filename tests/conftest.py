@@ -167,6 +167,15 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     use_small_base(monkeypatch)
 
 
+@pytest.fixture
+def figures_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every figure is made, and none is drawn, which is most of what an evaluation of a few images costs."""
+    from tfrecords_builder.common import figure
+
+    for name in ("png_bytes", "svg_bytes"):
+        monkeypatch.setattr(figure, name, lambda _drawing: b"not drawn")
+
+
 @pytest.fixture(scope="session")
 def run_with_checkpoints(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `finished_run`, killed before its checkpoints were removed. Do not change it."""

@@ -30,6 +30,7 @@ def test_the_table_says_how_often_ours_fits_into_theirs() -> None:
     assert "1.0" in lines[2]
 
 
+@pytest.mark.nightly
 def test_the_baseline_times_its_epochs(tmp_path: Path) -> None:
     write_phantoms(tmp_path / "phantoms", per_class=8, size=32)
     build_dataset(tmp_path / "phantoms", tmp_path / "dataset", BuildOptions(image_size=32))

@@ -267,7 +267,7 @@ def moments(seed: int, number: int) -> list[float]:
     return [(part + generator.random()) / number for part in range(number)]
 
 
-@pytest.mark.parametrize("number", [3, pytest.param(15, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("number", [1, pytest.param(15, marks=pytest.mark.nightly)])
 def test_an_interrupt_of_a_build_with_processes(number: int, phantom_source: Path, tmp_path: Path) -> None:
     """They are told of it too, wherever they are: while they are started, import, work."""
 

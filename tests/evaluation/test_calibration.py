@@ -49,7 +49,7 @@ def test_probabilities_of_zero_are_taken() -> None:
     assert np.isfinite(calibration.scaled(replace(predictions, probabilities=sure), found).probabilities).all()
 
 
-@pytest.mark.parametrize("risk", [0.05, 0.1])
+@pytest.mark.parametrize("risk", [pytest.param(0.05, marks=pytest.mark.nightly), 0.1])
 def test_the_risk_is_kept_as_often_as_promised(risk: float) -> None:
     broken, given = 0, 0
     for seed in range(100):

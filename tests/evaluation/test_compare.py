@@ -46,6 +46,7 @@ def test_equal_classifiers_do_not_differ() -> None:
     assert all(row["difference"] == row["low"] == row["high"] == 0 for row in result["metrics"].values())
 
 
+@pytest.mark.nightly
 def test_the_interval_of_a_difference_holds_the_truth() -> None:
     """Two classifiers that share most of their noise: far narrower than unpaired, and right 95 % of the time."""
     held, narrower, truth = 0, 0, _true_difference()

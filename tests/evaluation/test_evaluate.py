@@ -26,7 +26,7 @@ from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "figures_not_drawn")
 
 
 def test_101_images_on_1_2_and_3_replicas() -> None:
@@ -142,7 +142,7 @@ def state(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("calibrated", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_no_command_that_reads_a_run_changes_it(
     finished_run: Path, phantom_source: Path, tmp_path: Path, calibrated: bool
 ) -> None:

@@ -117,6 +117,7 @@ def test_the_page_shows_the_numbers(written: tuple[Path, dict[str, Any], Predict
 
 
 @pytest.mark.parametrize("info", [{}, {"split": "train"}, {"split": "validation"}, {"split": "test", "drawn": True}])
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_the_published_result_is_beside_the_test_split_alone(
     written: tuple[Path, dict[str, Any], Predictions], tmp_path: Path, info: dict[str, Any]
 ) -> None:
@@ -150,6 +151,7 @@ def test_the_page_loads_nothing(written: tuple[Path, dict[str, Any], Predictions
     assert all(len(image["alt"]) > 40 and image["src"].startswith("data:image/svg+xml;base64,") for image in images)
 
 
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_hostile_names_are_text(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     names = (evil, '"><img_src=x_onerror=y>', "$\\frac{$", "{{_7*7_}}")
@@ -165,6 +167,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     assert read_predictions(tmp_path / "out" / "predictions.parquet").class_names == names
 
 
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_no_history_is_said_and_an_old_plot_does_not_stay(tmp_path: Path) -> None:
     report.write_evaluation(tmp_path, report.Evaluation(make_predictions(), make_history(), {}))
     assert (tmp_path / "history.png").exists()
@@ -173,6 +176,7 @@ def test_no_history_is_said_and_an_old_plot_does_not_stay(tmp_path: Path) -> Non
     assert "no training history" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_absent_classes_and_one_class_alone_are_reported(tmp_path: Path) -> None:
     for name, absent in (("two", (0, 1)), ("one", (0, 1, 2))):
         report.write_evaluation(tmp_path / name, report.Evaluation(make_predictions(absent=absent), [], {}))
@@ -184,6 +188,7 @@ def test_absent_classes_and_one_class_alone_are_reported(tmp_path: Path) -> None
     assert content["auc_macro_ovr"] is None
 
 
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_a_class_without_images_is_not_held_against_the_published_result(tmp_path: Path) -> None:
     for absent, rows in (((), 2), ((3,), 0)):
         metrics_ = report.write_evaluation(
@@ -215,6 +220,7 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path: Path, 
         report.check_output_folder(tmp_path / next(iter(content)))
 
 
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_metrics_come_last_and_an_interrupted_evaluation_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +261,7 @@ def test_metrics_come_last_and_an_interrupted_evaluation_can_be_repeated(
     assert (other / "metrics.json").exists()
 
 
+@pytest.mark.usefixtures("figures_not_drawn")
 def test_a_figure_that_fails_leaves_an_earlier_evaluation_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,15 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cxr_dist.config.loading import load_config
+from cxr_dist.launch import ray_train
 from cxr_dist.launch.placement import cluster_nodes, plan_workers
 from cxr_dist.launch.ray_pool import RayPool
 from cxr_dist.launch.ray_train import launch
+from cxr_dist.launch.train import run_training
 from tests.conftest import SMALL_RUN
 from tests.integration import workers
 from tests.training.test_train_step import curve
@@ -22,7 +26,7 @@ from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import MANIFEST_NAME
 from tfrecords_builder.images.decode import ImageError
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_stopped")]
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,11 +43,23 @@ def start_cluster(**resources: float) -> None:
     )
 
 
+@pytest.fixture(scope="module")
+def two_cpus() -> Iterator[None]:
+    """A cluster that these tests share, in which every task and actor of a test has ended with it."""
+    import ray
+
+    ray.shutdown()
+    start_cluster(num_cpus=2)
+    yield
+    ray.shutdown()
+
+
 def reports(folder: Path, pattern: str = "[0-9]*.json") -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
 
 
 @pytest.mark.nightly
+@pytest.mark.usefixtures("ray_stopped")
 def test_bundles_of_gpus_that_are_only_declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     start_cluster(num_cpus=8, num_gpus=8)
@@ -55,8 +71,8 @@ def test_bundles_of_gpus_that_are_only_declared(tmp_path: Path, monkeypatch: pyt
         check_bundles(reports(out), asked)
 
 
+@pytest.mark.usefixtures("two_cpus")
 def test_what_a_worker_says_the_user_can_mend_reaches_the_user(tmp_path: Path) -> None:
-    start_cluster(num_cpus=2)
     with pytest.raises(UserError, match=r"^shard 7: damaged$"):
         launch(workers.fail_in_words, {}, plan_workers(cluster_nodes(), 1, None), tmp_path / "run")
 
@@ -70,11 +86,11 @@ def check_bundles(found: list[dict[str, Any]], asked: int) -> None:
     assert [bundle.get("GPU") for bundle in found[0]["bundles"] if bundle.get("GPU")] == [8 / asked] * asked
 
 
+@pytest.mark.usefixtures("two_cpus")
 @pytest.mark.parametrize("all_variants", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_two_workers_follow_one_device(tmp_path: Path, all_variants: bool) -> None:
     """The same curve, whatever compiles it and in what precision, the same weights on both workers, and an overflow
     on one skips the step on both."""
-    start_cluster(num_cpus=2)
     variants: dict[str, dict[str, Any]] = {
         "synchronized": {"synchronize_batch_norm": True},
     }
@@ -87,7 +103,8 @@ def test_two_workers_follow_one_device(tmp_path: Path, all_variants: bool) -> No
             "plain float16": {"precision": "float16"},
         }
     plan = plan_workers(cluster_nodes(), 2, None)
-    launch(workers.curves_and_overflow, {"out": str(tmp_path), "variants": variants}, plan, tmp_path / "run")
+    train = workers.curves_and_overflow if all_variants else workers.train_curves
+    launch(train, {"out": str(tmp_path), "variants": variants}, plan, tmp_path / "run")
     first, second = reports(tmp_path)
     for name in variants:
         assert first[name] == second[name], f"{name}: the workers differ"
@@ -98,12 +115,12 @@ def test_two_workers_follow_one_device(tmp_path: Path, all_variants: bool) -> No
             base, _, change = name.partition(" ")
             tolerance = {"": 0.0, "xla": 1e-3}.get(change, 0.05)
             np.testing.assert_allclose(first[name][key], first[base][key], atol=tolerance, err_msg=name)
-    for found in reports(tmp_path, "poisoned-*.json"):
-        assert found == {"skipped": [4], "same": True, "scale": 2.0**11}
+    overflows = [{"skipped": [4], "same": True, "scale": 2.0**11}] * 2
+    assert reports(tmp_path, "poisoned-*.json") == (overflows if all_variants else [])
 
 
+@pytest.mark.usefixtures("two_cpus")
 def test_tasks_on_a_cluster_build_what_processes_build(phantom_source: Path, dataset: Path, tmp_path: Path) -> None:
-    start_cluster(num_cpus=2)
     build_dataset(phantom_source, tmp_path / "d", BuildOptions(image_size=32), pool=RayPool())
     for path in dataset.iterdir():
         assert (tmp_path / "d" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -116,12 +133,11 @@ def test_tasks_on_a_cluster_build_what_processes_build(phantom_source: Path, dat
     assert not (tmp_path / "e" / MANIFEST_NAME).exists()
 
 
+@pytest.mark.usefixtures("two_cpus")
 def test_the_cpus_that_are_free_are_taken_and_a_busy_cluster_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     import ray
 
     from cxr_dist.launch.ray_tune import reserved
-
-    start_cluster(num_cpus=2)
 
     @ray.remote(num_cpus=1)
     class Busy:
@@ -152,15 +168,23 @@ def settings_of(*changes: str) -> list[str]:
     return [word for change in (*SMALL_RUN, *changes) for word in ("--set", change)]
 
 
-def test_the_commands_train_resnet50_on_two_workers(dataset: Path, tmp_path: Path) -> None:
-    """Stage 1, from cached activations: both stages take minutes to trace (`test_the_commands_train_both_stages`)."""
-    run = tmp_path / "run"
-    done = command("train", dataset, "--out", run, *settings_of("stages.2.epochs=0"), "--workers", 2)
-    check_trained(done, run, "stage 1 epoch 2")
+def test_two_workers_train_both_stages(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that `train --workers 2` does, on the small network and a cluster of its own."""
+    import ray
+
+    ray.shutdown()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(ray_train, "_train_worker", workers.train_small_worker)
+    result = run_training(load_config(None, SMALL_RUN), dataset, tmp_path / "run", launcher="ray", workers=(2, 2))
+    assert (result["launcher"], result["workers"], result["replicas"]) == ("ray", 2, 2)
+    assert result["strategy"] == "CollectiveAllReduceStrategy"
+    assert "stage 2 epoch 1" in capsys.readouterr().err
 
 
 @pytest.mark.nightly
-def test_the_commands_train_both_stages(dataset: Path, tmp_path: Path) -> None:
+def test_the_commands_train_resnet50_in_both_stages(dataset: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     done = command("train", dataset, "--out", run, *settings_of(), "--workers", 2)
     check_trained(done, run, "stage 2 epoch 1")

@@ -21,7 +21,7 @@ from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "figures_not_drawn")
 
 
 def splits_of(dataset: Path) -> dict[str, str | None]:

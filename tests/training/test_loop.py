@@ -145,7 +145,7 @@ MOMENTS = [
     Moment(2, 2, 4, "epoch-00003-step-0000004", 10),
     Moment(2, 3, None, "epoch-00005", 0),
 ]
-QUICK_MOMENTS = (MOMENTS[2], MOMENTS[4])
+QUICK_MOMENTS = (MOMENTS[4],)
 INTERRUPTED = [
     "stages.2.epochs=3",
     "stages.2.optimizer=adam",

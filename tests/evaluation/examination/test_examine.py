@@ -97,7 +97,7 @@ def trained(folder: Path, phantoms: Path, letter: bool) -> Path:
 
 
 @pytest.mark.usefixtures("small_network")
-@pytest.mark.parametrize("letter", [True, False])
+@pytest.mark.parametrize("letter", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_letter_in_the_border_is_reported_and_without_it_the_border_is_not_said_to_decide(
     letter: bool, phantom_source: Path, tmp_path: Path
 ) -> None:

@@ -162,7 +162,7 @@ def test_bounds_beside_scipy() -> None:
     assert len(statistics.balanced_sample(labels, 500, 0)) == 73
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(1, 4))])
 def test_a_planted_source_is_told_and_a_random_one_is_not(seed: int) -> None:
     random = np.random.default_rng(seed)
     labels = np.repeat(np.arange(2), 40).astype(np.int32)
