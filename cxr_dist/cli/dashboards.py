@@ -11,13 +11,15 @@ DEFAULT_DASHBOARD = "http://127.0.0.1:8265"
 
 
 def add_parsers(command: Command) -> None:
-    parser = command("dashboards", dashboards, "the addresses of a cluster's and an experiment's dashboards")
+    parser = command(
+        "dashboards", dashboards, "print the addresses of the dashboards of a cluster and of an experiment"
+    )
     parser.add_argument(
         "--address",
         metavar="URL",
-        help="the cluster's dashboard (default: $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS, or " + DEFAULT_DASHBOARD + ")",
+        help=f"cluster's dashboard (default: $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS, else {DEFAULT_DASHBOARD})",
     )
-    parser.add_argument("--experiment", type=Path, metavar="DIR", help="the folder of an experiment or a run")
+    parser.add_argument("--experiment", type=Path, metavar="DIR", help="folder of a search or a run")
 
 
 def dashboards(options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cxr_dist.cli.options import Command
+from cxr_dist.cli.options import JSON_HELP, Command
 from cxr_dist.launch.placement import Node, plan_workers
 from cxr_dist.runs import versions
 from tfrecords_builder.common.errors import UserError, one_line
@@ -45,9 +45,11 @@ class Finding:
 
 
 def add_parsers(command: Command) -> None:
-    parser = command("doctor", doctor, "what this machine or a cluster can run, and what is missing")
-    parser.add_argument("--address", metavar="ADDRESS", help="a Ray cluster to look at, in place of this machine")
-    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    parser = command("doctor", doctor, "check what this machine or a cluster can run, and list what is missing")
+    parser.add_argument(
+        "--address", metavar="ADDRESS", help="address of a Ray cluster to check instead of this machine"
+    )
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
 
 
 def doctor(options: argparse.Namespace) -> None:

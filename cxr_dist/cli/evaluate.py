@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxr_dist.cli.options import DEVICES_HELP, RUN_HELP, Command, count, positive
+from cxr_dist.cli.options import DEVICES_HELP, JSON_HELP, RUN_HELP, Command, count, positive
 from cxr_dist.runs.loggers import progress_bar
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.remote import parse_place
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 RISK_HELP = (
-    "target share of wrong answers among those that are given; sets the probability below which the model abstains. "
-    "That is chosen on the validation images, which chose the model too, so it is no guarantee "
+    "target error rate of the predictions; sets the probability below which the model abstains, on validation images "
 )
 
 
@@ -27,44 +26,47 @@ def add_parsers(command: Command) -> None:
     parser = command(
         "evaluate",
         evaluate,
-        "metrics with intervals, predictions, figures and report of a run, or of a search's best trial",
+        "compute metrics with confidence intervals, predictions, figures and a report",
     )
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an earlier evaluation")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new folder, or that of an earlier evaluation"
+    )
     images = parser.add_mutually_exclusive_group()
     images.add_argument(
         "--split",
         choices=["train", "validation", "test"],
         default="test",
-        help="the images of this split of the dataset (default: %(default)s)",
+        help="split of the dataset to evaluate (default: %(default)s)",
     )
-    images.add_argument("--images", type=Path, metavar="FOLDER", help="labelled images that are not in the dataset")
+    images.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder of labelled images to evaluate instead of a split"
+    )
     parser.add_argument(
         "--dataset",
         type=parse_place,
         metavar="DATASET",
-        help="a dataset (default: the one that the run was trained on)",
+        help="dataset to evaluate (default: the run's)",
     )
     parser.add_argument("--devices", type=positive, metavar="M", help=DEVICES_HELP)
     parser.add_argument(
         "--risk",
         type=float,
         metavar="SHARE",
-        help=RISK_HELP + "(for this report alone; default: that of the run's calibration, else 0.05)",
+        help=RISK_HELP + "(default: that of the run's calibration, else 0.05)",
     )
     parser.add_argument(
         "--examine",
         type=count,
         default=128,
         metavar="N",
-        help="number of images to run the checks of attention, lungs and robustness on, about 30 forward passes each; "
-        "0 for none (default: %(default)s)",
+        help="number of images for the checks of attention, shortcuts and robustness (default: %(default)s)",
     )
 
     parser = command(
         "calibrate",
         calibrate,
-        "fit on the validation images how sure a run is, and when it abstains; predict, serve and export obey",
+        "fit temperature and abstention threshold on validation images, for predict, serve and export",
     )
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
     parser.add_argument("--risk", type=float, default=0.05, metavar="SHARE", help=RISK_HELP + "(default: %(default)s)")
@@ -72,17 +74,20 @@ def add_parsers(command: Command) -> None:
         "--dataset",
         type=parse_place,
         metavar="DATASET",
-        help="the new place of the dataset that the run was trained on (default: its place then)",
+        help="new location of the run's dataset (default: its location at training)",
     )
     parser.add_argument("--devices", type=positive, metavar="M", help=DEVICES_HELP)
 
-    parser = command("compare", compare, "two runs on the same test images, with intervals")
+    parser = command("compare", compare, "compare two runs on the same test images, with confidence intervals")
     for name in ("first", "second"):
         parser.add_argument(
-            name, type=Path, metavar="RUN", help="a run, a search, or an evaluation of one, which saves predicting"
+            name,
+            type=Path,
+            metavar="RUN",
+            help="folder of a run, of a search, or of an evaluation (its predictions are reused)",
         )
     parser.add_argument("--devices", type=positive, metavar="M", help=DEVICES_HELP)
-    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -15,40 +15,49 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def add_parsers(command: Command) -> None:
-    parser = command("predict", predict, "what a model sees in images that nobody has labelled")
+    parser = command("predict", predict, "classify images that have no label")
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
     parser.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files, or folders that hold such"
+        "images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files, or folders of them"
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON object on each line, for scripts")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line for scripts")
     parser.add_argument(
-        "--overlay", type=Path, metavar="FOLDER", help="write each image there with the network's attention over it"
+        "--overlay",
+        type=Path,
+        metavar="FOLDER",
+        help="write each image with a Grad-CAM heat map over it into this folder",
     )
     parser.add_argument(
-        "--workers", type=positive, metavar="N", help="number of threads that decode (default: one per core)"
+        "--workers", type=positive, metavar="N", help="number of decoding threads (default: one per core)"
     )
 
-    parser = command("export", export, "a model as a file for other programs: pixels in, probabilities out")
+    parser = command("export", export, "write the model as a file for other programs: pixels in, probabilities out")
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
-    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder, or an earlier export")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or that of an earlier export")
     parser.add_argument(
-        "--format", choices=["savedmodel", "onnx"], default="savedmodel", help="file format (default: %(default)s)"
+        "--format",
+        choices=["savedmodel", "onnx"],
+        default="savedmodel",
+        help="file format of the model (default: %(default)s)",
     )
 
-    parser = command("serve", serve, "a model behind HTTP: an image in, a class and probabilities out")
+    parser = command("serve", serve, "serve the model over HTTP: an image in, a class and probabilities out")
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)"
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default: %(default)s, this machine only)",
     )
     parser.add_argument(
         "--port", type=positive, default=8000, metavar="N", help="port to listen on (default: %(default)s)"
     )
     for option, default, metavar, text in (
-        ("--max-batch", 16, "B", "largest number of images in one step of the model"),
-        ("--batch-wait-ms", 10, "MS", "time that the first image of a batch waits for others"),
-        ("--max-body-mb", 64, "MB", "largest size of a request's body; a larger one gets status 413"),
-        ("--max-waiting", 64, "N", "largest number of requests at a time; one more gets status 503"),
-        ("--timeout", 60, "S", "longest time for an answer; a later one becomes status 504"),
+        ("--max-batch", 16, "B", "largest number of images in a batch"),
+        ("--batch-wait-ms", 10, "MS", "longest wait of a batch's first image for others, in milliseconds"),
+        ("--max-body-mb", 64, "MB", "largest request body in mebibytes; beyond it, status 413"),
+        ("--max-waiting", 64, "N", "largest number of concurrent requests; beyond it, status 503"),
+        ("--timeout", 60, "S", "time limit of a request in seconds; beyond it, status 504"),
     ):
         parser.add_argument(
             option, type=positive, default=default, metavar=metavar, help=f"{text} (default: %(default)s)"

@@ -12,45 +12,51 @@ from tfrecords_builder.common.errors import UserError
 
 
 def add_parsers(command: Command) -> None:
-    submit_parser = command("submit", submit, "run a command of cxr-dist as a job of a Ray cluster, and follow its log")
+    submit_parser = command("submit", submit, "run a command of cxr-dist as a job of a Ray cluster and follow its log")
     submit_parser.usage = "cxr-dist submit [OPTIONS] --address URL -- COMMAND..."
-    _add_job_options(submit_parser, "as $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS says")
+    _add_job_options(submit_parser, "$RAY_API_SERVER_ADDRESS or $RAY_ADDRESS")
     submit_parser.add_argument(
         "words",
         nargs=argparse.REMAINDER,
         metavar="COMMAND",
-        help="the command with its options, after --: train /shared/dataset --out /shared/run. Its paths are those of "
-        "the cluster's machines: give absolute ones",
+        help="command with its options, such as -- train /shared/dataset --out /shared/run; give absolute paths",
     )
 
     steps = command(
         "pipeline",
         pipeline,
-        "build, search and evaluate one after the other; started again, it resumes where it stopped",
+        "build, tune and evaluate in turn; resumes when it is started again",
     )
-    steps.add_argument("source", metavar="SOURCE", help="labelled images, as build takes them")
-    steps.add_argument("dataset", metavar="DATASET", help="where build writes the dataset")
+    steps.add_argument("source", metavar="SOURCE", help="folder of labelled images, as for build")
+    steps.add_argument("dataset", metavar="DATASET", help="folder or address of the dataset that is built")
     steps.add_argument(
-        "--out", required=True, metavar="EXPERIMENT", help="the search's folder; evaluation/ goes into it"
+        "--out",
+        required=True,
+        metavar="EXPERIMENT",
+        help="folder of the search; the evaluation is written to its folder evaluation",
     )
-    steps.add_argument("--image-size", type=positive, metavar="PX", help="stored size, as build takes it")
+    steps.add_argument(
+        "--image-size", type=positive, metavar="PX", help="width and height of a stored image (default: 224)"
+    )
     add_config_options(steps, SEARCH_HELP, DEFAULT_SEARCH)
-    steps.add_argument("--launcher", choices=["ray", "local"], help="of the search, as tune takes it")
-    _add_job_options(steps, "no cluster: three processes of this machine")
+    steps.add_argument("--launcher", choices=["ray", "local"], help="launcher of the search (default: ray)")
+    _add_job_options(steps, "three processes of this machine")
 
 
 def _add_job_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--address",
         metavar="URL",
-        help="the cluster's dashboard, http://HOST:8265; or local: a cluster that this command starts and stops "
-        f"(default: {default})",
+        help=f"cluster's dashboard (http://HOST:8265), or local for a cluster of its own (default: {default})",
     )
     parser.add_argument(
-        "--working-dir", metavar="DIR", help="code to send with the job, as ray job submit does, less .rayignore"
+        "--working-dir", metavar="DIR", help="folder of code to send with the job, without files in .rayignore"
     )
     parser.add_argument(
-        "--runtime-env", type=Path, metavar="YAML", help="the job's environment, as ray job submit takes it"
+        "--runtime-env",
+        type=Path,
+        metavar="YAML",
+        help="file with the job's Ray runtime environment",
     )
 
 

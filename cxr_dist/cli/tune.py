@@ -15,21 +15,25 @@ from cxr_dist.tuning.search_space import load_search
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.interrupts import interrupts_held
 
-SEARCH_HELP = "a search space: a file, or the name of a preset (search, search_cpu; default: search_cpu)"
+SEARCH_HELP = "search space: preset (search, search_cpu) or path of a YAML file (default: search_cpu)"
 DEFAULT_SEARCH = Path("search_cpu")
 
 
 def add_parsers(command: Command) -> None:
-    parser = command("tune", tune, "search settings; started again with the same --out it resumes")
+    parser = command(
+        "tune",
+        tune,
+        "search hyperparameters; resumes an interrupted search when it is started again with the same --out",
+    )
     add_dataset(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="EXPERIMENT", help="the search's folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="EXPERIMENT", help="folder of the search")
     add_config_options(parser, SEARCH_HELP, DEFAULT_SEARCH)
     add_launch_options(parser, "each trial")
     parser.add_argument(
         "--no-evaluation",
         dest="evaluation",
         action="store_false",
-        help="do not evaluate the best trial at the end, as cxr-dist evaluate EXPERIMENT does it too",
+        help="skip the evaluation of the best trial at the end",
     )
 
 

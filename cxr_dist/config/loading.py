@@ -1,6 +1,5 @@
 """A configuration from a preset, a file and overrides, checked once."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from cxr_dist.config.describe import nearest
 from cxr_dist.config.schema import Config, StageConfig, first_problem
 from tfrecords_builder.common.errors import UserError
 
@@ -154,7 +154,7 @@ def _merge(tree: dict[str, Any], update: dict[str, Any], where: str, prefix: str
             tree[key] = _plain(StageConfig().model_dump(mode="json"))
         if key not in tree:
             meant = next(iter(flat({name: value})), name)  # a leaf tells better than a section what was meant
-            raise UserError(f"{where}{meant}: unknown config key{_nearest(meant)}")
+            raise UserError(f"{where}{meant}: unknown config key{nearest(meant, list(known_keys()))}")
         if isinstance(tree[key], dict):
             if not isinstance(value, dict):
                 inner = ", ".join(f"{name}.{child}" for child in tree[key])
@@ -177,12 +177,3 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def known_keys() -> dict[str, Any]:
     """Every dotted key with its default value."""
     return flat(_plain(Config().tree()))
-
-
-def _nearest(name: str) -> str:
-    keys = list(known_keys())
-    leaf, leaves = name.rsplit(".", 1)[-1], {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-    if not near:
-        near = [leaves[close] for close in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.5)]
-    return f"; did you mean {near[0]}?" if near else "; cxr-dist config prints them all"
