@@ -157,8 +157,8 @@ def bench_input(options: argparse.Namespace) -> None:
         size, first = common.IMAGE_SIZE, read_manifest(built.dataset).rows[0]
         if (first.width, first.height) != (size, size):
             raise UserError(
-                f"{built.source}: {first.path} has {first.width} x {first.height} pixels; give images of {size}, which "
-                "neither way of reading has to resize"
+                f"{built.source}: {first.path} has {first.width} x {first.height} pixels; give images of {size} pixels"
+                ", so that neither reader resizes them"
             )
         memory_bytes = int(config.input.memory_gb * 1e9)
         rates = reading.measure(built.source, built.dataset, config.global_batch_size, options.rounds, memory_bytes)
@@ -235,7 +235,7 @@ def bench_scaling(options: argparse.Namespace) -> None:
     from cxr_dist.bench import cost_model, scaling
 
     if len(options.workers) * len(options.batch_sizes) < 2:
-        raise UserError("--workers, --batch-sizes: one point makes no model; give several of either")
+        raise UserError("--workers, --batch-sizes: a cost model needs several points; give several of either")
     cluster = cost_model.read_cluster(options.cluster) if options.cluster else None
     recipe = common.Recipe.load(options.config, options.overrides)
     with _work_folder() as work:

@@ -23,7 +23,7 @@ def add_parsers(command: Command) -> None:
 
 
 def dashboards(options: argparse.Namespace) -> None:
-    """Where to look at a cluster and at an experiment."""
+    """Print the addresses of the dashboards."""
     from cxr_dist.launch.dashboards import dashboard_lines
     from cxr_dist.launch.submit import ADDRESS_VARIABLES, LOCAL, dashboard_address
 
@@ -32,7 +32,7 @@ def dashboards(options: argparse.Namespace) -> None:
         given = DEFAULT_DASHBOARD
     address = dashboard_address(given)
     if address == LOCAL:
-        raise UserError("--address local: is for submit; give the address of a cluster that runs")
+        raise UserError("--address local: applies to submit only; give the address of a running cluster")
     if options.experiment is not None and not options.experiment.is_dir():
         raise UserError(f"--experiment {options.experiment}: no such folder")
     print("\n".join(dashboard_lines(address, options.experiment)))

@@ -141,7 +141,7 @@ def download(options: argparse.Namespace) -> None:
     from tfrecords_builder.collection.download import IMAGES, download_database
 
     fetched = download_database(options.folder)
-    print(f"{options.folder}: {sum(IMAGES.values()):,} images" + ("" if fetched else "; they were there already"))
+    print(f"{options.folder}: {sum(IMAGES.values()):,} images" + ("" if fetched else " (downloaded earlier)"))
 
 
 def build(options: argparse.Namespace) -> None:
@@ -168,7 +168,7 @@ def build(options: argparse.Namespace) -> None:
         )
     manifest = summary.manifest
     for change in summary.changes:
-        print(f"built anew: {change}")
+        print(f"rebuilt: {change}")
     for path, reason in [*manifest.rejected, *manifest.excluded]:
         print(f"left out: {path}: {reason}")
     for line in not_taken_lines(manifest.not_taken):
@@ -183,7 +183,7 @@ def build(options: argparse.Namespace) -> None:
     print("\n".join(_group_lines(manifest)))
     left_out = len(manifest.rejected) + len(manifest.excluded)
     if summary.reused:
-        print(f"{options.dataset}: was complete already")
+        print(f"{options.dataset}: is already complete")
         return
     print(
         f"{options.dataset}: {len(manifest.shards)} shards in {summary.seconds:.1f} s "
@@ -193,7 +193,7 @@ def build(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _output_folder(options: argparse.Namespace) -> Iterator[Path]:
-    """Where a build writes: the folder that was given, or a local one that goes up at the end."""
+    """Where a build writes: the given folder, or a local one that is uploaded at the end."""
     from tfrecords_builder.collection.find import list_source
     from tfrecords_builder.remote import staged_output
 
@@ -208,14 +208,14 @@ def _output_folder(options: argparse.Namespace) -> Iterator[Path]:
 
 @contextmanager
 def _builders(options: argparse.Namespace) -> "Iterator[Workers | None]":
-    """Where a build's work is done; None for processes of this machine."""
+    """The workers of a build; None for processes of this machine."""
     if options.launcher == "local":
         if options.address:
-            raise UserError("--address: is for --launcher ray; leave one out")
+            raise UserError("--address: needs --launcher ray; add it, or leave --address out")
         yield None
         return
     if options.workers is not None:
-        raise UserError("--workers: with --launcher ray the cluster decides; leave it out")
+        raise UserError("--workers: does not apply to --launcher ray, where the cluster decides; leave it out")
     from cxr_dist.launch.ray_connection import connected
     from cxr_dist.launch.ray_pool import RayPool
 
@@ -251,7 +251,8 @@ def verify(options: argparse.Namespace) -> None:
     with local_dataset(options.dataset) as dataset, progress_bar("verify") as progress:
         summary = verify_dataset(dataset, progress)
     print(
-        f"{options.dataset}: {summary.records:,} records in {summary.shards} shards, {summary.bytes:,} bytes: all whole"
+        f"{options.dataset}: {summary.records:,} records in {summary.shards} shards, {summary.bytes:,} bytes, "
+        "no damage found"
     )
 
 
@@ -274,10 +275,11 @@ def eda(options: argparse.Namespace) -> None:
         f"{duplicates['groups']:,} groups, {duplicates['straddling_splits']:,} of them in more than one split"
     )
     left_out = numbers["left_out"]
-    print(f"{left_out['rejected']['images']:,} files rejected, {left_out['excluded']['images']:,} excluded")
+    rejected, excluded = (left_out[status]["images"] for status in ("rejected", "excluded"))
+    print(f"{rejected:,} files were rejected and {excluded:,} excluded")
     folder = numbers["source_folder"]
     others = folder["files"] - folder["images"] - folder["masks"]
     print(f"{others:,} of {folder['files']:,} files of the source folder are neither image nor mask")
     for text in numbers["warnings"]:
         print(f"warning: {text}")
-    print(f"page: {options.out / PAGE}")
+    print(f"report: {options.out / PAGE}")

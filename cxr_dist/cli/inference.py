@@ -65,7 +65,7 @@ def add_parsers(command: Command) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """A line for each image; exit status 1 when one of them could not be read."""
+    """Print a line for each image; exit status 1 when one of them could not be read."""
     from cxr_dist.data.image_files import find_inputs
     from cxr_dist.inference.classifier import load_classifier
     from cxr_dist.inference.predict import Overlays, predict_files, table_head, table_line
@@ -89,7 +89,7 @@ def predict(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """The model as a file for other programs, checked against the run."""
+    """Write the model for other programs, checked against the run."""
     from cxr_dist.inference.export import CHECKED_IMAGES, export_run
     from cxr_dist.tuning.experiment import best_run
 
@@ -98,13 +98,13 @@ def export(options: argparse.Namespace) -> None:
     _warn_if_not_calibrated(run)
     print(
         f"{options.out / metadata['model']}: uint8 {metadata['input']['shape']} -> {len(metadata['class_names'])} "
-        f"probabilities; differs from the run by {metadata['largest_difference']:.1g} at most, on "
+        f"probabilities; they differ from the run's by at most {metadata['largest_difference']:.1g} on "
         f"{CHECKED_IMAGES} images"
     )
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Answers until Ctrl-C or SIGTERM."""
+    """Serve until Ctrl-C or SIGTERM."""
     from cxr_dist.serving.limits import Limits
     from cxr_dist.serving.service import serving
     from cxr_dist.tuning.experiment import best_run
@@ -118,8 +118,8 @@ def serve(options: argparse.Namespace) -> None:
     )
     if options.host not in LOOPBACK:
         print(
-            f"warning: --host {options.host}: whoever reaches this machine may ask; nobody is asked who they are, and "
-            "nothing is encrypted",
+            f"warning: --host {options.host}: anyone who can reach this machine can send requests; there is no "
+            "authentication and no encryption",
             file=sys.stderr,
         )
     run = best_run(options.run)
@@ -129,9 +129,9 @@ def serve(options: argparse.Namespace) -> None:
         serving(run, options.host, options.port, limits, verbose=options.verbose) as address,
     ):
         ended = _asked_to_end()  # now, as Ray has handlers of its own when it starts
-        print(f"{address}: answers POST /predict; {address}/docs says more; Ctrl-C ends it", flush=True)
+        print(f"{address}: serves POST /predict; see {address}/docs; Ctrl-C stops it", flush=True)
         ended.wait()
-        print("ending", file=sys.stderr)
+        print("stopping", file=sys.stderr)
 
 
 def _warn_if_not_calibrated(run: Path) -> None:
@@ -139,8 +139,8 @@ def _warn_if_not_calibrated(run: Path) -> None:
 
     if not (run / CALIBRATION).exists():
         print(
-            f"warning: {run}: is not calibrated: the probabilities are the network's own, and it never abstains; "
-            f"`cxr-dist calibrate {run}` changes that",
+            f"warning: {run}: is not calibrated, so the probabilities are uncalibrated and the model never abstains; "
+            f"run cxr-dist calibrate {run}",
             file=sys.stderr,
         )
 

@@ -87,7 +87,7 @@ def config_rows() -> list[KeyRow]:
 
 
 def demo(options: argparse.Namespace) -> None:
-    """The whole pipeline on phantoms, at a size that a laptop does in minutes; goes on where it was stopped."""
+    """The whole pipeline on phantoms, sized for minutes on a laptop; resumes an interrupted demo."""
     from cxr_dist.evaluation.evaluate import calibrate_run, evaluate_run
     from cxr_dist.evaluation.evaluated_images import EvaluationSpec
     from cxr_dist.phantoms import write_phantoms
@@ -111,4 +111,4 @@ def demo(options: argparse.Namespace) -> None:
             EvaluationSpec(out / "run", out / "evaluation", examine=DEMO_EXAMINED, drawn=True), progress=progress
         )
     print_metrics(metrics)
-    print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
+    print(f"report: {out / 'evaluation' / 'report.html'} (total time {time.perf_counter() - started:.0f} s)")

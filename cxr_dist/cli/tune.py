@@ -40,7 +40,7 @@ def add_parsers(command: Command) -> None:
 def tune(options: argparse.Namespace) -> None:
     """Search, and evaluate the best trial in a process of its own."""
     if options.launcher == "local" and options.address:
-        raise UserError("--launcher local: is this machine; leave --address out, or use --launcher ray")
+        raise UserError("--address: needs --launcher ray; add it, or leave --address out")
     path = resolve_preset(options.config)
     if path is None:
         raise UserError("--config: give a search space, such as --config search_cpu")
@@ -59,7 +59,9 @@ def tune(options: argparse.Namespace) -> None:
     if options.evaluation:
         command = ["evaluate", str(options.out), "--out", str(options.out / EVALUATION)]
         if status := run_apart(command):
-            raise UserError(f"the evaluation ended with status {status}; run it again: cxr-dist {' '.join(command)}")
+            raise UserError(
+                f"the evaluation failed with exit status {status}; run it again: cxr-dist {' '.join(command)}"
+            )
 
 
 def trial_overrides(options: argparse.Namespace) -> list[str]:
@@ -68,7 +70,7 @@ def trial_overrides(options: argparse.Namespace) -> list[str]:
     if options.workers is not None:
         least, most = options.workers
         if least != most:
-            raise UserError(f"--workers {least}:{most}: a trial has a fixed number of workers; give one number")
+            raise UserError(f"--workers {least}:{most}: a trial needs a fixed number of workers; give one number")
         overrides.append(f"search.workers_per_trial={most}")
     if options.devices_per_worker is not None:
         overrides.append(f"search.gpus_per_trial={options.devices_per_worker}")

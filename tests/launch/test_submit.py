@@ -89,17 +89,20 @@ AT = ["--address", "http://h:1"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["submit", *AT], "COMMAND: give the command that the job runs after --"),
-        (["submit", *AT, "--"], "COMMAND: give the command that the job runs after --"),
+        (["submit", *AT], "COMMAND: give the command of the job after --"),
+        (["submit", *AT, "--"], "COMMAND: give the command of the job after --"),
         (["submit", *AT, "--", "trian", "/d"], "invalid choice: 'trian'"),
         (["submit", *AT, "--", "train", "/d", "--out", "/r", "--wrkers", "3"], "unrecognized arguments: --wrkers 3"),
         (["submit", *AT, "--", "train", "/d"], "the following arguments are required: --out"),
         (["submit", "--", "verify", "/d"], "--address: give http://HOST:8265 of the cluster's dashboard, or local"),
         (["submit", "--address", "h:6379", "--", "verify", "/d"], "--address h:6379: is not a dashboard's address"),
         (["pipeline", "/s", "/d", "--out", "/e", "--image-size", "big"], "--image-size: big: must be"),
-        (["pipeline", "/s", "d", "--out", "/e", *AT], "d: a job runs in a folder of its own; give an absolute path"),
-        (["pipeline", "/s", "/d", "--out", "/e", "--working-dir", "."], "--working-dir, --runtime-env: are for jobs"),
-        (["dashboards", "--address", "local"], "--address local: is for submit"),
+        (
+            ["pipeline", "/s", "d", "--out", "/e", *AT],
+            "d: is relative, and a job runs in another folder; give an absolute path",
+        ),
+        (["pipeline", "/s", "/d", "--out", "/e", "--working-dir", "."], "--working-dir, --runtime-env: need --address"),
+        (["dashboards", "--address", "local"], "--address local: applies to submit only"),
     ],
 )
 def test_mistakes_end_before_anything_is_sent(
@@ -127,7 +130,7 @@ def test_a_local_pipeline_stops_at_the_step_that_fails(
     with pytest.raises(SystemExit) as caught:
         main.main(["pipeline", "s", "d", "--out", "e"])
     assert (caught.value.code, ran) == (2, ["build", "tune"])
-    assert capsys.readouterr().err == "tune ended with status 2; start the same command again to resume\n"
+    assert capsys.readouterr().err == "tune failed with exit status 2; start the same command again to resume\n"
 
 
 def test_exit_statuses() -> None:

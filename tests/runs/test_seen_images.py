@@ -65,7 +65,7 @@ def test_a_damaged_list_is_an_error_and_a_missing_one_is_said(
         read_seen(run)
     (run / SEEN).unlink()
     main.main(["evaluate", str(run), "--out", str(tmp_path / "out"), "--examine", "0"])
-    assert "note: Whether the model was trained on any of these images is not known" in capsys.readouterr().out
+    assert "note: Whether the model was trained on any of these images is unknown" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["seen"] is None
 
 
@@ -100,7 +100,7 @@ def test_a_rebuilt_dataset(
     assert f"accuracy {unseen['accuracy']:.3f}" in warning
     text = Page((out / "report.html").read_text()).text
     assert text.index("The model has seen images of this evaluation") < text.index("Accuracy")
-    assert "Only identical files are recognised" in text
+    assert "Only identical files are detected" in text
 
 
 def test_folders_of_images(finished_run: Path, phantom_source: Path, dataset: Path, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_folders_of_images(finished_run: Path, phantom_source: Path, dataset: Pa
     metrics = evaluate_run(EvaluationSpec(finished_run, tmp_path / "copied", images=copies))
     assert metrics["seen"] == {"training": 56, "validation": 0, "share": 1.0, "asked_for": False}
     assert metrics["metrics_unseen"] is None
-    assert "There are no others" in (tmp_path / "copied" / "report.html").read_text()
+    assert "There are no other images" in (tmp_path / "copied" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -446,7 +446,7 @@ def test_the_output_of_a_build(flat: Path, tmp_path: Path, capsys: pytest.Captur
             "not taken: COVID: 4 .tif: images in another format (COVID/COVID-0.tif)",
             "other files: 1 (documents: 1)",
         ]
-        assert ("was complete already" in printed[-1]) == bool(again)
+        assert ("is already complete" in printed[-1]) == bool(again)
     with pytest.raises(SystemExit) as caught:
         lines()
     assert caught.value.code == 2

@@ -456,14 +456,14 @@ def test_the_command_says_what_was_found(
     assert lines[1].split() == ["COVID", "28", "6", "7", "41"]
     assert "the largest class, COVID, is 2.05 times the smallest, Viral_Pneumonia" in lines
     assert "4 pairs of near-duplicates: 7 images in 3 groups, 0 of them in more than one split" in lines
-    assert "1 files rejected, 2 excluded" in lines
+    assert "1 files were rejected and 2 excluded" in lines
     assert "0 of 95 files of the source folder are neither image nor mask" in lines
     warnings = numbers_of(plain_out)["warnings"]
     assert warnings
     main.main(["eda", str(plain), "--out", str(tmp_path / "b")])
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("warning: ")] == [f"warning: {text}" for text in warnings]
-    assert lines[-1] == f"page: {tmp_path / 'b' / PAGE}"
+    assert lines[-1] == f"report: {tmp_path / 'b' / PAGE}"
 
 
 @pytest.mark.parametrize("arguments", [["missing", "--out", "new"], ["DATASET", "--out", "DATASET"], ["DATASET"]])
