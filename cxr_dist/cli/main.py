@@ -1,6 +1,6 @@
 """`cxr-dist`: the command line. TensorFlow, Ray and matplotlib are imported by the commands that need them.
 
-Exit status: 0 done; 2 something the user can mend, said in one line that begins with `error: `; 130 interrupted by
+Exit status: 0 done; 2 something the user can fix, said in one line that begins with `error: `; 130 interrupted by
 Ctrl-C; 141 nobody reads the output; 143 stopped on request; 1 anything else.
 """
 

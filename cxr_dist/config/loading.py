@@ -28,7 +28,7 @@ def load_config(
     if path is not None:
         written = read_yaml(path)
         if "search" in written:
-            raise UserError(f"{path}: is a search space; give it to tune, or a recipe")
+            raise UserError(f"{path}: is a search space, not a training config; use it with cxr-dist tune")
         _merge(tree, written, f"{path}: ")
     for where, layer in layers:
         _merge(tree, _plain(layer), where)
@@ -108,7 +108,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise UserError(f"{path}: holds a {type(loaded).__name__}, not a mapping of config keys")
+        raise UserError(f"{path}: contains a {type(loaded).__name__}; give a mapping of config keys")
     pending: list[Any] = [loaded]
     for _ in range(MOST_VALUES + 1):  # aliases make a few bytes many values, or endlessly many
         if not pending:
@@ -116,7 +116,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         current = pending.pop()
         pending.extend(current.values() if isinstance(current, dict) else current if isinstance(current, list) else ())
     if pending:
-        raise UserError(f"{path}: holds more than {MOST_VALUES} values, aliases written out; give fewer")
+        raise UserError(f"{path}: contains more than {MOST_VALUES} values, with aliases expanded; give fewer")
     return _plain(loaded)
 
 
@@ -128,7 +128,7 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
-                reason = f"the key {key} is there more than once; keep one"
+                reason = f"the key {key} occurs more than once; keep one"
                 raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -158,7 +158,7 @@ def _merge(tree: dict[str, Any], update: dict[str, Any], where: str, prefix: str
         if isinstance(tree[key], dict):
             if not isinstance(value, dict):
                 inner = ", ".join(f"{name}.{child}" for child in tree[key])
-                raise UserError(f"{where}{name}: holds keys of its own ({inner}), not a value")
+                raise UserError(f"{where}{name}: is a section with keys of its own ({inner}), not a value")
             _merge(tree[key], value, where, f"{name}.")
         elif isinstance(value, dict):
             raise UserError(f"{where}{name}: is a value, not a mapping")

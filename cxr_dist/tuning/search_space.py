@@ -119,7 +119,9 @@ class SearchConfig(Node):
                     raise ValueError(f"parameters.{key}: sampler grid needs choices, or a range with a step")
         gpus = self.gpus_per_trial
         if gpus is not None and gpus != int(gpus) and (self.workers_per_trial > 1 or gpus > 1):
-            raise ValueError("gpus_per_trial: a fraction is for one worker, and below 1; workers have whole GPUs")
+            raise ValueError(
+                "gpus_per_trial: a fraction must be below 1, for a single worker; several workers need whole GPUs"
+            )
         return self
 
     def grid(self) -> list[Values]:
@@ -200,7 +202,7 @@ def load_search(path: Path, overrides: list[str] | None = None) -> SearchPlan:
     layers: list[tuple[str, Mapping[str, Any]]] = [(f"{path}: ", tree)]
     if base is not None:
         if not isinstance(base, str):
-            raise UserError(f"{path}: base is no name of a preset or file, but a {type(base).__name__}")
+            raise UserError(f"{path}: base is a {type(base).__name__}; give the name of a preset or file")
         beside = path.parent / base
         base_path = beside if beside.is_file() else resolve_preset(Path(base)) or beside
         layers.insert(0, (f"{base_path}: ", read_yaml(base_path)))
@@ -210,7 +212,7 @@ def load_search(path: Path, overrides: list[str] | None = None) -> SearchPlan:
             layers.append(("--set ", change))
             continue
         if not isinstance(change["search"], dict):
-            raise UserError(f"--set {override}: search holds keys of its own, such as search.trials")
+            raise UserError(f"--set {override}: search is a section with keys of its own, such as search.trials")
         for key, value in change["search"].items():
             if isinstance(value, dict) and key != "parameters":
                 raise UserError(f"--set {override}: search.{key} is a value, not a mapping")

@@ -401,7 +401,7 @@ def test_a_finished_run_is_not_trained_again(
     before = content(run)
     main.main(["train", str(dataset), "--out", str(run), *TRAIN])
     captured = capsys.readouterr()
-    assert captured.err == f"{run}: was finished already\n"
+    assert captured.err == f"{run}: is already finished\n"
     assert "validation accuracy 0.7500 (stage 2, epoch 1), 12 s" in captured.out
     assert content(run) == before
 

@@ -72,7 +72,7 @@ def test_the_test_split(finished_run: Path, tmp_path: Path) -> None:
     assert metrics["n"] == 12
     assert metrics["published"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
-    with pytest.raises(UserError, match="other than an evaluation"):
+    with pytest.raises(UserError, match="other files than an evaluation"):
         evaluate_run(EvaluationSpec(finished_run, finished_run))
 
 

@@ -95,7 +95,10 @@ AT = ["--address", "http://h:1"]
         (["submit", *AT, "--", "train", "/d", "--out", "/r", "--wrkers", "3"], "unrecognized arguments: --wrkers 3"),
         (["submit", *AT, "--", "train", "/d"], "the following arguments are required: --out"),
         (["submit", "--", "verify", "/d"], "--address: give http://HOST:8265 of the cluster's dashboard, or local"),
-        (["submit", "--address", "h:6379", "--", "verify", "/d"], "--address h:6379: is not a dashboard's address"),
+        (
+            ["submit", "--address", "h:6379", "--", "verify", "/d"],
+            "--address h:6379: is not the address of a dashboard",
+        ),
         (["pipeline", "/s", "/d", "--out", "/e", "--image-size", "big"], "--image-size: big: must be"),
         (
             ["pipeline", "/s", "d", "--out", "/e", *AT],
@@ -219,8 +222,8 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ((200, b"<html>"), "no Ray dashboard answers there"),
         ((200, []), "no Ray dashboard answers there"),
         ((503, b"down"), "no Ray dashboard answers there"),
-        ((401, b"Unauthorized"), "refuses the token"),
-        ((403, b"Forbidden"), "refuses the token"),
+        ((401, b"Unauthorized"), "rejects the token"),
+        ((403, b"Forbidden"), "rejects the token"),
     ],
 )
 def test_what_is_no_cluster_of_ours_is_refused(dashboard: str, answer: tuple[int, Any], message: str) -> None:
@@ -241,7 +244,7 @@ def test_refused_jobs_and_environments(dashboard: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:1")
     jobs = submit.Jobs(dashboard)
     Dashboard.answers["/api/jobs/"] = (500, b"Traceback:\nno agent")
-    with pytest.raises(UserError, match=r"does not accept the job .*no agent"):
+    with pytest.raises(UserError, match=r"rejects the job .*no agent"):
         jobs.send("x", {})
     with pytest.raises(UserError, match="--runtime-env"):
         jobs.send("x", {"env_vars": 3})
@@ -269,7 +272,7 @@ def test_dashboards(dashboard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Dashboard.answers["/api/prometheus/sd"] = (200, [{"targets": ["h:1", "h:2"]}])
     (tmp_path / "tensorboard").mkdir()
     lines = dashboard_lines(dashboard, tmp_path)
-    assert lines[0] == f"Ray dashboard: {dashboard} (answers, Ray 2.60.0)"
+    assert lines[0] == f"Ray dashboard: {dashboard} (available, Ray 2.60.0)"
     assert lines[2:5] == [f"Ray metrics of a process: http://h:{n}/metrics" for n in (1, 2)] + [
         "Grafana: http://g:3000"
     ]

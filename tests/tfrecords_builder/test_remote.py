@@ -352,8 +352,8 @@ def test_what_is_no_dataset_is_left_alone(source: Path, bucket: Bucket, stage: S
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("s4://bucket/name", "no address of a storage"),
-        ("s3://", "no address of a storage"),
+        ("s4://bucket/name", "not the address of an object storage"),
+        ("s3://", "not the address of an object storage"),
         (f"s3://{BUCKET}/nothing/here?scheme=http&endpoint_override=SERVER", "no complete dataset"),
         ("s3://no-such-bucket/a?scheme=http&endpoint_override=SERVER", "no complete dataset"),
         ("s3://bucket/a?scheme=http&endpoint_override=127.0.0.1:9", "cannot be used"),

@@ -200,7 +200,7 @@ def test_another_collection_is_kept_but_not_taken(kaggle: type[Kaggle], tmp_path
 def test_what_can_be_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.pdf").write_text("of years")
-    with pytest.raises(UserError, match="holds something other"):
+    with pytest.raises(UserError, match="contains other files"):
         download_database(tmp_path / "full", IMAGES)
     with pytest.raises(UserError, match="is a file"):
         download_database(tmp_path / "full" / "thesis.pdf", IMAGES)

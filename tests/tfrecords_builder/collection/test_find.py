@@ -80,7 +80,7 @@ def test_mistakes(tmp_path: Path, paths: list[str], message: str) -> None:
 def test_empty_class_folder_and_missing_root(tmp_path: Path) -> None:
     touch(tmp_path, "A/x.png")
     (tmp_path / "B").mkdir()
-    with pytest.raises(UserError, match="B: this class folder holds no image"):
+    with pytest.raises(UserError, match="B: this class folder contains no image"):
         find_images(tmp_path)
     for root in (tmp_path / "missing", tmp_path / "A/x.png"):
         with pytest.raises(UserError, match="no such folder"):

@@ -244,7 +244,7 @@ def test_a_class_never_vanishes(
     with pytest.raises(UserError) as caught:
         list_source(flat, on_error)
     message = str(caught.value)
-    assert f"{flat}: pictures would be lost: {words}; " in message
+    assert f"{flat}: images would be left out: {words}; " in message
     assert fix in message
     assert message.endswith("or remove the folder")
     assert "\n" not in message
@@ -344,7 +344,7 @@ def test_empty_folders_are_named(flat: Path) -> None:
     assert note.text == "empty folders: COVID/patient7"
     (flat / "New folder").mkdir()
     (flat / "New folder/.DS_Store").write_bytes(b"")
-    with pytest.raises(UserError, match="New folder: this class folder holds no image"):
+    with pytest.raises(UserError, match="New folder: this class folder contains no image"):
         list_source(flat)
 
 

@@ -100,7 +100,7 @@ def test_another_format_version(copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(manifest_module, "FORMAT_VERSION", 99)
         write_manifest(copy, manifest)
-    with pytest.raises(UserError, match=f"format version 99, this program reads {manifest_module.FORMAT_VERSION};"):
+    with pytest.raises(UserError, match=f"format version 99, but version {manifest_module.FORMAT_VERSION} is needed;"):
         read_manifest(copy)
 
 
