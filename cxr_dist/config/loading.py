@@ -104,11 +104,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no date though it looks like one
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     except RecursionError:
-        raise UserError(f"{path}: is nested too deeply; give a mapping of config keys") from None
+        raise UserError(f"{path}: is nested too deeply; give a mapping of keys to values") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise UserError(f"{path}: contains a {type(loaded).__name__}; give a mapping of config keys")
+        raise UserError(f"{path}: contains a {type(loaded).__name__}, not a mapping of keys to values")
     pending: list[Any] = [loaded]
     for _ in range(MOST_VALUES + 1):  # aliases make a few bytes many values, or endlessly many
         if not pending:

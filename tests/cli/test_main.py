@@ -443,7 +443,7 @@ def test_images_and_datasets_that_do_not_match_the_run(
         shutil.copy(run / name, moved / name)
     for name in ("evaluate", "calibrate"):
         message = command.fails(name, moved, *(["--out", out] if name == "evaluate" else []))
-        assert f"trained on {tmp_path / 'gone'}, which is gone; give its new place with --dataset" in message
+        assert f"trained on {tmp_path / 'gone'}, which does not exist; give its new location with --dataset" in message
     assert not out.exists()
 
 

@@ -222,7 +222,7 @@ def test_another_dataset_calibrates_nothing(
     metrics = evaluate_run(EvaluationSpec(run, tmp_path / "out", dataset=other))
     assert metrics["calibration"] is None
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "is not the dataset that the run was trained on (seed 1 where it was 0)" in page
+    assert "is not the dataset that the run was trained on (seed 1, not 0)" in page
     known = {"temperature": 2.0, "abstain_threshold": 0.5, "target_risk": 0.3, "fitted_on": "validation", "images": 12}
     (run / "calibration.json").write_text(json.dumps(known))
     metrics = evaluate_run(EvaluationSpec(run, tmp_path / "out", "validation", dataset=other, risk=0.05))
@@ -230,9 +230,7 @@ def test_another_dataset_calibrates_nothing(
     assert metrics["published"] == [], "of the validation split"
     assert "the run&#39;s, for a target error rate of 0.3" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads((run / "calibration.json").read_text()) == known
-    with pytest.raises(
-        UserError, match=r"not the dataset that the run was trained on \(seed 1 where it was 0\)"
-    ) as caught:
+    with pytest.raises(UserError, match=r"not the dataset that the run was trained on \(seed 1, not 0\)") as caught:
         calibrate_run(run, dataset=other)
     assert "give the dataset with" not in str(caught.value)
     assert set(opened) == {other}

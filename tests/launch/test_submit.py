@@ -99,7 +99,7 @@ AT = ["--address", "http://h:1"]
             ["submit", "--address", "h:6379", "--", "verify", "/d"],
             "--address h:6379: is not the address of a dashboard",
         ),
-        (["pipeline", "/s", "/d", "--out", "/e", "--image-size", "big"], "--image-size: big: must be"),
+        (["pipeline", "/s", "/d", "--out", "/e", "--image-size", "big"], "--image-size: big: expected"),
         (
             ["pipeline", "/s", "d", "--out", "/e", *AT],
             "d: is relative, and a job runs in another folder; give an absolute path",
@@ -279,4 +279,4 @@ def test_dashboards(dashboard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert lines[-1] == f"TensorBoard: tensorboard --logdir {tmp_path / 'tensorboard'}"
     assert set(Dashboard.asked) == {f"Bearer {TOKEN}"}
     Dashboard.answers.clear()
-    assert "not usable: HTTP Error 404" in dashboard_lines(dashboard, None)[0]
+    assert "not available: HTTP Error 404" in dashboard_lines(dashboard, None)[0]

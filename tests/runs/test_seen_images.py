@@ -150,9 +150,7 @@ def test_what_differs_is_named_and_the_mistake_is_not_invited(
         (run / run_folder.RUN).write_text(json.dumps(info | {"dataset": str(place)}))
 
     trained_on(rebuilt)
-    with pytest.raises(
-        UserError, match=r"not the dataset that the run was trained on \(seed 1 where it was 0\)"
-    ) as error:
+    with pytest.raises(UserError, match=r"not the dataset that the run was trained on \(seed 1, not 0\)") as error:
         predict_run(EvaluationSpec(run, tmp_path / "out"))
     assert "give the dataset with --dataset" not in str(error.value)
     trained_on(tmp_path / "gone")

@@ -157,7 +157,7 @@ def test_sources_are_on_the_page_where_they_are_known(out: Path, plain_out: Path
     page = Page((plain_out / PAGE).read_text())
     assert all(name in page.text for name in SOURCES)
     assert not page.all("i")
-    assert "All 2 sources, 80 of 80 images" in page.text
+    assert "All 2 sources with 80 of 80 images of known source" in page.text
     assert (plain_out / "sources.svg").is_file()
     assert not (out / "sources.svg").exists()
 
@@ -222,7 +222,7 @@ def test_the_caption_of_distributions() -> None:
         {"classes": {"A": item(120, 40), "B": item(100, 50), "C": item(110, 45)}}
     )
     assert "Images of B are the darkest on average (100.0), those of A the brightest (120.0)" in text
-    assert "images of A have the least contrast on average (40.0), those of B the most (50.0)" in text
+    assert "Images of A have the least contrast on average (40.0), those of B the most (50.0)" in text
     assert text.endswith("the standard deviation within a class is 2.0.")
 
 
