@@ -159,7 +159,7 @@ class _ChangedArrays:
 
     def _load_base(self, path: Path, name: str) -> _Base:
         if not _BASE_NAME.fullmatch(name):  # a checkpoint must not name files elsewhere
-            raise UserError(f"{path}: is damaged (invalid name of base weights: {name[:80]})")
+            raise UserError(f"{path}: is a damaged checkpoint (invalid name of base weights: {name[:80]})")
         try:
             return _Base(name, load_arrays(self._folder / name)[0])
         except UserError as error:

@@ -154,6 +154,6 @@ def test_what_differs_is_named_and_the_mistake_is_not_invited(
         predict_run(EvaluationSpec(run, tmp_path / "out"))
     assert "give the dataset with --dataset" not in str(error.value)
     trained_on(tmp_path / "gone")
-    with pytest.raises(UserError, match=rf"was trained on {tmp_path}/gone, which is gone; .*--dataset"):
+    with pytest.raises(UserError, match=rf"was trained on {tmp_path}/gone, which does not exist; .*--dataset"):
         predict_run(EvaluationSpec(run, tmp_path / "out"))
     assert len(predict_run(EvaluationSpec(run, tmp_path / "out", dataset=dataset))) == 12

@@ -499,7 +499,7 @@ def test_a_run_that_diverges_ends_and_says_where(dataset: Path, tmp_path: Path, 
     checkpoints.CheckpointFolder(broken / run_folder.CHECKPOINTS).save(
         found.position, poisoned, found.state, found.best_epochs_done
     )
-    with pytest.raises(UserError, match=rf"diverged: {said}.* in stage 1, epoch 3, until step {min(most + 1, 7)};"):
+    with pytest.raises(UserError, match=rf"diverged: {said}.* in stage 1, epoch 3, by step {min(most + 1, 7)};"):
         train_here(config, dataset, broken, Reporters([]))
     assert run_folder.read_result(broken) is None
     assert good["best"]["epoch"] in (1, 2)

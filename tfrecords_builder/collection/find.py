@@ -216,7 +216,7 @@ def _check_none_lost(root: Path, folders: Sequence[Folder]) -> None:
         alone = printable(folders[0].name)
         fixes.append(f"give {root / alone}" if len(folders) == 1 else "give a folder that holds one folder per class")
     fixes.append("remove the folder")
-    raise UserError(f"{root}: images would be left out: {_some(words)}; {', or '.join(fixes)}")
+    raise UserError(f"{root}: images would be lost: {_some(words)}; {', or '.join(fixes)}")
 
 
 def _check_few_lost(root: Path, classes: Sequence[Folder]) -> None:
@@ -225,7 +225,7 @@ def _check_few_lost(root: Path, classes: Sequence[Folder]) -> None:
     if words:
         fixes = ", or ".join(FIXES[reason] for reason in LOST if reason in reasons)
         raise UserError(
-            f"{root}: images would be left out: {_some(words)}; {fixes}, or allow it (build --on-error skip)"
+            f"{root}: images would be lost: {_some(words)}; {fixes}, or leave them out (build --on-error skip)"
         )
 
 

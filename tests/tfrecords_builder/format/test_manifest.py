@@ -85,7 +85,7 @@ def test_unknown_split(built: Path) -> None:
 def test_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such dataset folder"):
         read_manifest(tmp_path / "missing")
-    with pytest.raises(UserError, match="no complete dataset"):
+    with pytest.raises(UserError, match="not a complete dataset"):
         read_manifest(tmp_path)
     pq.write_table(pa.table({"x": [1]}), tmp_path / MANIFEST_NAME)
     with pytest.raises(UserError, match="not the manifest of a dataset"):
