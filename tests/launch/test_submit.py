@@ -99,7 +99,7 @@ AT = ["--address", "http://h:1"]
             ["submit", "--address", "h:6379", "--", "verify", "/d"],
             "--address h:6379: is not the address of a dashboard",
         ),
-        (["pipeline", "/s", "/d", "--out", "/e", "--image-size", "big"], "--image-size: big: expected"),
+        (["pipeline", "/s", "/d", "--out", "/e", "--image-size", "big"], "--image-size: big: must be"),
         (
             ["pipeline", "/s", "d", "--out", "/e", *AT],
             "d: is relative, and a job runs in another folder; give an absolute path",

@@ -244,7 +244,7 @@ def test_a_class_never_vanishes(
     with pytest.raises(UserError) as caught:
         list_source(flat, on_error)
     message = str(caught.value)
-    assert f"{flat}: images would be left out: {words}; " in message
+    assert f"{flat}: images would be lost: {words}; " in message
     assert fix in message
     assert message.endswith("or remove the folder")
     assert "\n" not in message

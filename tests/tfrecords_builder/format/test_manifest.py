@@ -127,7 +127,7 @@ def test_check_shards(copy: Path) -> None:
     data = shard.read_bytes()
     for other in (data[:-1], data + b"x"):
         shard.write_bytes(other)
-        with pytest.raises(UserError, match=f"{shard.name}: has .* bytes where"):
+        with pytest.raises(UserError, match=f"{shard.name}: has .* bytes, but"):
             check_shards(copy, manifest)
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}: this shard is missing"):
