@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves: they need Python 3.11 to 3.13 and make, nothing else.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint audit clean
+.PHONY: help demo test test-all lint reference audit clean
 MAKEFLAGS += --no-builtin-rules
 
 # TensorFlow 2.21 has no wheels for later Pythons; raise the upper bound when the pinned version has.
@@ -60,6 +60,9 @@ lint: $(VENV)/.installed-test ## set up, then the checks that run nothing: style
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+reference: $(VENV)/.installed ## write the generated pages of docs/: configuration keys and commands
+	$(BIN)/python -m cxr_dist.cli.reference docs
 
 audit: ## look for known vulnerabilities of the pinned dependencies, all extras included
 	@test -x $(VENV)/audit/bin/pip-audit || { "$(PYTHON)" -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install -qq pip-audit; }

@@ -141,7 +141,7 @@ def build_dataset(
 
     Raises:
         ImageError: With on_error "stop", the first file (by path) that is no whole image.
-        UserError: Anything else that the user can mend; see the message.
+        UserError: Anything else that the user can fix; see the message.
     """
     started = time.perf_counter()
     collection = _Collection.read(source, options)
@@ -187,7 +187,7 @@ class _Collection:
         images = listing.images
         counts = class_counts(images)
         if len(counts) < 2:
-            raise UserError(f"{source}: holds one class only, '{next(iter(counts))}'; at least two are needed")
+            raise UserError(f"{source}: contains only one class, '{next(iter(counts))}'; give at least two")
         _check_class_sizes(source, counts)
         split_of, rule = None, options.split
         if options.split_file is not None:
@@ -223,7 +223,7 @@ def _check_class_sizes(source: Path, counts: Mapping[str, int], rejected: Mappin
             without = f" (without {lost} rejected)" if lost else ""
             raise UserError(
                 f"{source}: class '{name}' has {count - lost} images{without}; at least "
-                f"{splits.MIN_IMAGES_PER_CLASS} are needed, one for every split: add images or remove the class"
+                f"{splits.MIN_IMAGES_PER_CLASS} are needed, one for each split; add images, or remove the class"
             )
 
 

@@ -118,7 +118,7 @@ def local_copy(place: Place, stage: Stage | None = None, progress: Progress | No
     content = remote.read(MANIFEST_NAME)
     if content is None:
         raise UserError(
-            f"{remote.name}: holds no {MANIFEST_NAME}, so it is no complete dataset; make one with `cxr-dist build`"
+            f"{remote.name}: holds no {MANIFEST_NAME}, so it is not a complete dataset; build one with cxr-dist build"
         )
     folder = stage.folder / f"{_key(place)}-{hashlib.sha256(content).hexdigest()[:16]}"
     deadline = time.monotonic() + SECONDS_TO_WAIT
@@ -183,7 +183,7 @@ def _check_ours(remote: StorageFolder) -> None:
     names = remote.names()
     foreign = [name for name in names if not (is_shard_name(name) or name in (*FILES, MANIFEST_NAME))]
     if foreign and MANIFEST_NAME not in names:
-        raise UserError(f"{remote.name}: is not empty and no dataset (it holds '{foreign[0]}'); give another address")
+        raise UserError(f"{remote.name}: contains other files than a dataset ('{foreign[0]}'); give another address")
 
 
 def _fetch(remote: StorageFolder, content: bytes, folder: Path, stage: Stage, progress: Progress | None) -> None:
@@ -214,8 +214,8 @@ def _fetch(remote: StorageFolder, content: bytes, folder: Path, stage: Stage, pr
                 file.write(chunk)
             if left or digest.hexdigest() != shard.sha256:
                 raise UserError(
-                    f"{remote.name}/{shard.name}: is not the file that was built (size or SHA-256 differs); restore it "
-                    "or build the dataset anew"
+                    f"{remote.name}/{shard.name}: is not the file that was built (size or SHA-256 differs); restore "
+                    "it, or rebuild the dataset"
                 )
 
         write_atomically(folder / shard.name, write)

@@ -52,7 +52,7 @@ def verify_dataset(dataset: Path, progress: Callable[[int, int], None] | None = 
     known = {shard.name for shard in manifest.shards}
     for path in sorted(dataset.iterdir()):
         if is_shard_name(path.name) and path.name not in known:
-            raise UserError(f"{path}: this shard is not in the manifest; remove it or build the dataset anew")
+            raise UserError(f"{path}: this shard is not in the manifest; remove it, or rebuild the dataset")
     total = sum(shard.records for shard in manifest.shards)
     done = 0
     for shard in manifest.shards:
@@ -64,7 +64,7 @@ def verify_dataset(dataset: Path, progress: Callable[[int, int], None] | None = 
     for name, content in tfds_files(manifest).items():
         path = dataset / name
         if not path.is_file() or path.read_bytes() != content:
-            raise UserError(f"{path}: is missing or not what was written; build the dataset anew in another folder")
+            raise UserError(f"{path}: is missing or was changed; rebuild the dataset in another folder")
     return VerifySummary(
         records=done,
         shards=len(manifest.shards),
@@ -125,16 +125,12 @@ def _check_shard(path: Path, manifest: Manifest, shard: ShardInfo, rows: list[tu
         except ValueError as error:
             raise tfrecord.CorruptRecordError(path, number, offset, str(error)) from error
     if number + 1 != len(rows):
-        raise UserError(
-            f"{path}: holds {number + 1} records where the manifest says {len(rows)}; build the dataset anew"
-        )
+        raise UserError(f"{path}: holds {number + 1} records, but the manifest lists {len(rows)}; rebuild the dataset")
     # After the records, which say more about where; this is what no rewritten checksum can fool.
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != shard.sha256:
-        raise UserError(
-            f"{path}: is not the file that was built (SHA-256 differs); restore it or build the dataset anew"
-        )
+        raise UserError(f"{path}: is not the file that was built (SHA-256 differs); restore it, or rebuild the dataset")
 
 
 def _rows_by_shard(manifest: Manifest) -> PlacedRows:
@@ -150,4 +146,4 @@ def _rows_by_shard(manifest: Manifest) -> PlacedRows:
 
 def _require(holds: bool, dataset: Path, problem: str) -> None:
     if not holds:
-        raise UserError(f"{dataset / MANIFEST_NAME}: {problem}; restore the file or build the dataset anew")
+        raise UserError(f"{dataset / MANIFEST_NAME}: {problem}; restore the file, or rebuild the dataset")

@@ -69,11 +69,11 @@ def table(courses: Sequence[Course]) -> list[str]:
     plain, ours = courses[0], courses[1:]
     lines = []
     for course in courses:
-        lines.append(f"{course.name}, seed {course.seed}: validation accuracy at seconds")
+        lines.append(f"{course.name}, seed {course.seed}: validation accuracy by seconds")
         lines += [f"  stage {epoch.stage}  {epoch.val_accuracy:.4f}  {epoch.seconds:8,.0f}" for epoch in course.epochs]
     reached = [seconds for course in ours if (seconds := course.seconds_to(plain.best)) is not None]
     when = plain.seconds_to(plain.best) or 0.0
-    lines.append(f"{plain.best:.4f}, the best of plain Keras, was there after {when:,.0f} s, and in ours")
+    lines.append(f"plain Keras reaches its best, {plain.best:.4f}, after {when:,.0f} s; cxr-dist reaches it after:")
     for course in ours:
         seconds = course.seconds_to(plain.best)
         when_reached = (
@@ -81,7 +81,7 @@ def table(courses: Sequence[Course]) -> list[str]:
         )
         lines.append(f"  seed {course.seed}: {when_reached}")
     if len(reached) == len(ours) > 1:
-        lines.append(f"  median of the seeds: {when / median(reached):.2f} times sooner")
+        lines.append(f"  median of the seeds: {when / median(reached):.2f} times faster")
     return lines
 
 

@@ -118,7 +118,9 @@ def python(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         subprocess.run([sys.executable, *arguments], env=environment, check=True, stdout=sys.stderr)  # noqa: S603
     except subprocess.CalledProcessError as error:
         if error.returncode == _USER_ERROR:
-            raise UserError("the benchmark ends here, as the command that it measures says above why") from None
+            raise UserError(
+                "the benchmark stopped, because the command that it measures failed; see its message above"
+            ) from None
         raise
 
 

@@ -105,10 +105,10 @@ class Cluster(Node):
     machines: int = Field(ge=1)
     devices_per_machine: int = Field(1, ge=1)
     relative_speed: Positive = Field(
-        description="of one of its devices, times the device that was measured; measure both with `cxr-dist bench step`"
+        description="Speed of a device, relative to the measured one; measure both with `cxr-dist bench step`."
     )
-    network_gigabits: Positive = Field(description="per second, into and out of one machine")
-    storage_gigabytes: Positive = Field(description="per second, that one machine reads with")
+    network_gigabits: Positive = Field(description="Network bandwidth of a machine per second, in each direction.")
+    storage_gigabytes: Positive = Field(description="Read bandwidth of a machine per second.")
     price_per_machine_hour: float = Field(0.0, ge=0)
     batch_per_device: int = Field(32, ge=1)
 

@@ -64,7 +64,7 @@ def measure(sizes: Sequence[int], arguments: Sequence[str], folder: Path) -> lis
 def table(sizes: Sequence[Size]) -> list[str]:
     """Lines for people."""
     least = sizes[0]
-    lines = ["   images  epoch s  times  ms an image  peak memory MB"]
+    lines = ["   images  epoch s  timesms per image  peak memory MB"]
     for size in sizes:
         times = size.epoch_seconds / least.epoch_seconds
         lines.append(

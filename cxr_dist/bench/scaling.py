@@ -103,20 +103,20 @@ def table(measured: Sequence[Measured], fitted: Sequence[Fitted]) -> list[str]:
     ]
     for row in fitted:
         model = row.model
-        bandwidth = f"{1e-6 / model.seconds_per_byte:,.0f} MB/s" if model.seconds_per_byte else "no cost seen"
+        bandwidth = f"{1e-6 / model.seconds_per_byte:,.0f} MB/s" if model.seconds_per_byte else "no measurable cost"
         lines.append(
-            f"stage {row.stage}: {model.fixed_seconds * 1e3:.0f} ms a step, {model.seconds_per_image * 1e3:.1f} ms "
-            f"an image, all-reduce of {model.gradient_bytes / 1e6:.1f} MB at {bandwidth}"
+            f"stage {row.stage}: {model.fixed_seconds * 1e3:.0f} ms per step, {model.seconds_per_image * 1e3:.1f} ms "
+            f"per image, all-reduce of {model.gradient_bytes / 1e6:.1f} MB at {bandwidth}"
         )
         if row.held_out_errors:
-            lines.append(f"  off by {max(map(abs, row.held_out_errors)):.0%} at most where a point was left out")
+            lines.append(f"  largest error at a held-out point: {max(map(abs, row.held_out_errors)):.0%}")
     return lines
 
 
 def prediction_table(cluster: Cluster, images: int, predicted: Sequence[tuple[int, Prediction]]) -> list[str]:
     """Lines for people: an epoch of `images` images on the cluster."""
     return [
-        f"{cluster.name}, an epoch of {images:,} images, predicted:",
+        f"{cluster.name}, prediction for an epoch of {images:,} images:",
         "stage  machines  replicas   images/s  hours    cost  limited by",
         *(
             f"{stage:5} {row.machines:9} {row.replicas:9} {row.images_per_second:10,.0f} {row.hours:6.2f} "

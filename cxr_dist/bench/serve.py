@@ -123,7 +123,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int) -> None:
     until = time.monotonic() + START_LIMIT_S
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise UserError("the benchmark ends here, as the service that it measures says above why")
+            raise UserError("the benchmark stopped, because the service that it measures failed; see its message above")
         connection = http.client.HTTPConnection(HOST, port, timeout=5)
         try:
             connection.request("GET", "/ready")

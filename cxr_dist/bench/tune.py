@@ -57,5 +57,5 @@ def table(measured: Comparison) -> list[str]:
         "                     seconds  best validation accuracy",
         f"one trial alone    {measured.alone_seconds:9.1f}  {measured.alone_accuracy:.4f}",
         f"{measured.trials:3} trials          {measured.search_seconds:9.1f}  {measured.best_accuracy:.4f}",
-        f"all trials take {measured.times:.2f} times as long as one that shares nothing",
+        f"all trials take {measured.times:.2f} times as long as one that shares no features",
     ]

@@ -8,88 +8,104 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cxr_dist.bench import common
-from cxr_dist.cli.options import RUN_HELP, Command, add_config_options, commands_of, count, positive
+from cxr_dist.cli.options import (
+    JSON_HELP,
+    RUN_HELP,
+    SET_HELP,
+    Command,
+    add_config_options,
+    commands_of,
+    count,
+    positive,
+)
 from cxr_dist.runs.loggers import ConsoleReporter
 from cxr_dist.tuning.experiment import best_run
 from tfrecords_builder.common.errors import UserError
 
 DATABASE_IMAGES = 21_165
 SERVED_PHANTOMS = 64
+ROUNDS_HELP = "number of rounds for the medians"
+PHANTOM_DATASET_HELP = "dataset to train on (default: one of phantoms, as large as the steps need)"
 
 
 def add_parsers(command: Command) -> None:
-    text = "measure this machine, each figure beside its baseline"
+    text = "measure the speed of this machine, each figure beside a baseline"
     benchmark = commands_of(command("bench", bench_build, text), "BENCHMARK")
 
     parser = benchmark(
-        "build", bench_build, "images/s of build, of bare decoding and of TensorFlow Datasets with Pillow"
+        "build", bench_build, "measure images/s of build, of bare decoding, and of TensorFlow Datasets with Pillow"
     )
     _add_images(parser)
-    _add_number(parser, "--rounds", 5, "rounds that the medians are over")
+    _add_number(parser, "--rounds", 5, ROUNDS_HELP)
 
     parser = benchmark(
-        "input", bench_input, "images/s that reach the step, beside Keras's image_dataset_from_directory"
+        "input", bench_input, "measure images/s of the input pipeline, and of Keras's image_dataset_from_directory"
     )
     _add_images(parser)
     _add_config(parser)
-    _add_number(parser, "--rounds", 5, "rounds that the medians are over")
+    _add_number(parser, "--rounds", 5, ROUNDS_HELP)
 
-    parser = benchmark("step", bench_step, "images/s of train against a bare compiled step")
-    _add_input(parser, "dataset", "DATASET", "a dataset (default: of phantoms, as large as the steps need)")
+    parser = benchmark("step", bench_step, "measure images/s of train, and of a bare compiled step")
+    _add_input(parser, "dataset", "DATASET", PHANTOM_DATASET_HELP)
     _add_config(parser)
-    _add_number(parser, "--rounds", 5, "epochs that the medians are over")
-    _add_number(parser, "--steps", 6, "steps of an epoch, on phantoms")
-
-    parser = benchmark("features", bench_features, "both stages beside plain Keras, with cached features and without")
-    _add_images(parser)
-    _add_config(parser)
-    _add_number(parser, "--steps", 6, "steps of an epoch in plain Keras and in stage 2")
+    _add_number(parser, "--rounds", 5, "number of epochs for the medians")
+    _add_number(parser, "--steps", 6, "number of steps per epoch on phantoms")
 
     parser = benchmark(
-        "accuracy", bench_accuracy, "how soon plain Keras's best validation accuracy is there; an hour and more"
+        "features", bench_features, "measure both stages with and without cached features, and in plain Keras"
+    )
+    _add_images(parser)
+    _add_config(parser)
+    _add_number(parser, "--steps", 6, "number of steps per epoch in plain Keras and in stage 2")
+
+    parser = benchmark(
+        "accuracy",
+        bench_accuracy,
+        "measure the time to the best validation accuracy of plain Keras; takes over an hour",
     )
     _add_images(parser)
     _add_config(parser)
     parser.add_argument(
-        "--seeds", type=count, nargs="+", default=[0], metavar="S", help="random seeds, one run each (default: 0)"
+        "--seeds", type=count, nargs="+", default=[0], metavar="S", help="random seeds of the runs (default: 0)"
     )
 
-    parser = benchmark("growth", bench_growth, "time and memory by the number of images")
-    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    parser = benchmark("growth", bench_growth, "measure time and memory by the number of images")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     _add_config(parser)
-    _add_numbers(parser, "--sizes", [1_000, 5_000, 20_000], "numbers of images")
+    _add_numbers(parser, "--sizes", [1_000, 5_000, 20_000], "numbers of images to measure")
 
-    parser = benchmark("tune", bench_tune, "a search of the head beside one trial that shares nothing")
-    _add_input(parser, "dataset", "DATASET", "a dataset (default: of phantoms)")
-    _add_number(parser, "--images", DATABASE_IMAGES, "phantoms for training")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a config key of all trials"
-    )
-    _add_number(parser, "--trials", 16, "trials of the search")
+    parser = benchmark("tune", bench_tune, "measure a search of the head, and one trial that shares no features")
+    _add_input(parser, "dataset", "DATASET", "dataset to train on (default: one of phantoms)")
+    _add_number(parser, "--images", DATABASE_IMAGES, "number of training images to draw as phantoms")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
+    _add_number(parser, "--trials", 16, "number of trials of the search")
     parser.add_argument(
         "--launcher",
         choices=["local", "ray"],
         default="local",
-        help="search in processes of this machine, or with Ray Tune (default: %(default)s)",
+        help="where trials run: in processes of this machine, or with Ray Tune (default: %(default)s)",
     )
 
-    parser = benchmark("scaling", bench_scaling, "images/s of several workers, and what a cluster would do")
-    _add_input(parser, "dataset", "DATASET", "a dataset (default: of phantoms, as large as the steps need)")
+    parser = benchmark("scaling", bench_scaling, "measure images/s of several workers, and predict those of a cluster")
+    _add_input(parser, "dataset", "DATASET", PHANTOM_DATASET_HELP)
     _add_config(parser)
-    _add_number(parser, "--steps", 6, "steps of an epoch at the largest batch, on phantoms")
-    _add_numbers(parser, "--workers", [1, 2], "numbers of workers")
-    _add_numbers(parser, "--batch-sizes", [32, 64], "numbers of images in a step, over all workers")
+    _add_number(parser, "--steps", 6, "number of steps per epoch at the largest batch, on phantoms")
+    _add_numbers(parser, "--workers", [1, 2], "numbers of workers to measure")
+    _add_numbers(parser, "--batch-sizes", [32, 64], "global batch sizes to measure")
     parser.add_argument(
-        "--cluster", type=Path, metavar="YAML", help="a cluster to predict an epoch for, as cluster/example.yaml"
+        "--cluster",
+        type=Path,
+        metavar="YAML",
+        help="file that describes the cluster to predict an epoch for, as cluster/example.yaml does",
     )
-    _add_number(parser, "--images", DATABASE_IMAGES, "images in the epoch that is predicted")
+    _add_number(parser, "--images", DATABASE_IMAGES, "number of images in the predicted epoch")
 
-    parser = benchmark("serve", bench_serve, "images/s of the HTTP service beside the bare model")
+    parser = benchmark("serve", bench_serve, "measure images/s of the HTTP service, and of the bare model")
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
-    _add_number(parser, "--max-batch", 16, "images in a step of the model")
-    _add_number(parser, "--rounds", 5, "rounds that the medians are over")
-    _add_number(parser, "--steps", 6, "full batches in a round")
-    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    _add_number(parser, "--max-batch", 16, "number of images in a batch")
+    _add_number(parser, "--rounds", 5, ROUNDS_HELP)
+    _add_number(parser, "--steps", 6, "number of full batches per round")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
 
     parser = benchmark("page", bench_page, "write a Markdown page from the JSON of benchmarks of one machine")
     parser.add_argument("results", type=Path, nargs="+", metavar="JSON", help="what a benchmark with --json printed")
@@ -110,16 +126,16 @@ def _add_numbers(parser: argparse.ArgumentParser, option: str, default: list[int
 def _add_input(parser: argparse.ArgumentParser, name: str, metavar: str, text: str) -> None:
     """What is measured on; and --json."""
     parser.add_argument(name, type=Path, nargs="?", metavar=metavar, help=text)
-    parser.add_argument("--json", action="store_true", help="print JSON with the figures of every round, for scripts")
+    parser.add_argument("--json", action="store_true", help="print JSON with the figures of every round for scripts")
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
-    _add_input(parser, "source", "SOURCE", "a folder of labelled images, as build takes it (default: phantoms)")
-    _add_number(parser, "--images", DATABASE_IMAGES, "phantoms to draw")
+    _add_input(parser, "source", "SOURCE", "folder of labelled images, as for build (default: phantoms)")
+    _add_number(parser, "--images", DATABASE_IMAGES, "number of phantoms to draw")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    add_config_options(parser, "a file, or the name of a preset (default: %(default)s)", Path("cpu"))
+    add_config_options(parser, "preset or path of a YAML file (default: %(default)s)", Path("cpu"))
 
 
 def bench_build(options: argparse.Namespace) -> None:
@@ -145,8 +161,8 @@ def bench_input(options: argparse.Namespace) -> None:
         size, first = common.IMAGE_SIZE, read_manifest(built.dataset).rows[0]
         if (first.width, first.height) != (size, size):
             raise UserError(
-                f"{built.source}: {first.path} has {first.width} x {first.height} pixels; give images of {size}, which "
-                "neither way of reading has to resize"
+                f"{built.source}: {first.path} has {first.width} x {first.height} pixels; give images of {size} pixels"
+                ", so that neither reader resizes them"
             )
         memory_bytes = int(config.input.memory_gb * 1e9)
         rates = reading.measure(built.source, built.dataset, config.global_batch_size, options.rounds, memory_bytes)
@@ -223,7 +239,7 @@ def bench_scaling(options: argparse.Namespace) -> None:
     from cxr_dist.bench import cost_model, scaling
 
     if len(options.workers) * len(options.batch_sizes) < 2:
-        raise UserError("--workers, --batch-sizes: one point makes no model; give several of either")
+        raise UserError("--workers, --batch-sizes: a cost model needs several points; give several of either")
     cluster = cost_model.read_cluster(options.cluster) if options.cluster else None
     recipe = common.Recipe.load(options.config, options.overrides)
     with _work_folder() as work:

@@ -20,47 +20,57 @@ if TYPE_CHECKING:
 
 def add_parsers(command: Command) -> None:
     synth_parser = command("synth", synth, "draw phantom X-rays of the four classes, with lung masks")
-    synth_parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder for the images")
+    synth_parser.add_argument("folder", type=Path, metavar="DIR", help="new folder for the images")
     synth_parser.add_argument(
-        "--per-class", type=int, default=250, metavar="N", help="images of each class (default: %(default)s)"
+        "--per-class", type=int, default=250, metavar="N", help="number of images per class (default: %(default)s)"
     )
     synth_parser.add_argument(
-        "--size", type=int, default=299, metavar="PX", help="width and height of an image (default: %(default)s)"
+        "--size",
+        type=int,
+        default=299,
+        metavar="PX",
+        help="width and height of an image in pixels (default: %(default)s)",
     )
     synth_parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="random seed of what is drawn (default: %(default)s)"
+        "--seed", type=int, default=0, metavar="S", help="random seed of the phantoms (default: %(default)s)"
     )
     synth_parser.add_argument(
         "--workers", type=positive, metavar="N", help="number of processes (default: one per core)"
     )
 
-    download_parser = command("download", download, "fetch the COVID-19 Radiography Database from Kaggle, 0.8 GB")
-    download_parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder for the images")
+    download_parser = command("download", download, "download the COVID-19 Radiography Database from Kaggle (0.8 GB)")
+    download_parser.add_argument("folder", type=Path, metavar="DIR", help="new folder for the images")
 
-    _add_build(command("build", build, "labelled image files -> a verified dataset of TFRecord shards"))
-    add_dataset(command("verify", verify, "read a dataset back: every record, checksum and count"))
+    _add_build(command("build", build, "build a verified dataset of TFRecord shards from labelled images"))
+    add_dataset(command("verify", verify, "check every record, checksum and count of a dataset"))
     eda_parser = command(
-        "eda", eda, "explore a dataset: counts, pictures, duplicates, and what could mislead a network"
+        "eda", eda, "analyse a dataset: counts, image statistics, near-duplicates and possible shortcuts"
     )
     add_dataset(eda_parser)
     eda_parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="a new folder, or an earlier analysis"
+        "--out", type=Path, required=True, metavar="DIR", help="new folder, or that of an earlier analysis"
     )
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help="a folder of <Class>/images/*.png or <Class>/*.png (or .jpg)"
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="folder of labelled images: <Class>/images/*.png or <Class>/*.png (or .jpg)",
     )
     parser.add_argument(
-        "dataset", type=parse_place, metavar="DATASET", help="a new folder, or an address: s3://bucket/name, gs://..."
+        "dataset",
+        type=parse_place,
+        metavar="DATASET",
+        help="new folder of the dataset, or its address (s3://... or gs://...)",
     )
     parser.add_argument(
         "--image-size",
         type=int,
         default=224,
         metavar="PX",
-        help="width and height of a stored image (default: %(default)s)",
+        help="width and height of a stored image in pixels (default: %(default)s)",
     )
     parser.add_argument(
         "--encoding",
@@ -77,36 +87,38 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--split",
         choices=["leak-free", "published"],
         default="leak-free",
-        help="how to divide each class 70/15/15; leak-free keeps near-duplicates and patients together, published goes "
-        "image by image (default: %(default)s)",
+        help="rule of the 70/15/15 split: leak-free keeps near-duplicates and patients together, published "
+        "does not (default: %(default)s)",
     )
     rule.add_argument(
-        "--split-file", type=Path, metavar="CSV", help="take the split from a table with the columns path and split"
+        "--split-file",
+        type=Path,
+        metavar="CSV",
+        help="table of the split, with the columns path and split",
     )
     parser.add_argument(
         "--conflicts",
         choices=["exclude", "keep"],
-        help="what to do with near-duplicates in several classes (default: exclude; keep with --split published)",
+        help="treatment of near-duplicates in several classes (default: exclude; with --split published, keep)",
     )
     parser.add_argument(
         "--masks",
         choices=["read", "ignore"],
         default="read",
-        help="store lung masks, where <Class>/masks has them, or not (default: %(default)s)",
+        help="treatment of lung masks in <Class>/masks: read stores them (default: %(default)s)",
     )
     parser.add_argument(
         "--launcher",
         choices=["local", "ray"],
         default="local",
-        help="decode in processes of this machine, or in tasks of a Ray cluster (default: %(default)s)",
+        help="where images are decoded: on this machine or a Ray cluster (default: %(default)s)",
     )
     parser.add_argument("--address", metavar="ADDRESS", help=ADDRESS_HELP)
     parser.add_argument(
         "--on-error",
         choices=["stop", "skip"],
         default="stop",
-        help="at a damaged file, or a class that would lose over 1 %% of its pictures: stop, or leave it out "
-        "(default: %(default)s)",
+        help="reaction to corrupt files, or to a class that would lose over 1 %% of its images (default: %(default)s)",
     )
 
 
@@ -129,7 +141,7 @@ def download(options: argparse.Namespace) -> None:
     from tfrecords_builder.collection.download import IMAGES, download_database
 
     fetched = download_database(options.folder)
-    print(f"{options.folder}: {sum(IMAGES.values()):,} images" + ("" if fetched else "; they were there already"))
+    print(f"{options.folder}: {sum(IMAGES.values()):,} images" + ("" if fetched else " (downloaded earlier)"))
 
 
 def build(options: argparse.Namespace) -> None:
@@ -156,7 +168,7 @@ def build(options: argparse.Namespace) -> None:
         )
     manifest = summary.manifest
     for change in summary.changes:
-        print(f"built anew: {change}")
+        print(f"rebuilt: {change}")
     for path, reason in [*manifest.rejected, *manifest.excluded]:
         print(f"left out: {path}: {reason}")
     for line in not_taken_lines(manifest.not_taken):
@@ -171,7 +183,7 @@ def build(options: argparse.Namespace) -> None:
     print("\n".join(_group_lines(manifest)))
     left_out = len(manifest.rejected) + len(manifest.excluded)
     if summary.reused:
-        print(f"{options.dataset}: was complete already")
+        print(f"{options.dataset}: is already complete")
         return
     print(
         f"{options.dataset}: {len(manifest.shards)} shards in {summary.seconds:.1f} s "
@@ -181,7 +193,7 @@ def build(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _output_folder(options: argparse.Namespace) -> Iterator[Path]:
-    """Where a build writes: the folder that was given, or a local one that goes up at the end."""
+    """Where a build writes: the given folder, or a local one that is uploaded at the end."""
     from tfrecords_builder.collection.find import list_source
     from tfrecords_builder.remote import staged_output
 
@@ -196,14 +208,14 @@ def _output_folder(options: argparse.Namespace) -> Iterator[Path]:
 
 @contextmanager
 def _builders(options: argparse.Namespace) -> "Iterator[Workers | None]":
-    """Where a build's work is done; None for processes of this machine."""
+    """The workers of a build; None for processes of this machine."""
     if options.launcher == "local":
         if options.address:
-            raise UserError("--address: is for --launcher ray; leave one out")
+            raise UserError("--address: needs --launcher ray; add it, or leave --address out")
         yield None
         return
     if options.workers is not None:
-        raise UserError("--workers: with --launcher ray the cluster decides; leave it out")
+        raise UserError("--workers: does not apply to --launcher ray, where the cluster decides; leave it out")
     from cxr_dist.launch.ray_connection import connected
     from cxr_dist.launch.ray_pool import RayPool
 
@@ -239,7 +251,8 @@ def verify(options: argparse.Namespace) -> None:
     with local_dataset(options.dataset) as dataset, progress_bar("verify") as progress:
         summary = verify_dataset(dataset, progress)
     print(
-        f"{options.dataset}: {summary.records:,} records in {summary.shards} shards, {summary.bytes:,} bytes: all whole"
+        f"{options.dataset}: {summary.records:,} records in {summary.shards} shards, {summary.bytes:,} bytes, "
+        "no damage found"
     )
 
 
@@ -262,10 +275,11 @@ def eda(options: argparse.Namespace) -> None:
         f"{duplicates['groups']:,} groups, {duplicates['straddling_splits']:,} of them in more than one split"
     )
     left_out = numbers["left_out"]
-    print(f"{left_out['rejected']['images']:,} files rejected, {left_out['excluded']['images']:,} excluded")
+    rejected, excluded = (left_out[status]["images"] for status in ("rejected", "excluded"))
+    print(f"{rejected:,} files were rejected and {excluded:,} excluded")
     folder = numbers["source_folder"]
     others = folder["files"] - folder["images"] - folder["masks"]
     print(f"{others:,} of {folder['files']:,} files of the source folder are neither image nor mask")
     for text in numbers["warnings"]:
         print(f"warning: {text}")
-    print(f"page: {options.out / PAGE}")
+    print(f"report: {options.out / PAGE}")

@@ -1,6 +1,6 @@
-"""What this machine or cluster can run, and what is missing: a list of findings, each with the fix.
+"""The command `doctor`: a list of findings about this machine or a cluster, each with its fix.
 
-Everything is looked at where it is used: devices through TensorFlow, room for workers through the plan of `train`.
+Each check uses what training uses: TensorFlow for devices, the placement plan of `train` for workers.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cxr_dist.cli.options import Command
+from cxr_dist.cli.options import JSON_HELP, Command
 from cxr_dist.launch.placement import Node, plan_workers
 from cxr_dist.runs import versions
 from tfrecords_builder.common.errors import UserError, one_line
@@ -28,30 +28,32 @@ from tfrecords_builder.common.pool import default_workers
 
 GIB = 1 << 30
 LEAST_MEMORY_GIB, LEAST_DISK_GIB, LEAST_SHARED_GIB = 4.0, 5.0, 0.5
-"""Below these, what most runs need is not there: a process with TensorFlow and ResNet50 at batch 32 takes 3 GiB, a
-dataset of the whole database with its features 2, and Ray's object store wants shared memory."""
+"""Below these, most runs lack resources: a process with TensorFlow and ResNet50 at batch 32 takes 3 GiB, a dataset of
+the whole database with its features 2, and Ray's object store needs shared memory."""
 
 State = Literal["ok", "note", "missing"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     state: State
-    """note: something works less well, or is not installed and not needed by everybody; missing: training fails."""
+    """note: something optional is missing or limited; missing: training fails."""
     message: str
 
 
 def add_parsers(command: Command) -> None:
-    parser = command("doctor", doctor, "what this machine or a cluster can run, and what is missing")
-    parser.add_argument("--address", metavar="ADDRESS", help="a Ray cluster to look at, in place of this machine")
-    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    parser = command("doctor", doctor, "check what this machine or a cluster can run, and list what is missing")
+    parser.add_argument(
+        "--address", metavar="ADDRESS", help="address of a Ray cluster to check instead of this machine"
+    )
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
 
 
 def doctor(options: argparse.Namespace) -> None:
-    """What this machine can run, or a cluster; exit status 1 when something that training needs is missing."""
+    """Print the findings; exit status 1 when something that training needs is missing."""
     if options.address:
         from cxr_dist.launch.placement import cluster_nodes
         from cxr_dist.launch.ray_connection import connected
@@ -69,12 +71,12 @@ def doctor(options: argparse.Namespace) -> None:
 
 
 def examine_machine() -> list[Finding]:
-    """Of this machine and this Python environment."""
+    """Findings about this machine and this Python environment."""
     return [*_environment(), *_hardware(), *_devices(), *_extras()]
 
 
 def examine_cluster(nodes: Sequence[Node]) -> list[Finding]:
-    """Of the machines of a Ray cluster: what there is, and what `train` would place on it by default."""
+    """Findings about a Ray cluster: its machines, and the default placement of `train`."""
     machines_text = ", ".join(f"{node.cpus:g} CPU + {node.gpus:g} GPU" for node in nodes) or "none"
     machines = Finding("machines", "ok" if nodes else "missing", machines_text)
     try:
@@ -88,13 +90,13 @@ def examine_cluster(nodes: Sequence[Node]) -> list[Finding]:
 
 
 def table(findings: Sequence[Finding]) -> list[str]:
-    """Lines for people."""
+    """The findings as lines of text."""
     width = max(len(finding.what) for finding in findings)
     return [f"{finding.state:8}{finding.what:{width}}  {finding.message}" for finding in findings]
 
 
 def extras_of(requirements: Sequence[str]) -> dict[str, list[str]]:
-    """By extra but `test`, the distributions that it asks for with their own extras, of a distribution's `requires`."""
+    """The requirements of each extra but `test`, of a distribution's `requires`."""
     by_extra: dict[str, list[str]] = {}
     for text in requirements:
         requirement = Requirement(text)
@@ -108,7 +110,7 @@ def extras_of(requirements: Sequence[str]) -> dict[str, list[str]]:
 def _environment() -> list[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     fits = (3, 11) <= sys.version_info[:2] <= (3, 13)
-    fix = "" if fits else "; TensorFlow has no wheels for it: take 3.11, 3.12 or 3.13"
+    fix = "" if fits else "; TensorFlow has no wheels for it: use Python 3.11, 3.12 or 3.13"
     findings = [Finding("Python", "ok" if fits else "missing", f"{version}{fix}")]
     declared = versions.declared()
     shown = ("tensorflow", "keras", "ray", "optuna", "pyarrow")
@@ -124,15 +126,15 @@ def _package(name: str, wanted: SpecifierSet) -> Finding:
     if version == versions.NOT_INSTALLED:
         return Finding(name, "missing", f"{version}: {fix}")
     if not wanted.contains(version, prereleases=True):
-        return Finding(name, "note", f"{version}, and this program supports {wanted}: {fix}")
+        return Finding(name, "note", f"{version}, but {wanted} is supported: {fix}")
     return Finding(name, "ok", version)
 
 
 def _hardware() -> list[Finding]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     findings = [
-        Finding("cores", "ok", f"{default_workers()} that this process may use"),
-        _amount("memory", memory, LEAST_MEMORY_GIB, "training at 224 pixels takes 3 GiB and more"),
+        Finding("cores", "ok", f"{default_workers()} available to this process"),
+        _amount("memory", memory, LEAST_MEMORY_GIB, "training at 224 pixels needs at least 3 GiB"),
     ]
     for what, folder, least in (
         ("disk here", Path.cwd(), LEAST_DISK_GIB),
@@ -142,7 +144,7 @@ def _hardware() -> list[Finding]:
         if not folder.is_dir():
             continue
         free = shutil.disk_usage(folder).free / GIB
-        why = "Ray's object store would use the disk" if what == "shared memory" else "builds and runs may not fit"
+        why = "Ray's object store will use the disk" if what == "shared memory" else "builds and runs may not fit"
         findings.append(_amount(f"{what}, free", free, least, f"{folder}: {why}"))
     return findings
 
@@ -161,8 +163,8 @@ def _devices() -> list[Finding]:
 
     topology = prepare_devices(None)
     if topology.kind == "CPU" and list(Path("/dev").glob("nvidia[0-9]*")):
-        fix = 'pip install -c constraints.txt -e ".[gpu]", and look at nvidia-smi'
-        findings = [Finding("devices", "missing", f"TensorFlow sees none of the NVIDIA GPUs: {fix}")]
+        fix = 'pip install -c constraints.txt -e ".[gpu]", and check nvidia-smi'
+        findings = [Finding("devices", "missing", f"TensorFlow does not find the NVIDIA GPUs: {fix}")]
     else:
         findings = [Finding("devices", "ok", ", ".join(topology.devices))]
     precision = resolve_precision("auto", topology.kind)
@@ -174,7 +176,7 @@ def _extras() -> list[Finding]:
     findings = []
     for extra, packages in sorted(extras_of(_requirements()).items()):
         absent = [package for package in packages if not _is_installed(package)]
-        fix = f'without {", ".join(absent)}: pip install -c constraints.txt -e ".[{extra}]" for what needs it'
+        fix = f'optional, without {", ".join(absent)}: pip install -c constraints.txt -e ".[{extra}]"'
         findings.append(Finding(f"extra {extra}", "note" if absent else "ok", fix if absent else "installed"))
     return findings
 

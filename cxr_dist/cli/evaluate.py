@@ -1,4 +1,4 @@
-"""The commands that judge: `evaluate`, `calibrate` and `compare`."""
+"""The commands `evaluate`, `calibrate` and `compare`."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxr_dist.cli.options import DEVICES_HELP, RUN_HELP, Command, count, positive
+from cxr_dist.cli.options import DEVICES_HELP, JSON_HELP, RUN_HELP, Command, count, positive
 from cxr_dist.runs.loggers import progress_bar
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.remote import parse_place
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 RISK_HELP = (
-    "target share of wrong answers among those that are given; sets the probability below which the model abstains. "
-    "That is chosen on the validation images, which chose the model too, so it is no guarantee "
+    "target error rate of the predictions; sets the probability below which the model abstains, on validation images "
 )
 
 
@@ -27,44 +26,47 @@ def add_parsers(command: Command) -> None:
     parser = command(
         "evaluate",
         evaluate,
-        "metrics with intervals, predictions, figures and report of a run, or of a search's best trial",
+        "compute metrics with confidence intervals, predictions, figures and a report",
     )
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an earlier evaluation")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new folder, or that of an earlier evaluation"
+    )
     images = parser.add_mutually_exclusive_group()
     images.add_argument(
         "--split",
         choices=["train", "validation", "test"],
         default="test",
-        help="the images of this split of the dataset (default: %(default)s)",
+        help="split of the dataset to evaluate (default: %(default)s)",
     )
-    images.add_argument("--images", type=Path, metavar="FOLDER", help="labelled images that are not in the dataset")
+    images.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="folder of labelled images to evaluate instead of a split"
+    )
     parser.add_argument(
         "--dataset",
         type=parse_place,
         metavar="DATASET",
-        help="a dataset (default: the one that the run was trained on)",
+        help="dataset to evaluate (default: the run's)",
     )
     parser.add_argument("--devices", type=positive, metavar="M", help=DEVICES_HELP)
     parser.add_argument(
         "--risk",
         type=float,
         metavar="SHARE",
-        help=RISK_HELP + "(for this report alone; default: that of the run's calibration, else 0.05)",
+        help=RISK_HELP + "(default: that of the run's calibration, else 0.05)",
     )
     parser.add_argument(
         "--examine",
         type=count,
         default=128,
         metavar="N",
-        help="number of images to run the checks of attention, lungs and robustness on, about 30 forward passes each; "
-        "0 for none (default: %(default)s)",
+        help="number of images for the checks of attention, shortcuts and robustness (default: %(default)s)",
     )
 
     parser = command(
         "calibrate",
         calibrate,
-        "fit on the validation images how sure a run is, and when it abstains; predict, serve and export obey",
+        "fit temperature and abstention threshold on validation images, for predict, serve and export",
     )
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
     parser.add_argument("--risk", type=float, default=0.05, metavar="SHARE", help=RISK_HELP + "(default: %(default)s)")
@@ -72,17 +74,20 @@ def add_parsers(command: Command) -> None:
         "--dataset",
         type=parse_place,
         metavar="DATASET",
-        help="the new place of the dataset that the run was trained on (default: its place then)",
+        help="new location of the run's dataset (default: its location at training)",
     )
     parser.add_argument("--devices", type=positive, metavar="M", help=DEVICES_HELP)
 
-    parser = command("compare", compare, "two runs on the same test images, with intervals")
+    parser = command("compare", compare, "compare two runs on the same test images, with confidence intervals")
     for name in ("first", "second"):
         parser.add_argument(
-            name, type=Path, metavar="RUN", help="a run, a search, or an evaluation of one, which saves predicting"
+            name,
+            type=Path,
+            metavar="RUN",
+            help="folder of a run, of a search, or of an evaluation (its predictions are reused)",
         )
     parser.add_argument("--devices", type=positive, metavar="M", help=DEVICES_HELP)
-    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -110,7 +115,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def _check_risk(risk: float | None) -> None:
     if risk is not None and not 0 < risk < 1:
-        raise UserError(f"--risk {risk}: is a share of wrong answers; give a number between 0 and 1")
+        raise UserError(f"--risk {risk}: expected an error rate between 0 and 1, such as 0.05")
 
 
 def calibrate(options: argparse.Namespace) -> None:
@@ -128,19 +133,19 @@ def calibrate(options: argparse.Namespace) -> None:
 
 
 def print_calibration(path: Path, fitted: Mapping[str, Any], replaced: bool = False) -> None:
-    """What a calibration found, and how far it holds, for people."""
+    """The result of a calibration and its limits, as text."""
     threshold = fitted["abstain_threshold"]
-    answers = "no answer is given" if threshold is None else f"answers are given from a probability of {threshold:.3f}"
+    abstains = "always abstains" if threshold is None else f"abstains below a probability of {threshold:.3f}"
     print(
-        f"{path}: temperature {fitted['temperature']:.3f}; {answers}, for at most {fitted['target_risk']:.1%} wrong "
-        f"answers; fitted on {fitted['images']:,} validation images"
-        + ("; it replaces an earlier calibration" if replaced else "")
-        + "\nthe validation images also chose the model: on new images more answers may be wrong"
+        f"{path}: temperature {fitted['temperature']:.3f}; the model {abstains}, for a target error rate of "
+        f"{fitted['target_risk']:.1%}; fitted on {fitted['images']:,} validation images"
+        + ("; replaces an earlier calibration" if replaced else "")
+        + "\nnote: the validation images also selected the model, so the error rate on new images may be higher"
     )
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Both on the same images; what is not evaluated yet is predicted here, and nothing is written."""
+    """Compare two runs on the same images; runs without an evaluation are predicted here, and nothing is written."""
     from cxr_dist.evaluation.compare import check_same_images, compare as compare_predictions
 
     folders = (options.first, options.second)
@@ -156,7 +161,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
-    """The table of an evaluation, for people, and what must be known of it."""
+    """The table of an evaluation, with its notes and warnings."""
     from cxr_dist.evaluation.page_text import missing_words, seen_warning, seen_words
 
     width = max(len(name) for name in [*metrics["per_class"], "class"])
@@ -168,17 +173,17 @@ def print_metrics(metrics: dict[str, Any]) -> None:
         print(f"{name:{width}} {precision:>9} {recall:>7} {f1:>7} {row['support']:7,}")
     intervals, patients = metrics["uncertainty"]["intervals"], metrics["uncertainty"]["patients"]
 
-    def told(name: str) -> str:
+    def shown(name: str) -> str:
         if metrics[name] is None:
             return "undefined"
         low, high = intervals[name]
         return f"{metrics[name]:.4f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
 
     print(
-        f"accuracy {told('accuracy')}, macro F1 {told('f1_macro')}, AUC {told('auc_macro_ovr')}, "
-        f"cosine similarity {told('cosine_similarity')}, {metrics['n']:,} images"
+        f"accuracy {shown('accuracy')}, macro F1 {shown('f1_macro')}, AUC {shown('auc_macro_ovr')}, "
+        f"cosine similarity {shown('cosine_similarity')}, {metrics['n']:,} images"
         + (f" of {patients:,} patients" if patients else "")
-        + " (95% intervals)"
+        + " (95% confidence intervals)"
     )
     unknown = seen_words(metrics) if metrics["seen"] is None else None
     for note in (missing_words(metrics), unknown, metrics["calibration_note"]):
@@ -189,8 +194,8 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 
 
 def print_comparison(result: dict[str, Any]) -> None:
-    """The table of a comparison, for people."""
-    print(f"{'':24} {'first':>8} {'second':>8} {'second - first':>15}   {result['level']:.0%} interval")
+    """The table of a comparison."""
+    print(f"{'':24} {'first':>8} {'second':>8} {'second - first':>15}   {result['level']:.0%} confidence interval")
     for name, row in result["metrics"].items():
         if row["difference"] is None:
             print(f"{name:24} undefined")
@@ -201,9 +206,9 @@ def print_comparison(result: dict[str, Any]) -> None:
         )
     table = result["mcnemar"]
     print(
-        f"{result['n']:,} images in {result['units']:,} {result['unit']}s; * the interval leaves out 0\n"
-        f"{table['only_first_right']} right by the first alone, {table['only_second_right']} by the second alone "
-        f"(McNemar's exact test: p = {table['p_value']:.3g})"
+        f"{result['n']:,} images in {result['units']:,} {result['unit']}s; * the interval excludes 0\n"
+        f"{table['only_first_right']} images are correct in the first only, {table['only_second_right']} in the second "
+        f"only (McNemar's exact test: p = {table['p_value']:.3g})"
     )
 
 
@@ -239,16 +244,16 @@ def _evaluated(folder: Path) -> "Predictions | None":
     from cxr_dist.evaluation.report import METRICS, PREDICTIONS
 
     if not folder.exists():
-        raise UserError(f"{folder}: no such folder; give a run, a search, or an evaluation of one")
+        raise UserError(f"{folder}: no such folder; give the folder of a run, a search or an evaluation")
     if not (folder / PREDICTIONS).is_file():
         return None
     if not (folder / METRICS).is_file():
-        raise UserError(f"{folder}: the evaluation is not complete; evaluate again")
+        raise UserError(f"{folder}: the evaluation is not complete; run cxr-dist evaluate again")
     return read_predictions(folder / PREDICTIONS)
 
 
 def _warn_of_seen(folder: Path) -> None:
-    """Where an evaluation says that its model has seen some of the images."""
+    """Warn where, by its evaluation, the model has seen some of the images."""
     from cxr_dist.evaluation.report import METRICS
 
     path = folder / METRICS
@@ -258,6 +263,6 @@ def _warn_of_seen(folder: Path) -> None:
         seen = json.loads(path.read_text(encoding="utf-8"))["seen"]
         share = seen["share"] if seen else 0.0
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); evaluate again") from None
+        raise UserError(f"{path}: is damaged ({error}); run cxr-dist evaluate again") from None
     if share:
         print(f"warning: {folder}: its model has seen {share:.1%} of these images", file=sys.stderr)

@@ -15,40 +15,49 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def add_parsers(command: Command) -> None:
-    parser = command("predict", predict, "what a model sees in images that nobody has labelled")
+    parser = command("predict", predict, "classify images that have no label")
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
     parser.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files, or folders that hold such"
+        "images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files, or folders of them"
     )
-    parser.add_argument("--json", action="store_true", help="print a JSON object on each line, for scripts")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line for scripts")
     parser.add_argument(
-        "--overlay", type=Path, metavar="FOLDER", help="write each image there with the network's attention over it"
+        "--overlay",
+        type=Path,
+        metavar="FOLDER",
+        help="write each image with a Grad-CAM heat map over it into this folder",
     )
     parser.add_argument(
-        "--workers", type=positive, metavar="N", help="number of threads that decode (default: one per core)"
+        "--workers", type=positive, metavar="N", help="number of decoding threads (default: one per core)"
     )
 
-    parser = command("export", export, "a model as a file for other programs: pixels in, probabilities out")
+    parser = command("export", export, "write the model as a file for other programs: pixels in, probabilities out")
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
-    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder, or an earlier export")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or that of an earlier export")
     parser.add_argument(
-        "--format", choices=["savedmodel", "onnx"], default="savedmodel", help="file format (default: %(default)s)"
+        "--format",
+        choices=["savedmodel", "onnx"],
+        default="savedmodel",
+        help="file format of the model (default: %(default)s)",
     )
 
-    parser = command("serve", serve, "a model behind HTTP: an image in, a class and probabilities out")
+    parser = command("serve", serve, "serve the model over HTTP: an image in, a class and probabilities out")
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine alone)"
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default: %(default)s, this machine only)",
     )
     parser.add_argument(
         "--port", type=positive, default=8000, metavar="N", help="port to listen on (default: %(default)s)"
     )
     for option, default, metavar, text in (
-        ("--max-batch", 16, "B", "largest number of images in one step of the model"),
-        ("--batch-wait-ms", 10, "MS", "time that the first image of a batch waits for others"),
-        ("--max-body-mb", 64, "MB", "largest size of a request's body; a larger one gets status 413"),
-        ("--max-waiting", 64, "N", "largest number of requests at a time; one more gets status 503"),
-        ("--timeout", 60, "S", "longest time for an answer; a later one becomes status 504"),
+        ("--max-batch", 16, "B", "largest number of images in a batch"),
+        ("--batch-wait-ms", 10, "MS", "longest wait of a batch's first image for others, in milliseconds"),
+        ("--max-body-mb", 64, "MB", "largest request body in mebibytes; beyond it, status 413"),
+        ("--max-waiting", 64, "N", "largest number of concurrent requests; beyond it, status 503"),
+        ("--timeout", 60, "S", "time limit of a request in seconds; beyond it, status 504"),
     ):
         parser.add_argument(
             option, type=positive, default=default, metavar=metavar, help=f"{text} (default: %(default)s)"
@@ -56,7 +65,7 @@ def add_parsers(command: Command) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """A line for each image; exit status 1 when one of them could not be read."""
+    """Print a line for each image; exit status 1 when one of them could not be read."""
     from cxr_dist.data.image_files import find_inputs
     from cxr_dist.inference.classifier import load_classifier
     from cxr_dist.inference.predict import Overlays, predict_files, table_head, table_line
@@ -80,7 +89,7 @@ def predict(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """The model as a file for other programs, checked against the run."""
+    """Write the model for other programs, checked against the run."""
     from cxr_dist.inference.export import CHECKED_IMAGES, export_run
     from cxr_dist.tuning.experiment import best_run
 
@@ -89,13 +98,13 @@ def export(options: argparse.Namespace) -> None:
     _warn_if_not_calibrated(run)
     print(
         f"{options.out / metadata['model']}: uint8 {metadata['input']['shape']} -> {len(metadata['class_names'])} "
-        f"probabilities; differs from the run by {metadata['largest_difference']:.1g} at most, on "
+        f"probabilities; they differ from the run's by at most {metadata['largest_difference']:.1g} on "
         f"{CHECKED_IMAGES} images"
     )
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Answers until Ctrl-C or SIGTERM."""
+    """Serve until Ctrl-C or SIGTERM."""
     from cxr_dist.serving.limits import Limits
     from cxr_dist.serving.service import serving
     from cxr_dist.tuning.experiment import best_run
@@ -109,8 +118,8 @@ def serve(options: argparse.Namespace) -> None:
     )
     if options.host not in LOOPBACK:
         print(
-            f"warning: --host {options.host}: whoever reaches this machine may ask; nobody is asked who they are, and "
-            "nothing is encrypted",
+            f"warning: --host {options.host}: anyone who can reach this machine can send requests; there is no "
+            "authentication and no encryption",
             file=sys.stderr,
         )
     run = best_run(options.run)
@@ -120,9 +129,9 @@ def serve(options: argparse.Namespace) -> None:
         serving(run, options.host, options.port, limits, verbose=options.verbose) as address,
     ):
         ended = _asked_to_end()  # now, as Ray has handlers of its own when it starts
-        print(f"{address}: answers POST /predict; {address}/docs says more; Ctrl-C ends it", flush=True)
+        print(f"{address}: serves POST /predict; see {address}/docs; Ctrl-C stops it", flush=True)
         ended.wait()
-        print("ending", file=sys.stderr)
+        print("stopping", file=sys.stderr)
 
 
 def _warn_if_not_calibrated(run: Path) -> None:
@@ -130,8 +139,8 @@ def _warn_if_not_calibrated(run: Path) -> None:
 
     if not (run / CALIBRATION).exists():
         print(
-            f"warning: {run}: is not calibrated: the probabilities are the network's own, and it never abstains; "
-            f"`cxr-dist calibrate {run}` changes that",
+            f"warning: {run}: is not calibrated, so the probabilities are uncalibrated and the model never abstains; "
+            f"run cxr-dist calibrate {run}",
             file=sys.stderr,
         )
 

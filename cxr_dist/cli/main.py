@@ -1,6 +1,6 @@
 """`cxr-dist`: the command line. TensorFlow, Ray and matplotlib are imported by the commands that need them.
 
-Exit status: 0 done; 2 something the user can mend, said in one line that begins with `error: `; 130 interrupted by
+Exit status: 0 done; 2 something the user can fix, said in one line that begins with `error: `; 130 interrupted by
 Ctrl-C; 141 nobody reads the output; 143 stopped on request; 1 anything else.
 """
 
@@ -21,11 +21,11 @@ from tfrecords_builder.common.files import disk_error
 
 def build_parser() -> Parser:
     """The whole command line: each module declares its commands beside the functions that they run."""
-    parser = Parser(
-        prog="cxr-dist", description="Train and evaluate chest X-ray classifiers, on a laptop or a cluster."
+    parser = Parser(prog="cxr-dist", description="Train and evaluate chest X-ray classifiers on a laptop or a cluster.")
+    parser.add_argument(
+        "--version", action="version", version=f"cxr-dist {version_of(DISTRIBUTION)}", help="print the version and exit"
     )
-    parser.add_argument("--version", action="version", version=f"cxr-dist {version_of(DISTRIBUTION)}")
-    parser.add_argument("--verbose", action="store_true", help="show TensorFlow's and Ray's own messages")
+    parser.add_argument("--verbose", action="store_true", help="show messages of TensorFlow and Ray")
     parser.set_defaults(check_command=parser.parse_args)  # for commands that run commands
     command = commands_of(parser, "COMMAND")
     for module in (train, dataset, tune, evaluate, doctor, inference, bench, jobs, dashboards):

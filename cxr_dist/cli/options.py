@@ -9,10 +9,12 @@ from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.remote import parse_place
 
 Command = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
-"""Adds a command: name, what it runs, and a sentence about it."""
-ADDRESS_HELP = "address of a running Ray cluster (default: $RAY_ADDRESS, or a cluster of its own on this machine)"
-RUN_HELP = "the folder of a finished run, or of a search, whose best trial is taken"
+"""Adds a command: name, its function, and a sentence about it."""
+ADDRESS_HELP = "address of a running Ray cluster (default: $RAY_ADDRESS, else a new cluster on this machine)"
+RUN_HELP = "folder of a finished run, or of a search (its best trial is used)"
 DEVICES_HELP = "number of GPUs, or of logical CPUs without one (default: all GPUs, or one CPU)"
+SET_HELP = "value of one config key, such as stages.1.epochs=5; may be repeated"
+JSON_HELP = "print JSON for scripts"
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +61,7 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
         "dataset",
         type=parse_place,
         metavar="DATASET",
-        help="a folder that build made, or its address (s3://bucket/name, gs://...)",
+        help="folder of a dataset that build made, or its address (s3://... or gs://...)",
     )
 
 
@@ -72,7 +74,7 @@ def add_config_options(parser: argparse.ArgumentParser, config_help: str, defaul
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="one config key, e.g. stages.1.epochs=5; may be given several times",
+        help=SET_HELP,
     )
 
 
@@ -86,19 +88,18 @@ def add_launch_options(parser: argparse.ArgumentParser, what: str) -> None:
         "--launcher",
         choices=["ray", "local"],
         default="ray",
-        help="train with Ray, or in processes of this machine without Ray (default: %(default)s)",
+        help="launcher of the workers: Ray, or processes of this machine (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
         type=_worker_range,
         metavar="N|MIN:MAX",
-        help=f"worker processes of {what} (default: from the cluster); with MIN:MAX as many as there is room for, "
-        "chosen anew whenever some are lost: the global batch, and so the learning rate, stay the same",
+        help=f"number of workers of {what} (default: from the cluster); MIN:MAX adapts to lost workers",
     )
     parser.add_argument(
         "--devices-per-worker",
         type=positive,
         metavar="M",
-        help="GPUs of each worker, or logical CPUs of a single one (default: from the cluster)",
+        help="number of GPUs of each worker, or of logical CPUs of a single worker (default: from the cluster)",
     )
     parser.add_argument("--address", metavar="ADDRESS", help=ADDRESS_HELP)

@@ -8,18 +8,27 @@ from pathlib import Path
 
 from cxr_dist.cli.evaluate import print_metrics
 from cxr_dist.cli.options import Command, add_config_options, add_dataset, add_launch_options
+from cxr_dist.config.describe import KeyRow, describe_keys, key_lines, select
 from cxr_dist.config.loading import load_config, resolve_preset
 from cxr_dist.launch.train import run_training
 from cxr_dist.runs.loggers import progress_bar
+from cxr_dist.tuning.search_space import SearchConfig
 from tfrecords_builder.common.files import check_output_folder
 
+CONFIG_HELP = "preset (published, cpu, smoke) or path of a YAML file"
 DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation|feature-cache")
 DEMO_PER_CLASS, DEMO_SIZE, DEMO_IMAGE_SIZE, DEMO_EXAMINED = 400, 128, 56, 64
 
 
 def add_parsers(command: Command) -> None:
-    demo_parser = command("demo", demo, "phantom X-rays -> dataset -> both stages -> evaluation, in a few minutes")
-    demo_parser.add_argument("--out", type=Path, default=Path("demo"), help="a new folder (default: %(default)s)")
+    demo_parser = command("demo", demo, "draw phantom X-rays, build a dataset, train and evaluate, in a few minutes")
+    demo_parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo"),
+        metavar="DIR",
+        help="new folder, or that of an earlier demo (default: %(default)s)",
+    )
     demo_parser.add_argument(
         "--launcher",
         choices=["ray", "local"],
@@ -27,14 +36,23 @@ def add_parsers(command: Command) -> None:
         help="train with Ray, or in this process without Ray (default: %(default)s)",
     )
 
-    train_parser = command("train", train, "train both stages; started again with the same --out it resumes")
+    train_parser = command(
+        "train", train, "train a classifier; resumes an interrupted run when it is started again with the same --out"
+    )
     add_dataset(train_parser)
-    train_parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
-    add_config_options(train_parser, "a file, or the name of a preset (published, cpu, smoke)")
+    train_parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
+    add_config_options(train_parser, CONFIG_HELP)
     add_launch_options(train_parser, "the run")
 
-    config_parser = command("config", show_config, "print the resolved configuration as YAML")
-    add_config_options(config_parser, "a file, or the name of a preset (published, cpu, smoke)")
+    config_parser = command("config", show_config, "print the resolved configuration as YAML, or describe its keys")
+    add_config_options(config_parser, CONFIG_HELP)
+    config_parser.add_argument(
+        "--describe",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="print type, default and description of one key, of a section's keys, or of all keys",
+    )
 
 
 def train(options: argparse.Namespace) -> None:
@@ -57,11 +75,19 @@ def train(options: argparse.Namespace) -> None:
 
 
 def show_config(options: argparse.Namespace) -> None:
+    if options.describe is not None:
+        print("\n".join(key_lines(select(config_rows(), options.describe))))
+        return
     print(load_config(resolve_preset(options.config), options.overrides).to_yaml(), end="")
 
 
+def config_rows() -> list[KeyRow]:
+    """Every key of a configuration, and of a search."""
+    return [*describe_keys(), *describe_keys(SearchConfig, "search.")]
+
+
 def demo(options: argparse.Namespace) -> None:
-    """The whole pipeline on phantoms, at a size that a laptop does in minutes; goes on where it was stopped."""
+    """The whole pipeline on phantoms, sized for minutes on a laptop; resumes an interrupted demo."""
     from cxr_dist.evaluation.evaluate import calibrate_run, evaluate_run
     from cxr_dist.evaluation.evaluated_images import EvaluationSpec
     from cxr_dist.phantoms import write_phantoms
@@ -85,4 +111,4 @@ def demo(options: argparse.Namespace) -> None:
             EvaluationSpec(out / "run", out / "evaluation", examine=DEMO_EXAMINED, drawn=True), progress=progress
         )
     print_metrics(metrics)
-    print(f"report: {out / 'evaluation' / 'report.html'} ({time.perf_counter() - started:.0f} s in all)")
+    print(f"report: {out / 'evaluation' / 'report.html'} (total time {time.perf_counter() - started:.0f} s)")

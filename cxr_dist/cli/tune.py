@@ -15,28 +15,32 @@ from cxr_dist.tuning.search_space import load_search
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.interrupts import interrupts_held
 
-SEARCH_HELP = "a search space: a file, or the name of a preset (search, search_cpu; default: search_cpu)"
+SEARCH_HELP = "search space: preset (search, search_cpu) or path of a YAML file (default: search_cpu)"
 DEFAULT_SEARCH = Path("search_cpu")
 
 
 def add_parsers(command: Command) -> None:
-    parser = command("tune", tune, "search settings; started again with the same --out it resumes")
+    parser = command(
+        "tune",
+        tune,
+        "search hyperparameters; resumes an interrupted search when it is started again with the same --out",
+    )
     add_dataset(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="EXPERIMENT", help="the search's folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="EXPERIMENT", help="folder of the search")
     add_config_options(parser, SEARCH_HELP, DEFAULT_SEARCH)
     add_launch_options(parser, "each trial")
     parser.add_argument(
         "--no-evaluation",
         dest="evaluation",
         action="store_false",
-        help="do not evaluate the best trial at the end, as cxr-dist evaluate EXPERIMENT does it too",
+        help="skip the evaluation of the best trial at the end",
     )
 
 
 def tune(options: argparse.Namespace) -> None:
     """Search, and evaluate the best trial in a process of its own."""
     if options.launcher == "local" and options.address:
-        raise UserError("--launcher local: is this machine; leave --address out, or use --launcher ray")
+        raise UserError("--address: needs --launcher ray; add it, or leave --address out")
     path = resolve_preset(options.config)
     if path is None:
         raise UserError("--config: give a search space, such as --config search_cpu")
@@ -55,7 +59,9 @@ def tune(options: argparse.Namespace) -> None:
     if options.evaluation:
         command = ["evaluate", str(options.out), "--out", str(options.out / EVALUATION)]
         if status := run_apart(command):
-            raise UserError(f"the evaluation ended with status {status}; run it again: cxr-dist {' '.join(command)}")
+            raise UserError(
+                f"the evaluation failed with exit status {status}; run it again: cxr-dist {' '.join(command)}"
+            )
 
 
 def trial_overrides(options: argparse.Namespace) -> list[str]:
@@ -64,7 +70,7 @@ def trial_overrides(options: argparse.Namespace) -> list[str]:
     if options.workers is not None:
         least, most = options.workers
         if least != most:
-            raise UserError(f"--workers {least}:{most}: a trial has a fixed number of workers; give one number")
+            raise UserError(f"--workers {least}:{most}: a trial needs a fixed number of workers; give one number")
         overrides.append(f"search.workers_per_trial={most}")
     if options.devices_per_worker is not None:
         overrides.append(f"search.gpus_per_trial={options.devices_per_worker}")

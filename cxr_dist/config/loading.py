@@ -1,6 +1,5 @@
 """A configuration from a preset, a file and overrides, checked once."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from cxr_dist.config.describe import nearest
 from cxr_dist.config.schema import Config, StageConfig, first_problem
 from tfrecords_builder.common.errors import UserError
 
@@ -28,7 +28,7 @@ def load_config(
     if path is not None:
         written = read_yaml(path)
         if "search" in written:
-            raise UserError(f"{path}: is a search space; give it to tune, or a recipe")
+            raise UserError(f"{path}: is a search space, not a training config; use it with cxr-dist tune")
         _merge(tree, written, f"{path}: ")
     for where, layer in layers:
         _merge(tree, _plain(layer), where)
@@ -104,11 +104,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no date though it looks like one
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
     except RecursionError:
-        raise UserError(f"{path}: is nested too deeply; give a mapping of config keys") from None
+        raise UserError(f"{path}: is nested too deeply; give a mapping of keys to values") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise UserError(f"{path}: holds a {type(loaded).__name__}, not a mapping of config keys")
+        raise UserError(f"{path}: contains a {type(loaded).__name__}, not a mapping of keys to values")
     pending: list[Any] = [loaded]
     for _ in range(MOST_VALUES + 1):  # aliases make a few bytes many values, or endlessly many
         if not pending:
@@ -116,7 +116,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         current = pending.pop()
         pending.extend(current.values() if isinstance(current, dict) else current if isinstance(current, list) else ())
     if pending:
-        raise UserError(f"{path}: holds more than {MOST_VALUES} values, aliases written out; give fewer")
+        raise UserError(f"{path}: contains more than {MOST_VALUES} values, with aliases expanded; give fewer")
     return _plain(loaded)
 
 
@@ -128,7 +128,7 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
-                reason = f"the key {key} is there more than once; keep one"
+                reason = f"the key {key} occurs more than once; keep one"
                 raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -154,11 +154,11 @@ def _merge(tree: dict[str, Any], update: dict[str, Any], where: str, prefix: str
             tree[key] = _plain(StageConfig().model_dump(mode="json"))
         if key not in tree:
             meant = next(iter(flat({name: value})), name)  # a leaf tells better than a section what was meant
-            raise UserError(f"{where}{meant}: unknown config key{_nearest(meant)}")
+            raise UserError(f"{where}{meant}: unknown config key{nearest(meant, list(known_keys()))}")
         if isinstance(tree[key], dict):
             if not isinstance(value, dict):
                 inner = ", ".join(f"{name}.{child}" for child in tree[key])
-                raise UserError(f"{where}{name}: holds keys of its own ({inner}), not a value")
+                raise UserError(f"{where}{name}: is a section with keys of its own ({inner}), not a value")
             _merge(tree[key], value, where, f"{name}.")
         elif isinstance(value, dict):
             raise UserError(f"{where}{name}: is a value, not a mapping")
@@ -177,12 +177,3 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def known_keys() -> dict[str, Any]:
     """Every dotted key with its default value."""
     return flat(_plain(Config().tree()))
-
-
-def _nearest(name: str) -> str:
-    keys = list(known_keys())
-    leaf, leaves = name.rsplit(".", 1)[-1], {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
-    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-    if not near:
-        near = [leaves[close] for close in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.5)]
-    return f"; did you mean {near[0]}?" if near else "; cxr-dist config prints them all"

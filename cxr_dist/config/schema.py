@@ -56,58 +56,75 @@ Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 
 
 class ModelConfig(Node):
-    """The network: ResNet50 without top, and the head."""
+    """The network: ResNet50 without its top, and a classification head."""
 
-    weights: str = Field("imagenet", description="imagenet (downloaded once by Keras), none, or a path to a .h5 file")
-    image_size: int | None = Field(None, ge=32, description="pixels; must be the dataset's, which is also the default")
-    dropout: float = Field(0.3, ge=0, lt=1, description="rate of both dropout layers of the head")
-    batch_norm: Literal["train", "inference"] = Field(
-        "inference", description="BatchNorm of unfrozen base layers; always trains with weights none"
+    weights: str = Field(
+        "imagenet",
+        description="Initial weights: imagenet (Keras downloads them once), none (random), or the path of a .h5 file.",
     )
-    batch_norm_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of all BatchNorm statistics that train")
+    image_size: int | None = Field(
+        None, ge=32, description="Side of the images in pixels, which must be the dataset's. null: the dataset's."
+    )
+    dropout: float = Field(0.3, ge=0, lt=1, description="Dropout rate of both dropout layers of the head.")
+    batch_norm: Literal["train", "inference"] = Field(
+        "inference",
+        description="Mode of BatchNorm in unfrozen layers: train updates its parameters and statistics, inference "
+        "keeps them. With weights none, it is always train.",
+    )
+    batch_norm_momentum: float = Field(
+        0.9, ge=0, lt=1, description="Momentum of the moving statistics of all BatchNorm layers that train."
+    )
     synchronize_batch_norm: bool = Field(
-        False, description="batch statistics over all replicas instead of each replica's own (needs xla off)"
+        False, description="Compute batch statistics over all replicas, not each replica's own. It excludes xla on."
     )
 
 
 class AugmentationConfig(Node):
-    """Random changes of training images, drawn per image and epoch, applied on the device."""
+    """Random changes of training images, drawn for each image and epoch."""
 
-    rotation: float = Field(0.0, ge=0, le=45, description="largest rotation, degrees either way")
-    shift: float = Field(0.05, ge=0, le=0.5, description="largest shift, as a share of the image's side")
-    zoom: float = Field(0.0, ge=0, le=0.5, description="largest change of scale, as a share")
-    contrast: float = Field(
-        0.15, ge=0, lt=1, description="largest change of contrast about the image's mean, as a share"
+    rotation: float = Field(0.0, ge=0, le=45, description="Largest rotation in either direction, in degrees.")
+    shift: float = Field(0.05, ge=0, le=0.5, description="Largest shift, as a fraction of the image's side.")
+    zoom: float = Field(0.0, ge=0, le=0.5, description="Largest change of scale, as a fraction.")
+    contrast: float = Field(0.15, ge=0, lt=1, description="Largest relative change of contrast, as a fraction.")
+    brightness: float = Field(
+        0.1, ge=0, lt=1, description="Largest change of brightness, as a fraction of the full gray scale."
     )
-    brightness: float = Field(0.1, ge=0, lt=1, description="largest change of brightness, as a share of full scale")
 
 
 class StageConfig(Node):
-    """One stage of training: what trains, for how long, and how."""
+    """One stage of training. Stage 1 trains the head; stage 2 also trains the upper layers of the base."""
 
-    epochs: int = Field(3, ge=0, description="0 leaves the stage out")
-    unfreeze_layers: int = Field(0, ge=0, le=BASE_LAYERS, description="upper layers of the base that train")
-    learning_rate: float | None = Field(
-        None, gt=0, description="peak learning rate; stage 2 defaults to a tenth of stage 1's"
+    epochs: int = Field(3, ge=0, description="Number of epochs. 0 skips the stage.")
+    unfreeze_layers: int = Field(
+        0, ge=0, le=BASE_LAYERS, description="Number of layers of the base that train, counted from the last."
     )
-    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="sgd has momentum")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled; needs adamw or sgd")
-    schedule: Literal["constant", "cosine"] = Field("cosine", description="after the warm-up")
-    warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up from zero")
-    clip_norm: float | None = Field(None, gt=0, description="largest global norm of the reduced gradient")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak learning rate. In stage 2, null stands for a tenth of stage 1's."
+    )
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="Optimizer of the stage; sgd has momentum.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of optimizer sgd.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay. It needs optimizer adamw or sgd.")
+    schedule: Literal["constant", "cosine"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up: constant, or half a cosine to zero."
+    )
+    warmup_epochs: float = Field(0.0, ge=0, description="Length of the linear warm-up from zero, in epochs.")
+    clip_norm: float | None = Field(None, gt=0, description="Largest global norm of the gradient. null: no clipping.")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Probability mass of the target that is spread evenly over all classes."
+    )
     ema_decay: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="decay of an exponential moving average of the weights, step by step, such as 0.99; validation "
-        "and the best model are then those of the average",
+        description="Decay per step of a moving average of the weights, such as 0.99. Validation and the best model "
+        "then use the average. null: no average.",
     )
-    class_weights: bool = Field(False, description="weight the loss against the class imbalance (mean weight 1)")
-    augment: bool = Field(False, description="apply the augmentation in this stage")
+    class_weights: bool = Field(
+        False, description="Weight the loss by the inverse class frequency, with a mean weight of 1."
+    )
+    augment: bool = Field(False, description="Apply the section augmentation to the training images of this stage.")
     early_stopping: int | None = Field(
-        None, ge=1, description="end the stage after so many epochs without a better validation"
+        None, ge=1, description="Number of epochs without a better validation that end the stage. null: never."
     )
 
     @model_validator(mode="after")
@@ -118,70 +135,80 @@ class StageConfig(Node):
 
 
 class FeaturesConfig(Node):
-    """Reuse of what frozen layers compute, kept on disk; docs/design/feature-cache.md describes it."""
+    """The feature cache: activations of frozen layers, computed once and kept on disk."""
 
     cache: Switch = Field(
         "auto",
-        description="compute the pooled features of each image once for a stage that trains the head alone; off turns "
-        "off all reuse; auto reads images where it would save nothing (augmentation, and no more epochs than copies)",
+        description="Cache the pooled features of the images for a stage that trains the head alone. auto: unless the "
+        "stage augments, and for no more epochs than copies. off also disables cache_activations.",
     )
     augmented_copies: int = Field(
-        4, ge=1, description="with augmentation, copies of each image, which the epochs take in turn"
+        4, ge=1, description="Number of augmented copies of each image that are cached; epochs use them in turn."
     )
     cache_activations: Switch = Field(
         "auto",
-        description="cache the activations below the first unfrozen layer too, for a stage that trains upper layers; "
-        "auto measures whether reading them costs less than computing them (never with augmentation, or deterministic)",
+        description="Cache the activations below the first unfrozen layer for a stage that trains upper layers. auto: "
+        "if reading is faster than computing, and never with augmentation or deterministic.",
     )
     folder: str | None = Field(
         None,
-        description="where; all workers must see it, and all runs may share it. Default: feature-cache beside the run",
+        description="Folder of the cache. All workers must see it, and runs may share it. null: feature-cache beside "
+        "the run.",
     )
     limit_gb: float = Field(
         50.0,
         gt=0,
-        description="gigabytes (10^9 bytes) beyond which what was not used for longest leaves the folder, unless a run "
-        "uses it",
+        description="Largest size of the folder in gigabytes (10^9 bytes). Beyond it, the least recently used features "
+        "are removed, except those in use.",
     )
 
 
 class InputConfig(Node):
-    """How images come from the dataset to the device."""
+    """Reading of images from the dataset."""
 
     memory_gb: float = Field(
         2.0,
         ge=0,
-        description="a split that takes no more gigabytes (10^9 bytes, one a pixel) than this is read once and kept in "
-        "each worker's memory for the stages that train on images; with deterministic, a stage takes as much again for "
-        "a moment at its start",
+        description="Largest split that each worker keeps in memory, in gigabytes (10^9 bytes, one per pixel). A "
+        "larger one is read in each epoch. deterministic briefly needs twice the memory.",
     )
     max_corrupt_records: int = Field(
         0,
         ge=0,
-        description="damaged records of training and validation that a run may leave out; they are looked for before "
-        "it begins, and counted in result.json. 0: none, the first that is read ends the run",
+        description="Largest number of corrupt records that a run leaves out. Above 0, all records are checked first, "
+        "and result.json counts the corrupt ones. With 0, the first one ends the run.",
     )
 
 
 class CheckpointConfig(Node):
-    """What a run leaves to go on from when it is interrupted, in the middle of an epoch too."""
+    """Checkpoints, from which an interrupted run resumes."""
 
     max_overhead: float = Field(
-        0.01, gt=0, le=1, description="of the training time that writing may take: the interval follows from the cost"
+        0.01,
+        gt=0,
+        le=1,
+        description="Largest fraction of the training time that is spent on checkpoints; it sets their interval.",
     )
     every_steps: int | None = Field(
-        None, ge=1, description="write after so many steps of an epoch, and at its end, whatever it costs"
+        None,
+        ge=1,
+        description="Number of steps between checkpoints; one more is written at each epoch's end. null: max_overhead "
+        "decides.",
     )
-    keep: int = Field(2, ge=2, description="how many; the one before serves when the newest is damaged")
-    background: bool = Field(True, description="write while training goes on")
+    keep: int = Field(
+        2, ge=2, description="Number of checkpoints to keep. If the newest is damaged, the one before it is used."
+    )
+    background: bool = Field(True, description="Write checkpoints while training continues.")
 
 
 class AllReduceConfig(Node):
-    """How workers sum their gradients; nothing where there is one worker."""
+    """Sum of the gradients over several workers."""
 
-    algorithm: Literal["auto", "nccl", "ring"] = Field("auto", description="auto: nccl on GPUs, ring on CPUs")
+    algorithm: Literal["auto", "nccl", "ring"] = Field(
+        "auto", description="Algorithm of the all-reduce. auto: nccl on GPUs, ring on CPUs."
+    )
     bucket_mb: float = Field(
-        0.0, ge=0, description="megabytes (10^6 bytes) of gradients that are sent together; 0: all of them"
+        0.0, ge=0, description="Size of the buckets of gradients in megabytes (10^6 bytes). 0: one bucket for all."
     )
 
 
@@ -193,21 +220,27 @@ def _stages() -> dict[int, StageConfig]:
 
 
 class Config(Node):
-    """Everything that decides what a run computes."""
+    """Settings of the whole run."""
 
-    seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, dropout and augmentation")
-    deterministic: bool = Field(False, description="bit-identical repeats on the same hardware, somewhat slower")
-    global_batch_size: int = Field(32, ge=1, description="images in a step, over all replicas")
+    seed: int = Field(0, ge=0, lt=2**31, description="Random seed of weights, data order, dropout and augmentation.")
+    deterministic: bool = Field(
+        False, description="Repeat bit for bit on the same hardware and software, at some cost in speed."
+    )
+    global_batch_size: int = Field(32, ge=1, description="Number of images in a step, over all replicas.")
     accumulation_steps: int = Field(
         1,
         ge=1,
-        description="parts in which each replica takes its share of the batch, where the whole does not fit in its "
-        "memory; their gradients are summed",
+        description="Number of microbatches of each replica's batch, to save memory. Their gradients are summed.",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: by device (float16 or bfloat16 on a GPU, bfloat16 on a CPU that computes in it)"
+        "auto",
+        description="Number format of the arithmetic; variables are float32. auto: bfloat16 or float16 where the "
+        "device computes in it natively, else float32.",
     )
-    xla: Switch = Field("auto", description="compile forward and gradient with XLA; auto: on a GPU")
+    xla: Switch = Field(
+        "auto",
+        description="Compile forward and backward pass with XLA. auto: on a GPU without synchronize_batch_norm.",
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
     input: InputConfig = Field(default_factory=InputConfig)
@@ -217,13 +250,13 @@ class Config(Node):
     max_nonfinite_steps: int = Field(
         20,
         ge=0,
-        description="steps of an epoch whose loss or gradient may be non-finite (they change nothing) before the run "
-        "ends; overflows that a float16 loss scale can still mend are not counted here",
+        description="Largest number of skipped steps in an epoch; a step with a non-finite loss or gradient is "
+        "skipped. One more ends the run. Overflows that a lower float16 loss scale can avoid do not count.",
     )
     worker_timeout_s: float = Field(
         900.0,
         gt=0,
-        description="seconds without progress after which one of several workers is ended, as another one must hang",
+        description="Time in seconds without progress after which a run of several workers ends.",
     )
     stages: dict[int, StageConfig] = Field(default_factory=_stages, min_length=1)
 

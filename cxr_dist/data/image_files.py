@@ -32,7 +32,7 @@ def find_inputs(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path}: no such file or folder; give images, or folders that hold some")
+            raise UserError(f"{path}: no such file or folder; give images, or folders of images")
         below = sorted(_images_below(path)) if path.is_dir() else [path]
         if not below:
             raise UserError(f"{path}: holds no PNG, JPEG or DICOM image; give another folder")

@@ -28,7 +28,7 @@ class FolderSource:
         unknown = sorted({image.class_name for image in images} - set(class_names))
         if unknown:
             raise UserError(
-                f"{folder}: class {unknown[0]} is none of the run's ({', '.join(class_names)}); rename or remove it"
+                f"{folder}: class {unknown[0]} is not one of the run's ({', '.join(class_names)}); rename or remove it"
             )
         self._found, self.paths = images, [image.path for image in images]
         self._folder, self._image_size = folder, image_size

@@ -66,7 +66,7 @@ def prepare_devices(
     if gpus:
         wanted = devices or len(gpus)
         if wanted > len(gpus):
-            raise UserError(f"{option} {wanted}: this machine has {len(gpus)} GPU(s); ask for at most as many")
+            raise UserError(f"{option} {wanted}: this machine has {len(gpus)} GPU(s); use at most as many")
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
         return Topology(workers, worker, "GPU", tuple(f"GPU:{index}" for index in range(wanted)))

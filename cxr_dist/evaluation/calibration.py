@@ -1,15 +1,15 @@
-"""Whether probabilities mean what they say: temperature scaling, reliability, and when to give no answer. Pure.
+"""Calibration: temperature scaling, reliability diagrams, and the threshold below which the model abstains. Pure.
 
 Temperature scaling (Guo et al. 2017, "On Calibration of Modern Neural Networks") divides all logits by one number,
-fitted on validation images by maximum likelihood. It changes no answer. The threshold under which the model gives none
-is that of selective prediction with guaranteed risk (Geifman and El-Yaniv 2017, algorithm 1): among images like those
-it was chosen on, at most `risk` of the answers are wrong, with a probability of 95 % over the choice of these images.
-The bound counts what is independent: copies, or images of one patient, count once, as wrong if any answer to them is.
-So where copies come in groups, the bound is about groups.
+fitted on validation images by maximum likelihood. It does not change the predicted class. The abstention threshold is
+that of selective prediction with guaranteed risk (Geifman and El-Yaniv 2017, algorithm 1): on images like those it was
+chosen on, the error rate of the predictions is at most `risk`, with a probability of 95 % over their draw.
+The bound counts independent units: near-duplicates, or images of one patient, count once, as wrong if any of their
+predictions is. Where images form groups, the bound is about groups.
 
-The bound holds for images that had no part in the choice of the model. A run's validation images chose its best epoch,
-and in a search the best trial too. On them the model does better than on new images, so a threshold that is fitted on
-them is optimistic: more than `risk` of the answers may be wrong, more often than in 5 % of cases.
+The bound holds for images that did not select the model. A run's validation images selected its best epoch, and in a
+search the best trial too. The model does better on them than on new images, so a threshold that is fitted on them is
+optimistic: the error rate may exceed `risk` in more than 5 % of cases.
 """
 
 import math
@@ -26,7 +26,7 @@ from cxr_dist.evaluation.metrics import CALIBRATION_BINS, confidence_bins
 from cxr_dist.evaluation.predictions import Predictions
 
 RISK = 0.05
-"""Share of wrong answers that the threshold allows by default."""
+"""Target error rate by default."""
 
 CONFIDENCE = 0.95
 _TEMPERATURES = (0.05, 20.0)
@@ -34,7 +34,7 @@ _SMALLEST = float(np.finfo(np.float64).tiny)
 
 
 def fit_temperature(predictions: Predictions) -> float:
-    """The temperature, 0.05 to 20, of the highest likelihood; above one the probabilities were too sure."""
+    """The temperature, 0.05 to 20, of the highest likelihood; above one the model was overconfident."""
     logs, labels = _log_probabilities(predictions), predictions.labels
     rows = np.arange(len(labels))
 
@@ -53,14 +53,14 @@ def scaled(predictions: Predictions, temperature: float) -> Predictions:
 
 
 def abstain_threshold(predictions: Predictions, risk: float = RISK) -> float | None:
-    """The smallest probability of an answer at which the answers are wrong at most `risk` of the time.
+    """The smallest threshold on the predicted class's probability with an error rate of at most `risk`.
 
     Args:
-        predictions: Calibrated, on images that the model was not trained on; the bound holds if they did not choose it.
-        risk: Of the answers that are given, 0 to 1.
+        predictions: Calibrated, on images that the model was not trained on; the bound holds if they did not select it.
+        risk: Target error rate, 0 to 1.
 
     Returns:
-        A threshold on the answer's probability (0: always answer), or None if no answers are sure enough.
+        The threshold (0: never abstain), or None if no predictions are confident enough.
     """
     confidence = predictions.probabilities.max(axis=1)
     order = np.argsort(confidence, kind="stable")
@@ -85,7 +85,7 @@ def abstain_threshold(predictions: Predictions, risk: float = RISK) -> float | N
 
 
 def reliability(predictions: Predictions) -> list[dict[str, float | int]]:
-    """By bins of the answer's probability that hold images: low, high, images, confidence (mean) and accuracy."""
+    """By non-empty bins of the confidence: low, high, images, confidence (mean) and accuracy."""
     confidence = predictions.probabilities.max(axis=1)
     right = predictions.labels == predictions.predicted
     bins = confidence_bins(confidence)
@@ -103,7 +103,7 @@ def reliability(predictions: Predictions) -> list[dict[str, float | int]]:
 
 
 def risk_coverage(predictions: Predictions) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The share of wrong answers (risk) among the surest, by the share of images that get one (coverage).
+    """The error rate (risk) of the most confident predictions, by their share of the images (coverage).
 
     Returns:
         coverage and risk, float64, one entry for each probability at which the line could be drawn, coverage rising.
@@ -133,7 +133,7 @@ def fit(validation: Predictions, risk: float = RISK) -> dict[str, Any]:
 
     Returns:
         temperature, abstain_threshold, target_risk; fitted_on (the split), images (their number), and
-        selected_the_model: whether these images chose the best epoch, so that the bound does not hold strictly.
+        selected_the_model: whether these images selected the best epoch, so that the bound is optimistic.
     """
     temperature = fit_temperature(validation)
     return {

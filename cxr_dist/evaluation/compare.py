@@ -122,14 +122,14 @@ def _rows(first: Images, second: Images) -> npt.NDArray[np.int64]:
     missing = [path for path in first.paths if path not in place]
     if missing or len(first.paths) != len(second.paths):
         example = missing[0] if missing else next(path for path in second.paths if path not in set(first.paths))
-        raise UserError(
-            f"the images differ ({example} is in one alone); evaluate both runs on one split of one dataset"
-        )
+        raise UserError(f"the images differ ({example} is in only one); evaluate both runs on one split of one dataset")
     rows = np.array([place[path] for path in first.paths])
     if (second.labels[rows] != first.labels).any():
         row = int(np.flatnonzero(second.labels[rows] != first.labels)[0])
         raise UserError(f"{first.paths[row]}: has two labels; evaluate both runs on one split of one dataset")
     if first.digests is not None and second.digests is not None and (second.digests[rows] != first.digests).any():
         row = int(np.flatnonzero(second.digests[rows] != first.digests)[0])
-        raise UserError(f"{first.paths[row]}: is two different files; evaluate both runs on one split of one dataset")
+        raise UserError(
+            f"{first.paths[row]}: refers to two different files; evaluate both runs on one split of one dataset"
+        )
     return rows

@@ -232,26 +232,28 @@ def _calibration(
         predictions = own
     else:
         try:
-            # Whoever asks for images asks for no dataset: somebody who sent the run may have written the address.
+            # With --images, no address is opened that only the run names: the run may come from somebody else.
             if spec.dataset is None and spec.images is not None and isinstance(parse_place(info.dataset), str):
-                raise UserError(f"{info.dataset}: the run names an address; give the dataset with --dataset")
+                raise UserError(f"{info.dataset}: is an address that the run names; give the dataset with --dataset")
             with evaluated_images(validation, info, as_trained=True) as images:
                 predictions = loaded.predict(images.source)
         except UserError as error:
-            cannot = f"The validation images of the run cannot be had: {error}."
+            cannot = f"The run's validation images are not available: {error}."
             if known is None:
-                return None, f"There is no calibration. {cannot}"
+                return None, f"The model is not calibrated. {cannot}"
             kept = known["target_risk"]
-            return known | {"kept_with_run": True}, f"The threshold is that of the run, for a risk of {kept}. {cannot}"
+            return known | {
+                "kept_with_run": True
+            }, f"The threshold is the run's, for a target error rate of {kept}. {cannot}"
     fitted = calibration.fit(predictions, risk) | {"kept_with_run": False}
     if known is not None:
         return fitted, (
-            f"Temperature and threshold were computed for this report alone, for a risk of {risk}; the run keeps its "
-            f"own, for a risk of {known['target_risk']}."
+            f"Temperature and threshold were fitted for this report only, for a target error rate of {risk}. The run "
+            f"keeps its own, for a target error rate of {known['target_risk']}."
         )
     return fitted, (
-        "Temperature and threshold were computed for this report alone, and not kept: run `cxr-dist calibrate "
-        f"{spec.run}` so that predict, serve and export use them."
+        "Temperature and threshold were fitted for this report only. `cxr-dist calibrate "
+        f"{spec.run}` stores them with the run, for predict, serve and export."
     )
 
 

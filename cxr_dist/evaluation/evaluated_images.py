@@ -64,15 +64,17 @@ def evaluated_images(
         return
     place = spec.dataset or parse_place(info.dataset)
     if spec.dataset is None and isinstance(place, Path) and not place.exists():
-        raise UserError(f"{spec.run}: was trained on {place}, which is gone; give its new place with --dataset")
+        raise UserError(
+            f"{spec.run}: was trained on {place}, which does not exist; give its new location with --dataset"
+        )
     with local_copy(place) as dataset:
         manifest = read_manifest(dataset)
         is_same = manifest.fingerprint == info.fingerprint
         if not is_same and (as_trained or spec.dataset is None):
             raise UserError(
                 f"{place}: is not the dataset that the run was trained on ({_difference(spec.run, manifest)}); "
-                "build that again from the same images with the same options, give its place with --dataset, or train "
-                "a new run on this one"
+                "rebuild that one with the same images and options, give its location with --dataset, or train a new "
+                "run on this one"
             )
         yield EvaluatedImages(
             _split_source(spec, info, dataset, manifest, is_same), f"{place}, split {spec.split}", is_same
@@ -88,7 +90,7 @@ def _difference(run: Path, manifest: Manifest) -> str:
     changed = [key for key in now if now[key] != seen.settings.get(key)]
     if not changed:
         return "its images differ"
-    return ", ".join(f"{key} {now[key]} where it was {seen.settings.get(key)}" for key in changed)
+    return ", ".join(f"{key} {now[key]}, not {seen.settings.get(key)}" for key in changed)
 
 
 def _split_source(
@@ -97,7 +99,7 @@ def _split_source(
     if manifest.class_names != info.class_names or manifest.image_size != info.image_size:
         raise UserError(
             f"{dataset}: has classes {', '.join(manifest.class_names)} at {manifest.image_size} pixels, the run has "
-            f"{', '.join(info.class_names)} at {info.image_size}; give a dataset that was built alike"
+            f"{', '.join(info.class_names)} at {info.image_size}; give a dataset with the same classes and image size"
         )
     check_shards(dataset, manifest)
     # The validation images of a run are those that it had; in any other evaluation a damaged record is an error.

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, each drawn and worded by one function. Pure: numbers in, no pyplot, no display.
+"""The figures of an evaluation, each drawn and captioned by one function. Pure: numbers in, no pyplot, no display.
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart, and no meaning hangs on colour alone.
 """
@@ -44,7 +44,7 @@ def confusion_matrix(confusion: npt.ArrayLike, class_names: Sequence[str], kind:
     if counts.shape != (size, size):
         raise ValueError(f"confusion must be [{size}, {size}] for {size} classes, not {list(counts.shape)}")
     hits, total = int(np.trace(counts)), int(counts.sum())
-    caption = f"{hits:,} of {count(total, kind)} lie on the diagonal ({percent(hits / total)})"
+    caption = f"The predicted class is correct for {hits:,} of {count(total, kind)} ({percent(hits / total)})"
     wrong = counts - np.diag(np.diag(counts))
     if wrong.any():
         true, predicted = divmod(int(np.argmax(wrong)), size)
@@ -116,16 +116,16 @@ def roc(predictions: Predictions, metrics: Mapping[str, Any]) -> Figure:
     aucs = {name: metrics["per_class"][name]["auc"] for name in curves}
     if aucs:
         best, worst = max(aucs, key=aucs.__getitem__), min(aucs, key=aucs.__getitem__)
-        caption = f"One class against the rest, macro-averaged AUC {metrics['auc_macro_ovr']:.3f}"
+        caption = f"One-vs-rest ROC curves; the macro-averaged AUC is {metrics['auc_macro_ovr']:.3f}"
         if f"{aucs[best]:.3f}" == f"{aucs[worst]:.3f}":
             caption += f"; every class has an AUC of {aucs[best]:.3f}"
         else:
-            caption += f"; {display_name(best)} is separated best (AUC {aucs[best]:.3f})"
-            caption += f" and {display_name(worst)} least (AUC {aucs[worst]:.3f})"
+            caption += f"; {display_name(best)} has the highest AUC ({aucs[best]:.3f})"
+            caption += f" and {display_name(worst)} the lowest ({aucs[worst]:.3f})"
         absent = [display_name(name) for name in predictions.class_names if name not in aucs]
         caption += f"; there is no curve for {', '.join(absent)}, which has no images." if absent else "."
     else:
-        caption = "No class has a ROC curve, because all images are of one class."
+        caption = "There are no ROC curves, because all images are of one class."
     return Figure(ROC, "ROC curves", caption, _draw_roc(predictions, curves))
 
 
@@ -162,21 +162,21 @@ def _draw_roc(
 
 
 def reliability(calibrated: Mapping[str, Any]) -> Figure:
-    """Accuracy by the model's confidence before and after temperature scaling, and how many images have that.
+    """Accuracy by confidence before and after temperature scaling, and the number of images in each bin.
 
     Args:
         calibrated: `calibration` of `assessment.assess`.
     """
     before, after, temperature = calibrated["before"], calibrated["after"], calibrated["temperature"]
     caption = (
-        f"On the validation images the model was {'over' if temperature > 1 else 'under'}confident; the best "
+        f"On the validation images the model was {'over' if temperature > 1 else 'under'}confident; the fitted "
         f"temperature is {temperature:.3g}. On these images, scaling changes the expected calibration error "
         f"from {before['calibration_error']:.3f} to {after['calibration_error']:.3f}, the log loss from "
         f"{before['log_loss']:.3f} to {after['log_loss']:.3f}, and the Brier score from {before['brier']:.3f} to "
         f"{after['brier']:.3f}.{_in_sample_words(calibrated)}"
     )
     bins = calibrated["reliability"]
-    return Figure(RELIABILITY, "Reliability", caption, _draw_reliability(bins["before"], bins["after"]))
+    return Figure(RELIABILITY, "Reliability diagram", caption, _draw_reliability(bins["before"], bins["after"]))
 
 
 def _draw_reliability(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]) -> Drawing:
@@ -211,16 +211,16 @@ def risk_coverage(predictions: Predictions, calibrated: Mapping[str, Any]) -> Fi
     scaled = calibration.scaled(predictions, calibrated["temperature"])
     if threshold is None:
         caption = (
-            f"No threshold on validation keeps the error rate at {percent(risk)}: this model should always abstain."
+            f"No threshold keeps the error rate on validation images at {percent(risk)}: the model always abstains."
         )
-        return Figure(RISK, "Risk and coverage", caption, _draw_risk(scaled, risk, None))
+        return Figure(RISK, "Risk-coverage curve", caption, _draw_risk(scaled, risk, None))
     caption = (
-        f"To keep the error rate at {percent(risk)} or less, the model abstains below a probability of "
-        f"{threshold:.3f}, a threshold that was chosen on validation images. "
+        f"For a target error rate of {percent(risk)}, the model abstains below a probability of {threshold:.3f}. "
+        "This threshold was chosen on validation images. "
     )
     if calibrated.get("selected_the_model", True):
         caption += (
-            "The validation images also chose the model, so the bound behind the threshold (95% confidence) is "
+            "The validation images also selected the model, so the bound behind the threshold (95% confidence) is "
             "optimistic: on new images the error rate may be higher. "
         )
     caption += _in_sample_words(calibrated).lstrip() + " " if calibrated["in_sample"] else ""
@@ -230,18 +230,18 @@ def risk_coverage(predictions: Predictions, calibrated: Mapping[str, Any]) -> Fi
             f"On these images the coverage is {percent(at_threshold['coverage'])} and the error rate {error_rate}."
         )
     else:
-        caption += "On these images it always abstains."
-    return Figure(RISK, "Risk and coverage", caption, _draw_risk(scaled, risk, at_threshold["coverage"]))
+        caption += "On these images the model always abstains."
+    return Figure(RISK, "Risk-coverage curve", caption, _draw_risk(scaled, risk, at_threshold["coverage"]))
 
 
 def _in_sample_words(calibrated: Mapping[str, Any]) -> str:
     """A warning where the images are, at least in part, those that the calibration was fitted on."""
     number = calibrated["in_sample"]
     if number is None:
-        return " Whether the temperature was fitted on any of these images is not known."
+        return " Whether the temperature was fitted on any of these images is unknown."
     if not number:
         return ""
-    return f" Temperature and threshold were fitted on {number:,} of these images: on new images they are worse."
+    return f" Temperature and threshold were fitted on {number:,} of these images, so these results are optimistic."
 
 
 def _draw_risk(predictions: Predictions, risk: float, coverage: float | None) -> Drawing:

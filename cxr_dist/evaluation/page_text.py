@@ -1,4 +1,4 @@
-"""What a report says in words beside its figures: sentences, the model card, tables, numbers. Pure."""
+"""The text of a report: sentences, the model card, tables, and numbers as text. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,22 +9,22 @@ _NOTHING = "–"  # noqa: RUF001
 
 
 def uncertainty_words(uncertainty: Mapping[str, Any]) -> str:
-    """What the intervals are, and over what they were drawn."""
+    """How the confidence intervals were computed, and what they cover."""
     unit, units, patients = uncertainty["unit"], uncertainty["units"], uncertainty["patients"]
     if unit == "image":
-        of = "images, as it is not known which belong together"
+        of = "images; which images are duplicates or of one patient is unknown"
     elif patients:
-        of = f"groups of images (copies, and images of one patient, stay together; {patients:,} patients are named)"
+        of = f"groups of images (duplicates and images of one patient form a group; {patients:,} known patients)"
     else:
-        of = "groups of images (copies stay together; which images are of one patient is not known)"
+        of = "groups of images (duplicates form a group; which images are of one patient is unknown)"
     return (
-        f"In brackets: {uncertainty['level']:.0%} intervals, from {uncertainty['resamples']:,} bootstrap resamples of "
-        f"{units:,} {of}. They say what other images of the same kind would change, not what other hospitals would."
+        f"Values in brackets are {uncertainty['level']:.0%} confidence intervals from {uncertainty['resamples']:,} "
+        f"bootstrap resamples of {units:,} {of}. They cover sampling of similar images, not a change of hospital."
     )
 
 
 def missing_words(metrics: Mapping[str, Any]) -> str:
-    """Which classes have no images, and so no part in the macro averages."""
+    """Which classes have no images, and are left out of the macro averages."""
     missing = [display_name(name) for name in metrics["missing_classes"]]
     if not missing:
         return ""
@@ -33,79 +33,81 @@ def missing_words(metrics: Mapping[str, Any]) -> str:
 
 
 def seen_warning(metrics: Mapping[str, Any]) -> str:
-    """A warning where the run has seen some of the images, which nobody asked for; else nothing."""
+    """A warning where the run has seen some of the images, unless the user asked for these; else nothing."""
     seen = metrics["seen"]
     if seen is None or seen["asked_for"] or not seen["share"]:
         return ""
     kinds = {
         "its training images": seen["training"],
-        "its validation images, which chose the best epoch": seen["validation"],
+        "its validation images, which selected the best epoch": seen["validation"],
     }
     parts = " and ".join(f"{number:,} are {kind}" for kind, number in kinds.items() if number)
     text = f"The model has seen some of these {count(metrics['n'])}: {parts} ({percent(seen['share'])} in all)."
     unseen = metrics["metrics_unseen"]
     if unseen is None:
-        return f"{text} There are no others: the figures do not say what it does on new images."
-    text += " The figures of all images are too good."
+        return f"{text} There are no other images, so the metrics do not estimate performance on new images."
+    text += " The metrics on all images are therefore optimistic."
     intervals = unseen["uncertainty"]["intervals"]
     figures_of = [
         f"{words} {decimal(unseen[name])} {interval(intervals[name])}".rstrip()
         for name, words in (("accuracy", "accuracy"), ("f1_macro", "macro F1"))
     ]
-    return f"{text} On the other {count(unseen['n'])}: {', '.join(figures_of)}. {missing_words(unseen)}".rstrip()
+    others = f"On the other {count(unseen['n'])}: {', '.join(figures_of)}."
+    return f"{text} {others} {missing_words(unseen)}".rstrip()
 
 
 def seen_words(metrics: Mapping[str, Any]) -> str:
-    """What was looked for among the images that the run has seen, where there is nothing to warn of."""
+    """How the images were compared with those that the run has seen, where there is nothing to warn of."""
     seen = metrics["seen"]
     if seen is None:
-        return "Whether the model was trained on any of these images is not known: its run has no list of them."
+        return "Whether the model was trained on any of these images is unknown: its run has no list of its images."
     if seen["asked_for"]:
-        kind = "training images" if seen["training"] else "validation images, which chose its best epoch"
-        return f"These are the model's {kind}: the figures do not say what it does on new images."
+        kind = "training images" if seen["training"] else "validation images, which selected its best epoch"
+        return f"These are the model's {kind}. The metrics do not estimate performance on new images."
     none = "" if seen["share"] else "No image here is a training or validation image of the model. "
-    return f"{none}Only identical files are recognised; copies that were encoded or resized again are not."
+    return f"{none}Only identical files are detected, not re-encoded or resized copies."
 
 
 def published_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Whether the difference to the published result means anything."""
+    """Whether the difference from the published result exceeds noise."""
     if not rows:
         return ""
     names = {"accuracy": "accuracy", "f1_macro": "macro F1"}
     parts = [
         f"{names[row['metric']]} is {abs(row['difference']):.3f} "
         + ("higher" if row["difference"] > 0 else "lower")
-        + (", which is within noise" if row["verdict"] == "within noise" else ", which is more than noise")
+        + (", which is within noise" if row["verdict"] == "within noise" else ", which exceeds noise")
         for row in rows
         if row["verdict"] is not None
     ]
-    return f"Against the published result, {'; '.join(parts)}." if parts else ""
+    return f"Compared with the published result, {'; '.join(parts)}." if parts else ""
 
 
 def model_card(info: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What whoever gets the model must know (after Mitchell et al. 2019), from what the run tells of itself."""
+    """The model card (Mitchell et al. 2019), from the information of the run."""
     training = info.get("training")
     training = training if isinstance(training, Mapping) else {}
     parameters, seconds = training.get("parameters"), training.get("seconds")
     size = f" with {parameters:,} parameters" if isinstance(parameters, int) else ""
     rows = [
-        ("Model", f"ResNet50{size}; takes gray pixels, gives one probability a class."),
-        ("Data", f"Evaluated on {info.get('images', 'images that were not named')}."),
+        ("Model", f"ResNet50{size}. Input: a grayscale image. Output: one probability per class."),
+        ("Data", f"Evaluated on {info.get('images', 'images of unknown origin')}."),
         (
             "Intended use",
-            "Research and teaching: how such classifiers are trained and judged. Not for diagnosis, triage or any "
-            "decision about a patient.",
+            "Research and teaching of the training and evaluation of classifiers. Not for diagnosis, triage or any "
+            "other decision about a patient.",
         ),
         (
             "Limits",
-            "Trained on one collection, in which class and source may coincide; different images of one patient may be "
-            "in different splits where the collection does not name patients; answers anything, also what is no X-ray.",
+            "The model was trained on one collection, in which class and source may coincide. If the collection does "
+            "not identify patients, images of one patient may be in different splits. The model also assigns a class "
+            "to images that are not chest X-rays.",
         ),
     ]
     if isinstance(seconds, Mapping) and isinstance(seconds.get("total"), (int, float)):
         where = f"{training.get('replicas', 1)} x {training.get('device', 'device')}"
         rows.append(
-            ("Training cost", f"{seconds['total'] / 60:,.1f} minutes on {where}, in {training.get('precision')}.")
+            ("Training cost", f"{seconds['total'] / 60:,.1f} minutes on {where} in {training.get('precision')}.")
         )
     return rows
 

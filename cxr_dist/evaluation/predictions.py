@@ -126,7 +126,7 @@ def read_predictions(path: Path) -> Predictions:
         raise UserError(f"{path}: no such file; give the predictions.parquet of an evaluation") from error
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise UserError(
-            f"{path}: not a predictions file of an evaluation ({one_line(error)}); evaluate again"
+            f"{path}: not a predictions file of an evaluation ({one_line(error)}); run cxr-dist evaluate again"
         ) from error
 
 

@@ -191,8 +191,8 @@ class FrozenFeatures:
         """End the run on all workers unless each has `seen` what the others wrote."""
         if not collectives.all_workers_true(self._strategy, seen):
             raise UserError(
-                f"features.folder {self._store.folder}: what one worker writes there, others do not see; name a folder "
-                "that all workers share, or set features.cache=off"
+                f"features.folder {self._store.folder}: other workers do not see what one worker writes there; give a "
+                "folder that all workers share, or set features.cache=off"
             )
 
     def _lock(self, entries: Sequence[Description], locks: ExitStack, other: "_OtherRun") -> bool:
@@ -209,8 +209,8 @@ class FrozenFeatures:
             limit = self._config.worker_timeout_s
             if other.silent_s(sum(self._store.written(entry) for entry in entries)) > limit:
                 raise UserError(
-                    f"features.folder {self._store.folder}: another run holds the same features, and has written "
-                    f"nothing for {limit:.0f} s; end it, name another folder, or set features.cache=off"
+                    f"features.folder {self._store.folder}: another run holds the same features, but wrote "
+                    f"nothing for {limit:.0f} s; end it, give another folder, or set features.cache=off"
                 ) from None
             return False
         return True

@@ -147,7 +147,7 @@ class FeatureStore:
         Raises:
             TimeoutError: another one has held them for `limit_s`.
         """
-        with _explained(self.folder):
+        with _folder_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             held, until = [], time.monotonic() + limit_s
             try:
@@ -164,14 +164,14 @@ class FeatureStore:
 
     def fits(self, needed: int) -> bool:
         """Whether `needed` bytes would, once everything that may be removed was."""
-        with _explained(self.folder):
+        with _folder_errors(self.folder):
             removable = self._cache.removable_bytes()
             return needed <= min(self._cache.limit, self._cache.free_bytes() + removable)
 
     def begin(self, description: Description, needed: int) -> None:
         """Make room, and an empty work folder for the parts; by the process that holds `computing`."""
         work = self._work(description)
-        with _explained(self.folder):
+        with _folder_errors(self.folder):
             if work.exists():
                 shutil.rmtree(work)
             self._remove_abandoned()
@@ -179,8 +179,8 @@ class FeatureStore:
             free = self._cache.free_bytes()
             if free < needed:  # said now, not after minutes of computing
                 raise UserError(
-                    f"features.folder {self.folder}: has {free / 1e9:.3f} GB free where {needed / 1e9:.3f} GB are "
-                    "needed; make room, name another folder, or set features.cache=off"
+                    f"features.folder {self.folder}: has {free / 1e9:.3f} GB free, but {needed / 1e9:.3f} GB are "
+                    "needed; free space, give another folder, or set features.cache=off"
                 )
             work.mkdir()
 
@@ -199,7 +199,7 @@ class FeatureStore:
     def commit(self, description: Description, parts: int, shape: tuple[int, ...], dtype: str) -> None:
         """Make the entry of its `parts`, all closed; by the process that called `begin`."""
         work, entry = self._work(description), self.folder / key_of(description)
-        with _explained(self.folder):
+        with _folder_errors(self.folder):
             made = [json.loads((work / f"part-{number:05d}.json").read_bytes()) for number in range(parts)]
             about = {"description": description, "shape": list(shape), "dtype": dtype, "parts": made}
             write_bytes(work / _ENTRY, sealed_json(about))
@@ -249,14 +249,14 @@ def _crc(path: Path) -> int:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Turn what the user can mend about the folder into a `UserError`."""
+def _folder_errors(folder: Path) -> Iterator[None]:
+    """Turn errors of the folder that the user can fix into a `UserError`."""
     try:
         yield
     except OSError as error:
         if error.errno in (*ENVIRONMENT_ERRORS, *_NO_FOLDER):
             raise UserError(
-                f"features.folder {folder}: cannot be written ({error.strerror}); mend that, name another folder, or "
+                f"features.folder {folder}: cannot be written ({error.strerror}); give another folder, or "
                 "set features.cache=off"
             ) from error
         raise

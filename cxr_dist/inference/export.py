@@ -163,7 +163,7 @@ def _require_onnx() -> None:
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"--format onnx needs {name}; install it: pip install -c constraints.txt -e "
-                '".[onnx]", or take --format savedmodel'
+                '".[onnx]", or use --format savedmodel'
             )
 
 

@@ -32,10 +32,10 @@ def _ray_lines(address: str) -> list[str]:
     try:
         version = _read(address + "/api/version")["ray_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"Ray dashboard: {address} (not usable: {one_line(error)})"]
+        return [f"Ray dashboard: {address} (not available: {one_line(error)})"]
     lines = [
-        f"Ray dashboard: {address} (answers, Ray {version})",
-        f"Ray metrics, for Prometheus to discover: {address}{DISCOVERY} (on the head: {DISCOVERY_FILE})",
+        f"Ray dashboard: {address} (available, Ray {version})",
+        f"Ray metrics for Prometheus: {address}{DISCOVERY} (on the head: {DISCOVERY_FILE})",
     ]
     try:
         targets = [target for group in _read(address + DISCOVERY) for target in group["targets"]]

@@ -66,8 +66,8 @@ def plan_workers(nodes: Sequence[Node], workers: int | None, devices_per_worker:
     workers, devices = workers or 1, devices_per_worker or 1
     if workers > 1 and devices > 1:
         raise UserError(
-            f"--devices-per-worker {devices}: without GPUs each of several workers has one logical CPU; "
-            "leave it out, or ask for one worker"
+            f"--devices-per-worker {devices}: without GPUs, each of several workers has one logical CPU; "
+            "leave it out, or use one worker"
         )
     share = min(sum(node.cpus for node in nodes) / workers, max(node.cpus for node in nodes))
     return _fitted(WorkerPlan(workers, devices, "CPU", max(1.0, float(int(share)))), nodes)
@@ -104,7 +104,7 @@ def plan_most_workers(
 
 def _check_any(nodes: Sequence[Node]) -> None:
     if not nodes:
-        raise UserError("the cluster has no machine; start one, or use --launcher local")
+        raise UserError("the cluster has no machine; add one, or use --launcher local")
 
 
 def _most_devices(nodes: Sequence[Node], workers: int) -> int:
@@ -122,7 +122,7 @@ def _fitted(plan: WorkerPlan, nodes: Sequence[Node]) -> WorkerPlan:
     what = f"{gpus} GPU(s) and 1 CPU" if gpus else "1 CPU"
     raise UserError(
         f"--workers {plan.workers} --devices-per-worker {plan.devices_per_worker}: each worker needs {what} on one "
-        f"machine, and the cluster ({_format(nodes)}) has room for {_slots(nodes, 1.0, gpus)}; ask for fewer workers "
+        f"machine, and the cluster ({_format(nodes)}) has room for {_slots(nodes, 1.0, gpus)}; use fewer workers "
         "or devices, or add machines"
     )
 

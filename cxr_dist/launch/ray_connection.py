@@ -102,17 +102,17 @@ def check_cluster(address: str, named: str, *, is_looked_up: bool = False) -> No
         socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"{named}: nothing answers there ({one_line(error)}); give the address of a running Ray cluster"
+            f"{named}: no server answers there ({one_line(error)}); give the address of a running Ray cluster"
         ) from None
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true") or "RAY_ENABLE_K8S_TOKEN_AUTH" in os.environ:
         return  # certificates, or tokens of Kubernetes, which Ray alone knows to present
     token = token_sent(is_looked_up=is_looked_up)
     status = _status_of_call(host, port, address.startswith(CLIENT), token)
     if status == "UNAUTHENTICATED":
-        state = "has another token" if token else "asks for a token"
+        state = "has another token" if token else "requires a token"
         raise UserError(f"{named}: the cluster {state}; {HOW_TO_SET}")
     if status in ("UNAVAILABLE", "UNIMPLEMENTED", "DEADLINE_EXCEEDED"):
-        raise UserError(f"{named}: what answers there is no Ray cluster; {_NEEDED}")
+        raise UserError(f"{named}: the server there is not a Ray cluster; {_NEEDED}")
 
 
 def _host_and_port(address: str, named: str) -> tuple[str, int]:
@@ -131,7 +131,7 @@ def _host_and_port(address: str, named: str) -> tuple[str, int]:
         text += f":{CLIENT_PORT}"
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or "/" in host:
-        raise UserError(f"{named}: is no address of a Ray cluster; {_NEEDED}")
+        raise UserError(f"{named}: is not the address of a Ray cluster; {_NEEDED}")
     return host.strip("[]"), int(port)
 
 

@@ -126,7 +126,7 @@ class RayWorkers:
                 if restart.event is not None:
                     reporter.emit(restart.event)
                 plan = restart.plan or _planned_by(restart.deadline, self.plan_again)
-                reporter.emit({"kind": "message", "text": f"going on with {plan.workers} workers"})
+                reporter.emit({"kind": "message", "text": f"resuming with {plan.workers} workers"})
 
     def _arguments(self, run: Path, plan: WorkerPlan) -> dict[str, Any]:
         return {

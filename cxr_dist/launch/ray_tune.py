@@ -135,13 +135,13 @@ def searcher_and_stopper(search: Search) -> tuple[Any, Any]:
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False, **_: Any) -> None:
             # Why it failed its own process wrote, if it could.
-            self._search.end(self._numbers.pop(trial_id), "its process ended; out of memory?" if error else None)
+            self._search.end(self._numbers.pop(trial_id), "its process ended, perhaps out of memory" if error else None)
 
         def save(self, checkpoint_path: str) -> None:
             """Nothing: the experiment's folder has it all."""
 
         def restore(self, checkpoint_path: str) -> None:
-            raise NotImplementedError("a search goes on from its folder")
+            raise NotImplementedError("a search resumes from its folder")
 
     class PrunerStopper(Stopper):
         def __init__(self, search: Search) -> None:
@@ -214,7 +214,7 @@ def reserved(cpus: float, gpus: float, limit_s: float = PLACEMENT_LIMIT_S) -> It
                 remove_placement_group(group)
         if not is_told:
             is_told = True
-            print(f"waiting for {what} of the cluster, which other work holds", file=sys.stderr, flush=True)
+            print(f"waiting for {what} of the cluster, which is busy", file=sys.stderr, flush=True)
         if time.monotonic() > until:
             raise UserError(
                 f"--address: no machine of the cluster had {what} free for {limit_s:.0f} s, as other work holds them; "
@@ -244,9 +244,7 @@ def _slow_start_warning(placement: TrialPlan) -> Any:
             if now - self._since > PLACEMENT_LIMIT_S:
                 self._since = now
                 what = " + ".join(f"{value:g} {name}" for name, value in placement.resources().items() if value)
-                text = (
-                    f"no trial has started for a minute: each needs {what}, and other work holds the cluster; waiting"
-                )
+                text = f"no trial has started for a minute: each needs {what}, and the cluster is busy; waiting"
                 print(text, file=sys.stderr, flush=True)
 
     return SlowStartWarning()

@@ -51,10 +51,12 @@ def dashboard_address(given: str | None) -> str:
     except ValueError:
         usable = False
     if not usable:
-        given_words = f" {address}: is not a dashboard's address" if address else ""
+        given_words = f" {address}: is not the address of a dashboard" if address else ""
         raise UserError(f"--address{given_words}: give http://HOST:8265 of the cluster's dashboard, or local")
     if url.username or url.password:
-        raise UserError("--address: holds a name or password, which others could read; put a token in $RAY_AUTH_TOKEN")
+        raise UserError(
+            "--address: contains a name or password, which others could read; use a token in $RAY_AUTH_TOKEN"
+        )
     return address.rstrip("/")
 
 
@@ -99,7 +101,7 @@ class Jobs:
             socket.create_connection((str(url.hostname), port), CONNECT_TIMEOUT_S).close()
             self._client = JobSubmissionClient(address)
         except AuthenticationError:
-            raise UserError(f"--address {address}: the cluster refuses the token that is sent; {HOW_TO_SET}") from None
+            raise UserError(f"--address {address}: the cluster rejects the token; {HOW_TO_SET}") from None
         except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--address {address}: no Ray dashboard answers there ({one_line(error)})") from None
 
@@ -117,10 +119,10 @@ class Jobs:
             try:
                 return str(self._client.submit_job(entrypoint=line, runtime_env=environment))
             except (ValueError, TypeError) as error:
-                raise UserError(f"--runtime-env, --working-dir: Ray refuses them ({one_line(error)})") from None
+                raise UserError(f"--runtime-env, --working-dir: Ray rejects them ({one_line(error)})") from None
             except (RuntimeError, OSError) as error:
                 if time.monotonic() > until:
-                    raise UserError(f"--address {self.address}: does not accept the job ({one_line(error)})") from None
+                    raise UserError(f"--address {self.address}: rejects the job ({one_line(error)})") from None
             time.sleep(POLL_S)
 
     def running(self, line: str) -> str | None:
@@ -142,8 +144,8 @@ class Jobs:
             return exit_status(asyncio.run(self._follow(job, write)))
         except (aiohttp.ClientError, OSError, RuntimeError) as error:
             raise UserError(
-                f"--address {self.address}: the connection was lost while {job} ran ({one_line(error)}); "
-                f"if the cluster is still there: {self.ray_command('logs --follow', job)}"
+                f"--address {self.address}: the connection was lost while {job} was running ({one_line(error)}); "
+                f"if the cluster still runs: {self.ray_command('logs --follow', job)}"
             ) from None
 
     async def _follow(self, job: str, write: Callable[[str], None]) -> "JobDetails":

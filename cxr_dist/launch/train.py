@@ -82,7 +82,7 @@ def run_training(
     from cxr_dist.model.resnet import check_weights
 
     if launcher == "local" and ((workers or (1, 1))[1] > 1 or address):
-        raise UserError("--launcher local: is one process; leave --workers and --address out, or use --launcher ray")
+        raise UserError("--launcher local: uses one process; leave --workers and --address out, or use --launcher ray")
     with open_dataset(dataset) as data:
         config = run_folder.resolve_config(config, data.manifest)
         check_weights(config.model.weights)
@@ -93,7 +93,7 @@ def run_training(
             placed = workers_on_cluster(config, dataset, workers, devices_per_worker, address, verbose)
         with placed as team, opened_run(run, config, data, team.replicas) as is_finished:
             if is_finished:
-                print(f"{run}: was finished already", file=sys.stderr)
+                print(f"{run}: is already finished", file=sys.stderr)
                 result = run_folder.finished_result(run)
             else:
                 result = team.train(run, ConsoleReporter())

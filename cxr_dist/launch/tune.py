@@ -56,7 +56,7 @@ def run_search(
         write_page(experiment)
     if best is None:
         failed = [trial for trial in experiment.trials() if trial.state == "failed"]
-        reason = f"; the first to fail: {failed[0].reason}" if failed else ""
+        reason = f"; the first failure: {failed[0].reason}" if failed else ""
         raise UserError(f"{experiment.folder}: no trial is complete{reason}")
     return best
 

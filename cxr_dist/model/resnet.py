@@ -300,6 +300,6 @@ def _imagenet_file() -> Path:
     except Exception as error:  # noqa: BLE001 - Keras raises bare Exception for a failed download
         reason = one_line(error)
         raise UserError(
-            f"model.weights imagenet: the download failed ({reason}); without a network give a path to the weights "
+            f"model.weights imagenet: the download failed ({reason}); without a network, give a path to the weights "
             "(--set model.weights=PATH), or none to train from scratch"
         ) from None

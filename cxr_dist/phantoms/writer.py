@@ -54,7 +54,9 @@ def write_phantoms(
                 (unfinished / class_name / part).mkdir(parents=True)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); name a folder that you may write") from error
+        raise UserError(
+            f"{folder}: cannot be created ({error.strerror}); give a folder that you can write to"
+        ) from error
     try:
         tasks = [
             _Phantom(unfinished, class_name, number, size, seed)

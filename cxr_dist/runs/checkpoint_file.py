@@ -89,4 +89,6 @@ def explained(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: no such checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, SafetensorError) as error:
         reason = one_line(error)
-        raise UserError(f"{path}: damaged checkpoint ({reason}); remove it to go on from the one before") from None
+        raise UserError(
+            f"{path}: is a damaged checkpoint ({reason}); remove it to resume from the checkpoint before"
+        ) from None

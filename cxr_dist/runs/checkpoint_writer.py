@@ -60,7 +60,7 @@ class CheckpointWriter:
             self._failed += 1
             if self._failed > MAX_FAILURES:
                 raise
-            self._warn(f"a checkpoint could not be written ({error}); trying again with the next one")
+            self._warn(f"a checkpoint could not be written ({error}); the next one will be tried")
         self._begun = self._clock()
         self._running = self._threads.submit(self._timed, task)
         if not self._config.background:

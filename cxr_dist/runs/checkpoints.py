@@ -37,8 +37,8 @@ def fitting(path: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: does not fit this version of the program ({one_line(error)}); use the version that wrote it, or "
-            "train into a new --out"
+            f"{path}: does not fit this version of cxr-dist ({one_line(error)}); use the version that wrote it, or "
+            "give a new --out"
         ) from error
 
 
@@ -159,12 +159,12 @@ class _ChangedArrays:
 
     def _load_base(self, path: Path, name: str) -> _Base:
         if not _BASE_NAME.fullmatch(name):  # a checkpoint must not name files elsewhere
-            raise UserError(f"{path}: damaged checkpoint (no name of base weights: {name[:80]})")
+            raise UserError(f"{path}: is a damaged checkpoint (invalid name of base weights: {name[:80]})")
         try:
             return _Base(name, load_arrays(self._folder / name)[0])
         except UserError as error:
             reason = f"{error}".split(";")[0]
-            raise UserError(f"{reason}; every checkpoint of the run needs it: train into a new --out") from None
+            raise UserError(f"{reason}; every checkpoint of the run needs it; give a new --out") from None
 
 
 class CheckpointFolder:
@@ -230,7 +230,7 @@ class CheckpointFolder:
             raise
         except UserError as error:
             reason = f"{error}".split(";")[0]
-            raise UserError(f"{reason}; the run lost its best weights: train into a new --out") from None
+            raise UserError(f"{reason}; the best weights of the run are lost; give a new --out") from None
 
     def load(self, position: Position) -> Checkpoint:
         """The checkpoint of a position, with the best weights of its time.
@@ -272,7 +272,7 @@ class CheckpointFolder:
             return checkpoint
         if positions:
             path = self._folder / positions[-1].file_name
-            raise UserError(f"{path}: no checkpoint of this run can be read; train into a new --out")
+            raise UserError(f"{path}: no checkpoint of this run can be read; give a new --out")
         return None
 
     def newest_position(self) -> Position | None:

@@ -88,8 +88,8 @@ def exclude_corrupt(run: Path, dataset: Path, manifest: Manifest, most: int) -> 
             first = corrupt.records[0]
             raise UserError(
                 f"input.max_corrupt_records {most}: {len(corrupt.records)} records are damaged, the first is record "
-                f"{first.record} at byte {first.offset} of {dataset / first.shard}; restore the dataset, build it "
-                "anew, or allow more"
+                f"{first.record} at byte {first.offset} of {dataset / first.shard}; restore the dataset, rebuild "
+                "it, or allow more"
             )
         write_json(path, [asdict(record) for record in corrupt.records])
         return corrupt
@@ -97,8 +97,8 @@ def exclude_corrupt(run: Path, dataset: Path, manifest: Manifest, most: int) -> 
     others = sorted(corrupt.paths - excluded.paths)
     if others:
         raise UserError(
-            f"{dataset}: {others[0]} has been damaged since the run began, and a run cannot lose images on its way; "
-            "restore the dataset, or begin again with another --out"
+            f"{dataset}: {others[0]} has been damaged since the run began, and a run cannot change its images; "
+            "restore the dataset, or start again with another --out"
         )
     return excluded
 
@@ -108,6 +108,6 @@ def load_excluded(run: Path) -> ExcludedRecords:
     path = run / DAMAGED
     if not path.exists():
         return ExcludedRecords()
-    with reading(path, "begin again with another --out"):
+    with reading(path, "start again with another --out"):
         records = json.loads(path.read_text(encoding="utf-8"))
         return ExcludedRecords(tuple(CorruptRecord(**record) for record in records))

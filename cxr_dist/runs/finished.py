@@ -28,7 +28,7 @@ def read_finished(run: Path) -> FinishedRun:
     """
     info, config, result = run_folder.read_info(run), run_folder.read_config(run), run_folder.read_result(run)
     if result is None or weights_file(run) is None:
-        raise UserError(f"{run}: the run is not finished; start it again with train to go on")
+        raise UserError(f"{run}: the run is not finished; resume it with cxr-dist train")
     return FinishedRun(run, config, info, result)
 
 

@@ -64,7 +64,7 @@ class Watchdog:
                 with suppress(OSError):
                     self._write()
                 continue
-            reason = f"worker {self._rank} got no further than {self._where} for {waited:.0f} s"
+            reason = f"worker {self._rank} has been at {self._where} for {waited:.0f} s"
             try:
                 with suppress(OSError, ValueError):
                     reason += f"; {silent_workers(self._folder, self._rank, self._interval_s)}"
@@ -93,7 +93,7 @@ def silent_workers(folder: Path, rank: int, interval_s: float) -> str:
         for worker, _ in _heartbeats(folder)
         if worker["rank"] != rank
     ]
-    return "; ".join(_silent(folder, interval_s) or others) or "it is the only one"
+    return "; ".join(_silent(folder, interval_s) or others) or "there is no other worker"
 
 
 def exit_reasons(folder: Path, interval_s: float = INTERVAL_S) -> list[str]:

@@ -165,12 +165,12 @@ def _mlflow_run(run: Path) -> tuple[Any, Any]:
         from mlflow.exceptions import MlflowException
     except ImportError:
         raise UserError(
-            f"{MLFLOW_VARIABLE}: is set, and MLflow is not installed; install the extra mlflow, or unset it"
+            f"{MLFLOW_VARIABLE}: is set, but MLflow is not installed; install the extra mlflow, or unset the variable"
         ) from None
     client, path = MlflowClient(), run / MLFLOW
     if not path.is_file():
         return client, None
-    with reading(path, "remove it for a new run in MLflow"):
+    with reading(path, "remove it to start a new run in MLflow"):
         number = json.loads(path.read_text(encoding="utf-8"))["run_id"]
     try:
         return client, client.get_run(number)

@@ -70,7 +70,9 @@ def resolve_config(config: Config, manifest: Manifest) -> Config:
             f"leave the key out, or build the dataset with --image-size {size}"
         )
     if manifest.image_size < 32:
-        raise UserError(f"the dataset's images of {manifest.image_size} pixels are too small: ResNet50 needs 32")
+        raise UserError(
+            f"the dataset's images of {manifest.image_size} pixels are too small; ResNet50 needs at least 32"
+        )
     weights = config.model.weights
     if weights not in ("imagenet", "none"):
         weights = str(Path(weights).expanduser().resolve())  # a worker's working folder is another one
@@ -119,7 +121,7 @@ def prepare(run: Path, config: Config, dataset: Place, manifest: Manifest) -> No
             _tidy(run)
             return
     elif run.is_dir() and not _is_begun(run):
-        raise UserError(f"{run}: holds something that is not a run of this program; give a new folder as --out")
+        raise UserError(f"{run}: contains other files than a run; give a new folder as --out")
     with _writable(run):
         _tidy(run)
         (run / DAMAGED).unlink(missing_ok=True)  # it was decided for the settings and the data of before
@@ -136,7 +138,7 @@ def _writable(run: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{run}: cannot be written ({error.strerror}); give a folder that you may write as --out"
+            f"{run}: cannot be written ({error.strerror}); give a folder that you can write to as --out"
         ) from None
 
 
@@ -174,7 +176,7 @@ def _check_same(run: Path, config: Config, info: RunInfo) -> None:
     if earlier != config:
         key, before, now = _first_difference(earlier.tree(), config.tree())
         raise UserError(
-            f"{run}: holds a run with {key} {before}, not {now}; give another --out, or the same settings to go on"
+            f"{run}: holds a run with {key} {before}, not {now}; give another --out, or the same settings to resume"
         )
     if trained.fingerprint != info.fingerprint:
         raise UserError(f"{run}: holds a run on {other_dataset(trained.dataset, info.dataset)}; give another --out")
@@ -280,4 +282,4 @@ def _require(run: Path, name: str) -> None:
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; give the folder of a run")
     if not (run / name).is_file():
-        raise UserError(f"{run}: is not the folder of a run (no {name}); give what train wrote with --out")
+        raise UserError(f"{run}: is not the folder of a run (no {name}); give the --out of cxr-dist train")

@@ -84,7 +84,7 @@ def stopped_by_sigterm(run: Path) -> Iterator[None]:
         if is_over:
             return
         if is_late:
-            raise StoppedError(f"{run}: stopped without a checkpoint of this moment; {RESUME}")
+            raise StoppedError(f"{run}: stopped without a new checkpoint; {RESUME}")
         if timer is None:
             timer = threading.Timer(NOTICE_LIMIT_S, be_late)
             timer.daemon = True

@@ -37,7 +37,7 @@ def check_format(path: Path, written: Any) -> None:
     found = written.get("format")
     if found != FORMAT:
         raise FormatError(
-            f"{path}: has format {found}, and this version of {DISTRIBUTION} reads format {FORMAT}; "
+            f"{path}: has format {found}, but this version of {DISTRIBUTION} reads format {FORMAT}; "
             "use the version that wrote it, or give a new --out"
         )
 
@@ -64,8 +64,8 @@ def unsupported(distribution: str, reason: str) -> UserError:
     """The error where an installed package does not do what this program needs of it."""
     wanted = declared().get(distribution, "")
     return UserError(
-        f"{distribution} {version_of(distribution)}: does not do what training needs ({reason}); install "
-        f"{distribution}{wanted}, as constraints.txt has it"
+        f"{distribution} {version_of(distribution)}: lacks a function that training needs ({reason}); "
+        f"install {distribution}{wanted}, as in constraints.txt"
     )
 
 

@@ -37,12 +37,12 @@ BATCH_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128)
 MAX_HELD_BYTES = 1 << 29
 """Of all bodies that are being read or decoded."""
 ERRORS = {
-    408: "The body took too long.",
+    408: "The body arrived too slowly.",
     413: "The body has too many bytes, or the image too many pixels.",
-    415: "The content type is none of the above, or the file needs a library that is not installed.",
-    422: "The body is no whole image.",
+    415: "The content type is not supported, or the file needs a library that is not installed.",
+    422: "The body is not a complete image.",
     503: "The service is busy; send the request again later.",
-    504: "The answer took too long.",
+    504: "The prediction took too long.",
 }
 
 
@@ -76,10 +76,10 @@ class Predictions:
         limits = self._limits
         self._waiting += 1
         try:
-            body = await _within(limits.body_timeout_s, 408, "the body took too long", self._read(request))
+            body = await _within(limits.body_timeout_s, 408, "the body arrived too slowly", self._read(request))
             answer = self._answer(body, TYPES[content_type])
             result: Prediction = await _within(
-                limits.answer_timeout_s, 504, "the answer took too long; send it again", answer
+                limits.answer_timeout_s, 504, "the prediction took too long; send the request again", answer
             )
             return result
         finally:
@@ -89,7 +89,7 @@ class Predictions:
         limit = self._limits.max_body_bytes
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > limit:
-            raise HTTPException(413, f"the body has {declared[:20]} bytes; at most {limit:,} are taken")
+            raise HTTPException(413, f"the body has {declared[:20]} bytes; at most {limit:,} are accepted")
         body = bytearray()
         try:
             async for part in request.stream():
@@ -115,14 +115,14 @@ class Predictions:
         except UserError as error:
             raise HTTPException(415, str(error)) from None
         except MemoryError:
-            raise _busy("there is no memory for this image now") from None
+            raise _busy("there is not enough memory for this image now") from None
         finally:
             self._held_bytes -= len(body)
         try:
             return await self._classify(image)
         except Exception as error:
             logging.getLogger("ray.serve").exception("the model failed")
-            raise HTTPException(500, "the model failed on this image; the service's log says why") from error
+            raise HTTPException(500, "the model failed on this image; see the log of the service") from error
 
 
 def make_app(predictions: Predictions, class_names: Sequence[str], image_size: int) -> FastAPI:
@@ -130,7 +130,7 @@ def make_app(predictions: Predictions, class_names: Sequence[str], image_size: i
     app = FastAPI(
         title="Chest X-ray classifier",
         description=f"**Not for diagnosis.** Classes: {', '.join(class_names)}. Size: {image_size} pixels. "
-        "Where `abstained` is true, do not rely on the class. An answer that does not abstain may be wrong too.",
+        "If `abstained` is true, do not rely on the class. Other predictions may be wrong too.",
     )
     binary = {"schema": {"type": "string", "format": "binary"}}
 
@@ -176,7 +176,7 @@ def make_app(predictions: Predictions, class_names: Sequence[str], image_size: i
 
 
 def _busy(reason: str) -> HTTPException:
-    return HTTPException(503, f"{reason}; send this one again later", {"Retry-After": "1"})
+    return HTTPException(503, f"{reason}; send the request again later", {"Retry-After": "1"})
 
 
 async def _within(seconds: float, status: int, reason: str, work: Awaitable[Any]) -> Any:
@@ -192,12 +192,14 @@ class Metrics:
     def __init__(self, waiting: Callable[[], int]) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("cxr_dist_requests", "Requests to /predict by status", ["status"], registry=registry)
-        self._seconds = Histogram("cxr_dist_answer_seconds", "From request to answer", registry=registry)
-        self._batches = Histogram("cxr_dist_batch_images", "Images in a step", buckets=BATCH_BUCKETS, registry=registry)
-        self._model_seconds = Counter(
-            "cxr_dist_model_seconds", "Of all steps, of which some are at once", registry=registry
+        self._seconds = Histogram("cxr_dist_answer_seconds", "Time from request to response", registry=registry)
+        self._batches = Histogram(
+            "cxr_dist_batch_images", "Images in a batch", buckets=BATCH_BUCKETS, registry=registry
         )
-        Gauge("cxr_dist_waiting", "Requests at this moment", registry=registry).set_function(waiting)
+        self._model_seconds = Counter(
+            "cxr_dist_model_seconds", "Total time of all batches, which may overlap", registry=registry
+        )
+        Gauge("cxr_dist_waiting", "Requests in progress", registry=registry).set_function(waiting)
 
     def count(self, status: int, seconds: float) -> None:
         self._requests.labels(str(status)).inc()

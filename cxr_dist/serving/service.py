@@ -127,4 +127,4 @@ def _check_address(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except (OSError, OverflowError) as error:
-        raise UserError(f"--host {host} --port {port}: cannot be had ({one_line(error)}); give others") from None
+        raise UserError(f"--host {host} --port {port}: is not available ({one_line(error)}); give another") from None

@@ -128,8 +128,8 @@ def _record_versions(context: RunContext, launcher: str) -> None:
     changed = run_folder.record_versions(context.run, versions.made_with(hardware(context.topology.kind), launcher))
     if changed:
         context.warn(
-            f"{context.run}: resumed under other versions ({', '.join(changed)}); the results can differ from those "
-            "of a run under one version"
+            f"{context.run}: resumed under other versions ({', '.join(changed)}); the results may differ from those "
+            "under one version"
         )
 
 

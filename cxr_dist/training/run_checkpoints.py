@@ -55,7 +55,7 @@ class RunCheckpoints:
             checkpoints.restore_model(context.model, checkpoint.arrays)
             progress = Progress.of_state(checkpoint.state)
         self.best_arrays = checkpoint.best_arrays
-        context.reporter.emit({"kind": "message", "text": f"going on from {self.resumed_path}"})
+        context.reporter.emit({"kind": "message", "text": f"resuming from {self.resumed_path}"})
         return progress, checkpoint.arrays
 
     @property
@@ -83,4 +83,4 @@ class RunCheckpoints:
         self.save(state, progress)
         self.writer.wait()
         kind = self._stop.take() or StoppedError
-        raise kind(f"{self._context.run}: stopped, with a checkpoint; start the same command again to resume")
+        raise kind(f"{self._context.run}: stopped with a checkpoint; start the same command again to resume")

@@ -123,7 +123,7 @@ class RunContext:
         self.heartbeat("features that another run computes")
         if not self._said_waiting:
             self._said_waiting = True
-            self.warn("another run computes the same features; waiting for it, and using them then")
+            self.warn("another run is computing the same features; waiting for them")
 
     def _announce(self, number: int, stage: StageConfig, source: str) -> None:
         what = f"head and upper {stage.unfreeze_layers} layers" if stage.unfreeze_layers else "head"

@@ -186,10 +186,10 @@ class StageRunner:
         totals = self._progress.totals
         skipped = int(totals[steps.SKIPPED] - totals[steps.OVERFLOWED])
         if skipped > self._context.config.max_nonfinite_steps:
-            raise self._diverged(f"{skipped} steps had a loss or gradient that is not finite")
+            raise self._diverged(f"{skipped} steps had a non-finite loss or gradient")
 
     def _diverged(self, what: str) -> UserError:
         return UserError(
-            f"training diverged: {what} in stage {self._number}, epoch {self._progress.epoch + 1}, until step "
+            f"training diverged: {what} in stage {self._number}, epoch {self._progress.epoch + 1}, by step "
             f"{self._progress.step}; lower stages.{self._number}.learning_rate"
         )

@@ -115,9 +115,7 @@ class Experiment:
             ours = (SEARCH, EXPERIMENT)
             names = [path.name for path in self.folder.iterdir()]
             if not is_begun and any(name != LOCK and not is_temporary(name, ours) for name in names):
-                raise UserError(
-                    f"{self.folder}: holds something that is not a search of this program; give a new folder as --out"
-                )
+                raise UserError(f"{self.folder}: contains other files than a search; give a new folder as --out")
             info = {"format": FORMAT, "dataset": absolute(dataset), "fingerprint": manifest.fingerprint}
             if is_begun and (self.folder / EXPERIMENT).exists():
                 _check_same(self, plan, info)
@@ -270,7 +268,7 @@ def _check_same(experiment: Experiment, plan: SearchPlan, info: dict[str, Any]) 
             if earlier[section].get(key) != now[section].get(key):
                 raise UserError(
                     f"{experiment.folder}: holds a search with another {section}.{key}; give another --out, or the "
-                    "same settings to go on"
+                    "same settings to resume"
                 )
     if earlier_info["fingerprint"] != info["fingerprint"]:
         other = run_folder.other_dataset(earlier_info["dataset"], info["dataset"])
@@ -279,7 +277,7 @@ def _check_same(experiment: Experiment, plan: SearchPlan, info: dict[str, Any]) 
 
 def _required(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
-        raise UserError(f"{folder}: is not the folder of a search (no {name}); give what tune wrote")
+        raise UserError(f"{folder}: is not the folder of a search (no {name}); give the --out of cxr-dist tune")
     return folder / name
 
 
@@ -307,8 +305,8 @@ def best_run(folder: Path) -> Path:
     if not (folder / SEARCH).is_file():
         return folder
     if not (folder / BEST).is_file():
-        raise UserError(f"{folder}: no trial of the search is complete yet; start it again with tune to go on")
-    with reading(folder / BEST, "start tune again to write it anew"):
+        raise UserError(f"{folder}: no trial of the search is complete; resume it with cxr-dist tune")
+    with reading(folder / BEST, "start cxr-dist tune again to rewrite it"):
         return folder / str(json.loads((folder / BEST).read_text(encoding="utf-8"))["run"])
 
 
@@ -348,7 +346,7 @@ def _read_formatted(path: Path, fix: str) -> dict[str, Any]:
 
 
 def _read_trial(path: Path) -> Trial:
-    fix = "remove it to run the trial anew"
+    fix = "remove it to run the trial again"
     content = _read_formatted(path, fix)
     del content["format"]
     with reading(path, fix):

@@ -126,7 +126,7 @@ class LocalTrials:
         if worker.trial is not None:
             how = f"signal {-status}" if status is not None and status < 0 else f"status {status}"
             # Of a time limit the process wrote itself why.
-            reason = None if status == TIME_LIMIT_STATUS else f"its process ended ({how}); out of memory?"
+            reason = None if status == TIME_LIMIT_STATUS else f"its process ended ({how}), perhaps out of memory"
             search.end(worker.trial, reason)
 
     def _retire(self, worker: _Worker) -> None:
@@ -146,7 +146,7 @@ def local_trials(plan: SearchPlan) -> LocalTrials:
     """
     workers, cores = plan.search.workers_per_trial, default_workers()
     if workers > 1:
-        raise UserError(f"search.workers_per_trial {workers}: needs --launcher ray; locally a trial is one process")
+        raise UserError(f"search.workers_per_trial {workers}: needs --launcher ray; with local, a trial is one process")
     concurrent = local_concurrency(plan.search, cores)
     return LocalTrials(concurrent, max(1, cores // concurrent), plan.trains_head_alone(), serve_trials)
 
@@ -163,7 +163,7 @@ def local_concurrency(search: SearchConfig, cores: int) -> int:
         wanted = search.concurrent or 1
         raise UserError(
             f"search.concurrent {wanted} trials with search.cpus_per_trial {cpus or 1:g} need {wanted * (cpus or 1):g} "
-            f"cores, and there are {cores}; ask for fewer"
+            f"cores, but there are {cores}; use fewer"
         )
     return search.concurrent or (fitting if cpus else min(cores, DEFAULT_CONCURRENT))
 

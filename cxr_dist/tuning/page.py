@@ -14,7 +14,7 @@ from tfrecords_builder.common.page import template_environment
 
 _STATES = ("complete", "stopped", "failed", "running")
 TRIALS_FOR_IMPORTANCE = 8
-"""Complete trials below which an estimate of importance says nothing."""
+"""Smallest number of complete trials for an estimate of importance."""
 
 
 def write_page(experiment: Experiment) -> None:
@@ -56,7 +56,7 @@ def _value(value: Any) -> str:
 
 
 def importance(plan: SearchPlan, results: Sequence[TrialResult]) -> dict[str, float] | None:
-    """How much of the variation of the objective goes with each key (fANOVA: Hutter, Hoos and Leyton-Brown 2014).
+    """Share of the objective's variance that each key explains (fANOVA: Hutter, Hoos and Leyton-Brown 2014).
 
     None with few complete trials, a single key, or trials that are all alike.
     """
@@ -79,18 +79,18 @@ def _figures(plan: SearchPlan, points: Sequence[Point]) -> list[Figure]:
             "history.svg",
             "Optimisation history",
             f"Best validation accuracy of each trial, from {min(point.objective for point in points):.4f} to "
-            f"{best.objective:.4f}; the highest is trial {best.number}.",
+            f"{best.objective:.4f}. Trial {best.number} has the highest.",
             figures.history_figure(points),
         ),
         Figure(
             "parallel.svg",
             "Parallel coordinates",
-            "A line is a trial: where it stands on each scale is its value. Dark is good, dotted was stopped early; "
-            f"the thick line is trial {best.number}.",
+            "Each line is a trial, and crosses each axis at its value. Darker lines have a higher accuracy, and dotted "
+            f"ones were stopped early. The thick line is trial {best.number}, the best.",
             figures.parallel_figure(parameters, points),
         ),
     ]
     for key, parameter in parameters.items():
-        caption = f"Best validation accuracy of each trial against {key}; the highest is at {_value(best.values[key])}."
+        caption = f"Best validation accuracy of each trial by {key}. The best trial has {_value(best.values[key])}."
         shown.append(Figure(f"{key}.svg", key, caption, figures.parameter_figure(key, parameter, points)))
     return shown

@@ -33,7 +33,7 @@ class Search:
         ended, self._interrupted = self.experiment.settle()
         started = len(ended) + len(self._interrupted)
         if started:
-            _print(f"{self.experiment.folder}: {len(ended)} trials have ended, {len(self._interrupted)} go on")
+            _print(f"{self.experiment.folder}: {len(ended)} trials have ended, {len(self._interrupted)} resume")
         self.sampler = Sampler(self.plan, [result.finished() for result in ended], started)
         self._planned = max(self._planned, started)
         self._states.update(result.trial.state for result in ended)
@@ -58,7 +58,7 @@ class Search:
         trial = self.experiment.begin(number, values)
         self._running[number] = trial, time.monotonic()
         if trial.attempts > 1:
-            _print(f"trial {number}: goes on ({_format(values)})")
+            _print(f"trial {number}: resumes ({_format(values)})")
         self._count("running", 1)
         return self.job(number, values)
 

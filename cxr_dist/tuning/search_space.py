@@ -1,4 +1,4 @@
-"""A search as a YAML file says it: what varies and how far, how trials are chosen and stopped, and what each gets."""
+"""A search as its YAML file defines it: the search space, the sampler, early stopping, and the resources of a trial."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,13 +18,15 @@ Values = dict[str, Value]
 
 
 class Parameter(Node):
-    """What one config key may be: `choices`, or a range from `low` to `high`, both included."""
+    """The values of one config key KEY: either choices, or a range from low to high."""
 
-    choices: tuple[Value, ...] | None = Field(None, min_length=1, description="the values, of any kind")
-    low: int | float | None = None
-    high: int | float | None = None
-    log: bool = Field(False, description="evenly by ratios, as learning rates are")
-    step: int | float | None = Field(None, gt=0, description="of an evenly spaced range; whole numbers step by 1")
+    choices: tuple[Value, ...] | None = Field(None, min_length=1, description="List of the values to try, of any type.")
+    low: int | float | None = Field(None, description="Lower end of the range, included.")
+    high: int | float | None = Field(None, description="Upper end of the range, included.")
+    log: bool = Field(False, description="Sample the range on a logarithmic scale.")
+    step: int | float | None = Field(
+        None, gt=0, description="Distance between values of the range. null: 1 between whole numbers, else continuous."
+    )
 
     @model_validator(mode="after")
     def _is_one_of_two(self) -> "Parameter":
@@ -71,31 +73,43 @@ def _off(value: object) -> object:
 
 
 class SearchConfig(Node):
-    """The section `search` of the file."""
+    """The search, in the file for `cxr-dist tune`."""
 
-    trials: int = Field(16, ge=1, description="in all; a grid that has fewer points ends with its last")
-    sampler: Literal["tpe", "random", "grid"] = Field("tpe", description="how the next trial is chosen (Optuna's)")
-    seed: int = Field(0, ge=0, lt=2**31, description="of the choice; the seed of training is a config key")
-    start_from_base: bool = Field(True, description="the first trial has the values of the base, if the space has them")
+    trials: int = Field(16, ge=1, description="Number of trials. A grid with fewer points ends after its last point.")
+    sampler: Literal["tpe", "random", "grid"] = Field(
+        "tpe", description="Method that chooses the next trial: Optuna's TPE, random, or every point of a grid."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Random seed of the sampler.")
+    start_from_base: bool = Field(
+        True, description="Give the first trial the values of the base, if the space has them."
+    )
     scheduler: Annotated[Literal["asha", "median", "off"], BeforeValidator(_off)] = Field(
-        "asha", description="which trials are stopped early: successive halving, below the median, or none"
+        "asha", description="Early stopping of trials: successive halving (asha), those below the median, or none."
     )
-    grace_epochs: int = Field(1, ge=1, description="epochs, over all stages, before which no trial is stopped")
-    reduction_factor: int = Field(3, ge=2, description="of asha: of so many trials one goes on")
-    concurrent: int | None = Field(None, ge=1, description="trials at a time; by default as many as fit")
-    workers_per_trial: int = Field(1, ge=1, description="more than one go through Ray Train")
-    cpus_per_trial: float | None = Field(None, gt=0, description="of each worker; by default the cores in equal parts")
+    grace_epochs: int = Field(1, ge=1, description="Number of epochs, over all stages, before a trial may be stopped.")
+    reduction_factor: int = Field(
+        3, ge=2, description="Reduction factor of asha: one of this number of trials continues at each rung."
+    )
+    concurrent: int | None = Field(
+        None, ge=1, description="Number of trials that run at a time. null: as many as the resources allow."
+    )
+    workers_per_trial: int = Field(1, ge=1, description="Number of workers of a trial. Above 1, it needs Ray Train.")
+    cpus_per_trial: float | None = Field(
+        None, gt=0, description="Number of CPUs of each worker. null: the cores in equal parts."
+    )
     gpus_per_trial: float | None = Field(
-        None, ge=0, description="of each worker, fractions for one worker alone; by default 1 where there are any"
+        None, ge=0, description="Number of GPUs of each worker; a single worker may have a fraction. null: 1 if any."
     )
-    time_limit_s: float | None = Field(None, gt=0, description="of one trial; one that exceeds it has failed")
+    time_limit_s: float | None = Field(
+        None, gt=0, description="Time limit of a trial in seconds; beyond it, the trial fails. null: no limit."
+    )
     keep: int = Field(
         1,
         ge=1,
-        description="how many of the best trials keep their model.keras; the others keep the weights that training "
-        "changed, from which evaluate, predict and export rebuild the model",
+        description="Number of the best trials that keep model.keras. Others keep the weights that training changed, "
+        "from which the model can be rebuilt.",
     )
-    parameters: dict[str, Parameter] = Field(min_length=1, description="by dotted config key")
+    parameters: dict[str, Parameter] = Field(min_length=1, description="Search space, by dotted config key.")
 
     @model_validator(mode="after")
     def _consistent(self) -> "SearchConfig":
@@ -105,7 +119,9 @@ class SearchConfig(Node):
                     raise ValueError(f"parameters.{key}: sampler grid needs choices, or a range with a step")
         gpus = self.gpus_per_trial
         if gpus is not None and gpus != int(gpus) and (self.workers_per_trial > 1 or gpus > 1):
-            raise ValueError("gpus_per_trial: a fraction is for one worker, and below 1; workers have whole GPUs")
+            raise ValueError(
+                "gpus_per_trial: a fraction must be below 1, for a single worker; several workers need whole GPUs"
+            )
         return self
 
     def grid(self) -> list[Values]:
@@ -186,7 +202,7 @@ def load_search(path: Path, overrides: list[str] | None = None) -> SearchPlan:
     layers: list[tuple[str, Mapping[str, Any]]] = [(f"{path}: ", tree)]
     if base is not None:
         if not isinstance(base, str):
-            raise UserError(f"{path}: base is no name of a preset or file, but a {type(base).__name__}")
+            raise UserError(f"{path}: base is a {type(base).__name__}; give the name of a preset or file")
         beside = path.parent / base
         base_path = beside if beside.is_file() else resolve_preset(Path(base)) or beside
         layers.insert(0, (f"{base_path}: ", read_yaml(base_path)))
@@ -196,7 +212,7 @@ def load_search(path: Path, overrides: list[str] | None = None) -> SearchPlan:
             layers.append(("--set ", change))
             continue
         if not isinstance(change["search"], dict):
-            raise UserError(f"--set {override}: search holds keys of its own, such as search.trials")
+            raise UserError(f"--set {override}: search is a section with keys of its own, such as search.trials")
         for key, value in change["search"].items():
             if isinstance(value, dict) and key != "parameters":
                 raise UserError(f"--set {override}: search.{key} is a value, not a mapping")

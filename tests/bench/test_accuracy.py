@@ -24,10 +24,10 @@ def test_the_first_epoch_that_is_as_good_counts() -> None:
 def test_the_table_compares_with_when_plain_keras_had_its_best() -> None:
     plain = course(PLAIN, 0, (300, 0.8), (600, 0.92), (900, 0.91))
     lines = accuracy.table([plain, course(OURS, 0, (50, 0.9), (200, 0.92)), course(OURS, 1, (60, 0.93))])
-    assert "0.9200, the best of plain Keras, was there after 600 s" in lines[-4]
+    assert "plain Keras reaches its best, 0.9200, after 600 s" in lines[-4]
     assert "seed 0: 200 s, 3.00x" in lines[-3]
     assert "seed 1: 60 s, 10.00x" in lines[-2]
-    assert "median of the seeds: 4.62 times sooner" in lines[-1]
+    assert "median of the seeds: 4.62 times faster" in lines[-1]
 
 
 def test_a_seed_that_never_gets_there_is_not_left_out_of_a_median() -> None:

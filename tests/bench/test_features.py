@@ -77,7 +77,7 @@ def test_the_table_of_scaling() -> None:
 
 
 def test_what_a_child_command_says_is_the_users_to_mend(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="says above why"):
+    with pytest.raises(UserError, match="see its message above"):
         common.train(tmp_path / "missing", tmp_path / "run", ["--launcher", "local"], ["stages.1.epochs=1"])
     with pytest.raises(subprocess.CalledProcessError):
         common.python(["-c", "raise SystemExit(3)"], {})

@@ -37,7 +37,7 @@ def test_what_is_missing_is_named_with_its_fix_and_ends_in_status_1(
         main(["doctor"])
     assert ended.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("missing Python") and "take 3.11, 3.12 or 3.13" in line for line in lines)
+    assert any(line.startswith("missing Python") and "use Python 3.11, 3.12 or 3.13" in line for line in lines)
     assert any(line.startswith("note") and "disk here" in line and "may not fit" in line for line in lines)
 
 
@@ -62,7 +62,7 @@ def test_a_package_of_another_version_than_is_supported(monkeypatch: pytest.Monk
     monkeypatch.setattr(versions, "version_of", lambda name: installed.get(name) or version_of(name))
     found = {finding.what: finding for finding in doctor.examine_machine()}
     assert found["keras"].state == found["pillow"].state == "note"
-    assert "3.17.0rc1, and this program supports" in found["keras"].message
+    assert "3.17.0rc1, but " in found["keras"].message
     assert "-c constraints.txt" in found["keras"].message
     assert found["tensorflow"].state == "ok"
     assert "tqdm" not in found

@@ -192,7 +192,7 @@ def test_training_on_nothing_says_one_line_and_makes_nothing(tmp_path: Path) -> 
         (["bench"], ["BENCHMARK", "cxr-dist bench --help"]),
         (["bench", "serve"], ["RUN_OR_EXPERIMENT", "cxr-dist bench serve --help"]),
         (["bench", "build", "--trials", "3"], ["unrecognized arguments", "--trials"]),
-        (["bench", "scaling", "--workers", "1", "--batch-sizes", "32"], ["one point makes no model"]),
+        (["bench", "scaling", "--workers", "1", "--batch-sizes", "32"], ["a cost model needs several points"]),
         (["evaluate", "a", "--out", "b", "--split", "dev"], ["--split", "'dev'", "validation"]),
         (["evaluate", "a", "--out", "b", "--split", "train", "--images", "c"], ["--images", "--split"]),
     ],
@@ -336,8 +336,8 @@ def test_a_truncated_image_is_named_or_skipped(command: Command, source: Path, t
     assert read_manifest(out).rejected[0][0] == "COVID/images/COVID-3.png"
     assert sum(sum(counts.values()) for counts in read_manifest(out).counts.values()) == 15
     assert "15 records" in command.succeeds("verify", out)
-    assert "was complete already" in command.succeeds(*options, "--on-error", "skip")
-    assert "built anew: seed 0 -> 1" in command.succeeds(*options, "--on-error", "skip", "--seed", 1)
+    assert "is already complete" in command.succeeds(*options, "--on-error", "skip")
+    assert "rebuilt: seed 0 -> 1" in command.succeeds(*options, "--on-error", "skip", "--seed", 1)
 
 
 def test_a_dataset_that_fails_its_checksum(command: Command, dataset: Path, tmp_path: Path) -> None:
@@ -401,7 +401,7 @@ def test_a_finished_run_is_not_trained_again(
     before = content(run)
     main.main(["train", str(dataset), "--out", str(run), *TRAIN])
     captured = capsys.readouterr()
-    assert captured.err == f"{run}: was finished already\n"
+    assert captured.err == f"{run}: is already finished\n"
     assert "validation accuracy 0.7500 (stage 2, epoch 1), 12 s" in captured.out
     assert content(run) == before
 
@@ -443,7 +443,7 @@ def test_images_and_datasets_that_do_not_match_the_run(
         shutil.copy(run / name, moved / name)
     for name in ("evaluate", "calibrate"):
         message = command.fails(name, moved, *(["--out", out] if name == "evaluate" else []))
-        assert f"trained on {tmp_path / 'gone'}, which is gone; give its new place with --dataset" in message
+        assert f"trained on {tmp_path / 'gone'}, which does not exist; give its new location with --dataset" in message
     assert not out.exists()
 
 
@@ -485,7 +485,7 @@ def test_compare(
     shutil.copytree(tmp_path / "first", tmp_path / "second")
     said = command.succeeds("compare", tmp_path / "first", tmp_path / "second")
     assert "accuracy" in said
-    assert "0 right by the first alone, 0 by the second alone" in said
+    assert "0 images are correct in the first only, 0 in the second only" in said
     told = json.loads(command.succeeds("compare", tmp_path / "first", finished_run, "--json"))
     assert told["n"] == 12
     assert told["metrics"]["accuracy"]["difference"] == 0
@@ -546,12 +546,12 @@ def test_calibrate(
     image = next(phantom_source.glob("*/images/*.png"))
     main.main(["predict", str(run), str(image)])
     assert f"warning: {run}: is not calibrated" in capsys.readouterr().err
-    assert "run `cxr-dist calibrate" in command.succeeds("evaluate", run, "--out", tmp_path / "out", "--examine", 0)
+    assert "`cxr-dist calibrate" in command.succeeds("evaluate", run, "--out", tmp_path / "out", "--examine", 0)
     said = command.succeeds("calibrate", run)
     assert "fitted on 12 validation images" in said
-    assert "the validation images also chose the model" in said
+    assert "the validation images also selected the model" in said
     assert "replaces" not in said
-    assert "it replaces an earlier calibration" in command.succeeds("calibrate", run, "--risk", "0.2")
+    assert "replaces an earlier calibration" in command.succeeds("calibrate", run, "--risk", "0.2")
     assert json.loads((run / "calibration.json").read_text())["target_risk"] == 0.2
     main.main(["predict", str(run), str(image)])
     assert "is not calibrated" not in capsys.readouterr().err

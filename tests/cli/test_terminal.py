@@ -298,7 +298,7 @@ def test_an_interrupt_at_any_moment_of_training(name: str, launcher: str, datase
     def arguments(out: str) -> list[object]:
         return [name, dataset, "--out", tmp_path / out, "--launcher", launcher, *settings[name]]
 
-    known = ("stage ", "trial ", "warning: workers were lost", "going on with", "from what", str(tmp_path))
+    known = ("stage ", "trial ", "warning: workers were lost", "resuming with", "from what", str(tmp_path))
     whole_s = duration(*arguments("whole"))
     ends = [
         interrupted_well(*interrupted_after(share * whole_s, *arguments(f"run{count}")), RESUMES, known)

@@ -79,7 +79,7 @@ def evaluate_cosine(predictions: object) -> float:
 
 def test_other_images_are_refused() -> None:
     first = drawn(0, 30)
-    with pytest.raises(UserError, match=r"the images differ \(x is in one alone\)"):
+    with pytest.raises(UserError, match=r"the images differ \(x is in only one\)"):
         compare(replace(first, paths=["x", *first.paths[1:]]), first)
     labels = first.labels.copy()
     labels[3] = (labels[3] + 1) % 4

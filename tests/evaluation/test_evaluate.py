@@ -72,7 +72,7 @@ def test_the_test_split(finished_run: Path, tmp_path: Path) -> None:
     assert metrics["n"] == 12
     assert metrics["published"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
-    with pytest.raises(UserError, match="other than an evaluation"):
+    with pytest.raises(UserError, match="other files than an evaluation"):
         evaluate_run(EvaluationSpec(finished_run, finished_run))
 
 
@@ -117,7 +117,7 @@ def test_calibrate_fits_on_validation_and_evaluate_takes_what_is_kept(finished_r
     other = evaluate_run(EvaluationSpec(run, out, risk=0.5))
     assert other["calibration"]["target_risk"] == 0.5
     assert not other["calibration"]["kept_with_run"]
-    assert "for this report alone" in other["calibration_note"]
+    assert "for this report only" in other["calibration_note"]
     assert json.loads((run / "calibration.json").read_text()) == fitted
     assert calibrate_run(run, risk=0.5)["target_risk"] == 0.5
     assert evaluate_run(EvaluationSpec(run, out))["calibration"]["target_risk"] == 0.5, "the run's own is the default"
@@ -131,8 +131,8 @@ def test_calibration_on_the_images_that_it_was_fitted_on_says_so(finished_run: P
     metrics = evaluate_run(EvaluationSpec(finished_run, tmp_path / "out", "validation"))
     assert metrics["calibration"]["in_sample"] == metrics["n"] == 12
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "fitted on 12 of these images: on new images they are worse" in page
-    assert "the model&#39;s validation images, which chose its best epoch" in page
+    assert "fitted on 12 of these images, so these results are optimistic" in page
+    assert "the model&#39;s validation images, which selected its best epoch" in page
 
 
 def state(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -173,7 +173,7 @@ def test_without_the_dataset_there_is_no_calibration_and_the_report_says_so(
     (run / "run.json").write_text(json.dumps(info | {"dataset": str(tmp_path / "gone")}))
     metrics = evaluate_run(EvaluationSpec(run, tmp_path / "out", images=phantom_source))
     assert metrics["calibration"] is None
-    assert "The validation images of the run cannot be had" in (tmp_path / "out" / "report.html").read_text()
+    assert "validation images are not available" in (tmp_path / "out" / "report.html").read_text()
 
 
 def run_naming(finished_run: Path, place: object, folder: Path) -> Path:
@@ -222,17 +222,15 @@ def test_another_dataset_calibrates_nothing(
     metrics = evaluate_run(EvaluationSpec(run, tmp_path / "out", dataset=other))
     assert metrics["calibration"] is None
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "is not the dataset that the run was trained on (seed 1 where it was 0)" in page
+    assert "is not the dataset that the run was trained on (seed 1, not 0)" in page
     known = {"temperature": 2.0, "abstain_threshold": 0.5, "target_risk": 0.3, "fitted_on": "validation", "images": 12}
     (run / "calibration.json").write_text(json.dumps(known))
     metrics = evaluate_run(EvaluationSpec(run, tmp_path / "out", "validation", dataset=other, risk=0.05))
     assert {key: metrics["calibration"][key] for key in known} == known
     assert metrics["published"] == [], "of the validation split"
-    assert "that of the run, for a risk of 0.3" in (tmp_path / "out" / "report.html").read_text()
+    assert "the run&#39;s, for a target error rate of 0.3" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads((run / "calibration.json").read_text()) == known
-    with pytest.raises(
-        UserError, match=r"not the dataset that the run was trained on \(seed 1 where it was 0\)"
-    ) as caught:
+    with pytest.raises(UserError, match=r"not the dataset that the run was trained on \(seed 1, not 0\)") as caught:
         calibrate_run(run, dataset=other)
     assert "give the dataset with" not in str(caught.value)
     assert set(opened) == {other}

@@ -123,7 +123,7 @@ def test_the_published_result_is_beside_the_test_split_alone(
 ) -> None:
     out, result, predictions = written
     assert [row["metric"] for row in result["published"]] == ["accuracy", "f1_macro"]
-    assert "Against the published result" in (out / "report.html").read_text()
+    assert "Compared with the published result" in (out / "report.html").read_text()
     other = report.write_evaluation(tmp_path / "other", report.Evaluation(predictions, [], info))
     assert other["published"] == []
     assert "ublished" not in (tmp_path / "other" / "report.html").read_text()
@@ -200,7 +200,7 @@ def test_a_class_without_images_is_not_held_against_the_published_result(tmp_pat
 def test_the_bound_of_the_threshold_is_said_not_to_hold(written: tuple[Path, dict[str, Any], Predictions]) -> None:
     out, result, _ = written
     assert result["calibration"]["selected_the_model"]
-    assert "also chose the model, so the bound behind the threshold (95% confidence) is optimistic" in (
+    assert "also selected the model, so the bound behind the threshold (95% confidence) is optimistic" in (
         Page((out / "report.html").read_text()).text
     )
     independent = figures.risk_coverage(written[2], result["calibration"] | {"selected_the_model": False}).caption
@@ -306,7 +306,7 @@ def test_captions_say_what_the_numbers_say() -> None:
     result = {"confusion_matrix": [[9, 0, 1], [4, 1_000, 2], [0, 0, 5]], "class_names": ["A_a", "B", "C"]}
     caption = confusion(result, "test")
     assert caption == (
-        "1,014 of 1,021 test images lie on the diagonal (99.3%); "
+        "The predicted class is correct for 1,014 of 1,021 test images (99.3%); "
         "the most frequent error is B predicted as A a (4 of 1,006)."
     )
     result["confusion_matrix"] = [[9, 4, 0], [4, 0, 0], [0, 0, 0]]

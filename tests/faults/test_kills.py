@@ -132,7 +132,7 @@ def test_a_notice_leads_to_a_checkpoint_of_that_moment(dataset: Path, tmp_path: 
     _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
     assert "StoppedError" in err
-    assert "stopped, with a checkpoint" in err
+    assert "stopped with a checkpoint" in err
     position = checkpoints.CheckpointFolder(run / run_folder.CHECKPOINTS).newest_position()
     assert position is not None
     assert position >= checkpoints.Position(4)

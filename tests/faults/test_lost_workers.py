@@ -189,7 +189,7 @@ def test_a_run_grows_when_a_machine_joins(dataset: Path, tmp_path: Path, monkeyp
         (run / "stop").touch()
         out, _ = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 143, out
-        assert "machines have joined\ngoing on with 2 workers" in out
+        assert "machines have joined\nresuming with 2 workers" in out
         rows = run_folder.read_history(run)
         assert [row["epochs_done"] for row in rows] == list(range(1, len(rows) + 1))
         # The head's BatchNorm sees half a batch on each of two workers, so numbers of another worker count differ.

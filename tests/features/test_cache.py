@@ -111,7 +111,7 @@ def test_another_run_is_waited_for_while_it_writes_and_no_longer(
     entry = describe(made, "pool")
     with (
         FeatureStore(tmp_path, 1 << 30).computing([entry]),
-        pytest.raises(UserError, match="another run holds the same features, and has written nothing for 0 s"),
+        pytest.raises(UserError, match="another run holds the same features, but wrote nothing for 0 s"),
     ):
         made.of("pool")
     assert len(waits) >= 6, "as long as it wrote, and then for the limit"

@@ -165,7 +165,7 @@ def test_an_entry_is_held_until_its_store_is_closed_and_read_after_that(tmp_path
 
 def test_a_disk_that_is_too_full_is_named_before_anything_is_computed(tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match=r"features\.folder .* GB free where 1000000000\.000 GB are needed"),
+        pytest.raises(UserError, match=r"features\.folder .* GB free, but 1000000000\.000 GB are needed"),
         store_in(tmp_path).computing([about()]),
     ):
         store_in(tmp_path).begin(about(), 10**18)

@@ -117,8 +117,7 @@ def test_overlays_of_what_could_be_read(
     code, _, err = run(capsys, finished_run, images / "0.png", "--overlay", folder)
     assert code == 2
     assert (
-        f"{folder}: holds something other than overlays ('notes.txt'); give an empty or new folder with --overlay"
-        in err
+        f"{folder}: contains other files than overlays ('notes.txt'); give an empty or new folder with --overlay" in err
     )
 
 

@@ -106,7 +106,7 @@ def test_who_has_the_token_joins(form: str, answer: str, ports: tuple[int, int])
 def test_who_has_not_is_told_so_in_a_line(form: str, ports: tuple[int, int]) -> None:
     address = form.format(*ports)
     for variables, answer in (
-        ({}, "asks for a token"),
+        ({}, "requires a token"),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "wrong"}, "has another token"),
     ):
         refused = join(address, **variables)

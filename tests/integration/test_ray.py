@@ -155,7 +155,7 @@ def test_the_cpus_that_are_free_are_taken_and_a_busy_cluster_is_said(capfd: pyte
             reserved(2, 0.0, limit_s=1.0),
         ):
             pass
-    assert capfd.readouterr().err.splitlines() == ["waiting for 1 CPU of the cluster, which other work holds"]
+    assert capfd.readouterr().err.splitlines() == ["waiting for 1 CPU of the cluster, which is busy"]
 
 
 def command(*arguments: object, timeout_s: float = 480) -> subprocess.CompletedProcess[str]:

@@ -140,7 +140,7 @@ def test_a_token_is_asked_for(cluster: Cluster) -> None:
         done = run(*at, **changes)
         assert done.returncode == 2
         assert done.stderr.splitlines() == [done.stderr.strip()]
-        assert done.stderr.startswith(f"error: --address {cluster.url}: the cluster refuses the token")
+        assert done.stderr.startswith(f"error: --address {cluster.url}: the cluster rejects the token")
         assert TOKEN not in done.stderr
     assert (
         f"Ray dashboard: {cluster.url} (answers" in run("-m", "cxr_dist", "dashboards", "--address", cluster.url).stdout

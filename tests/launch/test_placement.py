@@ -19,7 +19,7 @@ def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "127.0.0.1:99999"):
-        with pytest.raises(UserError, match="nothing answers there"), connected(address, verbose=False):
+        with pytest.raises(UserError, match="no server answers there"), connected(address, verbose=False):
             pass
 
 

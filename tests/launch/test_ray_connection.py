@@ -63,10 +63,10 @@ def no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         (True, "token", TOKEN, None),
         (True, "TOKEN", TOKEN, None),
         (True, "token", "wrong", "has another token"),
-        (True, "token", None, "asks for a token"),
-        (True, None, TOKEN, "asks for a token"),
-        (True, "disabled", TOKEN, "asks for a token"),
-        (True, None, None, "asks for a token"),
+        (True, "token", None, "requires a token"),
+        (True, None, TOKEN, "requires a token"),
+        (True, "disabled", TOKEN, "requires a token"),
+        (True, None, None, "requires a token"),
     ],
 )
 def test_tokens(
@@ -127,7 +127,7 @@ def test_what_answers_is_no_cluster_of_that_kind(form: str, there: str, monkeypa
         address = f"{form}127.0.0.1:{port}"
         with pytest.raises(UserError) as caught, connected(address, verbose=False):
             pytest.fail("it connected")
-    assert str(caught.value).startswith(f"--address {address}: what answers there is no Ray cluster; give ")
+    assert str(caught.value).startswith(f"--address {address}: the server there is not a Ray cluster; give ")
     assert "HOST:6379 or ray://HOST:10001" in str(caught.value)
 
 
@@ -139,11 +139,11 @@ def test_what_answers_is_no_cluster_of_that_kind(form: str, there: str, monkeypa
             ["is the address of a dashboard", "HOST:6379", "submit --address http://head:8265 -- COMMAND"],
         ),
         ("https://head", ["is the address of a dashboard", "ray://HOST:10001"]),
-        ("head", ["is no address of a Ray cluster", "HOST:6379"]),
-        ("ftp://head:21", ["is no address of a Ray cluster"]),
-        (":6379", ["is no address of a Ray cluster"]),
-        ("ray://nowhere.invalid", ["nothing answers there"]),
-        ("127.0.0.1:99999", ["nothing answers there"]),
+        ("head", ["is not the address of a Ray cluster", "HOST:6379"]),
+        ("ftp://head:21", ["is not the address of a Ray cluster"]),
+        (":6379", ["is not the address of a Ray cluster"]),
+        ("ray://nowhere.invalid", ["no server answers there"]),
+        ("127.0.0.1:99999", ["no server answers there"]),
     ],
 )
 @pytest.mark.parametrize("way", ["--address", "RAY_ADDRESS", "auto"])

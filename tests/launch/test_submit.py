@@ -89,17 +89,23 @@ AT = ["--address", "http://h:1"]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["submit", *AT], "COMMAND: give the command that the job runs after --"),
-        (["submit", *AT, "--"], "COMMAND: give the command that the job runs after --"),
+        (["submit", *AT], "COMMAND: give the command of the job after --"),
+        (["submit", *AT, "--"], "COMMAND: give the command of the job after --"),
         (["submit", *AT, "--", "trian", "/d"], "invalid choice: 'trian'"),
         (["submit", *AT, "--", "train", "/d", "--out", "/r", "--wrkers", "3"], "unrecognized arguments: --wrkers 3"),
         (["submit", *AT, "--", "train", "/d"], "the following arguments are required: --out"),
         (["submit", "--", "verify", "/d"], "--address: give http://HOST:8265 of the cluster's dashboard, or local"),
-        (["submit", "--address", "h:6379", "--", "verify", "/d"], "--address h:6379: is not a dashboard's address"),
+        (
+            ["submit", "--address", "h:6379", "--", "verify", "/d"],
+            "--address h:6379: is not the address of a dashboard",
+        ),
         (["pipeline", "/s", "/d", "--out", "/e", "--image-size", "big"], "--image-size: big: must be"),
-        (["pipeline", "/s", "d", "--out", "/e", *AT], "d: a job runs in a folder of its own; give an absolute path"),
-        (["pipeline", "/s", "/d", "--out", "/e", "--working-dir", "."], "--working-dir, --runtime-env: are for jobs"),
-        (["dashboards", "--address", "local"], "--address local: is for submit"),
+        (
+            ["pipeline", "/s", "d", "--out", "/e", *AT],
+            "d: is relative, and a job runs in another folder; give an absolute path",
+        ),
+        (["pipeline", "/s", "/d", "--out", "/e", "--working-dir", "."], "--working-dir, --runtime-env: need --address"),
+        (["dashboards", "--address", "local"], "--address local: applies to submit only"),
     ],
 )
 def test_mistakes_end_before_anything_is_sent(
@@ -127,7 +133,7 @@ def test_a_local_pipeline_stops_at_the_step_that_fails(
     with pytest.raises(SystemExit) as caught:
         main.main(["pipeline", "s", "d", "--out", "e"])
     assert (caught.value.code, ran) == (2, ["build", "tune"])
-    assert capsys.readouterr().err == "tune ended with status 2; start the same command again to resume\n"
+    assert capsys.readouterr().err == "tune failed with exit status 2; start the same command again to resume\n"
 
 
 def test_exit_statuses() -> None:
@@ -216,8 +222,8 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ((200, b"<html>"), "no Ray dashboard answers there"),
         ((200, []), "no Ray dashboard answers there"),
         ((503, b"down"), "no Ray dashboard answers there"),
-        ((401, b"Unauthorized"), "refuses the token"),
-        ((403, b"Forbidden"), "refuses the token"),
+        ((401, b"Unauthorized"), "rejects the token"),
+        ((403, b"Forbidden"), "rejects the token"),
     ],
 )
 def test_what_is_no_cluster_of_ours_is_refused(dashboard: str, answer: tuple[int, Any], message: str) -> None:
@@ -238,7 +244,7 @@ def test_refused_jobs_and_environments(dashboard: str, monkeypatch: pytest.Monke
     monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:1")
     jobs = submit.Jobs(dashboard)
     Dashboard.answers["/api/jobs/"] = (500, b"Traceback:\nno agent")
-    with pytest.raises(UserError, match=r"does not accept the job .*no agent"):
+    with pytest.raises(UserError, match=r"rejects the job .*no agent"):
         jobs.send("x", {})
     with pytest.raises(UserError, match="--runtime-env"):
         jobs.send("x", {"env_vars": 3})
@@ -266,11 +272,11 @@ def test_dashboards(dashboard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Dashboard.answers["/api/prometheus/sd"] = (200, [{"targets": ["h:1", "h:2"]}])
     (tmp_path / "tensorboard").mkdir()
     lines = dashboard_lines(dashboard, tmp_path)
-    assert lines[0] == f"Ray dashboard: {dashboard} (answers, Ray 2.60.0)"
+    assert lines[0] == f"Ray dashboard: {dashboard} (available, Ray 2.60.0)"
     assert lines[2:5] == [f"Ray metrics of a process: http://h:{n}/metrics" for n in (1, 2)] + [
         "Grafana: http://g:3000"
     ]
     assert lines[-1] == f"TensorBoard: tensorboard --logdir {tmp_path / 'tensorboard'}"
     assert set(Dashboard.asked) == {f"Bearer {TOKEN}"}
     Dashboard.answers.clear()
-    assert "not usable: HTTP Error 404" in dashboard_lines(dashboard, None)[0]
+    assert "not available: HTTP Error 404" in dashboard_lines(dashboard, None)[0]

@@ -103,7 +103,7 @@ def test_an_empty_folder_is_filled_and_any_other_is_left_alone(tmp_path: Path) -
     empty.mkdir()
     write_phantoms(empty, per_class=1, size=32, workers=1)
     before = read_tree(empty)
-    with pytest.raises(UserError, match="something other than phantoms"):
+    with pytest.raises(UserError, match="other files than phantoms"):
         write_phantoms(empty, per_class=1, size=32, seed=1, workers=1)
     assert read_tree(empty) == before
     file = tmp_path / "file"

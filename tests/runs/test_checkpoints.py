@@ -88,7 +88,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"^{path}: damaged checkpoint .*; remove it") as raised:
+        with pytest.raises(UserError, match=f"^{path}: is a damaged checkpoint .*; remove it") as raised:
             load_arrays(path)
         assert "\n" not in str(raised.value)
 
@@ -99,7 +99,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
     save_arrays(path, arrays(), STATE)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(UserError, match=f"^{path}: damaged checkpoint"):
+    with pytest.raises(UserError, match=f"^{path}: is a damaged checkpoint"):
         load_arrays(path)
 
 
@@ -124,7 +124,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     for path in sorted(tmp_path.iterdir()):
         for load in (load_arrays, load_state):
-            with pytest.raises(UserError, match=f"^{path}: damaged checkpoint .*; remove it") as caught:
+            with pytest.raises(UserError, match=f"^{path}: is a damaged checkpoint .*; remove it") as caught:
                 load(path)
             assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"no such checkpoint$"):

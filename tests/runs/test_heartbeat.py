@@ -23,7 +23,7 @@ def test_it_ends_what_makes_no_progress_and_nothing_else(tmp_path: Path) -> None
             busy.heartbeat("stage 2, epoch 1, step 16")
             time.sleep(0.02)
     (reason,) = exit_reasons(tmp_path)
-    assert reason.startswith("worker 0 got no further than stage 2, epoch 1, step 8 for ")
+    assert reason.startswith("worker 0 has been at stage 2, epoch 1, step 8 for ")
     assert reason.endswith("worker 1 is alive, at stage 2, epoch 1, step 16")
 
 

@@ -25,7 +25,7 @@ def progress(step: int, steps: int = 10, epoch: int = 1) -> dict[str, Any]:
 
 
 EVENTS: list[dict[str, Any]] = [
-    {"kind": "message", "text": "going on from epoch-00003.safetensors"},
+    {"kind": "message", "text": "resuming from epoch-00003.safetensors"},
     {"kind": "stage", "stage": 1, "epochs": 2, "text": "stage 1: head"},
     progress(1),
     progress(10),
@@ -62,7 +62,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     assert all(character.isprintable() or character == "\n" for character in text), "no control characters"
     epoch = "stage 2 epoch 3: loss 0.1235 accuracy 0.9000 | validation loss 0.5000 accuracy 0.8750 | 12.3 img/s, 61 s"
     assert text.splitlines() == [
-        "going on from epoch-00003.safetensors", "stage 1: head", "warning: damaged", f"{epoch} *", epoch
+        "resuming from epoch-00003.safetensors", "stage 1: head", "warning: damaged", f"{epoch} *", epoch
     ]  # fmt: skip
 
 

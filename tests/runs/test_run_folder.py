@@ -208,7 +208,7 @@ def test_a_request_to_stop_is_forgotten_at_a_start_and_only_in_a_run(begun: Path
 )
 def test_a_folder_with_something_else_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("seed: 5  # mine")
-    assert "not a run of this program" in refused(tmp_path, config())
+    assert "other files than a run" in refused(tmp_path, config())
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

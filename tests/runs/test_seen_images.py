@@ -65,7 +65,7 @@ def test_a_damaged_list_is_an_error_and_a_missing_one_is_said(
         read_seen(run)
     (run / SEEN).unlink()
     main.main(["evaluate", str(run), "--out", str(tmp_path / "out"), "--examine", "0"])
-    assert "note: Whether the model was trained on any of these images is not known" in capsys.readouterr().out
+    assert "note: Whether the model was trained on any of these images is unknown" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["seen"] is None
 
 
@@ -100,7 +100,7 @@ def test_a_rebuilt_dataset(
     assert f"accuracy {unseen['accuracy']:.3f}" in warning
     text = Page((out / "report.html").read_text()).text
     assert text.index("The model has seen images of this evaluation") < text.index("Accuracy")
-    assert "Only identical files are recognised" in text
+    assert "Only identical files are detected" in text
 
 
 def test_folders_of_images(finished_run: Path, phantom_source: Path, dataset: Path, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_folders_of_images(finished_run: Path, phantom_source: Path, dataset: Pa
     metrics = evaluate_run(EvaluationSpec(finished_run, tmp_path / "copied", images=copies))
     assert metrics["seen"] == {"training": 56, "validation": 0, "share": 1.0, "asked_for": False}
     assert metrics["metrics_unseen"] is None
-    assert "There are no others" in (tmp_path / "copied" / "report.html").read_text()
+    assert "There are no other images" in (tmp_path / "copied" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -150,12 +150,10 @@ def test_what_differs_is_named_and_the_mistake_is_not_invited(
         (run / run_folder.RUN).write_text(json.dumps(info | {"dataset": str(place)}))
 
     trained_on(rebuilt)
-    with pytest.raises(
-        UserError, match=r"not the dataset that the run was trained on \(seed 1 where it was 0\)"
-    ) as error:
+    with pytest.raises(UserError, match=r"not the dataset that the run was trained on \(seed 1, not 0\)") as error:
         predict_run(EvaluationSpec(run, tmp_path / "out"))
     assert "give the dataset with --dataset" not in str(error.value)
     trained_on(tmp_path / "gone")
-    with pytest.raises(UserError, match=rf"was trained on {tmp_path}/gone, which is gone; .*--dataset"):
+    with pytest.raises(UserError, match=rf"was trained on {tmp_path}/gone, which does not exist; .*--dataset"):
         predict_run(EvaluationSpec(run, tmp_path / "out"))
     assert len(predict_run(EvaluationSpec(run, tmp_path / "out", dataset=dataset))) == 12

@@ -66,7 +66,7 @@ def test_a_model_that_fails_costs_one_request_alone() -> None:
     *responses, metrics = asyncio.run(post([1, 13, 2], Limits()))
     assert [response.status for response in responses] == [200, 500, 200]
     assert [json.loads(responses[place].body)["predicted"] for place in (0, 2)] == ["1", "2"]
-    assert json.loads(responses[1].body) == {"error": "the model failed on this image; the service's log says why"}
+    assert json.loads(responses[1].body) == {"error": "the model failed on this image; see the log of the service"}
     assert b'cxr_dist_requests_total{status="500"} 1.0' in metrics.body
 
 

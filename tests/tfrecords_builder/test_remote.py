@@ -149,7 +149,7 @@ def test_a_build_that_stops_on_its_way_up_is_no_dataset_and_goes_on(
         patch.setattr(object_storage.StorageFolder, "upload", stop)
         with pytest.raises(KeyboardInterrupt):
             put(source, bucket, stage)
-    with pytest.raises(UserError, match="no complete dataset"), local_copy(bucket.url, stage):
+    with pytest.raises(UserError, match="not a complete dataset"), local_copy(bucket.url, stage):
         pass
     assert put(source, bucket, stage), "the local build was complete"
     assert bucket.content() == content(built)
@@ -352,10 +352,10 @@ def test_what_is_no_dataset_is_left_alone(source: Path, bucket: Bucket, stage: S
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("s4://bucket/name", "no address of a storage"),
-        ("s3://", "no address of a storage"),
-        (f"s3://{BUCKET}/nothing/here?scheme=http&endpoint_override=SERVER", "no complete dataset"),
-        ("s3://no-such-bucket/a?scheme=http&endpoint_override=SERVER", "no complete dataset"),
+        ("s4://bucket/name", "not the address of an object storage"),
+        ("s3://", "not the address of an object storage"),
+        (f"s3://{BUCKET}/nothing/here?scheme=http&endpoint_override=SERVER", "not a complete dataset"),
+        ("s3://no-such-bucket/a?scheme=http&endpoint_override=SERVER", "not a complete dataset"),
         ("s3://bucket/a?scheme=http&endpoint_override=127.0.0.1:9", "cannot be used"),
     ],
 )

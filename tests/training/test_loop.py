@@ -314,7 +314,7 @@ def test_a_state_that_does_not_fit_is_one_line_that_names_the_checkpoint(
         arrays, state = checkpoint_file.load_arrays(path)
         change(arrays, state)
         checkpoint_file.save_arrays(path, arrays, state)
-        with pytest.raises(UserError, match=r"does not fit this version of the program .*; use the version") as caught:
+        with pytest.raises(UserError, match=r"does not fit this version of cxr-dist .*; use the version") as caught:
             train_here(config, dataset, copy, Reporters([]))
         assert str(caught.value).startswith(f"{path}: ")
         assert "\n" not in str(caught.value)
@@ -481,7 +481,7 @@ def test_features_are_those_of_the_base_as_it_stands(dataset: Path, tmp_path: Pa
         np.testing.assert_allclose([row[key] for row in left], [row[key] for row in right], rtol=1e-3)
 
 
-@pytest.mark.parametrize(("most", "said"), [(3, "4 steps had a loss or gradient"), (100, "no step was finite")])
+@pytest.mark.parametrize(("most", "said"), [(3, "4 steps had a non-finite loss"), (100, "no step was finite")])
 def test_a_run_that_diverges_ends_and_says_where(dataset: Path, tmp_path: Path, most: int, said: str) -> None:
     """A weight that is not finite makes every step so, and none of them may count as a result."""
     run = tmp_path / "run"
@@ -499,7 +499,7 @@ def test_a_run_that_diverges_ends_and_says_where(dataset: Path, tmp_path: Path, 
     checkpoints.CheckpointFolder(broken / run_folder.CHECKPOINTS).save(
         found.position, poisoned, found.state, found.best_epochs_done
     )
-    with pytest.raises(UserError, match=rf"diverged: {said}.* in stage 1, epoch 3, until step {min(most + 1, 7)};"):
+    with pytest.raises(UserError, match=rf"diverged: {said}.* in stage 1, epoch 3, by step {min(most + 1, 7)};"):
         train_here(config, dataset, broken, Reporters([]))
     assert run_folder.read_result(broken) is None
     assert good["best"]["epoch"] in (1, 2)

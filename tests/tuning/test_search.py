@@ -232,7 +232,10 @@ def test_best_so_far_never_falls_and_counts_complete_trials_alone() -> None:
 def test_a_folder_of_something_else_is_no_search(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("")
     manifest = SimpleNamespace(fingerprint="a")
-    with pytest.raises(UserError, match="not a search"), Experiment(tmp_path).opened(plan_of(), tmp_path, manifest):  # type: ignore[arg-type]
+    with (
+        pytest.raises(UserError, match="other files than a search"),
+        Experiment(tmp_path).opened(plan_of(), tmp_path, manifest),
+    ):  # type: ignore[arg-type]
         pass
     assert best_run(tmp_path) == tmp_path
 
@@ -275,7 +278,7 @@ def test_a_search_or_a_trial_of_another_format_is_one_line(tmp_path: Path) -> No
     as_written = json.loads(trial.read_text())
     for change, words in (
         ({"format": 2}, "has format 2"),
-        ({"unknown": 1}, "damaged .*unknown.*; remove it to run the trial anew"),
+        ({"unknown": 1}, "damaged .*unknown.*; remove it to run the trial again"),
     ):
         trial.write_text(json.dumps(as_written | change))
         for read in (experiment.trials, lambda: experiment.begin(0, {})):

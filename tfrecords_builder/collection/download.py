@@ -53,19 +53,21 @@ def download_database(folder: Path, images: Mapping[str, int] = IMAGES) -> bool:
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); give a folder that you may write") from error
+        raise UserError(
+            f"{folder}: cannot be created ({error.strerror}); give a folder that you can write to"
+        ) from error
     missing = NEEDED_BYTES - bytes_below(work) - shutil.disk_usage(work).free
     if missing > 0:
         raise UserError(
             f"{folder}: its disk needs {missing / 1e9:.1f} GB more ({NEEDED_BYTES / 1e9:.0f} GB while it is unpacked); "
-            "make room or give another folder"
+            "free space, or give another folder"
         )
     arrived = _run_kagglehub(work) / FOLDER
     found = _counts(arrived)
     if found != dict(images):
         raise UserError(
-            f"{arrived}: holds {_words(found)} images, where the published database has {_words(images)}; it is kept: "
-            "build from it if that is what you want, or remove it and try again"
+            f"{arrived}: contains {_words(found)} images, but the published database has {_words(images)}; it is kept: "
+            "build from it anyway, or remove it and try again"
         )
     arrived.replace(folder)
     shutil.rmtree(work)
@@ -89,14 +91,14 @@ def _run_kagglehub(work: Path) -> Path:
             elif time.monotonic() - since > SILENCE_SECONDS:
                 raise UserError(
                     f"{PAGE}: nothing has arrived for {SILENCE_SECONDS:.0f} seconds; start the same command again to "
-                    "go on"
+                    "resume"
                 )
         path, problem = receiver.recv()
     except EOFError:
         process.join()
         if (process.exitcode or 0) > 0:
-            raise RuntimeError("the download failed for a reason that is not known; see above") from None
-        raise UserError(f"{PAGE}: the download was killed; start the same command again to go on") from None
+            raise RuntimeError("the download failed for an unknown reason; see the messages above") from None
+        raise UserError(f"{PAGE}: the download was killed; start the same command again to resume") from None
     finally:
         process.kill()
         process.join()
@@ -118,7 +120,7 @@ def _download(work: Path, live: bool, answer: Connection) -> None:
     import requests
     from kagglehub.exceptions import DataCorruptionError, UnauthenticatedError
 
-    again = "start the same command again to go on"
+    again = "start the same command again to resume"
     credentials = (
         f"accept the terms at {PAGE}, and give a token of your account in ~/.kaggle/kaggle.json or in KAGGLE_USERNAME "
         "and KAGGLE_KEY"
@@ -128,7 +130,7 @@ def _download(work: Path, live: bool, answer: Connection) -> None:
     try:
         path = kagglehub.dataset_download(HANDLE)
     except UnauthenticatedError:
-        problem = f"{PAGE}: Kaggle wants to know who asks; {credentials}"
+        problem = f"{PAGE}: Kaggle requires an account; {credentials}"
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):
@@ -137,16 +139,16 @@ def _download(work: Path, live: bool, answer: Connection) -> None:
             problem = f"{PAGE}: Kaggle answered with status {status}; try again later"
     except requests.RequestException as error:
         problem = (
-            f"{PAGE}: cannot be reached or broke off ({one_line(error)}); check the network and {again}, or fetch it "
+            f"{PAGE}: the download failed ({one_line(error)}); check the network and {again}, or fetch it "
             f"with a browser and unpack it: {FOLDER} in it is what build takes"
         )
     except (DataCorruptionError, zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
         # Kept, it would be taken for an archive that has arrived whole.
         for archive in work.rglob("*.archive"):
             archive.unlink()
-        problem = f"{PAGE}: arrived damaged ({one_line(error)}); {again}"
+        problem = f"{PAGE}: the download is damaged ({one_line(error)}); {again}"
     except OSError as error:
-        problem = f"{work}: cannot be written ({error.strerror or one_line(error)}); mend that and {again}"
+        problem = f"{work}: cannot be written ({error.strerror or one_line(error)}); fix this, and {again}"
     answer.send((path, problem))
 
 

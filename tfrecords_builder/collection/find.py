@@ -163,16 +163,16 @@ def read_split_file(path: Path, known: Collection[str]) -> tuple[dict[str, str],
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a CSV file as --split-file") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: is no CSV file in UTF-8 ({error}); mend it") from error
+        raise UserError(f"{path}: is not a CSV file in UTF-8 ({error}); fix it") from error
     split_of: dict[str, str] = {}
     for number, line in enumerate(lines, start=2):
         image, split = line.get("path"), line.get("split")
         if image is None or split is None:
             raise UserError(f"{path}: needs the columns path and split in its first line, and both in line {number}")
         if image not in known:
-            raise UserError(f"{path}: line {number}: '{image}' is no image of the source; remove the line")
+            raise UserError(f"{path}: line {number}: '{image}' is not an image of the source; remove the line")
         if split not in SPLITS:
-            raise UserError(f"{path}: line {number}: split '{split}' is none of {', '.join(SPLITS)}")
+            raise UserError(f"{path}: line {number}: split '{split}' is not one of {', '.join(SPLITS)}")
         if split_of.setdefault(image, split) != split:
             raise UserError(f"{path}: line {number}: '{image}' is in two splits; keep one line")
     return split_of, hashlib.sha256(data).hexdigest()
@@ -202,7 +202,7 @@ def _check_empty(root: Path, folders: Iterable[Folder]) -> None:
         if missing and (folder.is_empty or folder.has_images_folder or masks):
             # It was meant as a class. To leave it out in silence would train a model without it.
             raise UserError(
-                f"{root / printable(folder.name)}: this class folder holds no image; add images or remove the folder"
+                f"{root / printable(folder.name)}: this class folder contains no image; add images or remove the folder"
             )
 
 
@@ -216,7 +216,7 @@ def _check_none_lost(root: Path, folders: Sequence[Folder]) -> None:
         alone = printable(folders[0].name)
         fixes.append(f"give {root / alone}" if len(folders) == 1 else "give a folder that holds one folder per class")
     fixes.append("remove the folder")
-    raise UserError(f"{root}: pictures would be lost: {_some(words)}; {', or '.join(fixes)}")
+    raise UserError(f"{root}: images would be lost: {_some(words)}; {', or '.join(fixes)}")
 
 
 def _check_few_lost(root: Path, classes: Sequence[Folder]) -> None:
@@ -225,7 +225,7 @@ def _check_few_lost(root: Path, classes: Sequence[Folder]) -> None:
     if words:
         fixes = ", or ".join(FIXES[reason] for reason in LOST if reason in reasons)
         raise UserError(
-            f"{root}: pictures would be lost: {_some(words)}; {fixes}, or leave them out (build --on-error skip)"
+            f"{root}: images would be lost: {_some(words)}; {fixes}, or leave them out (build --on-error skip)"
         )
 
 
@@ -249,8 +249,8 @@ def _check_classes(root: Path, classes: Sequence[Folder], survey: Survey) -> Non
         seen = [item for folder in (survey.loose, *survey.folders.values()) for item in folder.not_taken]
         lines = not_taken_lines(seen)
         raise UserError(
-            f"{root}: holds no class folder with images; expected <Class>/images/*.png or <Class>/*.png (or .jpg)"
-            + (f"; it holds: {_some(lines)}" if lines else "")
+            f"{root}: contains no class folder with images; expected <Class>/images/*.png or <Class>/*.png (or .jpg)"
+            + (f"; it contains: {_some(lines)}" if lines else "")
         )
     names: dict[str, str] = {}
     for folder in classes:

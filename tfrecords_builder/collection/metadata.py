@@ -124,7 +124,7 @@ def _from_csv(file: Path, found: Sequence[SourceImage]) -> tuple[dict[str, Metad
             spellings[patient].add(value["patient"])
         metadata = Metadata(value.get("source", "").strip() or None, patient)
         if known.setdefault(path, metadata) != metadata:
-            raise UserError(f"{file}: line {number}: '{path}' is there a second time, with other values; keep one line")
+            raise UserError(f"{file}: line {number}: '{path}' occurs twice, with different values; keep one line")
     if strangers and not known:
         raise UserError(
             f"{file}: none of its {len(strangers):,} lines names an image ({strangers[0]}); paths are relative to "
@@ -149,9 +149,9 @@ def _read_csv(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         header = next(lines, [])
         rows = [(lines.line_num, row) for row in lines if any(field.strip() for field in row)]
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); mend or remove it") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}); fix or remove it") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: is no CSV file in UTF-8 ({error}); mend or remove it") from error
+        raise UserError(f"{file}: is not a CSV file in UTF-8 ({error}); fix or remove it") from error
     for number, row in rows:
         if any(field.strip() for field in row[len(header) :]):
             raise UserError(
@@ -263,12 +263,12 @@ def _from_sheet(sheet: Path) -> Iterator[tuple[str, str]]:
     try:
         book = openpyxl.load_workbook(sheet, read_only=True, data_only=True)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile, InvalidFileException) as error:
-        raise UserError(f"{sheet}: cannot be read as a sheet ({error}); mend or remove it") from error
+        raise UserError(f"{sheet}: cannot be read as a sheet ({error}); fix or remove it") from error
     try:
         rows = book.worksheets[0].iter_rows(values_only=True)
         header = [str(value or "").strip().casefold() for value in next(rows, ())]
         if "file name" not in header or "url" not in header:
-            raise UserError(f"{sheet}: needs the columns FILE NAME and URL in its first line; mend or remove it")
+            raise UserError(f"{sheet}: needs the columns FILE NAME and URL in its first line; fix or remove it")
         name, url = header.index("file name"), header.index("url")
         for row in rows:
             if len(row) > max(name, url) and row[name] and row[url]:

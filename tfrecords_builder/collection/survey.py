@@ -158,7 +158,7 @@ class Survey:
                 folder.count(_ASIDE[area], path)
                 return []
             raise UserError(
-                f"{absolute}: this folder cannot be read ({error.strerror}); give permission or remove the folder"
+                f"{absolute}: this folder cannot be read ({error.strerror}); permit reading it, or remove the folder"
             ) from error
         if area in _ASIDE:
             return entries

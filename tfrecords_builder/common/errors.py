@@ -1,4 +1,4 @@
-"""The one error type that means: the user can mend this, and what of another error goes into its line."""
+"""The one error type that means: the user can fix this, and what of another error goes into its line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that names the field or file, and the fix.
+    """Something the user can fix: one line that names the field or file, and the fix.
 
     The command line prints it as ``error: <message>`` and exits with status 2, without a traceback.
     Everything else that is raised is a defect or a broken machine, and fails loudly.

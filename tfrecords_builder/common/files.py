@@ -23,7 +23,7 @@ def disk_error(error: BaseException) -> UserError | None:
     """What to tell the user of an error that is the disk's; None for any other."""
     if not isinstance(error, OSError) or error.errno not in ENVIRONMENT_ERRORS:
         return None
-    return UserError(f"{error.filename or 'disk'}: {error.strerror}; mend that and start the same command again")
+    return UserError(f"{error.filename or 'disk'}: {error.strerror}; fix this, and start the same command again")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -133,7 +133,7 @@ def check_output_folder(
         foreign = whole
     if foreign:
         raise UserError(
-            f"{folder}: holds something other than {what} ('{foreign[0]}'); give an empty or new folder with {option}"
+            f"{folder}: contains other files than {what} ('{foreign[0]}'); give an empty or new folder with {option}"
         )
 
 

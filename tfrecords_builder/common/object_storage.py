@@ -63,11 +63,11 @@ class StorageFolder:
                 )
             filesystem, path = pyarrow.fs.FileSystem.from_uri(url)
             if not path.strip("/"):
-                raise ValueError("no folder is named")
+                raise ValueError("the folder is missing")
             return cls(url.partition("://")[0], filesystem, path)
         except (pa.ArrowException, OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"{url}: is no address of a storage ({one_line(error)}); give s3://... or gs://..."
+                f"{url}: is not the address of an object storage ({one_line(error)}); give s3://... or gs://..."
             ) from error
 
     @contextmanager
@@ -148,4 +148,4 @@ class StorageFolder:
                     digest.update(chunk)
                     target.write(chunk)
         if self._digest(path.name) != digest.hexdigest():
-            raise UserError(f"{self.name}/{path.name}: the storage holds something else than was sent; try again")
+            raise UserError(f"{self.name}/{path.name}: the stored file differs from the one that was sent; try again")

@@ -82,8 +82,8 @@ class Pool:
 def lost_task(task: object, attempts: int, why: str) -> UserError:
     """What to tell the user when no attempt at a task came to its end."""
     return UserError(
-        f"{task}: the process was lost {attempts} times ({why}); if a file is to blame, replace it; what was "
-        "decoded is kept: start the same command again to resume"
+        f"{task}: the process was lost {attempts} times ({why}); if a file is the cause, replace it; decoded "
+        "images are kept: start the same command again to resume"
     )
 
 
@@ -110,7 +110,7 @@ def _run_alone(function: Callable[[Task], Result], task: Task) -> Result:
                 return _submit(executor, function, task).result()
             except BrokenProcessPool:
                 continue
-    raise lost_task(task, ATTEMPTS, "killed while it ran alone, perhaps for want of memory")
+    raise lost_task(task, ATTEMPTS, "killed while it ran alone, perhaps out of memory")
 
 
 def _is_done(future: Future[Any]) -> bool:

@@ -50,16 +50,16 @@ BIN_WIDTH = 0.25
 FEATURES = {
     "brightness": "mean brightness",
     "contrast": "standard deviation of the pixels",
-    "border": "the outer frame of the image",
+    "border": "border of the image",
     "source_size": "width and height of the source image",
-    "file_kind": "kind of file (its suffix)",
-    "source": "where the image came from, as the collection says",
-    "thumbnail": "a thumbnail of 16 x 16 pixels",
+    "file_kind": "kind of file (suffix)",
+    "source": "source of the image, by the collection",
+    "thumbnail": "thumbnail of 16 x 16 pixels",
 }
-"""The trivial features, and what people call them."""
+"""The trivial features, by their names in the page."""
 CATEGORIES: dict[str, Callable[[Row], str]] = {
     "file_kind": lambda row: PurePosixPath(row.path).suffix.lower(),
-    "source": lambda row: row.source or "not said",
+    "source": lambda row: row.source or "unknown source",
 }
 """What is counted by class, and tried as a feature."""
 
@@ -272,22 +272,22 @@ def warnings_of(numbers: Mapping[str, Any]) -> list[str]:
     for name, item in numbers["shortcuts"].items():
         if item["suspicious"]:
             found.append(
-                f"The class can be told from a trivial feature: {FEATURES[name]} alone reaches an accuracy of "
+                f"A trivial feature predicts the class: {FEATURES[name]} alone has an accuracy of "
                 f"{100 * item['accuracy']:.1f}% on the validation images (balanced "
-                f"{100 * item['balanced_accuracy']:.1f}%), where always guessing the largest class reaches "
+                f"{100 * item['balanced_accuracy']:.1f}%), whereas always predicting the largest class has "
                 f"{100 * item['guess']:.1f}% (balanced {100 * item['balanced_guess']:.1f}%)."
             )
     duplicates = numbers["duplicates"]
     if straddling := duplicates["straddling_splits"]:
         found.append(
-            f"Copies across splits: {straddling:,} of {duplicates['groups']:,} groups of near-duplicates "
-            "are in more than one split, so what was learned by heart counts as recognised."
+            f"Near-duplicates across splits: {straddling:,} of {duplicates['groups']:,} groups of near-duplicates "
+            "are in more than one split, so memorised images count as correct predictions."
         )
     patients = numbers["patients"]
     if straddling := patients["straddling_splits"]:
         found.append(
             f"Patients across splits: {straddling:,} of {patients['several_images']:,} patients with several images "
-            "are in more than one split, so a patient who was learned by heart counts as recognised."
+            "are in more than one split, so memorised patients count as correct predictions."
         )
     return found
 

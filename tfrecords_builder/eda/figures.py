@@ -1,6 +1,6 @@
 """Figures of an exploratory analysis: counts, sizes, duplicates and trivial features. Pure.
 
-Each is drawn and worded by one function. Colours are Okabe and Ito's, which colour-blind readers tell apart, and no
+Each is drawn and captioned by one function. Colours are Okabe and Ito's, which colour-blind readers tell apart, and no
 meaning hangs on colour alone: lines differ in dashes, parts of bars in hatching, and what is marked is named.
 """
 
@@ -48,7 +48,7 @@ def _counts_caption(counts: Mapping[str, Any]) -> str:
         key=lambda item: item[0],
     )
     return (
-        f"{text}; no share of a class in a split is further than {100 * far[0]:.1f} percentage points from 70/15/15 "
+        f"{text}; the largest deviation of a class from the split 70/15/15 is {100 * far[0]:.1f} percentage points "
         f"({display_name(far[1])}, {far[2]})."
     )
 
@@ -84,21 +84,23 @@ def sizes(sizes: Mapping[str, Any]) -> Figure:
 def _sizes_caption(sizes: Mapping[str, Any]) -> str:
     """One size, or how far the medians of the classes are apart."""
     if not sizes["commonest"]:
-        return "No size of a source image is known."
+        return "The sizes of the source images are unknown."
     first = sizes["commonest"][0]
     if sizes["distinct"] == 1:
-        return f"Every source image has {first['width']:,} x {first['height']:,} pixels, so size tells no class."
+        return (
+            f"Every source image has {first['width']:,} x {first['height']:,} pixels: size does not reveal the class."
+        )
     medians = {name: item["width"]["median"] for name, item in sizes["classes"].items() if item["width"]}
     low, high = min(medians, key=medians.__getitem__), max(medians, key=medians.__getitem__)
     share = sum(first["images"].values())
     text = (
-        f"{sizes['distinct']:,} different sizes, the commonest {first['width']:,} x {first['height']:,} pixels "
-        f"({count(share)})"
+        f"The source images have {sizes['distinct']:,} different sizes, most often {first['width']:,} x "
+        f"{first['height']:,} pixels ({count(share)})"
     )
     if medians[low] == medians[high]:
         return f"{text}; the median width is {medians[low]:,} pixels in every class."
     return (
-        f"{text}; the median width goes from {medians[low]:,} pixels ({display_name(low)}) to {medians[high]:,} "
+        f"{text}; the median width ranges from {medians[low]:,} pixels ({display_name(low)}) to {medians[high]:,} "
         f"({display_name(high)})."
     )
 
@@ -126,7 +128,7 @@ def group_sizes(duplicates: Mapping[str, Any]) -> Figure:
     """How many groups have how many images."""
     return Figure(
         "group_sizes.svg",
-        "Sizes of the groups of duplicates",
+        "Sizes of the groups of near-duplicates",
         _group_sizes_caption(duplicates),
         _draw_group_sizes(duplicates["sizes"]),
     )
@@ -164,7 +166,10 @@ def _draw_group_sizes(sizes: Mapping[str, int]) -> Drawing:
 def groups(duplicates: Mapping[str, Any], pictures: list[list[Gray | None]]) -> Figure:
     """A row of pictures for each group, numbered from 1; None is an image of which there is no picture."""
     return Figure(
-        "groups.svg", "The largest groups of duplicates", _groups_caption(duplicates, pictures), _draw_groups(pictures)
+        "groups.svg",
+        "The largest groups of near-duplicates",
+        _groups_caption(duplicates, pictures),
+        _draw_groups(pictures),
     )
 
 
@@ -178,7 +183,7 @@ def _groups_caption(duplicates: Mapping[str, Any], pictures: list[list[Gray | No
         text += f" (of large groups the first {IMAGES_SHOWN_PER_GROUP}; {cut:,} more are in the table)"
     without = sum(picture is None for row in pictures for picture in row)
     if without:
-        text += f"; {without:,} of them {'was' if without == 1 else 'were'} left out of the dataset, so not shown"
+        text += f"; {without:,} of them {'was' if without == 1 else 'were'} excluded from the dataset and not shown"
     return f"{text}."
 
 
@@ -194,7 +199,7 @@ def _draw_groups(groups: Sequence[Sequence[Gray | None]]) -> Drawing:
                 if picture is not None:
                     axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="none")
                 else:
-                    axes.text(0.5, 0.5, "left out", ha="center", va="center", color=GRAY, transform=axes.transAxes)
+                    axes.text(0.5, 0.5, "excluded", ha="center", va="center", color=GRAY, transform=axes.transAxes)
             row[0].annotate(
                 f"group {number}", (0, 0.5), (-6, 0), xycoords="axes fraction", textcoords="offset points",
                 ha="right", va="center",
@@ -206,7 +211,7 @@ def shortcuts(shortcuts: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Accuracy of each trivial feature, the guess, and the line above which there is a warning."""
     return Figure(
         "shortcuts.svg",
-        "Class information in trivial features",
+        "Class prediction from trivial features",
         _shortcuts_caption(shortcuts),
         _draw_shortcuts(shortcuts),
     )
@@ -218,14 +223,14 @@ def _shortcuts_caption(shortcuts: Mapping[str, Mapping[str, Any]]) -> str:
     item = shortcuts[best]
     suspicious = sum(entry["suspicious"] for entry in shortcuts.values())
     text = (
-        f"Always guessing the largest class is right on {percent(item['guess'])} of "
+        f"Always predicting the largest class has an accuracy of {percent(item['guess'])} on "
         f"{count(item['validation_images'], 'validation image')}; "
     )
     if item["accuracy"] > item["guess"]:
-        text += f"the most that one feature reaches is {percent(item['accuracy'])} ({FEATURES[best]})"
+        text += f"the highest accuracy of a single feature is {percent(item['accuracy'])} ({FEATURES[best]})"
     else:
-        text += "no feature alone does better"
-    return f"{text}, and {suspicious} of {len(shortcuts)} features tell more of the class than chance explains."
+        text += "no single feature has a higher accuracy"
+    return f"{text}. {suspicious} of {len(shortcuts)} features predict the class better than chance."
 
 
 def _draw_shortcuts(shortcuts: Mapping[str, Mapping[str, Any]]) -> Drawing:
@@ -244,9 +249,9 @@ def _draw_shortcuts(shortcuts: Mapping[str, Mapping[str, Any]]) -> Drawing:
                 (1.0, row), (6, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center",
             )  # fmt: skip
         first = next(iter(shortcuts.values()))
-        axes.axvline(first["guess"], color="black", linewidth=1.6, label="always the largest class")
+        axes.axvline(first["guess"], color="black", linewidth=1.6, label="chance (always the largest class)")
         line = min(first["guess"] + first["margin"], 1.0)
-        axes.axvline(line, color="black", linewidth=1.4, linestyle="--", label="more than chance from here on")
+        axes.axvline(line, color="black", linewidth=1.4, linestyle="--", label="threshold of a warning")
         axes.set_yticks(range(len(shortcuts)), [wrapped(FEATURES[name], 26) for name in shortcuts])
         axes.invert_yaxis()
         axes.set_xlim(0, 1)

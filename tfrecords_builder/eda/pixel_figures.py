@@ -44,11 +44,9 @@ def _distributions_caption(pixels: Mapping[str, Any]) -> str:
         within = sum(item[key]["deviation"] for item in pixels["classes"].values()) / len(means)
         parts.append(
             f"images of {display_name(low)} {low_words} on average ({means[low]:.1f}), those of {display_name(high)} "
-            f"{high_words} ({means[high]:.1f}), {means[high] - means[low]:.1f} levels apart where images of one class "
-            f"vary by {within:.1f}"
+            f"{high_words} ({means[high]:.1f}); the standard deviation within a class is {within:.1f}"
         )
-    text = "; ".join(parts)
-    return f"{text[0].upper()}{text[1:]}."
+    return " ".join(f"{part[0].upper()}{part[1:]}." for part in parts)
 
 
 def sources(sources: Mapping[str, Mapping[str, Any]], pixels: Mapping[str, Any]) -> Figure:
@@ -64,7 +62,7 @@ def _sources_caption(sources: Mapping[str, Mapping[str, Any]], drawn: Mapping[st
     images = sum(item["images"] for item in drawn.values())
     everything = sum(item["images"] for item in sources.values())
     what = f"All {count(len(drawn), 'source')}" if len(drawn) == len(sources) else f"The {len(drawn)} largest sources"
-    text = f"{what}, {images:,} of {count(everything)} whose source is known"
+    text = f"{what} with {images:,} of {count(everything)} of known source"
     if len(drawn) < 2:
         return f"{text}."
     means = {name: item["brightness"]["mean"] for name, item in drawn.items()}
@@ -82,7 +80,7 @@ def _draw_distributions(pixels: Mapping[str, Any], kind: str) -> Drawing:
         for axes, key, title in zip(
             panels,
             ("brightness", "contrast"),
-            ("Brightness: mean of an image's pixels", "Contrast: their standard deviation"),
+            ("Brightness (mean of the pixels)", "Contrast (standard deviation of the pixels)"),
             strict=True,
         ):
             used = []
@@ -118,7 +116,7 @@ def means(
 ) -> Figure:
     """Mean image of each class above its per-pixel deviation, each kind on one scale: [C, S, S] both."""
     drawing = _draw_means(class_names, means, deviations)
-    return Figure("means.svg", "Mean and deviation images", _means_caption(pixels), drawing)
+    return Figure("means.svg", "Mean images and standard deviations", _means_caption(pixels), drawing)
 
 
 def _means_caption(pixels: Mapping[str, Any]) -> str:
@@ -128,14 +126,16 @@ def _means_caption(pixels: Mapping[str, Any]) -> str:
     least = min(differences, key=lambda item: item["difference"])
 
     def words(item: Mapping[str, Any]) -> str:
-        return f"{' and '.join(map(display_name, item['classes']))} ({item['difference']:.1f} gray levels a pixel)"
+        return f"{' and '.join(map(display_name, item['classes']))} ({item['difference']:.1f} gray levels per pixel)"
 
     text = f"The mean images of {words(most)} differ most"
     if len(differences) > 1:
         text += f" and those of {words(least)} least"
     deviations = {name: item["pixel_deviation"] for name, item in pixels["classes"].items()}
     varied = max(deviations, key=deviations.__getitem__)
-    return f"{text}; from image to image, pixels vary most in {display_name(varied)} (by {deviations[varied]:.1f})."
+    return (
+        f"{text}; pixels vary most between images of {display_name(varied)} (by {deviations[varied]:.1f} gray levels)."
+    )
 
 
 def _draw_means(
@@ -150,7 +150,10 @@ def _draw_means(
         for axes in grid.flat:
             axes.set_axis_off()
         for kind, (images, colours, top, what) in enumerate(
-            ((means, "gray", 255.0, "mean (gray level)"), (deviations, "viridis", greatest, "deviation (gray levels)"))
+            (
+                (means, "gray", 255.0, "mean (gray level)"),
+                (deviations, "viridis", greatest, "standard deviation (gray levels)"),
+            )
         ):
             for label, name in enumerate(class_names):
                 axes = grid[2 * (label // columns) + kind, label % columns]
@@ -169,8 +172,8 @@ def samples(label: int, class_name: str, pictures: Sequence[Gray], images: int) 
         caption = f"All {images:,} training images of {name}."
     else:
         caption = (
-            f"{len(pictures)} of {images:,} training images of {name}, chosen by a hash of their paths: "
-            "not picked by anyone, and the same each time."
+            f"{len(pictures)} of {images:,} training images of {name}, selected by a hash of their paths, "
+            "so the selection is arbitrary and reproducible."
         )
     return Figure(f"samples-{label}.svg", f"Samples of {name}", caption, _draw_samples(pictures))
 

@@ -1,7 +1,7 @@
-"""How well a trivial feature alone tells the class: what a network could learn in place of the disease. Pure.
+"""Possible shortcuts: how well a trivial feature predicts the class, which a network could learn instead. Pure.
 
-Each feature is given to a logistic regression that is fitted on training images and judged on validation images, beside
-what needs no feature at all: always guessing the largest class. The test split has no part in it.
+A logistic regression on each feature is fitted on training images and evaluated on validation images, beside a baseline
+that always predicts the largest class. The test split is not used.
 """
 
 import warnings
@@ -35,7 +35,7 @@ Gray = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Shortcut:
-    """What one feature alone tells of the class, on N validation images of C classes."""
+    """How well one feature predicts the class, on N validation images of C classes."""
 
     accuracy: float
     guess: float

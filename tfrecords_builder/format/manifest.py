@@ -256,10 +256,10 @@ def read_manifest(dataset: Path) -> Manifest:
     """
     path = dataset / MANIFEST_NAME
     if not dataset.is_dir():
-        raise UserError(f"{dataset}: no such dataset folder; make one with `cxr-dist build SOURCE {dataset}`")
+        raise UserError(f"{dataset}: no such dataset folder; build one with cxr-dist build SOURCE {dataset}")
     if not path.is_file():
         raise UserError(
-            f"{dataset}: holds no {MANIFEST_NAME}, so it is no complete dataset; make one with `cxr-dist build`"
+            f"{dataset}: holds no {MANIFEST_NAME}, so it is not a complete dataset; build one with cxr-dist build"
         )
     try:
         with path.open("rb") as file:
@@ -268,7 +268,7 @@ def read_manifest(dataset: Path) -> Manifest:
         raise _damaged(path) from error
     raw = (table.schema.metadata or {}).get(_METADATA_KEY)
     if raw is None:
-        raise UserError(f"{path}: is not the manifest of a dataset; give a folder that `cxr-dist build` made")
+        raise UserError(f"{path}: is not the manifest of a dataset; give a folder that cxr-dist build made")
     try:
         metadata = json.loads(raw)
         version = metadata["format_version"]
@@ -276,7 +276,7 @@ def read_manifest(dataset: Path) -> Manifest:
         raise _damaged(path) from error
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: has format version {version}, this program reads {FORMAT_VERSION}; build the dataset anew"
+            f"{path}: has format version {version}, but version {FORMAT_VERSION} is needed; rebuild the dataset"
         )
     try:
         check_seal(path)  # now, as an older version wrote none: page checksums leave Parquet's own footer out
@@ -294,12 +294,12 @@ def check_shards(dataset: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         path = dataset / shard.name
         if not path.is_file():
-            raise UserError(f"{path}: this shard is missing; restore it or build the dataset anew in another folder")
+            raise UserError(f"{path}: this shard is missing; restore it, or rebuild the dataset in another folder")
         size = path.stat().st_size
         if size != shard.bytes:
             raise UserError(
-                f"{path}: has {size:,} bytes where the manifest says {shard.bytes:,}; "
-                "restore it or build the dataset anew in another folder"
+                f"{path}: has {size:,} bytes, but the manifest says {shard.bytes:,}; "
+                "restore it, or rebuild the dataset in another folder"
             )
 
 
@@ -338,4 +338,4 @@ def _check_places(table: pa.Table, settings: Settings, shards: Sequence[ShardInf
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path}: is damaged; restore the file or build the dataset anew in another folder")
+    return UserError(f"{path}: is damaged; restore the file, or rebuild the dataset in another folder")

@@ -45,7 +45,7 @@ class CorruptRecordError(UserError):
 
     def __str__(self) -> str:
         which = "the record" if self.record is None else f"record {self.record}"
-        return f"{self.shard}: {which} at byte {self.offset}: {self.reason}; restore the file or build the dataset anew"
+        return f"{self.shard}: {which} at byte {self.offset}: {self.reason}; restore the file, or rebuild the dataset"
 
 
 def masked_crc(data: bytes) -> int:

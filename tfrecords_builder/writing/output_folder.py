@@ -30,7 +30,7 @@ _ATTEMPTS = 5
 def locked_folder(dataset: Path) -> Iterator[None]:
     """The output folder, made if need be, held against other builds; gone again if a failed build made it."""
     with explained(dataset), ExitStack() as held:
-        busy = "another build is writing here; wait for it or give another output folder"
+        busy = "another build is writing to this folder; wait for it, or give another output folder"
         try:
             held.enter_context(locks.held_folder(dataset, busy))
         except (FileExistsError, NotADirectoryError) as error:
@@ -58,7 +58,7 @@ def work_folder(dataset: Path) -> Iterator[Path]:
         foreign = sorted(name for name in names - {WORK_FOLDER} if WORK_FOLDER not in names or not _is_ours(name))
         if foreign:
             raise UserError(
-                f"{dataset}: is not empty and no dataset (it holds '{foreign[0]}'); give another output folder"
+                f"{dataset}: contains other files than a dataset ('{foreign[0]}'); give another output folder"
             )
         _remove_published(dataset)
     work.mkdir(exist_ok=True)
@@ -133,15 +133,15 @@ def _remove_unfinished(work: Path) -> None:
 
 @contextmanager
 def explained(dataset: Path) -> Iterator[None]:
-    """Turn what the user can mend about the output folder into a `UserError`, with the notes of the error."""
+    """Turn what the user can fix about the output folder into a `UserError`, with the notes of the error."""
     try:
         yield
     except OSError as error:
         if error.errno not in ENVIRONMENT_ERRORS:
             raise
-        fix = "mend that or give another output folder"
+        fix = "fix this, or give another output folder"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fix = "make room on that disk and start the same command again to resume"
+            fix = "free space on that disk, and start the same command again to resume"
         told = UserError(f"{dataset}: cannot be written ({error.strerror}); {fix}")
         for note in getattr(error, "__notes__", ()):
             told.add_note(note)

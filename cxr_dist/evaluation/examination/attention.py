@@ -49,15 +49,15 @@ def lung_shares(maps: Maps, masks: npt.NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def attention_findings(shares: dict[str, Any]) -> list[Finding]:
-    """A note where less of the attention lies in the lungs than they take of the image."""
+    """A note where the lungs hold a smaller share of the attention than of the image's area."""
     if shares["excess_high"] is None or shares["excess_high"] >= 0:
         return []
     return [
         Finding(
             "attention",
             "note",
-            f"The network looks past the lungs: they hold {100 * shares['attention']:.0f}% of its attention, and "
-            f"{100 * shares['area']:.0f}% of the image's area.",
+            f"The attention avoids the lungs: they hold {100 * shares['attention']:.0f}% of it, but cover "
+            f"{100 * shares['area']:.0f}% of the image.",
             {key: shares[key] for key in ("images", "attention", "area", "excess_high")},
         )
     ]

@@ -42,10 +42,10 @@ def occlusion_figure(occlusions: Mapping[str, Any]) -> Figure:
     item = occlusions["variants"][best]
     caption = (
         f"The accuracy on the unchanged images is {100 * before:.0f}%; without lungs it is at most "
-        f"{100 * item['accuracy']:.0f}% ({item['title'].lower()}), where always predicting the largest class gives "
+        f"{100 * item['accuracy']:.0f}% ({item['title'].lower()}), whereas always predicting the largest class gives "
         f"{100 * chance:.0f}%."
     )
-    return Figure("examination-occlusions.svg", "Accuracy without a part of the image", caption, drawing)
+    return Figure("examination-occlusions.svg", "Accuracy with a part of the image removed", caption, drawing)
 
 
 def robustness_figure(curves: Mapping[str, Any], chance: float) -> Figure:
@@ -68,7 +68,7 @@ def robustness_figure(curves: Mapping[str, Any], chance: float) -> Figure:
     worst = max(curves.values(), key=lambda curve: curve["points"][-1]["fall"])
     point = worst["points"][-1]
     caption = (
-        f"At its strongest, {worst['title'].lower()} ({point['strength']:g} {worst['unit']}) has the largest effect: "
+        f"At full strength, {worst['title'].lower()} ({point['strength']:g} {worst['unit']}) has the largest effect: "
         f"the accuracy falls from {100 * worst['points'][0]['accuracy']:.0f}% to {100 * point['accuracy']:.0f}%."
     )
-    return Figure("examination-robustness.svg", "Accuracy under changes of the image", caption, drawing)
+    return Figure("examination-robustness.svg", "Accuracy under perturbations", caption, drawing)

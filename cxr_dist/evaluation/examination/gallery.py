@@ -42,15 +42,15 @@ def gallery(images: npt.NDArray[np.uint8], maps: Maps, predictions: Predictions,
     for kind, rows in zip(("mistake", "success"), chosen(predictions, seed), strict=True):
         for number, row in enumerate(rows, start=1):
             true, answer = names[predictions.labels[row]], names[predicted[row]]
-            title = f"{true} predicted as {answer}" if kind == "mistake" else f"{true}, right"
+            title = f"{true} predicted as {answer}" if kind == "mistake" else f"{true}, predicted correctly"
             sure = 100 * predictions.probabilities[row].max()
             figures.append(
                 Figure(
                     f"examination-{kind}-{number:02}.png",
                     title,
-                    f"{predictions.paths[row]}: {answer} with a probability of {sure:.1f}%{_place(maps[row])}.",
+                    f"{predictions.paths[row]}: predicted as {answer} (probability {sure:.1f}%){_place(maps[row])}.",
                     overlay_png(images[row], maps[row]),
-                    kind="X-ray with the network's attention over it.",
+                    kind="X-ray with a Grad-CAM heat map.",
                 )
             )
     return figures
@@ -59,10 +59,10 @@ def gallery(images: npt.NDArray[np.uint8], maps: Maps, predictions: Predictions,
 def _place(heat: npt.NDArray[np.float32]) -> str:
     """Where the map is highest, in words."""
     if not heat.any():
-        return "; no place of the image speaks for it"
+        return "; no region of the image supports it"
     row, column = np.unravel_index(np.argmax(heat), heat.shape)
     heights, widths = ("upper", "middle", "lower"), ("left", "centre", "right")
     height = heights[min(int(3 * (row + 0.5) / heat.shape[0]), 2)]
     width = widths[min(int(3 * (column + 0.5) / heat.shape[1]), 2)]
     where = "centre" if (height, width) == ("middle", "centre") else f"{height} {width}"
-    return f"; most of the attention in the {where} of the picture"
+    return f"; the attention is highest in the {where} of the image"

@@ -93,11 +93,11 @@ def resampled(images: Images, small: int) -> Images:
 
 PERTURBATIONS = (
     Perturbation("rotation", "Rotation", "degrees", (None, 5, 10, 20), rotated),
-    Perturbation("shift", "Shift", "share of the side", (None, 0.03, 0.06, 0.12), shifted),
-    Perturbation("contrast", "Less contrast", "factor", (None, 0.75, 0.5, 0.25), contrasted),
+    Perturbation("shift", "Shift", "fraction of the side", (None, 0.03, 0.06, 0.12), shifted),
+    Perturbation("contrast", "Reduced contrast", "factor", (None, 0.75, 0.5, 0.25), contrasted),
     Perturbation("noise", "Gaussian noise", "gray levels", (None, 4, 8, 16), noisy),
-    Perturbation("jpeg", "JPEG", "quality", (None, 75, 40, 15), compressed),
-    Perturbation("resolution", "Lower resolution", "share of the side", (None, 0.5, 0.25, 0.125), coarsened),
+    Perturbation("jpeg", "JPEG compression", "quality", (None, 75, 40, 15), compressed),
+    Perturbation("resolution", "Reduced resolution", "fraction of the side", (None, 0.5, 0.25, 0.125), coarsened),
 )
 
 

@@ -53,8 +53,8 @@ def robustness_findings(curves: dict[str, Any]) -> list[Finding]:
                 Finding(
                     f"robustness_{name}",
                     "note",
-                    f"Fragile: {curve['title'].lower()} ({mildest['strength']:g} {curve['unit']}) takes the accuracy "
-                    f"from {100 * none['accuracy']:.0f}% to {100 * mildest['accuracy']:.0f}%.",
+                    f"Low robustness: {curve['title'].lower()} ({mildest['strength']:g} {curve['unit']}) reduces the "
+                    f"accuracy from {100 * none['accuracy']:.0f}% to {100 * mildest['accuracy']:.0f}%.",
                     {
                         "strength": mildest["strength"],
                         "accuracy": mildest["accuracy"],

@@ -1,12 +1,13 @@
-"""Whether the answers come from the lungs: what is left of them when lungs or border are taken away or exchanged.
+"""The shortcut examination: how predictions change when lungs or border are removed or exchanged.
 
-Three questions about the border, as none alone is enough. A network that uses a letter in a corner may still name one
-class for everything when all but the border is filled (`border_only`), as it has never seen such images. It may lose
-little when the border is filled, if the lungs tell it too. Under a conflict of cues it must choose: the border of an
-image of one class around an image of another (Geirhos et al., "ImageNet-trained CNNs are biased towards texture", ICLR
-2019). Beside it stands the same image in the border of another image of its own class: what differs is nothing but the
-class of the border, so what a border disturbs as such cancels out. Filling the border has no such control: a fall alone
-says that the change upsets the network, and is an alarm only where foreign borders draw answers too.
+There are three tests of the border, as none alone is enough. A network that uses a letter in a corner may still predict
+one class for every image of which only the border is left (`border_only`), as it never saw such images. It may lose
+little accuracy when the border is filled, if it also uses the lungs. Under a cue conflict it must choose: the border of
+an image of one class is put around an image of another (Geirhos et al., "ImageNet-trained CNNs are biased towards
+texture", ICLR 2019). The control is the same image in the border of another image of its own class: only the class of
+the border differs, so the effect of any foreign border cancels out. Filling the border has no such control: a fall of
+the accuracy alone shows that the change disturbs the network, and is an alarm only where foreign borders also attract
+predictions.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,23 +32,23 @@ from cxr_dist.evaluation.examination.statistics import (
 )
 
 Classify = Callable[[Images], Labels]
-"""uint8 [N, S, S] -> int32 [N], the class that the network names."""
+"""uint8 [N, S, S] -> int32 [N], the predicted class."""
 
 MARGIN = 0.1
-"""How much above chance, or how much of a fall, is no trifle."""
+"""Smallest relevant difference of accuracy, above chance or as a fall."""
 P_VALUE = 0.01
 WITHOUT_LUNGS = ("without_lungs", "border_only")
-"""Occlusions that leave no lung to go by."""
+"""Occlusions that leave no lung visible."""
 RULES = {
     "without_lungs": "alarm: the lower 99 % bound of the accuracy (Clopper-Pearson) is over 0.1 above the share of "
-    "the most frequent class, and the accuracy above the 99 % quantile of the same answers dealt at random",
-    "without_border": "alarm: the accuracy falls by more than 0.1 with the 99 % bound of the paired fall, and the "
-    "exact sign test gives p < 0.01, and foreign borders draw answers (the sign test of the conflict of cues gives "
-    "p < 0.01, however few); a note where they do not",
-    "cue_conflict": "alarm: answers follow the class of a foreign border more than 0.1 oftener than they name that "
-    "class in a border of the image's own class, and the exact sign test over images gives p < 0.01",
+    "the most frequent class, and the accuracy is above the 99 % quantile under permutation of the predictions",
+    "without_border": "alarm: the 99 % bound of the paired fall in accuracy is over 0.1, the exact sign test gives "
+    "p < 0.01, and foreign borders attract predictions (the sign test of the cue conflict gives p < 0.01, whatever its "
+    "effect); a note where they do not",
+    "cue_conflict": "alarm: the share of predictions of the foreign border's class is over 0.1 higher than with a "
+    "border of the image's own class, and the exact sign test over images gives p < 0.01",
 }
-"""When something is an alarm, for people."""
+"""The conditions of an alarm, in words."""
 
 
 def looks(classes: int) -> int:
@@ -152,16 +153,15 @@ def occlusion_findings(occlusions: Mapping[str, Any], conflict: Mapping[str, Any
             what = {
                 "without_lungs": "with the lungs blacked out"
                 if not item["images_without_mask"]
-                else "with the lungs blacked out (where an image has no mask, a box in the middle)",
+                else "with the lungs blacked out (or a central box, where an image has no mask)",
                 "border_only": "from the border of the image alone",
             }[name]
             found.append(
                 Finding(
                     name,
                     "alarm",
-                    f"A high score without lungs: {what} the network still has an accuracy of "
-                    f"{100 * item['accuracy']:.0f}% (chance: {100 * chance:.0f}%). The model likely uses a "
-                    "shortcut.",
+                    f"High accuracy without lungs: {what}, the accuracy is still {100 * item['accuracy']:.0f}% "
+                    f"(chance: {100 * chance:.0f}%). The model likely uses a shortcut.",
                     {"accuracy": item["accuracy"], "lower": item["lower"], "chance": chance},
                 )
             )
@@ -170,17 +170,17 @@ def occlusion_findings(occlusions: Mapping[str, Any], conflict: Mapping[str, Any
         # Without a conflict (one class alone) nothing speaks against the border.
         told = conflict["p_value"] is None or conflict["p_value"] < P_VALUE
         fall = (
-            f"with the outer {100 * occlusions['border_share']:.0f}% of each side filled by what lies next to it, the "
+            f"with the outer {100 * occlusions['border_share']:.0f}% of each side filled from its neighbourhood, the "
             f"accuracy falls from {100 * before:.0f}% to {100 * item['accuracy']:.0f}%"
         )
         found.append(
             Finding(
                 "without_border",
                 "alarm" if told else "note",
-                f"The network relies on the border of the image: {fall}."
+                f"The model relies on the border of the image: {fall}."
                 if told
-                else f"A changed border upsets the network: {fall}. Borders of other classes do not change its "
-                "predictions, so this is no sign that it reads the class from the border.",
+                else f"A changed border disturbs the model: {fall}. Borders of other classes do not change its "
+                "predictions, so this is no evidence that it infers the class from the border.",
                 {"accuracy": item["accuracy"], "accuracy_before": before, "fall_lower": item["fall_lower"]},
             )
         )
@@ -195,9 +195,9 @@ def conflict_findings(conflict: Mapping[str, Any]) -> list[Finding]:
         Finding(
             "cue_conflict",
             "alarm",
-            "The border decides: inside the border of an image of another class, "
-            f"{100 * conflict['follows_border']:.0f}% of the images are predicted as that class; inside a border of "
-            f"their own class {100 * conflict['control']:.0f}% are.",
+            "Predictions follow the border: with the border of an image of another class, "
+            f"{100 * conflict['follows_border']:.0f}% of the images are predicted as that class; with a border of "
+            f"their own class, {100 * conflict['control']:.0f}% are.",
             {key: conflict[key] for key in ("follows_border", "follows_image", "control", "excess", "p_value")},
         )
     ]

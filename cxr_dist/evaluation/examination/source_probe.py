@@ -1,8 +1,8 @@
-"""Where images came from, and what that has to do with the answers: accuracy by source, and sources in the features.
+"""The sources of the images: accuracy by source, and prediction of the source from the network's features.
 
-A class that comes from one hospital can be told by the hospital. Nothing in test figures shows that, so it is asked
-directly: from the network's own features, can the source of an image be told within one class? Within one, as source
-and class may coincide, and telling the class would then tell the source.
+If a class comes from one hospital, a network can predict it from traits of that hospital. Test metrics do not show it.
+So a classifier is fitted that predicts the source of an image from the network's features, within one class: source and
+class may coincide, and the class would then reveal the source.
 """
 
 import warnings
@@ -19,18 +19,18 @@ from cxr_dist.evaluation.examination.findings import Finding
 from cxr_dist.evaluation.examination.statistics import Labels
 
 LEAST_IMAGES = 8
-"""A source with fewer images in a class says nothing about that class."""
+"""Smallest number of images of a source in a class for a test within that class."""
 FOLDS = 4
 STANDARD_ERRORS = 4.0
-"""Cross-validated answers on noise have 1.3 times the deviation of a binomial, as folds share their images."""
+"""Cross-validated predictions on noise have 1.3 times the deviation of a binomial, as folds share their images."""
 PERMUTATIONS = 19
-"""So chance is measured as well, where the answer would be yes."""
+"""They measure chance, where the margin is exceeded."""
 LEAST_MARGIN = 0.1
 _STRENGTH = 0.1
 """Inverse of the penalty: there are more features than images."""
 RULE = (
-    "note: balanced accuracy above 1 / K by more than four standard errors (a share's is at most sqrt(1 / 4n), with n "
-    "groups of duplicates) and by 0.1 at least, and above each of 19 fits to the same sources dealt at random"
+    "note: the balanced accuracy is above 1 / K by more than four standard errors (that of a share is at most "
+    "sqrt(1 / 4n), with n groups of duplicates) and by at least 0.1, and above each of 19 fits to permuted sources"
 )
 
 
@@ -42,9 +42,9 @@ def by_source(labels: Labels, predicted: Labels, sources: Sequence[str | None] |
     """
     known = Counter(source for source in sources or () if source is not None)
     if not known:
-        return {"skipped": "nothing is known of where the images came from", "sources": {}}
+        return {"skipped": "the sources of the images are unknown", "sources": {}}
     if len(known) == 1:
-        return {"skipped": f"all images whose source is known came from one: {next(iter(known))}", "sources": {}}
+        return {"skipped": f"all images of known source are from {next(iter(known))}", "sources": {}}
     names = np.array([source or "" for source in sources or ()], object)
     right = predicted == labels
     table = {}
@@ -65,8 +65,8 @@ def source_findings(table: dict[str, Any], accuracy: float) -> list[Finding]:
         Finding(
             "by_source",
             "note",
-            f"Sources differ: of the {item['images']} images from {name}, {100 * item['accuracy']:.0f}% are "
-            f"recognised, of all {100 * accuracy:.0f}%.",
+            f"Accuracy differs by source: it is {100 * item['accuracy']:.0f}% on the {item['images']} images from "
+            f"{name}, and {100 * accuracy:.0f}% on all images.",
             {"source": name, "images": item["images"], "accuracy": item["accuracy"], "accuracy_of_all": accuracy},
         )
     ]
@@ -80,7 +80,7 @@ def source_in_features(
     class_names: Sequence[str],
     seed: int,
 ) -> dict[str, Any]:
-    """Whether a logistic regression on the pooled features, float32 [N, F], tells the source within each class.
+    """Whether a logistic regression on the pooled features, float32 [N, F], predicts the source within each class.
 
     Cross-validated, with images of one group in one fold. `sources` holds None where nothing is known; without `groups`
     each image is its own.
@@ -91,13 +91,13 @@ def source_in_features(
     """
     result: dict[str, Any] = {"skipped": None, "rule": RULE, "classes": {}, "classes_of_one_source": []}
     if sources is None or not any(source is not None for source in sources):
-        return result | {"skipped": "nothing is known of where the images came from"}
+        return result | {"skipped": "the sources of the images are unknown"}
     names = np.array([source or "" for source in sources], object)
     for label, class_name in enumerate(class_names):
         if len(set(names[(labels == label) & (names != "")])) == 1:
             result["classes_of_one_source"].append(class_name)
     if features is None:
-        return result | {"skipped": "the network's features were not at hand"}
+        return result | {"skipped": "the features of the network are not available"}
     together = np.array(groups if groups is not None else [str(row) for row in range(len(labels))], object)
     for label, class_name in enumerate(class_names):
         counted = Counter(names[(labels == label) & (names != "")])
@@ -107,19 +107,19 @@ def source_in_features(
             continue
         result["classes"][class_name] = _told(features[rows], names[rows], together[rows], seed)
     if not result["classes"]:
-        result["skipped"] = f"no class has two sources with {LEAST_IMAGES} images each"
+        result["skipped"] = f"no class has two sources with at least {LEAST_IMAGES} images each"
     return result
 
 
 def feature_findings(told: dict[str, Any]) -> list[Finding]:
-    """A note for each class in which the source can be told."""
+    """A note for each class in which the features reveal the source."""
     return [
         Finding(
             "source_in_features",
             "note",
-            f"The source can be told from the network's features: among images of {name.replace('_', ' ')} with a "
-            f"balanced accuracy of {100 * item['balanced_accuracy']:.0f}% (chance: {100 * item['chance']:.0f}%). Where "
-            "sources and classes coincide, the network can answer by the source.",
+            f"The network's features reveal the source: among images of {name.replace('_', ' ')} it is predicted with "
+            f"a balanced accuracy of {100 * item['balanced_accuracy']:.0f}% (chance: {100 * item['chance']:.0f}%). "
+            "Where source and class coincide, the network can use the source as a shortcut.",
             {
                 "class": name,
                 "balanced_accuracy": item["balanced_accuracy"],

@@ -111,8 +111,8 @@ def test_a_letter_in_the_border_is_reported_and_without_it_the_border_is_not_sai
     assert tree["sample"]["with_mask"] == tree["sample"]["images"] == 48
     assert ("cue_conflict" in alarms) == letter
     assert ("without_border" in alarms) == letter
-    assert ("The border decides" in page.text) == letter
-    for title in ("Where it looks", "Without the lungs", "Robustness"):
+    assert ("Predictions follow the border" in page.text) == letter
+    for title in ("Attention", "Shortcuts", "Robustness"):
         assert title in page.text
     assert (out / "examination-robustness.svg").exists()
     assert all(image["alt"] for image in page.all("img"))

@@ -138,7 +138,7 @@ def test_the_database_arrives_whole_and_is_not_fetched_twice(kaggle: type[Kaggle
 
 def test_what_broke_off_goes_on(kaggle: type[Kaggle], tmp_path: Path) -> None:
     kaggle.misbehave = "break off"
-    with pytest.raises(UserError, match="broke off"):
+    with pytest.raises(UserError, match="the download failed"):
         download_database(tmp_path / "d", IMAGES)
     assert not (tmp_path / "d").exists()
     kaggle.misbehave = ""
@@ -150,7 +150,7 @@ def test_what_broke_off_goes_on(kaggle: type[Kaggle], tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["garble", "no checksum"])
 def test_what_is_damaged_is_fetched_anew(kaggle: type[Kaggle], tmp_path: Path, how: str) -> None:
     kaggle.misbehave = how
-    with pytest.raises(UserError, match="arrived damaged"):
+    with pytest.raises(UserError, match="the download is damaged"):
         download_database(tmp_path / "d", IMAGES)
     assert not (tmp_path / "d").exists()
     kaggle.misbehave = ""
@@ -190,17 +190,17 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 def test_another_collection_is_kept_but_not_taken(kaggle: type[Kaggle], tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"holds 3 COVID, 4 Normal, 2 Viral_Pneumonia images, where .* 5 COVID"
+        UserError, match=r"contains 3 COVID, 4 Normal, 2 Viral_Pneumonia images, but .* 5 COVID"
     ) as raised:
         download_database(tmp_path / "d", IMAGES | {"COVID": 5})
-    assert len(names(Path(str(raised.value).partition(": holds")[0]))) == sum(COUNTS.values())
+    assert len(names(Path(str(raised.value).partition(": contains")[0]))) == sum(COUNTS.values())
     assert not (tmp_path / "d").exists()
 
 
 def test_what_can_be_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.pdf").write_text("of years")
-    with pytest.raises(UserError, match="holds something other"):
+    with pytest.raises(UserError, match="contains other files"):
         download_database(tmp_path / "full", IMAGES)
     with pytest.raises(UserError, match="is a file"):
         download_database(tmp_path / "full" / "thesis.pdf", IMAGES)

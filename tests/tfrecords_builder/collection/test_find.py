@@ -67,8 +67,8 @@ def test_images_beside_the_images_folder_are_not_lost(tmp_path: Path) -> None:
         (["No 2/x.png", "No ²/x.png"], "but for case or Unicode form both class"),
         (["A/x.png", "b/images/x.png", "B/Images/x.png"], "but for case or Unicode form both class"),
         (["images/x.png", "masks/x.png"], "folder above"),
-        (["A/x.png", "B/images/x.txt"], "B.*holds no image"),
-        (["A/x.png", "B/masks/x.png"], "B.*holds no image"),
+        (["A/x.png", "B/images/x.txt"], "B.*contains no image"),
+        (["A/x.png", "B/masks/x.png"], "B.*contains no image"),
         (["A/x.png", "B/images/x\udcff.png"], "not Unicode"),
     ],
 )
@@ -80,7 +80,7 @@ def test_mistakes(tmp_path: Path, paths: list[str], message: str) -> None:
 def test_empty_class_folder_and_missing_root(tmp_path: Path) -> None:
     touch(tmp_path, "A/x.png")
     (tmp_path / "B").mkdir()
-    with pytest.raises(UserError, match="B: this class folder holds no image"):
+    with pytest.raises(UserError, match="B: this class folder contains no image"):
         find_images(tmp_path)
     for root in (tmp_path / "missing", tmp_path / "A/x.png"):
         with pytest.raises(UserError, match="no such folder"):

@@ -116,8 +116,8 @@ def test_published_splits_ignore_patients(mutable: Path, tmp_path: Path) -> None
             "path,source\nnone.png,x",
             "none of its 1 lines names an image .line 2: 'none.png'.; paths are relative to .*, such as 'COVID/images/",
         ),
-        ("path,source\nCOVID/images/COVID-1.png,x\nCOVID/images/COVID-1.png,y", "line 3: .* a second time"),
-        ("\xff", "no CSV file in UTF-8"),
+        ("path,source\nCOVID/images/COVID-1.png,x\nCOVID/images/COVID-1.png,y", "line 3: .* occurs twice"),
+        ("\xff", "not a CSV file in UTF-8"),
     ],
 )
 def test_a_csv_that_cannot_be_used(mutable: Path, content: str, message: str) -> None:

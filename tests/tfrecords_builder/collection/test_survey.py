@@ -244,7 +244,7 @@ def test_a_class_never_vanishes(
     with pytest.raises(UserError) as caught:
         list_source(flat, on_error)
     message = str(caught.value)
-    assert f"{flat}: pictures would be lost: {words}; " in message
+    assert f"{flat}: images would be lost: {words}; " in message
     assert fix in message
     assert message.endswith("or remove the folder")
     assert "\n" not in message
@@ -344,7 +344,7 @@ def test_empty_folders_are_named(flat: Path) -> None:
     assert note.text == "empty folders: COVID/patient7"
     (flat / "New folder").mkdir()
     (flat / "New folder/.DS_Store").write_bytes(b"")
-    with pytest.raises(UserError, match="New folder: this class folder holds no image"):
+    with pytest.raises(UserError, match="New folder: this class folder contains no image"):
         list_source(flat)
 
 
@@ -446,7 +446,7 @@ def test_the_output_of_a_build(flat: Path, tmp_path: Path, capsys: pytest.Captur
             "not taken: COVID: 4 .tif: images in another format (COVID/COVID-0.tif)",
             "other files: 1 (documents: 1)",
         ]
-        assert ("was complete already" in printed[-1]) == bool(again)
+        assert ("is already complete" in printed[-1]) == bool(again)
     with pytest.raises(SystemExit) as caught:
         lines()
     assert caught.value.code == 2

@@ -199,7 +199,7 @@ def test_copies_across_splits_are_counted_and_warned_of(source: Path, tmp_path: 
         expected = sum(len({splits[path] for path in group}) > 1 for group in (TRIPLE, PAIR, CONFLICT))
         numbers = analyse(dataset).numbers
         assert numbers["duplicates"]["straddling_splits"] == expected
-        warned = [text for text in numbers["warnings"] if text.startswith("Copies across splits")]
+        warned = [text for text in numbers["warnings"] if text.startswith("Near-duplicates across splits")]
         assert len(warned) == (expected > 0)
         assert all(f"{expected} of 3 groups" in text for text in warned)
         seen.add(expected > 0)
@@ -288,8 +288,8 @@ def test_brightness_that_tells_the_class_is_warned_of(tmp_path: Path) -> None:
     assert {"brightness", "border", "thumbnail"} <= suspicious(numbers)
     assert numbers["shortcuts"]["brightness"]["accuracy"] == 1
     assert not numbers["shortcuts"]["contrast"]["suspicious"]
-    assert "mean brightness alone reaches an accuracy of 100.0%" in numbers["warnings"][0]
-    assert "always guessing the largest class reaches 50.0%" in numbers["warnings"][0]
+    assert "mean brightness alone has an accuracy of 100.0%" in numbers["warnings"][0]
+    assert "always predicting the largest class has 50.0%" in numbers["warnings"][0]
 
 
 def test_a_mark_at_the_border_is_warned_of(tmp_path: Path) -> None:

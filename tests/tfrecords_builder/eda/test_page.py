@@ -139,7 +139,7 @@ def test_warnings_are_on_the_page(out: Path, plain_out: Path) -> None:
         warnings = numbers_of(folder)["warnings"]
         text = Page((folder / PAGE).read_text()).text
         assert all(warning in text for warning in warnings)
-        assert ("None: no trivial feature" in text) == (not warnings)
+        assert ("No trivial feature predicts the class better" in text) == (not warnings)
     assert any("mean brightness" in text for text in numbers_of(plain_out)["warnings"])
     assert numbers_of(out)["warnings"] == []
 
@@ -157,7 +157,7 @@ def test_sources_are_on_the_page_where_they_are_known(out: Path, plain_out: Path
     page = Page((plain_out / PAGE).read_text())
     assert all(name in page.text for name in SOURCES)
     assert not page.all("i")
-    assert "All 2 sources, 80 of 80 images" in page.text
+    assert "All 2 sources with 80 of 80 images of known source" in page.text
     assert (plain_out / "sources.svg").is_file()
     assert not (out / "sources.svg").exists()
 
@@ -190,7 +190,7 @@ def count_numbers(**classes: int) -> dict[str, Any]:
 def test_the_caption_of_counts() -> None:
     text = figures._counts_caption(count_numbers(Lung_Opacity=3000, COVID=1200))
     assert "Lung Opacity has the most images (3,000), 2.50 times as many as COVID" in text
-    assert "3.4 percentage points from 70/15/15 (Lung Opacity, validation)" in text, "of either sign"
+    assert "from the split 70/15/15 is 3.4 percentage points (Lung Opacity, validation)" in text, "of either sign"
     assert "Every class has 20 images" in figures._counts_caption(count_numbers(A=20, B=20))
 
 
@@ -205,7 +205,7 @@ def size_numbers(*widths: int, distinct: int = 7) -> dict[str, Any]:
 
 def test_the_caption_of_sizes() -> None:
     text = figures._sizes_caption(size_numbers(512, 299, 1024))
-    assert "7 different sizes, the commonest 299 x 300 pixels (12 images)" in text
+    assert "7 different sizes, most often 299 x 300 pixels (12 images)" in text
     assert "from 299 pixels (B) to 1,024 (C)" in text
     assert "299 pixels in every class" in figures._sizes_caption(size_numbers(299, 299))
     assert figures._sizes_caption(size_numbers(299, distinct=1)).startswith("Every source image has 299 x 300 pixels")
@@ -221,9 +221,9 @@ def test_the_caption_of_distributions() -> None:
     text = pixel_figures._distributions_caption(
         {"classes": {"A": item(120, 40), "B": item(100, 50), "C": item(110, 45)}}
     )
-    assert "Images of B are the darkest on average (100.0), those of A the brightest (120.0), 20.0 levels apart" in text
-    assert "images of A have the least contrast on average (40.0), those of B the most (50.0)" in text
-    assert text.endswith("vary by 2.0.")
+    assert "Images of B are the darkest on average (100.0), those of A the brightest (120.0)" in text
+    assert "Images of A have the least contrast on average (40.0), those of B the most (50.0)" in text
+    assert text.endswith("the standard deviation within a class is 2.0.")
 
 
 def test_the_caption_of_mean_images() -> None:
@@ -236,8 +236,8 @@ def test_the_caption_of_mean_images() -> None:
         "classes": {"A": {"pixel_deviation": 5.0}, "B": {"pixel_deviation": 7.0}, "C": {"pixel_deviation": 6.0}},
     }
     text = pixel_figures._means_caption(pixels)
-    assert "A and C (9.0 gray levels a pixel) differ most and those of B and C (1.0 gray" in text
-    assert "vary most in B (by 7.0)" in text
+    assert "A and C (9.0 gray levels per pixel) differ most and those of B and C (1.0 gray" in text
+    assert "vary most between images of B (by 7.0 gray levels)" in text
 
 
 def test_the_captions_of_duplicates() -> None:
@@ -254,7 +254,7 @@ def test_the_captions_of_duplicates() -> None:
     text = figures._groups_caption(numbers, [[picture, None], [picture, picture]])
     assert "The 2 largest of 3 groups, 4 images in all" in text
     assert "1 more are in the table" in text
-    assert "1 of them was left out of the dataset" in text
+    assert "1 of them was excluded from the dataset" in text
 
 
 def test_the_caption_of_trivial_features() -> None:
@@ -262,9 +262,9 @@ def test_the_caption_of_trivial_features() -> None:
         return {"accuracy": accuracy, "guess": 0.5, "validation_images": 600, "suspicious": suspicious}
 
     text = figures._shortcuts_caption({"brightness": item(0.55, False), "border": item(0.81, True)})
-    assert "right on 50.0% of 600 validation images" in text
-    assert "reaches is 81.0% (the outer frame of the image), and 1 of 2 features" in text
-    assert "no feature alone does better" in figures._shortcuts_caption({"brightness": item(0.5, False)})
+    assert "largest class has an accuracy of 50.0% on 600 validation images" in text
+    assert "a single feature is 81.0% (border of the image). 1 of 2 features" in text
+    assert "no single feature has a higher accuracy" in figures._shortcuts_caption({"brightness": item(0.5, False)})
 
 
 # Figures
@@ -396,7 +396,7 @@ def test_a_folder_that_holds_something_else_is_refused(files: dict[str, str], da
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     before = content(tmp_path)
-    with pytest.raises(UserError, match="holds something other than an analysis") as caught:
+    with pytest.raises(UserError, match="contains other files than an analysis") as caught:
         write_analysis(dataset, tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: ")
     assert len(str(caught.value).splitlines()) == 1
@@ -405,7 +405,7 @@ def test_a_folder_that_holds_something_else_is_refused(files: dict[str, str], da
 
 def test_the_dataset_itself_and_files_are_refused(dataset: Path, tmp_path: Path) -> None:
     before = content(dataset)
-    with pytest.raises(UserError, match="holds something other"):
+    with pytest.raises(UserError, match="contains other files"):
         write_analysis(dataset, dataset)
     assert content(dataset) == before
     (tmp_path / "file").write_text("mine")
@@ -415,7 +415,7 @@ def test_the_dataset_itself_and_files_are_refused(dataset: Path, tmp_path: Path)
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "out" / "counts.svg").mkdir(parents=True)
     (tmp_path / "out" / PAGE).write_bytes(b'<meta name="generator" content="cxr-dist eda">')
-    with pytest.raises(UserError, match=r"holds something other.*counts\.svg"):
+    with pytest.raises(UserError, match=r"contains other files.*counts\.svg"):
         write_analysis(dataset, tmp_path / "out")
 
 
@@ -427,7 +427,7 @@ def test_a_dataset_that_is_none_makes_no_folder(tmp_path: Path) -> None:
 
 def test_the_page_lists_the_other_files_of_the_source_folder(plain_out: Path, tmp_path: Path) -> None:
     text = " ".join(Page((plain_out / PAGE).read_text()).text.split())
-    assert "Of 81 files of the source folder, those that are neither image nor mask." in text
+    assert "that are neither image nor mask, of 81 files." in text
     assert "(none)metadata of the images.csv1" in text
     source = draw(tmp_path / "source", {"A": 12, "B": 12})
     (source / "A" / "<i>.tif").write_bytes(b"")
@@ -456,14 +456,14 @@ def test_the_command_says_what_was_found(
     assert lines[1].split() == ["COVID", "28", "6", "7", "41"]
     assert "the largest class, COVID, is 2.05 times the smallest, Viral_Pneumonia" in lines
     assert "4 pairs of near-duplicates: 7 images in 3 groups, 0 of them in more than one split" in lines
-    assert "1 files rejected, 2 excluded" in lines
+    assert "1 files were rejected and 2 excluded" in lines
     assert "0 of 95 files of the source folder are neither image nor mask" in lines
     warnings = numbers_of(plain_out)["warnings"]
     assert warnings
     main.main(["eda", str(plain), "--out", str(tmp_path / "b")])
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("warning: ")] == [f"warning: {text}" for text in warnings]
-    assert lines[-1] == f"page: {tmp_path / 'b' / PAGE}"
+    assert lines[-1] == f"report: {tmp_path / 'b' / PAGE}"
 
 
 @pytest.mark.parametrize("arguments", [["missing", "--out", "new"], ["DATASET", "--out", "DATASET"], ["DATASET"]])

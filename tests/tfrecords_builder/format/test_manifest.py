@@ -85,7 +85,7 @@ def test_unknown_split(built: Path) -> None:
 def test_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such dataset folder"):
         read_manifest(tmp_path / "missing")
-    with pytest.raises(UserError, match="no complete dataset"):
+    with pytest.raises(UserError, match="not a complete dataset"):
         read_manifest(tmp_path)
     pq.write_table(pa.table({"x": [1]}), tmp_path / MANIFEST_NAME)
     with pytest.raises(UserError, match="not the manifest of a dataset"):
@@ -100,7 +100,7 @@ def test_another_format_version(copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(manifest_module, "FORMAT_VERSION", 99)
         write_manifest(copy, manifest)
-    with pytest.raises(UserError, match=f"format version 99, this program reads {manifest_module.FORMAT_VERSION};"):
+    with pytest.raises(UserError, match=f"format version 99, but version {manifest_module.FORMAT_VERSION} is needed;"):
         read_manifest(copy)
 
 
@@ -127,7 +127,7 @@ def test_check_shards(copy: Path) -> None:
     data = shard.read_bytes()
     for other in (data[:-1], data + b"x"):
         shard.write_bytes(other)
-        with pytest.raises(UserError, match=f"{shard.name}: has .* bytes where"):
+        with pytest.raises(UserError, match=f"{shard.name}: has .* bytes, but"):
             check_shards(copy, manifest)
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}: this shard is missing"):

@@ -145,8 +145,8 @@ def test_near_duplicates_and_patients_are_counted_apart(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("x,COVID/images/none.png,train", "line 2: 'COVID/images/none.png' is no image"),
-        ("x,COVID/images/COVID-1.png,tset", "line 2: split 'tset' is none of train, validation, test"),
+        ("x,COVID/images/none.png,train", "line 2: 'COVID/images/none.png' is not an image"),
+        ("x,COVID/images/COVID-1.png,tset", "line 2: split 'tset' is not one of train, validation, test"),
         ("x,COVID/images/COVID-1.png", "line 2"),
         ("x,COVID/images/COVID-1.png,test\nx,COVID/images/COVID-1.png,train", "line 3: .* in two splits"),
         ("x,COVID/images/COVID-1.png,test", "has no image for the train split"),
