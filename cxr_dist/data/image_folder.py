@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cxr_dist.data.arrays import weak_numpy_function
 from cxr_dist.data.batch_sampler import Positions
-from cxr_dist.data.numpy_function import weak_numpy_function
 from cxr_dist.runs.seen_images import Digests, digests_of
 from tfrecords_builder.collection.find import find_images
 from tfrecords_builder.collection.metadata import Metadata, normalized_patient, read_metadata

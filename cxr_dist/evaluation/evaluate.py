@@ -27,7 +27,7 @@ from cxr_dist.inference.classifier import BATCH_SIZE, load_model
 from cxr_dist.model import forward, split_point
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.calibration_file import CALIBRATION, read_fitted
-from cxr_dist.runs.finished import FinishedRun, read_finished
+from cxr_dist.runs.run_folder import FinishedRun, read_finished
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_json
 from tfrecords_builder.remote import Place, parse_place

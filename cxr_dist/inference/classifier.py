@@ -16,7 +16,7 @@ from cxr_dist.model.resnet import FrozenBase, build_model
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.calibration_file import Calibration, read_calibration
 from cxr_dist.runs.checkpoints import CheckpointFolder, restore_model
-from cxr_dist.runs.finished import FinishedRun, read_finished, weights_file
+from cxr_dist.runs.run_folder import FinishedRun, read_finished, weights_file
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.seal import check_seal
 
