@@ -40,6 +40,8 @@ def test_the_baseline_times_its_epochs(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.json").read_text())
     assert [row["stage"] for row in found["history"]] == [1, 1]
     assert all(row["train_seconds"] > 0 and row["validation_seconds"] > 0 for row in found["history"])
+    epochs = sum(row["train_seconds"] + row["validation_seconds"] for row in found["history"])
+    assert found["history"][-1]["elapsed_seconds"] >= found["seconds"]["start"] + epochs, "since the command began"
     assert found["parameters"] == 24_122_500
 
 
