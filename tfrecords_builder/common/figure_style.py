@@ -1,8 +1,11 @@
 """The style of every figure, and SVG that is the same each time."""
 
 import io
+import textwrap
+from typing import Literal
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -31,6 +34,17 @@ STYLE = {
 def display_name(class_name: str) -> str:
     """A class name as people read it: underscores as spaces."""
     return class_name.replace("_", " ").strip() or class_name
+
+
+def wrapped(text: str, width: int) -> str:
+    """A name in lines of `width` letters, its dollars literal (matplotlib would read them as formulas)."""
+    return "\n".join(textwrap.wrap(display_name(text), width) or [text]).replace("$", r"\$")
+
+
+def grid(axes: Axes, axis: Literal["x", "y"]) -> None:
+    """Lines behind what is drawn."""
+    axes.grid(axis=axis, color="#e3e3e3", linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 def svg_bytes(figure: Figure) -> bytes:
