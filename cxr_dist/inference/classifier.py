@@ -41,8 +41,7 @@ def load_model(run: FinishedRun, precision: str) -> Any:
         else:
             restore_model(model, CheckpointFolder(path.parent).load_best(path))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: cannot be loaded ({reason}); train the run again") from None
+        raise UserError(f"{path}: cannot be loaded ({one_line(error)}); train the run again") from None
     FrozenBase().apply(model)
     return model
 
