@@ -120,11 +120,6 @@ class Manifest:
         """raw, png or jpeg."""
         return self.settings.encoding
 
-    @property
-    def seed(self) -> int:
-        """Of the split and the order of records."""
-        return self.settings.seed
-
     @cached_property
     def counts(self) -> dict[str, dict[str, int]]:
         """Images by split, then by class, in canonical order, zeros included."""
