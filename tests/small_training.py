@@ -16,8 +16,7 @@ from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.model import resnet
 from cxr_dist.training import train_step as steps
 from cxr_dist.training.gradients import StepSpec
-from cxr_dist.training.loss_scale import LossScale
-from cxr_dist.training.stage_state import StageState
+from cxr_dist.training.stage_state import LossScale, StageState
 
 CLASSES = 4
 SIZE = 32

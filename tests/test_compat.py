@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cxr_dist import compat
-from cxr_dist.data.numpy_function import weak_numpy_function
+from cxr_dist.data.arrays import weak_numpy_function
 from cxr_dist.runs.versions import version_of
 from tfrecords_builder.common.errors import UserError
 

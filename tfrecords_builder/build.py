@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -159,7 +159,8 @@ def build_dataset(
         else:
             with output_folder.work_folder(dataset) as work:
                 tasks = _ingest_tasks(collection, work, options)
-                with _workers(pool, min(options.workers or default_workers(), len(tasks))) as workers:
+                count = min(options.workers or default_workers(), len(tasks))
+                with Pool(count) if pool is None else nullcontext(pool) as workers:
                     images, thumbnails = _ingest(collection, tasks, workers, progress)
                     manifest = _write(collection, work, images, thumbnails, workers)
                 output_folder.publish(dataset, work, manifest)
@@ -204,15 +205,6 @@ class _Collection:
             metadata=metadata_digest(metadata),
         )
         return cls(source, listing, counts, metadata, (*listing.notes, *notes), split_of, settings)
-
-
-@contextmanager
-def _workers(pool: Workers | None, workers: int) -> Iterator[Workers]:
-    if pool is not None:
-        yield pool
-        return
-    with Pool(workers) as own:
-        yield own
 
 
 def _check_class_sizes(source: Path, counts: Mapping[str, int], rejected: Mapping[str, int] | None = None) -> None:
@@ -277,11 +269,8 @@ def _write(
     decision = plan.decide(images, thumbnails, collection.metadata, settings, collection.split_of)
     _check_splits(collection, decision)
     tasks = plan.plan_shards(work, images, decision.split_of, class_names, settings)
-    written = list(pool.map(write_shard, tasks))
-    shards = list(zip(tasks, written, strict=True))
-    rows = plan.manifest_rows(
-        images, decision, collection.metadata, class_names, list(zip(tasks, written, strict=True))
-    )
+    shards = list(zip(tasks, pool.map(write_shard, tasks), strict=True))
+    rows = plan.manifest_rows(images, decision, collection.metadata, class_names, shards)
     return Manifest(
         class_names=class_names,
         settings=settings,

@@ -1,6 +1,6 @@
 """Between the two passes of a build: which image goes where, from what is known of every image. Touches no file."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +52,12 @@ def decide(
     pairs = near_duplicates.find_duplicates([images[row].sha256 or "" for row in whole], thumbnails)
     duplicates = tuple((whole[pair.first], whole[pair.second], pair.score) for pair in pairs)
     same = [(first, second) for first, second, _ in duplicates]
-    patients = {row: metadata[paths[row]].patient for row in whole if paths[row] in metadata}
-    root = near_duplicates.group_of(len(images), [*same, *_same_patient(patients)])
+    # Of whole images alone: what is rejected joins no group.
+    patients = [
+        metadata[path].patient if path in metadata and image.reason is None else None
+        for path, image in zip(paths, images, strict=True)
+    ]
+    root = near_duplicates.group_of(len(images), [*same, *near_duplicates.equal_pairs(patients)])
     excluded: dict[str, str] = {}
     if settings.conflicts == "exclude":
         # Not of patients: one may well have images in two classes.
@@ -73,14 +77,6 @@ def decide(
         grouped = dict(zip(paths, groups, strict=True)) if settings.split_rule == "leak-free" else None
         split_of = splits.assign_splits(classes_of, settings.seed, grouped)
     return Decision(groups, split_of, excluded, duplicates)
-
-
-def _same_patient(patients: Mapping[int, str | None]) -> Iterator[tuple[int, int]]:
-    """Each image of a patient with the patient's first; `patients` by row, in order."""
-    first_of: dict[str, int] = {}
-    for row, patient in patients.items():
-        if patient is not None and first_of.setdefault(patient, row) != row:
-            yield first_of[patient], row
 
 
 def plan_shards(

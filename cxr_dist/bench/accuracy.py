@@ -54,7 +54,9 @@ def measure(recipe: Recipe, built: Built, seeds: Sequence[int], folder: Path) ->
     out = folder / "plain.json"
     command = plain_command(recipe.config, built, PLAIN_EPOCHS, out, {"seed": seeds[0]})
     common.python(command, os.environ)
-    courses = [Course(PLAIN, seeds[0], plain_epochs(json.loads(out.read_text())))]
+    rows = json.loads(out.read_text())["history"]
+    epochs = tuple(Epoch(row["elapsed_seconds"], row["stage"], row["val_accuracy"]) for row in rows)
+    courses = [Course(PLAIN, seeds[0], epochs)]
     for seed in seeds:
         # A folder of its own, as the feature cache lies beside the run.
         run = folder / f"seed-{seed}" / "run"
@@ -83,11 +85,6 @@ def table(courses: Sequence[Course]) -> list[str]:
     if len(reached) == len(ours) > 1:
         lines.append(f"  median of the seeds: {when / median(reached):.2f} times faster")
     return lines
-
-
-def plain_epochs(plain: Mapping[str, Any]) -> tuple[Epoch, ...]:
-    """Of what `plain_keras` wrote."""
-    return tuple(Epoch(row["elapsed_seconds"], row["stage"], row["val_accuracy"]) for row in plain["history"])
 
 
 def our_epochs(

@@ -96,10 +96,7 @@ def train(dataset: Path, run: Path, arguments: Sequence[str], overrides: Sequenc
     started = time.perf_counter()
     command(["train", str(dataset), "--out", str(run), *arguments], overrides)
     seconds = time.perf_counter() - started
-    result = run_folder.read_result(run)
-    if result is None:
-        raise RuntimeError(f"{run}: ended without a result")
-    return Trained(seconds, result, run_folder.read_history(run))
+    return Trained(seconds, run_folder.finished_result(run), run_folder.read_history(run))
 
 
 def command(arguments: Sequence[str], overrides: Sequence[str]) -> None:

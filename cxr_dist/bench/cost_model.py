@@ -22,14 +22,30 @@ from tfrecords_builder.common.errors import UserError
 
 
 @dataclass(frozen=True)
-class Point:
-    """A measured step."""
+class Measured:
+    """A stage on some workers."""
 
-    replicas: int
+    stage: int
+    workers: int
     global_batch_size: int
-    share: float
-    """Of a device that each replica has."""
-    seconds: float
+    images_per_second: float
+    trainable_parameters: int
+    device: str
+    """CPU, which the workers share, or GPU, of which each has its own."""
+
+    @property
+    def step_seconds(self) -> float:
+        return self.global_batch_size / self.images_per_second
+
+    @property
+    def share(self) -> float:
+        """Of a device that each worker has."""
+        return 1 / self.workers if self.device == "CPU" else 1.0
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Gradients are summed in float32."""
+        return 4 * self.trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -55,8 +71,8 @@ def traffic(replicas: int, gradient_bytes: int) -> float:
     return 2 * (replicas - 1) / replicas * gradient_bytes
 
 
-def fit(points: Sequence[Point], gradient_bytes: int) -> CostModel:
-    """Least squares of relative errors, no cost below zero.
+def fit(points: Sequence[Measured]) -> CostModel:
+    """Least squares of relative errors, no cost below zero; of points of one stage.
 
     Raises:
         ValueError: fewer than two points.
@@ -65,10 +81,10 @@ def fit(points: Sequence[Point], gradient_bytes: int) -> CostModel:
 
     if len(points) < 2:
         raise ValueError(f"{len(points)} points do not determine a model")
-    seconds = np.array([point.seconds for point in points])
+    seconds, gradient_bytes = np.array([point.step_seconds for point in points]), points[0].gradient_bytes
     columns = np.array(
         [
-            [1.0, point.global_batch_size / point.replicas / point.share, traffic(point.replicas, gradient_bytes)]
+            [1.0, point.global_batch_size / point.workers / point.share, traffic(point.workers, gradient_bytes)]
             for point in points
         ]
     )
@@ -80,19 +96,18 @@ def fit(points: Sequence[Point], gradient_bytes: int) -> CostModel:
     return CostModel(float(fixed), float(image), float(byte), gradient_bytes)
 
 
-def errors(model: CostModel, points: Sequence[Point]) -> list[float]:
+def errors(model: CostModel, points: Sequence[Measured]) -> list[float]:
     """By how much the model is off at each point, as a share of what was measured; of points that it was fitted to."""
     return [
-        model.step_seconds(point.replicas, point.global_batch_size, point.share) / point.seconds - 1 for point in points
+        model.step_seconds(point.workers, point.global_batch_size, point.share) / point.step_seconds - 1
+        for point in points
     ]
 
 
-def held_out_errors(points: Sequence[Point], gradient_bytes: int) -> list[float]:
+def held_out_errors(points: Sequence[Measured]) -> list[float]:
     """At each point, by how much a model is off that was fitted to all the others: what a prediction may be off by."""
-    return [
-        errors(fit([*points[:place], *points[place + 1 :]], gradient_bytes), [point])[0]
-        for place, point in enumerate(points)
-    ]
+    others = ([*points[:place], *points[place + 1 :]] for place in range(len(points)))
+    return [errors(fit(rest), [point])[0] for rest, point in zip(others, points, strict=True)]
 
 
 Positive = Annotated[float, Field(gt=0)]

@@ -21,6 +21,7 @@ IMAGE_SIZE = 32
 EPOCHS = 3
 """The first compiles, and is not counted."""
 _CLASSES = 4
+_SETTINGS = ("model.weights=none", "features.cache=off", f"stages.1.epochs={EPOCHS}", "stages.2.epochs=0")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,16 @@ def measure(sizes: Sequence[int], arguments: Sequence[str], folder: Path) -> lis
         arguments: Of `cxr-dist train`.
         folder: Empty.
     """
-    return [_measure_one(images, arguments, folder / str(images)) for images in sizes]
+    found = []
+    for images in sizes:
+        work = folder / str(images)
+        write_noise(work / "images", images)
+        build_dataset(work / "images", work / "dataset", BuildOptions(image_size=IMAGE_SIZE))
+        trained = len(read_manifest(work / "dataset").split("train"))
+        run = common.train(work / "dataset", work / "run", [*arguments, "--launcher", "local"], _SETTINGS)
+        epoch_seconds = median(row["seconds"] for row in run.history[1:])
+        found.append(Size(images, trained, epoch_seconds, run.result["peak_memory_bytes"]))
+    return found
 
 
 def table(sizes: Sequence[Size]) -> list[str]:
@@ -72,18 +82,3 @@ def table(sizes: Sequence[Size]) -> list[str]:
             f"{size.peak_memory_bytes / 1e6:16,.0f}"
         )
     return lines
-
-
-def _measure_one(images: int, arguments: Sequence[str], folder: Path) -> Size:
-    write_noise(folder / "images", images)
-    build_dataset(folder / "images", folder / "dataset", BuildOptions(image_size=IMAGE_SIZE))
-    trained = len(read_manifest(folder / "dataset").split("train"))
-    settings = [
-        "model.weights=none",
-        "features.cache=off",
-        f"stages.1.epochs={EPOCHS}",
-        "stages.2.epochs=0",
-    ]
-    run = common.train(folder / "dataset", folder / "run", [*arguments, "--launcher", "local"], settings)
-    epoch_seconds = median(row["seconds"] for row in run.history[1:])
-    return Size(images, trained, epoch_seconds, run.result["peak_memory_bytes"])

@@ -71,32 +71,14 @@ def build_model(options: argparse.Namespace, classes: int) -> tuple[Any, Any]:
     return keras.Model(inputs, keras.layers.Dense(classes, activation="softmax")(x)), base
 
 
-def make_clock(started: float) -> Any:
-    """A callback that takes, by epoch, the seconds of training and of validation, and those since `started`."""
+def make_clock(times: list[float]) -> Any:
+    """A callback that notes, of each epoch, when its training begins, and when its validation begins and ends."""
     import keras
 
-    class Clock(keras.callbacks.Callback):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rows: list[dict[str, float]] = []
+    def note(*_arguments: Any) -> None:
+        times.append(time.perf_counter())
 
-        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self.started = time.perf_counter()
-
-        def on_test_begin(self, logs: Any = None) -> None:
-            self.tested = time.perf_counter()
-
-        def on_test_end(self, logs: Any = None) -> None:
-            now = time.perf_counter()
-            self.rows.append(
-                {
-                    "train_seconds": self.tested - self.started,
-                    "validation_seconds": now - self.tested,
-                    "elapsed_seconds": now - started,
-                }
-            )
-
-    return Clock()
+    return keras.callbacks.LambdaCallback(on_epoch_begin=note, on_test_begin=note, on_test_end=note)
 
 
 def fit_stages(
@@ -111,27 +93,29 @@ def fit_stages(
         str(best), monitor="val_accuracy", mode="max", save_best_only=True, save_weights_only=True
     )
     for stage, epochs in enumerate(options.epochs, start=1):
-        started = time.perf_counter()
+        stage_started = time.perf_counter()
         if stage == 2:
             base.trainable = True
             for layer in base.layers[: -options.unfreeze_layers]:
                 layer.trainable = False
         rate = options.learning_rate * (0.1 if stage == 2 else 1.0)
         model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
-        clock = make_clock(started)
+        times: list[float] = []
         log = model.fit(
             train.repeat() if options.steps else train,
             validation_data=validation,
             epochs=epochs,
             steps_per_epoch=options.steps,
             validation_steps=options.steps,
-            callbacks=[keep, clock],
+            callbacks=[keep, make_clock(times)],
             verbose=2,
         )
         for epoch in range(epochs):
+            trained, tested, ended = times[3 * epoch : 3 * epoch + 3]
+            taken = {"train_seconds": tested - trained, "validation_seconds": ended - tested}
             figures = {key: float(values[epoch]) for key, values in log.history.items()}
-            history.append({"stage": stage} | clock.rows[epoch] | figures)
-        seconds[f"stage_{stage}"] = time.perf_counter() - started
+            history.append({"stage": stage, **taken, "elapsed_seconds": ended - started} | figures)
+        seconds[f"stage_{stage}"] = time.perf_counter() - stage_started
     return history, seconds
 
 

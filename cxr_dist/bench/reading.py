@@ -29,8 +29,6 @@ from cxr_dist.distributed.devices import prepare_devices
 from cxr_dist.distributed.strategy import make_strategy
 from tfrecords_builder.format.manifest import read_manifest
 
-_KINDS = ("cold", "warm")
-
 
 @dataclass(frozen=True)
 class Rate:
@@ -72,32 +70,29 @@ def measure(source: Path, dataset: Path, batch_size: int, rounds: int, memory_by
             "image_dataset_from_directory": (lambda: _keras(Path(folder), batch_size, manifest.image_size), images),
             "cxr-dist": (lambda: _ours(dataset, count, batch_size, memory_bytes), shards),
         }
-        rounds_of: dict[str, list[tuple[float, float, set[int]]]] = {name: [] for name in ways}
-        pixels = {kind: np.ones((count, manifest.image_size, manifest.image_size, 1), np.uint8) for kind in _KINDS}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        sums: dict[int, str] = {}
+        pixels = [np.ones((count, manifest.image_size, manifest.image_size, 1), np.uint8) for _ in ("cold", "warm")]
         for _ in range(rounds):
             for name, (start, files) in ways.items():
                 for file in files:
                     _drop_from_memory(file)
                 passes = None
                 gc.collect()  # what the last one had in memory
-                for batch_pixels in pixels.values():
-                    batch_pixels.fill(1)
-                seconds = []
-                started = time.perf_counter()
+                for target in pixels:
+                    target.fill(1)
+                times = [time.perf_counter()]
                 passes = start()
-                for kind in _KINDS:
-                    _take(passes(), batch_size, pixels[kind])
-                    seconds.append(time.perf_counter() - started)
-                    started = time.perf_counter()
-                sums = {int(batch_pixels.sum(dtype=np.int64)) for batch_pixels in pixels.values()}
-                cold, warm = (count / taken for taken in seconds)
-                rounds_of[name].append((cold, warm, sums))
-    sums = {total for rows in rounds_of.values() for *_, totals in rows for total in totals}
+                for target in pixels:
+                    _take(passes(), batch_size, target)
+                    times.append(time.perf_counter())
+                found[name].append((count / (times[1] - times[0]), count / (times[2] - times[1])))
+                sums |= {int(target.sum(dtype=np.int64)): name for target in pixels}
     if len(sums) > 1:
-        raise RuntimeError(f"different pixels: {rounds_of}")
+        raise RuntimeError(f"different pixels: {sums}")
     return [
-        Rate(name, tuple(row[0] for row in rows), tuple(row[1] for row in rows), *sums)
-        for name, rows in rounds_of.items()
+        Rate(name, tuple(cold for cold, _ in rows), tuple(warm for _, warm in rows), *sums)
+        for name, rows in found.items()
     ]
 
 

@@ -11,30 +11,10 @@ from pathlib import Path
 from statistics import median
 
 from cxr_dist.bench import common
-from cxr_dist.bench.cost_model import Cluster, CostModel, Point, Prediction, fit, held_out_errors, predict
+from cxr_dist.bench.cost_model import Cluster, CostModel, Measured, Prediction, fit, held_out_errors, predict
 
 _EPOCHS = 3
 """Of each stage; the first compiles, and is not counted."""
-_BYTES = 4
-"""Of a gradient's value: gradients are summed in float32."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A stage on some workers."""
-
-    stage: int
-    workers: int
-    global_batch_size: int
-    images_per_second: float
-    trainable_parameters: int
-    device: str
-    """CPU, which the workers share, or GPU, of which each has its own."""
-
-    def point(self) -> Point:
-        """As the cost model takes it."""
-        share = 1 / self.workers if self.device == "CPU" else 1.0
-        return Point(self.workers, self.global_batch_size, share, self.global_batch_size / self.images_per_second)
 
 
 @dataclass(frozen=True)
@@ -76,10 +56,8 @@ def fit_stages(measured: Sequence[Measured]) -> list[Fitted]:
     fitted = []
     for stage in sorted({row.stage for row in measured}):
         rows = [row for row in measured if row.stage == stage]
-        points, gradient_bytes = [row.point() for row in rows], rows[0].trainable_parameters * _BYTES
         # Of two points, one says nothing of the other.
-        off = held_out_errors(points, gradient_bytes) if len(points) > 2 else []
-        fitted.append(Fitted(stage, fit(points, gradient_bytes), off))
+        fitted.append(Fitted(stage, fit(rows), held_out_errors(rows) if len(rows) > 2 else []))
     return fitted
 
 

@@ -6,17 +6,15 @@ the same size that are decoded already. They take turns, so both see the same st
 """
 
 import http.client
-import os
-import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import SimpleQueue
 from statistics import median
 
 import numpy as np
@@ -73,28 +71,23 @@ def measure(
 
 def _send(port: int, bodies: Sequence[bytes], max_batch: int) -> tuple[float, list[float]]:
     """Seconds for all, and for each, from connections that send their next image once they have an answer."""
-    waiting: SimpleQueue[bytes | None] = SimpleQueue()
-    connections = BATCHES_ON_THEIR_WAY * max_batch
-    for body in [*bodies, *[None] * connections]:
-        waiting.put(body)
+    own = threading.local()
 
-    def client() -> list[float]:
-        connection = http.client.HTTPConnection(HOST, port, timeout=ANSWER_LIMIT_S)
-        took = []
-        while (body := waiting.get()) is not None:
-            started = time.perf_counter()
-            connection.request("POST", "/predict", body, {"Content-Type": "image/png"})
-            response = connection.getresponse()
-            answer = response.read()
-            if response.status != http.client.OK:
-                raise RuntimeError(f"the service answered {response.status}: {answer[:200]!r}")
-            took.append(time.perf_counter() - started)
-        connection.close()
-        return took
+    def connect() -> None:
+        own.connection = http.client.HTTPConnection(HOST, port, timeout=ANSWER_LIMIT_S)
+
+    def send(body: bytes) -> float:
+        started = time.perf_counter()
+        own.connection.request("POST", "/predict", body, {"Content-Type": "image/png"})
+        response = own.connection.getresponse()
+        answer = response.read()
+        if response.status != http.client.OK:
+            raise RuntimeError(f"the service answered {response.status}: {answer[:200]!r}")
+        return time.perf_counter() - started
 
     started = time.perf_counter()
-    with ThreadPoolExecutor(connections) as pool:
-        took = [seconds for future in [pool.submit(client) for _ in range(connections)] for seconds in future.result()]
+    with ThreadPoolExecutor(BATCHES_ON_THEIR_WAY * max_batch, initializer=connect) as pool:
+        took = list(pool.map(send, bodies))
     return time.perf_counter() - started, took
 
 
@@ -106,12 +99,12 @@ def _service(run: Path, max_batch: int) -> Iterator[int]:
         port = int(probe.getsockname()[1])
     options = ["--port", str(port), "--max-batch", str(max_batch), "--max-waiting", str(4 * max_batch)]
     command = [sys.executable, "-m", "cxr_dist", "serve", str(run), "--host", HOST, *options]
-    process = subprocess.Popen(command, stdout=sys.stderr, env=os.environ)  # noqa: S603 - our own command
+    process = subprocess.Popen(command, stdout=sys.stderr)  # noqa: S603 - our own command
     try:
         _wait_until_ready(process, port)
         yield port
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         try:
             process.wait(END_LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -124,14 +117,10 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int) -> None:
     while time.monotonic() < until:
         if process.poll() is not None:
             raise UserError("the benchmark stopped, because the service that it measures failed; see its message above")
-        connection = http.client.HTTPConnection(HOST, port, timeout=5)
-        try:
+        with suppress(OSError):  # it does not listen yet: asked again until the limit
+            connection = http.client.HTTPConnection(HOST, port, timeout=5)
             connection.request("GET", "/ready")
             if connection.getresponse().status == http.client.OK:
                 return
-        except OSError:
-            pass  # it does not listen yet: asked again until the limit
-        finally:
-            connection.close()
         time.sleep(0.5)
     raise RuntimeError(f"the service was not ready in {START_LIMIT_S:.0f} s")

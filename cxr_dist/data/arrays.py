@@ -1,12 +1,14 @@
-"""Rows that are read by position: the protocol, and rows in memory."""
+"""Rows that are read by position: the protocol, rows in memory, and functions of Python that read for a graph."""
 
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from cxr_dist import compat
 from cxr_dist.data.batch_sampler import Positions
-from cxr_dist.data.numpy_function import weak_numpy_function
 
 
 class Source(Protocol):
@@ -34,6 +36,29 @@ class Indexed(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, positions: Positions) -> npt.NDArray[Any]: ...
+
+
+def weak_numpy_function(method: Callable[..., Any], inputs: Sequence[Any], dtypes: Any) -> Any:
+    """As `tf.numpy_function` of a bound method, whose object TensorFlow would else keep for ever.
+
+    The object must be kept by who reads: the function of one that is gone raises RuntimeError. Call it while a graph
+    is built.
+    """
+    import tensorflow as tf
+
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: Any) -> Any:
+        alive = reference()
+        if alive is None:
+            raise RuntimeError("the source of these batches is gone")
+        return alive(*arguments)
+
+    tensors = tf.numpy_function(call, inputs, dtypes)
+    forget = compat.forgetting_numpy_function(compat.outermost_graph(), call)
+    finalizer = weakref.finalize(method.__self__, forget)  # type: ignore[attr-defined]  # bound: WeakMethod
+    finalizer.atexit = False  # iterators may still read then
+    return tensors
 
 
 class ArraySource:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from tfrecords_builder.collection.file_kinds import IMAGE_SUFFIXES, IMAGES_FOLDER, MASKS_FOLDER
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.files import head_of
 from tfrecords_builder.images.decode import ImageError, TooLargeError, decode_gray, read_bytes
 from tfrecords_builder.images.dicom import HEAD, decode_dicom, is_dicom
 from tfrecords_builder.images.resizing import Square, squares
@@ -72,16 +73,9 @@ def _images_below(folder: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".") and name not in drawn]
         for name in files:
             path = Path(root, name)
-            if not name.startswith(".") and (path.suffix.lower() in _SUFFIXES or _begins(path)):
+            if not name.startswith(".") and (path.suffix.lower() in _SUFFIXES or _begins_as_dicom(path)):
                 yield path
 
 
-def _begins(path: Path) -> bool:
-    """As DICOM does."""
-    if not path.is_file():
-        return False
-    try:
-        with path.open("rb") as file:
-            return is_dicom(file.read(HEAD))
-    except OSError:
-        return False  # nothing says that it was meant as an image
+def _begins_as_dicom(path: Path) -> bool:
+    return path.is_file() and is_dicom(head_of(path, HEAD))  # a pipe would never end

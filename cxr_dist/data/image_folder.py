@@ -1,7 +1,6 @@
 """Labelled image files of a folder, read by position as the shards of a dataset are."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cxr_dist.data.arrays import weak_numpy_function
 from cxr_dist.data.batch_sampler import Positions
-from cxr_dist.data.numpy_function import weak_numpy_function
 from cxr_dist.runs.seen_images import Digests, digests_of
 from tfrecords_builder.collection.find import find_images
 from tfrecords_builder.collection.metadata import Metadata, normalized_patient, read_metadata
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images.decode import decode_mask, load_gray, read_bytes
-from tfrecords_builder.splitting.near_duplicates import group_of
+from tfrecords_builder.splitting.near_duplicates import equal_pairs, group_of
 
 
 class FolderSource:
@@ -47,7 +46,7 @@ class FolderSource:
     @property
     def groups(self) -> list[str]:
         """Of each image, the path of the first image of its group: identical files, or images of one patient."""
-        pairs = [*_equal(self._sha256), *_equal(self._patient_names)]
+        pairs = [*equal_pairs(self._sha256), *equal_pairs(self._patient_names)]
         return [self.paths[first] for first in group_of(self.count, pairs)]
 
     @property
@@ -105,11 +104,3 @@ class FolderSource:
             self.failure = error
             raise
         return np.stack(images)[..., None]
-
-
-def _equal(keys: Sequence[str | None]) -> Iterator[tuple[int, int]]:
-    """Each position with the first one that has the same key; None is no key."""
-    first: dict[str, int] = {}
-    for position, key in enumerate(keys):
-        if key is not None and first.setdefault(key, position) != position:
-            yield first[key], position

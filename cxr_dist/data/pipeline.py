@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.data.arrays import Source
+from cxr_dist.data.arrays import Source, weak_numpy_function
 from cxr_dist.data.batch_sampler import PADDING, EvaluationBatchSampler, TrainBatchSampler
-from cxr_dist.data.numpy_function import weak_numpy_function
 from cxr_dist.distributed.devices import Topology
 
 _CHUNK = 64

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cxr_dist.data.arrays import MemorySource, Source
+from cxr_dist.data.arrays import MemorySource, Source, weak_numpy_function
 from cxr_dist.data.batch_sampler import Positions
-from cxr_dist.data.numpy_function import weak_numpy_function
 from cxr_dist.runs.seen_images import Digests, digests_of
 from tfrecords_builder.collection.metadata import normalized_patient
 from tfrecords_builder.common.pool import default_workers

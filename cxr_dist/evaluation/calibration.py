@@ -74,8 +74,9 @@ def abstain_threshold(predictions: Predictions, risk: float = RISK) -> float | N
         middle = (low + high) // 2
         # Images of equal probability are answered alike.
         start = int(np.searchsorted(confidence, confidence[middle]))
-        failed = len(np.unique(groups[start:][wrong[start:]]))
-        if _risk_bound(failed, len(np.unique(groups[start:])), delta) <= risk:
+        failed, answered = len(np.unique(groups[start:][wrong[start:]])), len(np.unique(groups[start:]))
+        # The largest error rate at which so few errors have a probability of `delta` or more.
+        if share_interval(failed, answered, 1 - delta, "less")[1] <= risk:
             found, high = start, middle
         else:
             low = middle + 1
@@ -148,8 +149,3 @@ def fit(validation: Predictions, risk: float = RISK) -> dict[str, Any]:
 
 def _log_probabilities(predictions: Predictions) -> npt.NDArray[np.float64]:
     return np.log(np.maximum(predictions.probabilities, _SMALLEST))
-
-
-def _risk_bound(wrong: int, total: int, delta: float) -> float:
-    """The largest error rate at which as few as `wrong` errors have a probability of `delta` or more."""
-    return share_interval(wrong, total, 1 - delta, "less")[1] if total else 1.0

@@ -63,20 +63,27 @@ def compare(
     Raises:
         UserError: the images, their labels or the classes differ.
     """
-    second = _in_order_of(first, second)
+    rows = _rows(*(Images(each.paths, each.labels, each.class_names) for each in (first, second)))
+    second = replace(
+        second,
+        paths=first.paths,
+        labels=second.labels[rows],
+        probabilities=second.probabilities[rows],
+        groups=first.groups,
+    )
     groups = group_numbers(first)
     units = int(groups.max()) + 1
     every = np.ones((1, len(first)))
     observed = [weighted_metrics(predictions, every) for predictions in (first, second)]
     values = [resampled_metrics(predictions, groups, resamples, seed) for predictions in (first, second)]
     quantile = float(stats.t.ppf(0.5 + level / 2, units - 1)) if units > 1 else float("nan")
-    rows = {}
+    compared = {}
     for name in COMPARED:
         before, after = (float(metrics[name][0]) for metrics in observed)
         differences = values[1][name] - values[0][name]
         reach = quantile * float(np.sqrt(np.nanvar(differences) * units / max(units - 1, 1)))
         whole = bool(np.isfinite([before, after, reach]).all())
-        rows[name] = {
+        compared[name] = {
             "first": before if np.isfinite(before) else None,
             "second": after if np.isfinite(after) else None,
             "difference": after - before if whole else None,
@@ -90,25 +97,13 @@ def compare(
         "unit": "image" if first.groups is None else "group",
         "units": units,
         "level": level,
-        "metrics": rows,
+        "metrics": compared,
         "mcnemar": {
             "only_first_right": only_first,
             "only_second_right": only_second,
             "p_value": mcnemar(only_first, only_second),
         },
     }
-
-
-def _in_order_of(first: Predictions, second: Predictions) -> Predictions:
-    images = (Images(each.paths, each.labels, each.class_names) for each in (first, second))
-    rows = _rows(*images)
-    return replace(
-        second,
-        paths=first.paths,
-        labels=second.labels[rows],
-        probabilities=second.probabilities[rows],
-        groups=first.groups,
-    )
 
 
 def _rows(first: Images, second: Images) -> npt.NDArray[np.int64]:

@@ -27,7 +27,7 @@ from cxr_dist.inference.classifier import BATCH_SIZE, load_model
 from cxr_dist.model import forward, split_point
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.calibration_file import CALIBRATION, read_fitted
-from cxr_dist.runs.finished import FinishedRun, read_finished
+from cxr_dist.runs.run_folder import FinishedRun, read_finished
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_json
 from tfrecords_builder.remote import Place, parse_place
@@ -167,11 +167,8 @@ class LoadedRun:
             if progress is not None:
                 progress(done, total)
 
-        def count_step(number: int, _total: int) -> None:
-            count(min(number * self._per_step, source.count) - done)
-
         try:
-            probabilities = self._probabilities(source, count_step)
+            probabilities = self._probabilities(source, lambda predicted, _all: count(predicted - done))
             predictions = Predictions(
                 source.paths, source.labels, probabilities.astype(np.float64), names, source.groups
             )
@@ -180,10 +177,6 @@ class LoadedRun:
             if source.failure is not None:
                 raise source.failure from error
             raise
-
-    @property
-    def _per_step(self) -> int:
-        return BATCH_SIZE * self.topology.replicas
 
     def _probabilities(
         self, source: Source, progress: Callable[[int, int], None] | None = None
@@ -268,7 +261,7 @@ def class_probabilities(
     """The softmax of a network's logits for every input of `source` once, in order, in inference mode.
 
     `batch_size` is per replica and step; `step`, of `forward.make_forward_step`, is traced once for all sources;
-    `progress` is called with the steps done and their number.
+    `progress` is called with the images done and their number.
 
     Returns:
         float32 [N, C], complete on every worker.
@@ -279,5 +272,5 @@ def class_probabilities(
     for number in range(plan.steps):
         outputs.append(step(iterator))
         if progress:
-            progress(number + 1, plan.steps)
+            progress(min((number + 1) * batch_size * topology.replicas, source.count), source.count)
     return np.concatenate(outputs)[: source.count]

@@ -4,7 +4,6 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart, and no meani
 """
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,18 @@ from cxr_dist.evaluation.metrics import mean_roc_curve, roc_curves
 from cxr_dist.evaluation.page_text import count, percent
 from cxr_dist.evaluation.predictions import Predictions
 from tfrecords_builder.common.figure import Figure
-from tfrecords_builder.common.figure_style import BLUE, COLOURS, DASHES, GRAY, RULE, STYLE, VERMILLION, display_name
+from tfrecords_builder.common.figure_style import (
+    BLUE,
+    COLOURS,
+    DASHES,
+    GRAY,
+    RULE,
+    STYLE,
+    VERMILLION,
+    display_name,
+    grid,
+    wrapped,
+)
 
 CONFUSION, ROC, HISTORY = "confusion_matrix.png", "roc.png", "history.png"
 RELIABILITY, RISK = "reliability.png", "risk_coverage.png"
@@ -66,9 +76,9 @@ def _draw_confusion(counts: npt.NDArray[np.int64], class_names: Sequence[str]) -
     shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
     # Few classes leave room for wide cells, whose names stand upright in two or three lines.
     cell = 1.2 if size <= 5 else 0.82
-    columns = [_label(name, 12 if size <= 5 else _wrap_width(name)) for name in class_names]
+    columns = [wrapped(name, 12 if size <= 5 else _wrap_width(name)) for name in class_names]
     rows = [
-        f"{_label(name, _wrap_width(name))}\n(n = {total:,})"
+        f"{wrapped(name, _wrap_width(name))}\n(n = {total:,})"
         for name, total in zip(class_names, totals[:, 0], strict=True)
     ]
     upright = max(len(line) for label in columns for line in label.split("\n")) <= (14 if size <= 5 else 7)
@@ -139,11 +149,11 @@ def _draw_roc(
         for index, name in enumerate(predictions.class_names):
             colour, dashes = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
             if name in curves:
-                label = f"{_label(name, 34)} (AUC {auc(*curves[name]):.3f})"
+                label = f"{wrapped(name, 34)} (AUC {auc(*curves[name]):.3f})"
                 axes.plot(*curves[name], color=colour, linestyle=dashes, label=label)
             else:
                 reason = "no images" if not (predictions.labels == index).any() else "no other images"
-                axes.plot([], [], linestyle="none", label=f"{_label(name, 34)} ({reason})")
+                axes.plot([], [], linestyle="none", label=f"{wrapped(name, 34)} ({reason})")
         if curves:
             mean = mean_roc_curve(list(curves.values()))
             axes.plot(*mean, color="black", linewidth=2.2, linestyle=":", label=f"macro average (AUC {auc(*mean):.3f})")
@@ -318,20 +328,13 @@ def _draw_history(
                 axes.axvline(start - 0.5, color=GRAY, linewidth=1.2, linestyle=(0, (4, 3)), gid="stage-boundary")
             axes.set_ylabel(title)
             axes.set_xlim(0.5, len(history) + 0.5)
-            axes.grid(axis="y", color="#e3e3e3", linewidth=0.8)
-            axes.set_axisbelow(True)
+            grid(axes, "y")
         panels[1].set_xlabel("Epoch, counted through all stages")
         panels[1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _label_stages(panels[0], spans)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure
-
-
-def _label(class_name: str, width: int) -> str:
-    """A class name for a figure: broken into lines, its dollars literal (matplotlib would read them as formulas)."""
-    lines = textwrap.wrap(display_name(class_name), width) or [class_name]
-    return "\n".join(lines).replace("$", r"\$")
 
 
 def _wrap_width(class_name: str) -> int:

@@ -53,7 +53,8 @@ def evaluate_predictions(predictions: Predictions) -> dict[str, Any]:
         "missing_classes": [name for name, row in per_class.items() if not row["support"]],
         "auc_macro_ovr": _mean_of_defined([row["auc"] for row in per_class.values()]),
         "average_precision_macro": _mean_of_defined([row["average_precision"] for row in per_class.values()]),
-        "cosine_similarity": _cosine_similarity(predictions),
+        # The label is one-hot: its length is one, and its product with a row is the row's entry at the label.
+        "cosine_similarity": float(np.mean(at_label(predictions) / np.linalg.norm(probabilities, axis=1))),
         "log_loss": float(log_loss(labels, probabilities, labels=classes)),
         "brier": float(brier_of_images(predictions).mean()),
         "calibration_error": calibration_error(predictions),
@@ -165,11 +166,6 @@ def mean_roc_curve(
     grid = np.unique(np.concatenate([fpr for fpr, _ in curves]))
     lower, upper = np.mean([_limits(fpr, tpr, grid) for fpr, tpr in curves], axis=0)
     return np.repeat(grid, 2), np.stack([lower, upper], axis=1).ravel()
-
-
-def _cosine_similarity(predictions: Predictions) -> float:
-    # The label vector is one-hot: its length is one, and its product with a row is the row's entry at the label.
-    return float(np.mean(at_label(predictions) / np.linalg.norm(predictions.probabilities, axis=1)))
 
 
 def _specificity(confusion: npt.NDArray[np.int64], index: int) -> float | None:

@@ -236,14 +236,11 @@ class FrozenFeatures:
                 for name, entry in entries.items()
             }
             if last > first:  # or there are more workers than images
-                draws = None if copy is None else copy_draws(count, self._config.seed, copy.number)[first:last]
-                self._write(
-                    model,
-                    writers,
-                    Slice(images.source, first, last),
-                    None if copy is None else copy.augmentation,
-                    draws,
-                )
+                augmentation, draws = None, None
+                if copy is not None:
+                    augmentation = copy.augmentation
+                    draws = copy_draws(count, self._config.seed, copy.number)[first:last]
+                self._write(model, writers, Slice(images.source, first, last), augmentation, draws)
         collectives.barrier(self._strategy)
         if self._topology.is_chief:
             for name, entry in entries.items():

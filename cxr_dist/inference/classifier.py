@@ -16,7 +16,7 @@ from cxr_dist.model.resnet import FrozenBase, build_model
 from cxr_dist.runs import run_folder
 from cxr_dist.runs.calibration_file import Calibration, read_calibration
 from cxr_dist.runs.checkpoints import CheckpointFolder, restore_model
-from cxr_dist.runs.finished import FinishedRun, read_finished, weights_file
+from cxr_dist.runs.run_folder import FinishedRun, read_finished, weights_file
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.seal import check_seal
 
@@ -41,8 +41,7 @@ def load_model(run: FinishedRun, precision: str) -> Any:
         else:
             restore_model(model, CheckpointFolder(path.parent).load_best(path))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = one_line(error)
-        raise UserError(f"{path}: cannot be loaded ({reason}); train the run again") from None
+        raise UserError(f"{path}: cannot be loaded ({one_line(error)}); train the run again") from None
     FrozenBase().apply(model)
     return model
 

@@ -21,7 +21,7 @@ from cxr_dist.distributed.devices import muted_stderr, prepare_devices
 from cxr_dist.inference.classifier import calibrated, load_model
 from cxr_dist.model import split_point
 from cxr_dist.runs.calibration_file import Calibration, read_calibration
-from cxr_dist.runs.finished import read_finished
+from cxr_dist.runs.run_folder import read_finished
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import check_output_folder, read_json_object, sync, write_json
 

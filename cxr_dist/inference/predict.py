@@ -13,8 +13,7 @@ import numpy.typing as npt
 
 from cxr_dist.data.image_files import read_square
 from cxr_dist.inference.classifier import BATCH_SIZE, Classifier, Prediction
-from cxr_dist.inference.grad_cam import make_explain
-from cxr_dist.inference.overlay import overlay_png
+from cxr_dist.inference.grad_cam import make_explain, overlay_png
 from tfrecords_builder.common.files import check_output_folder, write_bytes
 from tfrecords_builder.images.decode import ImageError
 

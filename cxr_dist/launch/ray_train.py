@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,10 +140,9 @@ class RayWorkers:
         }
 
 
-@contextmanager
 def _asking_to_grow(
     run: Path, plan: WorkerPlan, plan_again: Callable[[], WorkerPlan], reporter: Reporter
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """While it lasts, ask the run to stop for more workers once there has been room for them twice in a row.
 
     Going on costs a checkpoint and the start of all workers, about a minute: not for a machine that comes and goes.
@@ -162,8 +161,7 @@ def _asking_to_grow(
             StopRequest(run).make(for_more_workers=True)
         last = workers
 
-    with _every(GROWTH_INTERVAL_S, look, "growth", reporter):
-        yield
+    return _every(GROWTH_INTERVAL_S, look, "growth", reporter)
 
 
 @contextmanager

@@ -3,14 +3,17 @@
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from cxr_dist.config.schema import Config
+from cxr_dist.distributed.devices import Topology, prepare_devices
 from cxr_dist.runs import run_folder
-from cxr_dist.runs.events import Reporter
-from cxr_dist.runs.loggers import ConsoleReporter, progress_bar
+from cxr_dist.runs.events import Reporter, Reporters, closing
+from cxr_dist.runs.loggers import ConsoleReporter, progress_bar, run_reporters
 from cxr_dist.runs.run_folder import OpenDataset
+from cxr_dist.runs.stop_request import stopped_by_sigterm
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.remote import Place
 
@@ -24,6 +27,28 @@ class Workers(Protocol):
     def train(self, run: Path, reporter: Reporter) -> dict[str, Any]:
         """Train in the opened folder `run`; result.json."""
         ...
+
+
+@dataclass(frozen=True)
+class LocalWorker:
+    """This process and its devices: no Ray at all."""
+
+    config: Config
+    dataset: OpenDataset
+    topology: Topology
+
+    @property
+    def replicas(self) -> int:
+        return self.topology.replicas
+
+    def train(self, run: Path, reporter: Reporter) -> dict[str, Any]:
+        """Train in the opened folder `run`; result.json."""
+        from cxr_dist.training.loop import train
+
+        reporters = Reporters([reporter, *run_reporters(run, run.name)])
+        with stopped_by_sigterm(run), closing(reporters):
+            folder, manifest = self.dataset.folder, self.dataset.manifest
+            return train(self.config, folder, manifest, run, self.topology, reporters, "local")
 
 
 @contextmanager
@@ -76,8 +101,6 @@ def run_training(
     Raises:
         UserError: what the user gave is wrong, or more is asked than there is.
     """
-    from cxr_dist.distributed.devices import prepare_devices
-    from cxr_dist.launch.local import LocalWorker
     from cxr_dist.launch.ray_train import workers_on_cluster
     from cxr_dist.model.resnet import check_weights
 

@@ -260,12 +260,9 @@ def load_base_weights(model: Any, weights: str) -> None:
     try:
         _check_layers(path, (layer.name for layer in base.layers if layer.weights))
         base.load_weights(path)
-    except UserError:
-        raise
     except (OSError, ValueError, KeyError) as error:
-        reason = one_line(error)
         raise UserError(
-            f"model.weights {path}: not the weights of ResNet50 without top ({reason}); "
+            f"model.weights {path}: not the weights of ResNet50 without top ({one_line(error)}); "
             "give Keras's resnet50 notop file, imagenet, or none"
         ) from None
 
@@ -298,8 +295,7 @@ def _imagenet_file() -> Path:
     try:
         return Path(keras.utils.get_file(origin=IMAGENET_URL, cache_subdir="models", file_hash=IMAGENET_MD5))
     except Exception as error:  # noqa: BLE001 - Keras raises bare Exception for a failed download
-        reason = one_line(error)
         raise UserError(
-            f"model.weights imagenet: the download failed ({reason}); without a network, give a path to the weights "
-            "(--set model.weights=PATH), or none to train from scratch"
+            f"model.weights imagenet: the download failed ({one_line(error)}); without a network, give a path to the "
+            "weights (--set model.weights=PATH), or none to train from scratch"
         ) from None

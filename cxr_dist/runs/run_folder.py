@@ -10,6 +10,7 @@ from typing import Any
 
 from cxr_dist.config.loading import load_config
 from cxr_dist.config.schema import Config
+from cxr_dist.runs.checkpoints import CheckpointFolder
 from cxr_dist.runs.heartbeat import HEARTBEATS
 from cxr_dist.runs.seen_images import SEEN, write_seen
 from cxr_dist.runs.stop_request import REGROUP, STOP, StopRequest
@@ -272,6 +273,34 @@ def finished_result(run: Path) -> dict[str, Any]:
     if result is None:
         raise RuntimeError(f"{run}: ended without a result")
     return result
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run's folder says of a model that is whole."""
+
+    folder: Path
+    config: Config
+    info: RunInfo
+    result: dict[str, Any]
+
+
+def read_finished(run: Path) -> FinishedRun:
+    """The run in a folder; reads no weights.
+
+    Raises:
+        UserError: the folder is that of no run, or of one that has not ended.
+    """
+    info, config, result = read_info(run), read_config(run), read_result(run)
+    if result is None or weights_file(run) is None:
+        raise UserError(f"{run}: the run is not finished; resume it with cxr-dist train")
+    return FinishedRun(run, config, info, result)
+
+
+def weights_file(run: Path) -> Path | None:
+    """`resnet.keras`, or the best weights of a trial whose model was removed (`search.keep`); None where neither is."""
+    model = run / MODEL
+    return model if model.is_file() else CheckpointFolder(run / CHECKPOINTS).newest_best()
 
 
 def write_history(run: Path, history: list[dict[str, Any]]) -> None:

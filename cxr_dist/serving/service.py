@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cxr_dist.inference.classifier import Classifier, Prediction, load_classifier
 from cxr_dist.launch.ray_connection import OWN_CLUSTER, connected
 from cxr_dist.runs.calibration_file import read_calibration
-from cxr_dist.runs.finished import read_finished, weights_file
+from cxr_dist.runs.run_folder import read_finished, weights_file
 from cxr_dist.serving.limits import Limits
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.seal import check_seal

@@ -43,9 +43,6 @@ def train(
         reporter: Receives the run's events.
         launcher: Named in the result.
 
-    Args:
-        manifest: The dataset's, where the caller has read it.
-
     Returns:
         What result.json holds.
 

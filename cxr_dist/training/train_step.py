@@ -22,8 +22,7 @@ import numpy.typing as npt
 from cxr_dist.model.variables import Variables
 from cxr_dist.training import optimizers
 from cxr_dist.training.gradients import RngKey, StepSpec, accumulate_gradients, make_gradient
-from cxr_dist.training.stage_state import StageState
-from cxr_dist.training.weight_average import WeightAverage
+from cxr_dist.training.stage_state import StageState, WeightAverage
 
 MAX_STEPS_PER_CALL = 100
 

@@ -101,37 +101,33 @@ class Sampler:
 
     def tell(self, number: int, ended: Finished) -> None:
         """Trial `number` has ended."""
-        from optuna.trial import TrialState
-
         trial = self._open.pop(number)
         self._reported.pop(number, None)
-        if ended.objective is None:
-            self.study.tell(trial, state=TrialState.FAIL)
-        elif ended.stopped and ended.curve:
+        outcome = _outcome(ended)
+        if outcome["state"].name == "PRUNED":
             # What a stopped trial is worth is the last that was reported of it.
             reported = self.study.trials[trial.number].intermediate_values
             for epochs_done, objective in ended.curve:
                 if epochs_done not in reported:
                     trial.report(objective, epochs_done)
-            self.study.tell(trial, state=TrialState.PRUNED)
-        else:
-            self.study.tell(trial, ended.objective)
+        self.study.tell(trial, outcome["value"], state=outcome["state"])
 
     def _learn(self, trial: Finished) -> None:
-        from optuna.trial import TrialState, create_trial
+        from optuna.trial import create_trial
 
-        state = TrialState.PRUNED if trial.stopped and trial.curve else TrialState.COMPLETE
-        if trial.objective is None:
-            state = TrialState.FAIL
-        self.study.add_trial(
-            create_trial(
-                state=state,
-                value=trial.objective if state == TrialState.COMPLETE else None,
-                params=dict(trial.values),
-                distributions=self._distributions,
-                intermediate_values=dict(trial.curve),
-            )
-        )
+        learned = {"params": dict(trial.values), "intermediate_values": dict(trial.curve)}
+        self.study.add_trial(create_trial(**_outcome(trial), **learned, distributions=self._distributions))
+
+
+def _outcome(ended: Finished) -> dict[str, Any]:
+    """State and value of a trial that has ended, in Optuna's terms."""
+    from optuna.trial import TrialState
+
+    if ended.objective is None:
+        return {"state": TrialState.FAIL, "value": None}
+    if ended.stopped and ended.curve:
+        return {"state": TrialState.PRUNED, "value": None}
+    return {"state": TrialState.COMPLETE, "value": ended.objective}
 
 
 def _distribution(parameter: Parameter) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cxr_dist.bench import common, features, plain_keras, scaling
-from cxr_dist.bench.cost_model import Cluster
+from cxr_dist.bench.cost_model import Cluster, Measured
 from cxr_dist.bench.features import Way
 from cxr_dist.phantoms import write_phantoms
 from tfrecords_builder.build import BuildOptions, build_dataset
@@ -41,6 +41,8 @@ def test_the_baseline_times_its_epochs(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.json").read_text())
     assert [row["stage"] for row in found["history"]] == [1, 1]
     assert all(row["train_seconds"] > 0 and row["validation_seconds"] > 0 for row in found["history"])
+    epochs = sum(row["train_seconds"] + row["validation_seconds"] for row in found["history"])
+    assert found["history"][-1]["elapsed_seconds"] >= found["seconds"]["start"] + epochs, "since the command began"
     assert found["parameters"] == 24_122_500
 
 
@@ -58,13 +60,12 @@ def test_runs_become_points() -> None:
         (1, 16.0, 1000),
         (2, 8.0, 2000),
     ]
-    point = measured[1].point()
-    assert (point.replicas, point.share, point.seconds) == (2, 0.5, 4.0)
+    assert (measured[1].workers, measured[1].share, measured[1].step_seconds) == (2, 0.5, 4.0)
 
 
 def test_the_table_of_scaling() -> None:
     measured = [
-        scaling.Measured(2, workers, batch, rate, 20_000_000, "CPU")
+        Measured(2, workers, batch, rate, 20_000_000, "CPU")
         for workers, batch, rate in ((1, 32, 8.0), (1, 64, 8.0), (2, 32, 7.0), (2, 64, 7.5))
     ]
     fitted = scaling.fit_stages(measured)

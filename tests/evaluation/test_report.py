@@ -18,7 +18,8 @@ from cxr_dist.evaluation.history import best_epoch_of
 from cxr_dist.evaluation.predictions import Predictions, read_predictions
 from tests.html_page import Page
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.common.figure import Figure, png_bytes
+from tfrecords_builder.common.figure import Figure
+from tfrecords_builder.common.figure_style import image_bytes
 
 FOUR = ("COVID", "Lung_Opacity", "Normal", "Viral_Pneumonia")
 CALIBRATED = {
@@ -342,7 +343,7 @@ def test_confusion_figure_shows_every_count_and_clips_no_name(size: int) -> None
         assert all("something" in label.get_text().replace("\n", " ") for label in labels)
         for one, other in pairwise(boxes):
             assert not one.overlaps(other)
-    with Image.open(BytesIO(png_bytes(figure))) as image:
+    with Image.open(BytesIO(image_bytes(figure, "png"))) as image:
         tight = figure.get_tightbbox()
         assert image.width == pytest.approx((tight.width + 0.2) * 150, abs=3)
         assert image.height == pytest.approx((tight.height + 0.2) * 150, abs=3)

@@ -116,7 +116,7 @@ def report() -> Scenario:
     from cxr_dist.evaluation.report import FILES, METRICS, PREDICTIONS, Evaluation, metrics_json, write_evaluation
     from tfrecords_builder.common import figure
 
-    figure.png_bytes = lambda _drawing: b"PNG" * 1000  # drawing takes seconds and writes nothing
+    figure.image_bytes = lambda _drawing, _kind: b"PNG" * 1000  # drawing takes seconds and writes nothing
 
     def predictions(seed: int) -> Predictions:
         rng = np.random.default_rng(seed)

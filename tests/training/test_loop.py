@@ -25,7 +25,7 @@ from cxr_dist.launch import train
 from cxr_dist.launch.train import run_training
 from cxr_dist.runs import checkpoint_file, checkpoints, run_folder, versions
 from cxr_dist.runs.events import Event, Reporter, Reporters
-from cxr_dist.runs.finished import read_finished
+from cxr_dist.runs.run_folder import read_finished
 from cxr_dist.training import loop, train_step
 from cxr_dist.training.steps_per_call import FixedStepsPerCall, StepsPerCall
 from tests.conftest import SMALL_RUN, use_small_base

@@ -7,6 +7,8 @@ from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
 
+from tfrecords_builder.common.files import head_of
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 # Folders of the database that are not classes, and that lie beside the images inside a class.
 IMAGES_FOLDER = "images"
@@ -129,11 +131,7 @@ def is_picture(name: str) -> bool:
 
 def picture_by_content(path: Path) -> Reason | None:
     """Whether a file begins as an image does: UNNAMED for PNG and JPEG, FORMAT for others, None for no image."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(_HEAD_BYTES)
-    except OSError:
-        return None  # nothing says that it was meant as an image
+    head = head_of(path, _HEAD_BYTES)
     if head.startswith(_READABLE_HEADS):
         return Reason.UNNAMED
     bitmap = head.startswith(b"BM") and head[6:10] == bytes(4)

@@ -107,7 +107,7 @@ def list_source(root: Path, on_error: str = "stop", masks: str = "read") -> List
         if mask_of and len(mask_of) < len(paths):
             notes.append(Note(f"{len(paths) - len(mask_of):,} of {len(paths):,} images of {name} have no mask"))
     for image in images:
-        if not _is_unicode(image.path):
+        if image.path.encode(errors="ignore").decode() != image.path:
             raise UserError(f"{root}: the file name {image.path!a} is not Unicode; rename it")
     empty = sorted(path for folder in folders for path in folder.empty_folders)
     if empty:
@@ -278,11 +278,3 @@ def _some(words: Iterable[str]) -> str:
 def _stem(path: str) -> str:
     """The file's name without suffix. Not by `Path`, which takes most of the time of a listing."""
     return path.rpartition("/")[2].rpartition(".")[0]
-
-
-def _is_unicode(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

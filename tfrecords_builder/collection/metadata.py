@@ -135,7 +135,15 @@ def _from_csv(file: Path, found: Sequence[SourceImage]) -> tuple[dict[str, Metad
         covered = sum(getattr(metadata, name) is not None for metadata in known.values())
         if name in columns and covered < len(found):
             notes.append(_coverage(file.name, covered, len(found), f"images have a {name}"))
-    return known, [*notes, *_spelling_notes(file.name, spellings), *_unused_notes(file.name, unused)]
+    several = [sorted(texts) for texts in spellings.values() if len(texts) > 1]
+    if several:
+        shown = ", ".join(f"'{printable(text)}'" for text in several[0][:_SPELLINGS_SHOWN])
+        what = f"{len(several):,} patients are spelt in several ways, each taken as one patient ({shown})"
+        notes.append(Note(f"{file.name}: {what}"))
+    if unused:
+        text = f"{file.name}: columns that are not read: {', '.join(map(printable, unused))}"
+        notes.append(Note(text, warning=any(name.endswith("?)") for name in unused)))
+    return known, notes
 
 
 def _read_csv(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -238,21 +246,6 @@ def _line_notes(file: str, lines: int, strangers: Sequence[str]) -> list[Note]:
 
 def _coverage(file: str, covered: int, count: int, words: str) -> Note:
     return Note(f"{file}: {covered:,} of {count:,} {words}", warning=covered < WELL_COVERED * count)
-
-
-def _spelling_notes(file: str, spellings: Mapping[str, set[str]]) -> list[Note]:
-    several = [sorted(texts) for texts in spellings.values() if len(texts) > 1]
-    if not several:
-        return []
-    shown = ", ".join(f"'{printable(text)}'" for text in several[0][:_SPELLINGS_SHOWN])
-    return [Note(f"{file}: {len(several):,} patients are spelt in several ways, each taken as one patient ({shown})")]
-
-
-def _unused_notes(file: str, unused: Sequence[str]) -> list[Note]:
-    if not unused:
-        return []
-    meant = any(name.endswith("?)") for name in unused)
-    return [Note(f"{file}: columns that are not read: {', '.join(map(printable, unused))}", warning=meant)]
 
 
 def _from_sheet(sheet: Path) -> Iterator[tuple[str, str]]:

@@ -166,7 +166,8 @@ class Survey:
         if known != path:
             self._alias(path, folder, known)
             return []
-        if _only_leftovers(entries) and area is not _Area.ROOT:
+        leftovers = (is_leftover(entry.name) or is_system_folder(entry.name) for entry in entries)
+        if all(leftovers) and area is not _Area.ROOT:
             folder.empty_folders.append(path)
         return entries
 
@@ -261,10 +262,6 @@ def _picture_reason(entry: Entry, regular: bool) -> Reason | None:
     if suffix in IMAGE_SUFFIXES:
         return Reason.NESTED
     return Reason.FORMAT if is_picture(entry.name) else picture_by_content(Path(entry.path))
-
-
-def _only_leftovers(entries: list[Entry]) -> bool:
-    return all(is_leftover(entry.name) or is_system_folder(entry.name) for entry in entries)
 
 
 def _is_folder(entry: Entry) -> bool:

@@ -1,16 +1,12 @@
 """A figure of a page with its words: the one type for evaluation, examination, analysis and search."""
 
 import base64
-import io
 from dataclasses import dataclass
 from functools import cached_property
 
-import matplotlib as mpl
 from matplotlib.figure import Figure as Drawing
 
-from tfrecords_builder.common.figure_style import STYLE, svg_bytes
-
-_PNG_DPI = 150
+from tfrecords_builder.common.figure_style import image_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +31,9 @@ class Figure:
     @cached_property
     def content(self) -> bytes:
         """The file's bytes."""
-        return png_bytes(self.drawing) if self.file.endswith(".png") else self._as_shown
+        if self.file.endswith(".png") and not isinstance(self.drawing, bytes):
+            return image_bytes(self.drawing, "png")
+        return self._as_shown
 
     @cached_property
     def source(self) -> str:
@@ -45,16 +43,4 @@ class Figure:
 
     @cached_property
     def _as_shown(self) -> bytes:
-        return self.drawing if isinstance(self.drawing, bytes) else svg_bytes(self.drawing)
-
-
-def png_bytes(drawing: Drawing | bytes) -> bytes:
-    """A drawing as PNG, grown to hold what reaches over its edge; the same drawing gives the same bytes."""
-    if isinstance(drawing, bytes):
-        return drawing
-    buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        drawing.savefig(
-            buffer, format="png", dpi=_PNG_DPI, bbox_inches="tight", pad_inches=0.1, metadata={"Software": None}
-        )
-    return buffer.getvalue()
+        return self.drawing if isinstance(self.drawing, bytes) else image_bytes(self.drawing, "svg")

@@ -1,8 +1,11 @@
 """The style of every figure, and SVG that is the same each time."""
 
 import io
+import textwrap
+from typing import Literal
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -10,6 +13,7 @@ BLUE, VERMILLION = "#0072B2", "#D55E00"
 COLOURS = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GRAY, RULE = "#6b6b6b", "#d0d4d9"
 DASHES = ("-", "--", "-.", ":")
+_PNG_DPI = 150
 
 STYLE = {
     "font.family": "sans-serif",
@@ -33,10 +37,21 @@ def display_name(class_name: str) -> str:
     return class_name.replace("_", " ").strip() or class_name
 
 
-def svg_bytes(figure: Figure) -> bytes:
-    """`figure` as SVG, text as outlines, grown to hold what reaches over its edge; the same figure, the same bytes."""
+def wrapped(text: str, width: int) -> str:
+    """A name in lines of `width` letters, its dollars literal (matplotlib would read them as formulas)."""
+    return "\n".join(textwrap.wrap(display_name(text), width) or [text]).replace("$", r"\$")
+
+
+def grid(axes: Axes, axis: Literal["x", "y"]) -> None:
+    """Lines behind what is drawn."""
+    axes.grid(axis=axis, color="#e3e3e3", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def image_bytes(figure: Figure, kind: Literal["svg", "png"]) -> bytes:
+    """`figure`, grown to hold what reaches over its edge, in SVG text as outlines; the same figure, the same bytes."""
     buffer = io.BytesIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.1, metadata=nothing)
+    metadata = {"png": ("Software",), "svg": ("Date", "Creator", "Format", "Type")}[kind]
+    with mpl.rc_context(STYLE | ({"savefig.dpi": _PNG_DPI} if kind == "png" else {})):
+        figure.savefig(buffer, format=kind, bbox_inches="tight", pad_inches=0.1, metadata=dict.fromkeys(metadata))
     return buffer.getvalue()

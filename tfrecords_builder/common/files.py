@@ -147,6 +147,15 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def head_of(path: Path, count: int) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError:
+        return b""
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is none."""
     try:

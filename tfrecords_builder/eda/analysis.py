@@ -79,47 +79,6 @@ class Analysis:
     """Small pictures by path, of the samples and of the duplicates that are shown and have a record."""
 
 
-class PixelStatistics:
-    """Mean and deviation images, brightness and contrast by class, from one image at a time.
-
-    Sums are of integers and so exact, in any order: up to 2**48 images do not overflow them.
-    """
-
-    def __init__(self, classes: int, image_size: int) -> None:
-        self._count = np.zeros(classes, np.int64)
-        self._sums = np.zeros((classes, image_size, image_size), np.uint64)
-        self._squares = np.zeros_like(self._sums)
-        self.brightness = [Distribution(256) for _ in range(classes)]
-        self.contrast = [Distribution(128) for _ in range(classes)]
-
-    def add(self, label: int, gray: Gray) -> tuple[float, float]:
-        """Count uint8 [S, S]; its brightness and contrast (mean and standard deviation of its pixels)."""
-        squares = np.square(gray, dtype=np.uint32)
-        self._count[label] += 1
-        self._sums[label] += gray
-        self._squares[label] += squares
-        mean = int(gray.sum(dtype=np.uint64)) / gray.size
-        variance = int(squares.sum(dtype=np.uint64)) / gray.size - mean**2
-        deviation = max(variance, 0.0) ** 0.5
-        self.brightness[label].add(mean)
-        self.contrast[label].add(deviation)
-        return mean, deviation
-
-    @property
-    def means(self) -> npt.NDArray[np.float32]:
-        """[C, S, S]; zeros where a class has no image."""
-        return (self._sums / self._divisor()).astype(np.float32)
-
-    @property
-    def deviations(self) -> npt.NDArray[np.float32]:
-        """[C, S, S], of the images of a class, divided by their number; zeros where it has none."""
-        variance = self._squares / self._divisor() - (self._sums / self._divisor()) ** 2
-        return np.sqrt(np.maximum(variance, 0)).astype(np.float32)
-
-    def _divisor(self) -> npt.NDArray[np.int64]:
-        return np.maximum(self._count, 1)[:, None, None]
-
-
 @dataclass
 class Distribution:
     """Numbers from 0 to `top`, as sums and a histogram of fine bins."""
@@ -151,18 +110,58 @@ class Distribution:
         }
 
 
-class SourceLevels:
-    """Brightness and contrast of the images of each source that the collection names."""
+class Levels:
+    """Brightness and contrast of images, by what they belong to: a class, or a source."""
 
     def __init__(self) -> None:
-        self.brightness: dict[str, Distribution] = defaultdict(lambda: Distribution(256))
-        self.contrast: dict[str, Distribution] = defaultdict(lambda: Distribution(128))
+        self.brightness: dict[int | str, Distribution] = defaultdict(lambda: Distribution(256))
+        self.contrast: dict[int | str, Distribution] = defaultdict(lambda: Distribution(128))
 
-    def add(self, row: Row, mean: float, deviation: float) -> None:
-        """Count an image, if its source is known."""
-        if row.source is not None:
-            self.brightness[row.source].add(mean)
-            self.contrast[row.source].add(deviation)
+    def add(self, key: int | str, mean: float, deviation: float) -> None:
+        self.brightness[key].add(mean)
+        self.contrast[key].add(deviation)
+
+    def numbers(self, key: int | str) -> dict[str, Any]:
+        return {"brightness": self.brightness[key].numbers(), "contrast": self.contrast[key].numbers()}
+
+
+class PixelStatistics:
+    """Mean and deviation images, brightness and contrast by class, from one image at a time.
+
+    Sums are of integers and so exact, in any order: up to 2**48 images do not overflow them.
+    """
+
+    def __init__(self, classes: int, image_size: int) -> None:
+        self._count = np.zeros(classes, np.int64)
+        self._sums = np.zeros((classes, image_size, image_size), np.uint64)
+        self._squares = np.zeros_like(self._sums)
+        self.levels = Levels()
+
+    def add(self, label: int, gray: Gray) -> tuple[float, float]:
+        """Count uint8 [S, S]; its brightness and contrast (mean and standard deviation of its pixels)."""
+        squares = np.square(gray, dtype=np.uint32)
+        self._count[label] += 1
+        self._sums[label] += gray
+        self._squares[label] += squares
+        mean = int(gray.sum(dtype=np.uint64)) / gray.size
+        variance = int(squares.sum(dtype=np.uint64)) / gray.size - mean**2
+        deviation = max(variance, 0.0) ** 0.5
+        self.levels.add(label, mean, deviation)
+        return mean, deviation
+
+    @property
+    def means(self) -> npt.NDArray[np.float32]:
+        """[C, S, S]; zeros where a class has no image."""
+        return (self._sums / self._divisor()).astype(np.float32)
+
+    @property
+    def deviations(self) -> npt.NDArray[np.float32]:
+        """[C, S, S], of the images of a class, divided by their number; zeros where it has none."""
+        variance = self._squares / self._divisor() - (self._sums / self._divisor()) ** 2
+        return np.sqrt(np.maximum(variance, 0)).astype(np.float32)
+
+    def _divisor(self) -> npt.NDArray[np.int64]:
+        return np.maximum(self._count, 1)[:, None, None]
 
 
 HISTOGRAM_STEP = 4
@@ -185,7 +184,7 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
     shown = [row.path for rows in largest_groups(manifest) for row in rows[:IMAGES_SHOWN_PER_GROUP]]
     wanted = {path for paths in samples.values() for path in paths} | set(shown)
     statistics = PixelStatistics(len(manifest.class_names), manifest.image_size)
-    levels = SourceLevels()
+    levels = Levels()
     trivial = {
         split: _TrivialFeatures(_least_hashes((row.path for row in manifest.rows if row.split == split), SAMPLE_LIMIT))
         for split in ("train", "validation")
@@ -194,7 +193,8 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
     total = sum(shard.records for shard in manifest.shards)
     for done, (row, gray) in enumerate(_images(dataset, manifest), start=1):
         mean, deviation = statistics.add(row.label, gray)
-        levels.add(row, mean, deviation)
+        if row.source is not None:
+            levels.add(row.source, mean, deviation)
         if row.split in trivial:
             trivial[row.split].add(row, gray, mean, deviation)
         if row.path in wanted:
@@ -226,7 +226,7 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
     return Analysis(numbers, statistics.means, statistics.deviations, pictures)
 
 
-def source_numbers(manifest: Manifest, levels: SourceLevels) -> dict[str, dict[str, Any]]:
+def source_numbers(manifest: Manifest, levels: Levels) -> dict[str, dict[str, Any]]:
     """Size, brightness and contrast of the images of each source, the commonest first; empty when none is known."""
     rows_of: dict[str, list[Row]] = defaultdict(list)
     for row in accepted(manifest):
@@ -237,8 +237,7 @@ def source_numbers(manifest: Manifest, levels: SourceLevels) -> dict[str, dict[s
             "images": len(rows),
             "width": quantiles([row.width for row in rows if row.width is not None]),
             "height": quantiles([row.height for row in rows if row.height is not None]),
-            "brightness": levels.brightness[source].numbers(),
-            "contrast": levels.contrast[source].numbers(),
+            **levels.numbers(source),
         }
         for source, rows in sorted(rows_of.items(), key=lambda item: (-len(item[1]), item[0]))
     }
@@ -360,9 +359,8 @@ def _pixel_numbers(manifest: Manifest, statistics: PixelStatistics) -> dict[str,
         "histogram_step": HISTOGRAM_STEP,
         "classes": {
             name: {
-                "images": statistics.brightness[label].count,
-                "brightness": statistics.brightness[label].numbers(),
-                "contrast": statistics.contrast[label].numbers(),
+                "images": statistics.levels.brightness[label].count,
+                **statistics.levels.numbers(label),
                 "pixel_deviation": float(deviations[label].mean(dtype=np.float64)),
             }
             for label, name in enumerate(manifest.class_names)

@@ -4,18 +4,16 @@ Each is drawn and captioned by one function. Colours are Okabe and Ito's, which 
 meaning hangs on colour alone: lines differ in dashes, parts of bars in hatching, and what is marked is named.
 """
 
-import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from tfrecords_builder.common.figure import Figure
-from tfrecords_builder.common.figure_style import BLUE, GRAY, STYLE, VERMILLION, display_name
+from tfrecords_builder.common.figure_style import BLUE, GRAY, STYLE, VERMILLION, display_name, grid, wrapped
 from tfrecords_builder.eda.analysis import FEATURES, IMAGES_SHOWN_PER_GROUP
 from tfrecords_builder.eda.shortcuts import Gray
 
@@ -28,12 +26,6 @@ LABEL_WIDTH = 22
 
 def counts(counts: Mapping[str, Any]) -> Figure:
     """Images of each class, its bar divided into the splits; `counts` as `counts.count_numbers` gives them."""
-    caption = _counts_caption(counts)
-    return Figure("counts.svg", "Images by class", caption, _draw_counts(counts))
-
-
-def _counts_caption(counts: Mapping[str, Any]) -> str:
-    """Largest and smallest class, and the greatest distance from 70/15/15."""
     classes = counts["classes"]
     largest, smallest = counts["largest"], counts["smallest"]
     if classes[largest] == classes[smallest]:
@@ -47,10 +39,11 @@ def _counts_caption(counts: Mapping[str, Any]) -> str:
         ((abs(item["deviation"]), name, split) for split, of in counts["splits"].items() for name, item in of.items()),
         key=lambda item: item[0],
     )
-    return (
-        f"{text}; the largest deviation of a class from the split 70/15/15 is {100 * far[0]:.1f} percentage points "
+    text += (
+        f"; the largest deviation of a class from the split 70/15/15 is {100 * far[0]:.1f} percentage points "
         f"({display_name(far[1])}, {far[2]})."
     )
+    return Figure("counts.svg", "Images by class", text, _draw_counts(counts))
 
 
 def _draw_counts(counts: Mapping[str, Any]) -> Drawing:
@@ -65,7 +58,7 @@ def _draw_counts(counts: Mapping[str, Any]) -> Drawing:
             left += widths
         for row, total in enumerate(left):
             axes.annotate(f"{int(total):,}", (total, row), (4, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
+        axes.set_yticks(range(len(names)), [wrapped(name, LABEL_WIDTH) for name in names])
         axes.invert_yaxis()
         axes.margins(x=0.1)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -77,12 +70,10 @@ def _draw_counts(counts: Mapping[str, Any]) -> Drawing:
 
 def sizes(sizes: Mapping[str, Any]) -> Figure:
     """Width and height of the source images of each class: boxes from 25 to 75 %, lines from 5 to 95 %."""
-    caption = _sizes_caption(sizes)
-    return Figure("sizes.svg", "Size of the source images", caption, _draw_sizes(sizes["classes"]))
+    return Figure("sizes.svg", "Size of the source images", _sizes_caption(sizes), _draw_sizes(sizes["classes"]))
 
 
 def _sizes_caption(sizes: Mapping[str, Any]) -> str:
-    """One size, or how far the medians of the classes are apart."""
     if not sizes["commonest"]:
         return "The sizes of the source images are unknown."
     first = sizes["commonest"][0]
@@ -116,7 +107,7 @@ def _draw_sizes(classes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Drawi
             axes.hlines(rows, of["q05"], of["q95"], color=BLUE, linewidth=1.4)
             axes.barh(rows, of["q75"] - of["q25"], 0.5, of["q25"], color="#cfe3f1", edgecolor=BLUE)
             axes.plot(of["median"], rows, "|", color=VERMILLION, markersize=20, markeredgewidth=2.6)
-            axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
+            axes.set_yticks(range(len(names)), [wrapped(name, LABEL_WIDTH) for name in names])
             axes.set_xlabel(f"{side.capitalize()} (pixels)")
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             grid(axes, "x")
@@ -126,16 +117,6 @@ def _draw_sizes(classes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Drawi
 
 def group_sizes(duplicates: Mapping[str, Any]) -> Figure:
     """How many groups have how many images."""
-    return Figure(
-        "group_sizes.svg",
-        "Sizes of the groups of near-duplicates",
-        _group_sizes_caption(duplicates),
-        _draw_group_sizes(duplicates["sizes"]),
-    )
-
-
-def _group_sizes_caption(duplicates: Mapping[str, Any]) -> str:
-    """Pairs, groups, and how many straddle splits or classes."""
     straddling = duplicates["straddling_splits"]
     text = (
         f"{count(duplicates['pairs'], 'pair')} of near-duplicates join {count(duplicates['images'])} into "
@@ -146,7 +127,9 @@ def _group_sizes_caption(duplicates: Mapping[str, Any]) -> str:
     else:
         text += "no group lies in more than one split"
     across = duplicates["straddling_classes"]
-    return f"{text}, and {across:,} in more than one class." if across else f"{text} or class."
+    text += f", and {across:,} in more than one class." if across else " or class."
+    drawing = _draw_group_sizes(duplicates["sizes"])
+    return Figure("group_sizes.svg", "Sizes of the groups of near-duplicates", text, drawing)
 
 
 def _draw_group_sizes(sizes: Mapping[str, int]) -> Drawing:
@@ -165,16 +148,6 @@ def _draw_group_sizes(sizes: Mapping[str, int]) -> Drawing:
 
 def groups(duplicates: Mapping[str, Any], pictures: list[list[Gray | None]]) -> Figure:
     """A row of pictures for each group, numbered from 1; None is an image of which there is no picture."""
-    return Figure(
-        "groups.svg",
-        "The largest groups of near-duplicates",
-        _groups_caption(duplicates, pictures),
-        _draw_groups(pictures),
-    )
-
-
-def _groups_caption(duplicates: Mapping[str, Any], pictures: list[list[Gray | None]]) -> str:
-    """How many groups are shown, and of what there is no picture."""
     shown, everything = len(duplicates["largest"]), duplicates["groups"]
     text = f"All {count(shown, 'group')}" if shown == everything else f"The {shown} largest of {everything:,} groups"
     text += f", {count(sum(map(len, pictures)))} in all"
@@ -184,7 +157,7 @@ def _groups_caption(duplicates: Mapping[str, Any], pictures: list[list[Gray | No
     without = sum(picture is None for row in pictures for picture in row)
     if without:
         text += f"; {without:,} of them {'was' if without == 1 else 'were'} excluded from the dataset and not shown"
-    return f"{text}."
+    return Figure("groups.svg", "The largest groups of near-duplicates", f"{text}.", _draw_groups(pictures))
 
 
 def _draw_groups(groups: Sequence[Sequence[Gray | None]]) -> Drawing:
@@ -209,16 +182,6 @@ def _draw_groups(groups: Sequence[Sequence[Gray | None]]) -> Drawing:
 
 def shortcuts(shortcuts: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Accuracy of each trivial feature, the guess, and the line above which there is a warning."""
-    return Figure(
-        "shortcuts.svg",
-        "Class prediction from trivial features",
-        _shortcuts_caption(shortcuts),
-        _draw_shortcuts(shortcuts),
-    )
-
-
-def _shortcuts_caption(shortcuts: Mapping[str, Mapping[str, Any]]) -> str:
-    """The feature that tells most, and how many tell more than chance."""
     best = max(shortcuts, key=lambda name: shortcuts[name]["accuracy"])
     item = shortcuts[best]
     suspicious = sum(entry["suspicious"] for entry in shortcuts.values())
@@ -230,7 +193,8 @@ def _shortcuts_caption(shortcuts: Mapping[str, Mapping[str, Any]]) -> str:
         text += f"the highest accuracy of a single feature is {percent(item['accuracy'])} ({FEATURES[best]})"
     else:
         text += "no single feature has a higher accuracy"
-    return f"{text}. {suspicious} of {len(shortcuts)} features predict the class better than chance."
+    text += f". {suspicious} of {len(shortcuts)} features predict the class better than chance."
+    return Figure("shortcuts.svg", "Class prediction from trivial features", text, _draw_shortcuts(shortcuts))
 
 
 def _draw_shortcuts(shortcuts: Mapping[str, Mapping[str, Any]]) -> Drawing:
@@ -260,17 +224,6 @@ def _draw_shortcuts(shortcuts: Mapping[str, Mapping[str, Any]]) -> Drawing:
         axes.set_xlabel("Accuracy on the validation images")
         figure.legend(loc="outside upper center", ncols=2)
     return figure
-
-
-def wrapped(text: str, width: int = LABEL_WIDTH) -> str:
-    """A name broken into lines, its dollars literal (matplotlib would read them as formulas)."""
-    return "\n".join(textwrap.wrap(display_name(text), width) or [text]).replace("$", r"\$")
-
-
-def grid(axes: Axes, axis: Literal["x", "y"]) -> None:
-    """Lines behind what is drawn."""
-    axes.grid(axis=axis, color="#e3e3e3", linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 def count(number: int, noun: str = "image") -> str:

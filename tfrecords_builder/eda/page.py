@@ -73,13 +73,16 @@ def check_output_folder(out: Path) -> None:
     Raises:
         UserError: `out` is a file, lies in one, or is a folder that holds something else.
     """
+    mark = f'<meta name="generator" content="{GENERATOR}">'.encode()
     # A figure's name proves nothing: without numbers or a page of ours, somebody else drew it.
     files.check_output_folder(
         out,
         "an analysis",
         "--out",
         lambda name: bool(_FILE.fullmatch(name)) and not (out / name).is_dir(),
-        lambda: files.read_json_object(out / NUMBERS).get("kind") == eda.KIND or _is_page(out / PAGE),
+        lambda: (
+            files.read_json_object(out / NUMBERS).get("kind") == eda.KIND or mark in files.head_of(out / PAGE, 4096)
+        ),
     )
 
 
@@ -122,14 +125,6 @@ def render(numbers: Mapping[str, Any], drawn: list[Figure]) -> str:
         sources_shown=SOURCES_SHOWN,
         generator=GENERATOR,
     )
-
-
-def _is_page(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return f'<meta name="generator" content="{GENERATOR}">'.encode() in file.read(4096)
-    except OSError:
-        return False
 
 
 def _points(difference: float) -> str:

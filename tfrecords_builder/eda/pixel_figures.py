@@ -12,8 +12,8 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from tfrecords_builder.common.figure import Figure
-from tfrecords_builder.common.figure_style import COLOURS, DASHES, STYLE, display_name
-from tfrecords_builder.eda.figures import LABEL_WIDTH, SAMPLE_COLUMNS, count, grid, wrapped
+from tfrecords_builder.common.figure_style import COLOURS, DASHES, STYLE, display_name, grid, wrapped
+from tfrecords_builder.eda.figures import LABEL_WIDTH, SAMPLE_COLUMNS, count
 from tfrecords_builder.eda.shortcuts import Gray, reduced
 
 SOURCES_DRAWN = 6
@@ -24,16 +24,6 @@ _GAP = 4
 
 def distributions(pixels: Mapping[str, Any]) -> Figure:
     """Brightness and contrast of the images of each class; `pixels` as in the numbers of `analysis.analyse`."""
-    return Figure(
-        "distributions.svg",
-        "Brightness and contrast",
-        _distributions_caption(pixels),
-        _draw_distributions(pixels, "class"),
-    )
-
-
-def _distributions_caption(pixels: Mapping[str, Any]) -> str:
-    """Which class is darkest and brightest, and which has least and most contrast, on average."""
     parts = []
     for key, low_words, high_words in (
         ("brightness", "are the darkest", "the brightest"),
@@ -46,28 +36,25 @@ def _distributions_caption(pixels: Mapping[str, Any]) -> str:
             f"images of {display_name(low)} {low_words} on average ({means[low]:.1f}), those of {display_name(high)} "
             f"{high_words} ({means[high]:.1f}); the standard deviation within a class is {within:.1f}"
         )
-    return " ".join(f"{part[0].upper()}{part[1:]}." for part in parts)
+    caption = " ".join(f"{part[0].upper()}{part[1:]}." for part in parts)
+    drawing = _draw_distributions(pixels, "class")
+    return Figure("distributions.svg", "Brightness and contrast", caption, drawing)
 
 
 def sources(sources: Mapping[str, Mapping[str, Any]], pixels: Mapping[str, Any]) -> Figure:
     """Likewise of the largest sources."""
     drawn = dict(list(sources.items())[:SOURCES_DRAWN])
-    levels = {"histogram_step": pixels["histogram_step"], "classes": drawn}
-    caption = _sources_caption(sources, drawn)
-    return Figure("sources.svg", "Brightness and contrast by source", caption, _draw_distributions(levels, "source"))
-
-
-def _sources_caption(sources: Mapping[str, Mapping[str, Any]], drawn: Mapping[str, Any]) -> str:
-    """How many are drawn, and how far apart they are."""
     images = sum(item["images"] for item in drawn.values())
     everything = sum(item["images"] for item in sources.values())
     what = f"All {count(len(drawn), 'source')}" if len(drawn) == len(sources) else f"The {len(drawn)} largest sources"
     text = f"{what} with {images:,} of {count(everything)} of known source"
-    if len(drawn) < 2:
-        return f"{text}."
-    means = {name: item["brightness"]["mean"] for name, item in drawn.items()}
-    low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-    return f"{text}; the darkest on average is {low} ({means[low]:.1f}), the brightest {high} ({means[high]:.1f})."
+    if len(drawn) > 1:
+        means = {name: item["brightness"]["mean"] for name, item in drawn.items()}
+        low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+        text += f"; the darkest on average is {low} ({means[low]:.1f}), the brightest {high} ({means[high]:.1f})"
+    levels = {"histogram_step": pixels["histogram_step"], "classes": drawn}
+    drawing = _draw_distributions(levels, "source")
+    return Figure("sources.svg", "Brightness and contrast by source", f"{text}.", drawing)
 
 
 def _draw_distributions(pixels: Mapping[str, Any], kind: str) -> Drawing:
@@ -115,12 +102,6 @@ def means(
     deviations: npt.NDArray[np.float32],
 ) -> Figure:
     """Mean image of each class above its per-pixel deviation, each kind on one scale: [C, S, S] both."""
-    drawing = _draw_means(class_names, means, deviations)
-    return Figure("means.svg", "Mean images and standard deviations", _means_caption(pixels), drawing)
-
-
-def _means_caption(pixels: Mapping[str, Any]) -> str:
-    """Which mean images differ most and least, and where single images vary most."""
     differences = pixels["mean_image_differences"]
     most = max(differences, key=lambda item: item["difference"])
     least = min(differences, key=lambda item: item["difference"])
@@ -131,11 +112,10 @@ def _means_caption(pixels: Mapping[str, Any]) -> str:
     text = f"The mean images of {words(most)} differ most"
     if len(differences) > 1:
         text += f" and those of {words(least)} least"
-    deviations = {name: item["pixel_deviation"] for name, item in pixels["classes"].items()}
-    varied = max(deviations, key=deviations.__getitem__)
-    return (
-        f"{text}; pixels vary most between images of {display_name(varied)} (by {deviations[varied]:.1f} gray levels)."
-    )
+    spread = {name: item["pixel_deviation"] for name, item in pixels["classes"].items()}
+    varied = max(spread, key=spread.__getitem__)
+    text += f"; pixels vary most between images of {display_name(varied)} (by {spread[varied]:.1f} gray levels)."
+    return Figure("means.svg", "Mean images and standard deviations", text, _draw_means(class_names, means, deviations))
 
 
 def _draw_means(

@@ -120,11 +120,6 @@ class Manifest:
         """raw, png or jpeg."""
         return self.settings.encoding
 
-    @property
-    def seed(self) -> int:
-        """Of the split and the order of records."""
-        return self.settings.seed
-
     @cached_property
     def counts(self) -> dict[str, dict[str, int]]:
         """Images by split, then by class, in canonical order, zeros included."""
@@ -264,25 +259,19 @@ def read_manifest(dataset: Path) -> Manifest:
     try:
         with path.open("rb") as file:
             table = pq.read_table(file, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path) from error
-    raw = (table.schema.metadata or {}).get(_METADATA_KEY)
-    if raw is None:
-        raise UserError(f"{path}: is not the manifest of a dataset; give a folder that cxr-dist build made")
-    try:
+        raw = (table.schema.metadata or {}).get(_METADATA_KEY)
+        if raw is None:
+            raise UserError(f"{path}: is not the manifest of a dataset; give a folder that cxr-dist build made")
         metadata = json.loads(raw)
         version = metadata["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path) from error
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: has format version {version}, but version {FORMAT_VERSION} is needed; rebuild the dataset"
-        )
-    try:
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: has format version {version}, but version {FORMAT_VERSION} is needed; rebuild the dataset"
+            )
         check_seal(path)  # now, as an older version wrote none: page checksums leave Parquet's own footer out
         return _from_table(table, metadata)
-    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise _damaged(path) from error
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged; restore the file, or rebuild the dataset in another folder") from error
 
 
 def check_shards(dataset: Path, manifest: Manifest) -> None:
@@ -335,7 +324,3 @@ def _check_places(table: pa.Table, settings: Settings, shards: Sequence[ShardInf
     offset, length = placed["offset"].to_numpy(), placed["length"].to_numpy()
     if not ((offset >= 0) & (length >= 0) & (offset <= sizes) & (length <= sizes - offset)).all():
         raise ValueError("a record lies outside of its shard")
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path}: is damaged; restore the file, or rebuild the dataset in another folder")

@@ -3,36 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pyarrow as pa
 
 ACCEPTED = "ok"
 REJECTED = "rejected"
 EXCLUDED = "excluded"
-
-ARROW_SCHEMA = pa.schema(
-    [
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("class_name", pa.string(), nullable=False),
-        pa.field("label", pa.int32(), nullable=False),
-        pa.field("split", pa.string()),
-        pa.field("group", pa.string(), nullable=False),
-        pa.field("source", pa.string()),
-        pa.field("patient", pa.string()),
-        pa.field("mask", pa.string()),
-        pa.field("sha256", pa.string()),
-        pa.field("mask_sha256", pa.string()),
-        pa.field("width", pa.int32()),
-        pa.field("height", pa.int32()),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("reason", pa.string()),
-        pa.field("shard", pa.string()),
-        pa.field("index", pa.int64()),
-        pa.field("offset", pa.int64()),
-        pa.field("length", pa.int64()),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +49,19 @@ class Row:
     """Byte in the shard at which the record's frame begins."""
     length: int | None
     """Of the record's payload, in bytes."""
+
+
+_ARROW_TYPES = {str: pa.string(), int: pa.int64()}
+_INT32 = ("label", "width", "height")
+
+
+def _arrow_field(name: str, kind: Any) -> pa.Field:
+    value, *none = get_args(kind) or (kind,)
+    return pa.field(name, pa.int32() if name in _INT32 else _ARROW_TYPES[value], nullable=bool(none))
+
+
+ARROW_SCHEMA = pa.schema([_arrow_field(name, kind) for name, kind in get_type_hints(Row).items()])
+"""A column for each field of `Row`."""
 
 
 class TableRows(Sequence[Row]):

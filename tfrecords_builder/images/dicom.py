@@ -80,7 +80,10 @@ def decode_dicom(data: bytes, path: Path) -> Decoded:
         _check_picture(dataset, path)
         _check_pixel_data(dataset, syntax, path)
         values = pydicom.pixels.pixel_array(dataset, raw=False)
-        gray = _luma(values) if dataset.SamplesPerPixel == 3 else _shown(values, dataset)
+        if dataset.SamplesPerPixel == 3:
+            gray = np.asarray(Image.fromarray(values.astype(np.uint8)).convert("L"))
+        else:
+            gray = _shown(values, dataset)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - of damage pydicom raises anything, in words that may name a patient
@@ -216,10 +219,6 @@ def _coded_size(frame: bytes) -> tuple[int, int] | None:
             return width, height
         at += 2 + struct.unpack_from(">H", frame, at + 2)[0]
     return None
-
-
-def _luma(rgb: Values) -> npt.NDArray[np.uint8]:
-    return np.asarray(Image.fromarray(rgb.astype(np.uint8)).convert("L"))
 
 
 def _shown(stored: Values, dataset: Any) -> npt.NDArray[np.uint8]:

@@ -15,7 +15,7 @@ leaves are correlated in full. Rotated, mirrored and cropped copies are not foun
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,14 +59,9 @@ def find_duplicates(digests: Sequence[str], thumbnails: Thumbnails) -> list[Pair
     Returns:
         Pairs, ordered.
     """
-    first_of: dict[str, int] = {}
-    pairs: list[Pair] = []
-    for position, digest in enumerate(digests):
-        first = first_of.setdefault(digest, position)
-        if first != position:
-            pairs.append(Pair(first, position, 1.0))
+    pairs = [Pair(first, position, 1.0) for first, position in equal_pairs(digests)]
     # Of equal files one stands for all: a set of k would give k * k pairs.
-    distinct = np.array(sorted(first_of.values()), np.int64)
+    distinct = np.array(sorted({*range(len(digests))} - {pair.second for pair in pairs}), np.int64)
     different = thumbnails if len(distinct) == len(thumbnails) else thumbnails[distinct]  # indexing copies
     for left, right, score in near_duplicates(different):
         pairs.append(Pair(int(distinct[left]), int(distinct[right]), score))
@@ -75,7 +70,8 @@ def find_duplicates(digests: Sequence[str], thumbnails: Thumbnails) -> list[Pair
 
 def near_duplicates(thumbnails: Thumbnails) -> list[tuple[int, int, float]]:
     """Pairs (i, j, score) of near-duplicates with i < j, in no order, for thumbnails uint8 [N, 64, 64]."""
-    coarse = np.concatenate([_coarse(block) for block in _blocks(thumbnails)] or [np.empty((0, 1), np.float32)])
+    blocks = (thumbnails[start : start + _BLOCK] for start in range(0, len(thumbnails), _BLOCK))
+    coarse = np.concatenate([_coarse(block) for block in blocks] or [np.empty((0, 1), np.float32)])
     bounds = _upper_bounds(coarse)
     pairs: list[tuple[int, int, float]] = []
     for start in range(0, len(coarse), _BLOCK):
@@ -96,6 +92,14 @@ def near_duplicates(thumbnails: Thumbnails) -> list[tuple[int, int, float]]:
                 keep = scores > FINE_THRESHOLD
                 pairs += zip(i[keep].tolist(), j[keep].tolist(), scores[keep].tolist(), strict=True)
     return pairs
+
+
+def equal_pairs(keys: Iterable[str | None]) -> Iterator[tuple[int, int]]:
+    """Each position with the first one that has the same key; None is no key."""
+    first_of: dict[str, int] = {}
+    for position, key in enumerate(keys):
+        if key is not None and first_of.setdefault(key, position) != position:
+            yield first_of[key], position
 
 
 def group_of(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
@@ -120,10 +124,6 @@ def conflicts(groups: Sequence[int], class_names: Sequence[str]) -> dict[int, li
     for group, name in zip(groups, class_names, strict=True):
         classes[group].add(name)
     return {group: sorted(names) for group, names in classes.items() if len(names) > 1}
-
-
-def _blocks(thumbnails: Thumbnails) -> Iterable[Thumbnails]:
-    return (thumbnails[start : start + _BLOCK] for start in range(0, len(thumbnails), _BLOCK))
 
 
 def _coarse(thumbnails: Thumbnails) -> npt.NDArray[np.float32]:

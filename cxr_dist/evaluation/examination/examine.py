@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.evaluation.examination import attention, figures, shortcuts, source_probe
-from cxr_dist.evaluation.examination.findings import Examination, Finding, Section
+from cxr_dist.evaluation.examination.findings import Examination, Section
 from cxr_dist.evaluation.examination.gallery import gallery
 from cxr_dist.evaluation.examination.occlusion import Masks
 from cxr_dist.evaluation.examination.perturbations import Images
@@ -93,8 +93,10 @@ def examine(inputs: ExaminationInputs, done: Callable[[int], None] = lambda _: N
         findings += attention.attention_findings(shares) if shares else []
         sections["attention"] = gallery(images, explained.maps, predictions, seed)
     overall = score(labels, predicted, classes)
-    sources, source_findings = _sources(inputs, predicted, overall["accuracy"], features)
-    findings += source_findings + robustness_findings(curves)
+    sources = source_probe.by_source(labels, predicted, inputs.sources)
+    probe = source_probe.source_in_features(features, labels, inputs.sources, inputs.groups, inputs.class_names, seed)
+    findings += source_probe.source_findings(sources, overall["accuracy"]) + source_probe.feature_findings(probe)
+    findings += robustness_findings(curves)
     counted = Counter(labels.tolist())
     numbers = {
         "sample": {
@@ -108,19 +110,9 @@ def examine(inputs: ExaminationInputs, done: Callable[[int], None] = lambda _: N
         **overall,
         "occlusions": occlusions,
         "cue_conflict": conflict,
-        **sources,
+        "by_source": sources,
+        "source_in_features": probe,
         "robustness": curves,
         "attention": {"measured": inputs.model is not None, "lungs": shares},
     }
     return Examination(numbers, findings, sections)
-
-
-def _sources(
-    inputs: ExaminationInputs, predicted: Labels, accuracy: float, features: npt.NDArray[np.float32] | None
-) -> tuple[dict[str, Any], list[Finding]]:
-    """What the images' sources have to do with the predictions."""
-    labels, sources = inputs.labels, inputs.sources
-    by_source = source_probe.by_source(labels, predicted, sources)
-    probe = source_probe.source_in_features(features, labels, sources, inputs.groups, inputs.class_names, inputs.seed)
-    findings = [*source_probe.source_findings(by_source, accuracy), *source_probe.feature_findings(probe)]
-    return {"by_source": by_source, "source_in_features": probe}, findings

@@ -5,8 +5,7 @@ import numpy.typing as npt
 
 from cxr_dist.data import random_streams
 from cxr_dist.evaluation.predictions import Predictions
-from cxr_dist.inference.grad_cam import Maps
-from cxr_dist.inference.overlay import overlay_png
+from cxr_dist.inference.grad_cam import Maps, overlay_png
 from tfrecords_builder.common.figure import Figure
 from tfrecords_builder.common.figure_style import display_name
 

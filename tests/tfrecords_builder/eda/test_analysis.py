@@ -110,7 +110,7 @@ def test_streaming_gives_what_all_at_once_gives(kind: str) -> None:
         chosen = images[labels == label].astype(np.float64)
         np.testing.assert_allclose(forward.means[label], chosen.mean(0), atol=1e-4)
         np.testing.assert_allclose(forward.deviations[label], chosen.std(0), atol=1e-3)
-        numbers = forward.contrast[label].numbers()
+        numbers = forward.levels.contrast[label].numbers()
         assert sum(numbers["histogram"]) == len(chosen)
         assert numbers["median"] == pytest.approx(np.median(chosen.std((1, 2))), abs=0.2)
     assert not forward.means[2].any()

@@ -188,10 +188,10 @@ def count_numbers(**classes: int) -> dict[str, Any]:
 
 
 def test_the_caption_of_counts() -> None:
-    text = figures._counts_caption(count_numbers(Lung_Opacity=3000, COVID=1200))
+    text = figures.counts(count_numbers(Lung_Opacity=3000, COVID=1200)).caption
     assert "Lung Opacity has the most images (3,000), 2.50 times as many as COVID" in text
     assert "from the split 70/15/15 is 3.4 percentage points (Lung Opacity, validation)" in text, "of either sign"
-    assert "Every class has 20 images" in figures._counts_caption(count_numbers(A=20, B=20))
+    assert "Every class has 20 images" in figures.counts(count_numbers(A=20, B=20)).caption
 
 
 def size_numbers(*widths: int, distinct: int = 7) -> dict[str, Any]:
@@ -214,13 +214,12 @@ def test_the_caption_of_sizes() -> None:
 def test_the_caption_of_distributions() -> None:
     def item(brightness: float, contrast: float) -> dict[str, Any]:
         return {
-            "brightness": {"mean": brightness, "deviation": 10.0},
-            "contrast": {"mean": contrast, "deviation": 2.0},
+            "brightness": {"mean": brightness, "deviation": 10.0, "histogram": [1, 2]},
+            "contrast": {"mean": contrast, "deviation": 2.0, "histogram": [1, 2]},
         }
 
-    text = pixel_figures._distributions_caption(
-        {"classes": {"A": item(120, 40), "B": item(100, 50), "C": item(110, 45)}}
-    )
+    classes = {"A": item(120, 40), "B": item(100, 50), "C": item(110, 45)}
+    text = pixel_figures.distributions({"histogram_step": 4, "classes": classes}).caption
     assert "Images of B are the darkest on average (100.0), those of A the brightest (120.0)" in text
     assert "Images of A have the least contrast on average (40.0), those of B the most (50.0)" in text
     assert text.endswith("the standard deviation within a class is 2.0.")
@@ -235,7 +234,8 @@ def test_the_caption_of_mean_images() -> None:
         ],
         "classes": {"A": {"pixel_deviation": 5.0}, "B": {"pixel_deviation": 7.0}, "C": {"pixel_deviation": 6.0}},
     }
-    text = pixel_figures._means_caption(pixels)
+    images = np.zeros((3, 8, 8), np.float32)
+    text = pixel_figures.means("ABC", pixels, images, images).caption
     assert "A and C (9.0 gray levels per pixel) differ most and those of B and C (1.0 gray" in text
     assert "vary most between images of B (by 7.0 gray levels)" in text
 
@@ -245,13 +245,13 @@ def test_the_captions_of_duplicates() -> None:
         "pairs": 5, "groups": 3, "images": 8, "sizes": {"2": 1, "3": 2}, "straddling_splits": 1,
         "straddling_classes": 2, "largest": [["a", "b", "c"], ["d", "e"]],
     }  # fmt: skip
-    text = figures._group_sizes_caption(numbers)
+    text = figures.group_sizes(numbers).caption
     assert "5 pairs of near-duplicates join 8 images into 3 groups, the largest of 3" in text
     assert "1 group lies in more than one split, and 2 in more than one class" in text
-    none = figures._group_sizes_caption(numbers | {"straddling_splits": 0, "straddling_classes": 0})
+    none = figures.group_sizes(numbers | {"straddling_splits": 0, "straddling_classes": 0}).caption
     assert none.endswith("no group lies in more than one split or class.")
     picture = np.zeros((4, 4), np.uint8)
-    text = figures._groups_caption(numbers, [[picture, None], [picture, picture]])
+    text = figures.groups(numbers, [[picture, None], [picture, picture]]).caption
     assert "The 2 largest of 3 groups, 4 images in all" in text
     assert "1 more are in the table" in text
     assert "1 of them was excluded from the dataset" in text
@@ -259,12 +259,13 @@ def test_the_captions_of_duplicates() -> None:
 
 def test_the_caption_of_trivial_features() -> None:
     def item(accuracy: float, suspicious: bool) -> dict[str, Any]:
-        return {"accuracy": accuracy, "guess": 0.5, "validation_images": 600, "suspicious": suspicious}
+        judged = {"guess": 0.5, "margin": 0.1, "validation_images": 600}
+        return judged | {"accuracy": accuracy, "suspicious": suspicious}
 
-    text = figures._shortcuts_caption({"brightness": item(0.55, False), "border": item(0.81, True)})
+    text = figures.shortcuts({"brightness": item(0.55, False), "border": item(0.81, True)}).caption
     assert "largest class has an accuracy of 50.0% on 600 validation images" in text
     assert "a single feature is 81.0% (border of the image). 1 of 2 features" in text
-    assert "no single feature has a higher accuracy" in figures._shortcuts_caption({"brightness": item(0.5, False)})
+    assert "no single feature has a higher accuracy" in figures.shortcuts({"brightness": item(0.5, False)}).caption
 
 
 # Figures

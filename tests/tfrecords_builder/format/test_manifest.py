@@ -50,7 +50,7 @@ def test_columns_for_other_readers(built: Path) -> None:
 def test_whole_dataset(built: Path) -> None:
     manifest = read_manifest(built)
     assert manifest.class_names == ("COVID", "Normal", "Viral_Pneumonia")
-    assert (manifest.image_size, manifest.encoding, manifest.seed) == (16, "raw", 0)
+    assert (manifest.image_size, manifest.encoding, manifest.settings.seed) == (16, "raw", 0)
     assert manifest.rejected == []
     assert manifest.counts == {
         split: {name.replace(" ", "_"): split_sizes(count)[split] for name, count in COUNTS.items()} for split in SPLITS

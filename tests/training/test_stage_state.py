@@ -12,7 +12,7 @@ from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.launch import train
 from cxr_dist.launch.train import run_training
 from cxr_dist.runs import checkpoints, run_folder
-from cxr_dist.training.weight_average import WeightAverage
+from cxr_dist.training.stage_state import WeightAverage
 from tests.conftest import SMALL_RUN
 from tests.small_training import local_topology
 from tests.training.test_loop import comparable
