@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from cxr_dist import api
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.remote import parse_place
 
@@ -84,8 +85,8 @@ def add_launch_options(parser: argparse.ArgumentParser, what: str) -> None:
     """
     parser.add_argument(
         "--launcher",
-        choices=["ray", "local"],
-        default="ray",
+        choices=api.LAUNCHERS,
+        default=api.LAUNCHER,
         help="train with Ray, or in processes of this machine without Ray (default: %(default)s)",
     )
     parser.add_argument(
