@@ -20,6 +20,7 @@ from cxr_dist.runs.events import EndState, Event, Reporter
 from cxr_dist.runs.run_folder import TENSORBOARD
 from tfrecords_builder.common.errors import UserError, reading
 from tfrecords_builder.common.files import write_json
+from tfrecords_builder.common.installation import install_command
 
 
 class ConsoleReporter(Reporter):
@@ -166,7 +167,8 @@ def _mlflow_run(run: Path) -> tuple[Any, Any]:
         from mlflow.exceptions import MlflowException
     except ImportError:
         raise UserError(
-            f"{MLFLOW_VARIABLE}: is set, and MLflow is not installed; install the extra mlflow, or unset it"
+            f"{MLFLOW_VARIABLE}: is set, and MLflow is not installed; unset it, or install it: "
+            f"{install_command('mlflow')}"
         ) from None
     client, path = MlflowClient(), run / MLFLOW
     if not path.is_file():
