@@ -1,22 +1,65 @@
 """Distributed, high-throughput training and evaluation of chest X-ray classifiers.
 
-Importing this package changes two environment variables, for this process and those that it starts, where they are not
-set and it is not too late:
-
-- ``TF_ENABLE_ONEDNN_OPTS=1``, unless TensorFlow has been imported. TensorFlow uses oneDNN by itself only on CPUs with
-  AVX512_VNNI or newer. On an AVX2 CPU (Zen 3) training ResNet50 is 1.4 times as fast with it at 224 pixels and 3 times
-  at 64. It also changes results in their last digits, so import this package before TensorFlow, or set the variable, to
-  have the same numbers as the command line and Ray's workers.
-- ``KERAS_BACKEND=tensorflow``, unless Keras has been imported. There is no other backend here; one that was chosen
-  before is refused when it is first needed (`devices.check_backend`).
-
-Whatever computes on a CPU also has glibc keep freed memory for the whole process (`devices.keep_freed_memory`).
+The Python interface is what `__all__` names; `cxr_dist.api` describes it. Importing this package changes nothing and
+loads neither TensorFlow nor Ray. TensorFlow's variables are set when work begins (`devices.prepare_environment`). Who
+imports TensorFlow before that should set ``TF_ENABLE_ONEDNN_OPTS=1`` first: without it results differ in their last
+digits from those of the command line. Whatever computes on a CPU also has glibc keep freed memory for the whole process
+(`devices.keep_freed_memory`).
 """
 
-import os
-import sys
+from typing import TYPE_CHECKING
 
-if "tensorflow" not in sys.modules:
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-if "keras" not in sys.modules and not os.environ.get("KERAS_BACKEND"):
-    os.environ["KERAS_BACKEND"] = "tensorflow"
+if TYPE_CHECKING:
+    from cxr_dist.api import (
+        Classifier,
+        Comparison,
+        Dataset,
+        Evaluation,
+        Run,
+        Search,
+        UserError,
+        build,
+        compare,
+        evaluate,
+        load,
+        load_config,
+        train,
+        tune,
+    )
+
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> object:
+        """The names of `__all__`, when they are first needed."""
+        if name == "__version__":
+            from cxr_dist.runs.versions import DISTRIBUTION, version_of
+
+            return version_of(DISTRIBUTION)
+        if name in __all__:
+            from cxr_dist import api
+
+            return getattr(api, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+__all__ = [
+    "Classifier",
+    "Comparison",
+    "Dataset",
+    "Evaluation",
+    "Run",
+    "Search",
+    "UserError",
+    "__version__",
+    "build",
+    "compare",
+    "evaluate",
+    "load",
+    "load_config",
+    "train",
+    "tune",
+]

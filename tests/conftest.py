@@ -13,6 +13,9 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
+from cxr_dist.distributed.devices import prepare_devices, prepare_environment
+
+prepare_environment()  # here, as some files of tests import TensorFlow themselves
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -29,8 +32,6 @@ _SHARED = Path(__file__).parents[2] / "shared"
 @pytest.fixture(scope="session", autouse=True)
 def logical_cpus() -> None:
     """Divide the CPU once: it cannot be done after TensorFlow has started."""
-    from cxr_dist.distributed.devices import prepare_devices
-
     prepare_devices(LOGICAL_CPUS)
 
 

@@ -1,19 +1,17 @@
 """The commands that make and look at datasets: `synth`, `download`, `build`, `verify` and `eda`."""
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cxr_dist import api
 from cxr_dist.cli.options import ADDRESS_HELP, Command, add_dataset, positive
 from cxr_dist.launch.train import local_dataset
 from cxr_dist.runs.loggers import progress_bar
-from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.remote import parse_place
 
 if TYPE_CHECKING:
-    from tfrecords_builder.build import Workers
     from tfrecords_builder.format.manifest import Manifest
     from tfrecords_builder.format.manifest_rows import Row
 
@@ -145,27 +143,25 @@ def download(options: argparse.Namespace) -> None:
 
 
 def build(options: argparse.Namespace) -> None:
-    from tfrecords_builder.build import BuildOptions, build_dataset
     from tfrecords_builder.collection.file_kinds import not_taken_lines
 
-    with _builders(options) as pool, _output_folder(options) as dataset, progress_bar("build") as progress:
-        summary = build_dataset(
-            options.source,
-            dataset,
-            BuildOptions(
-                image_size=options.image_size,
-                encoding=options.encoding,
-                workers=options.workers,
-                seed=options.seed,
-                split=options.split,
-                split_file=options.split_file,
-                conflicts=options.conflicts,
-                masks=options.masks,
-                on_error=options.on_error,
-            ),
-            progress=progress,
-            pool=pool,
-        )
+    built = api.build(
+        options.source,
+        options.dataset,
+        image_size=options.image_size,
+        encoding=options.encoding,
+        workers=options.workers,
+        seed=options.seed,
+        split=options.split,
+        split_file=options.split_file,
+        conflicts=options.conflicts,
+        masks=options.masks,
+        on_error=options.on_error,
+        launcher=options.launcher,
+        address=options.address,
+        verbose=options.verbose,
+    )
+    summary = built.summary
     manifest = summary.manifest
     for change in summary.changes:
         print(f"rebuilt: {change}")
@@ -189,38 +185,6 @@ def build(options: argparse.Namespace) -> None:
         f"{options.dataset}: {len(manifest.shards)} shards in {summary.seconds:.1f} s "
         f"({summary.images_per_second:,.0f} images/s)" + (f"; {left_out} file(s) left out" if left_out else "")
     )
-
-
-@contextmanager
-def _output_folder(options: argparse.Namespace) -> Iterator[Path]:
-    """Where a build writes: the given folder, or a local one that is uploaded at the end."""
-    from tfrecords_builder.collection.find import list_source
-    from tfrecords_builder.remote import staged_output
-
-    if isinstance(options.dataset, Path):
-        yield options.dataset
-        return
-    # For a while the disk holds the images twice; raw is the largest encoding.
-    needed = 2 * len(list_source(options.source, options.on_error).images) * options.image_size**2
-    with progress_bar("upload") as progress, staged_output(options.dataset, needed, progress=progress) as folder:
-        yield folder
-
-
-@contextmanager
-def _builders(options: argparse.Namespace) -> "Iterator[Workers | None]":
-    """The workers of a build; None for processes of this machine."""
-    if options.launcher == "local":
-        if options.address:
-            raise UserError("--address: needs --launcher ray; add it, or leave --address out")
-        yield None
-        return
-    if options.workers is not None:
-        raise UserError("--workers: does not apply to --launcher ray, where the cluster decides; leave it out")
-    from cxr_dist.launch.ray_connection import connected
-    from cxr_dist.launch.ray_pool import RayPool
-
-    with connected(options.address, options.verbose):
-        yield RayPool()
 
 
 def _group_lines(manifest: "Manifest") -> list[str]:

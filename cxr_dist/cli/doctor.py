@@ -24,6 +24,7 @@ from cxr_dist.cli.options import JSON_HELP, Command
 from cxr_dist.launch.placement import Node, plan_workers
 from cxr_dist.runs import versions
 from tfrecords_builder.common.errors import UserError, one_line
+from tfrecords_builder.common.installation import install_command
 from tfrecords_builder.common.pool import default_workers
 
 GIB = 1 << 30
@@ -122,7 +123,7 @@ def _environment() -> list[Finding]:
 
 
 def _package(name: str, wanted: SpecifierSet) -> Finding:
-    version, fix = versions.version_of(name), "pip install -c constraints.txt -e ."
+    version, fix = versions.version_of(name), install_command()
     if version == versions.NOT_INSTALLED:
         return Finding(name, "missing", f"{version}: {fix}")
     if not wanted.contains(version, prereleases=True):
@@ -163,7 +164,7 @@ def _devices() -> list[Finding]:
 
     topology = prepare_devices(None)
     if topology.kind == "CPU" and list(Path("/dev").glob("nvidia[0-9]*")):
-        fix = 'pip install -c constraints.txt -e ".[gpu]", and check nvidia-smi'
+        fix = f"{install_command('gpu')}, and check nvidia-smi"
         findings = [Finding("devices", "missing", f"TensorFlow does not find the NVIDIA GPUs: {fix}")]
     else:
         findings = [Finding("devices", "ok", ", ".join(topology.devices))]
@@ -176,7 +177,7 @@ def _extras() -> list[Finding]:
     findings = []
     for extra, packages in sorted(extras_of(_requirements()).items()):
         absent = [package for package in packages if not _is_installed(package)]
-        fix = f'optional, without {", ".join(absent)}: pip install -c constraints.txt -e ".[{extra}]"'
+        fix = f"optional, without {', '.join(absent)}: {install_command(extra)}"
         findings.append(Finding(f"extra {extra}", "note" if absent else "ok", fix if absent else "installed"))
     return findings
 

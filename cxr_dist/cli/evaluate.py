@@ -5,17 +5,12 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cxr_dist import api
 from cxr_dist.cli.options import DEVICES_HELP, JSON_HELP, RUN_HELP, Command, count, positive
 from cxr_dist.runs.loggers import progress_bar
-from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.remote import parse_place
-
-if TYPE_CHECKING:
-    from cxr_dist.evaluation.compare import Images
-    from cxr_dist.evaluation.predictions import Predictions
-
 
 RISK_HELP = (
     "target error rate of the predictions; sets the probability below which the model abstains, on validation images "
@@ -36,8 +31,7 @@ def add_parsers(command: Command) -> None:
     images.add_argument(
         "--split",
         choices=["train", "validation", "test"],
-        default="test",
-        help="split of the dataset to evaluate (default: %(default)s)",
+        help="split of the dataset to evaluate (default: test)",
     )
     images.add_argument(
         "--images", type=Path, metavar="FOLDER", help="folder of labelled images to evaluate instead of a split"
@@ -58,7 +52,7 @@ def add_parsers(command: Command) -> None:
     parser.add_argument(
         "--examine",
         type=count,
-        default=128,
+        default=api.EXAMINED,
         metavar="N",
         help="number of images for the checks of attention, shortcuts and robustness (default: %(default)s)",
     )
@@ -91,31 +85,20 @@ def add_parsers(command: Command) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from cxr_dist.evaluation.evaluate import evaluate_run
-    from cxr_dist.evaluation.evaluated_images import EvaluationSpec
-    from cxr_dist.tuning.experiment import best_run
-
-    _check_risk(options.risk)
-    request = EvaluationSpec(
-        best_run(options.run),
+    evaluation = api.evaluate(
+        options.run,
         options.out,
-        options.split,
-        options.images,
-        options.dataset,
+        split=options.split,
+        images=options.images,
+        dataset=options.dataset,
+        devices=options.devices,
         risk=options.risk,
         examine=options.examine,
     )
-    with progress_bar("evaluate") as progress:
-        metrics = evaluate_run(request, options.devices, progress)
-    print_metrics(metrics)
-    for finding in metrics.get("alarms", ()):
-        print(f"ALARM: {finding}")
-    print(f"report: {options.out / 'report.html'}")
-
-
-def _check_risk(risk: float | None) -> None:
-    if risk is not None and not 0 < risk < 1:
-        raise UserError(f"--risk {risk}: expected an error rate between 0 and 1, such as 0.05")
+    print_metrics(evaluation.metrics)
+    for alarm in evaluation.alarms:
+        print(f"ALARM: {alarm}")
+    print(f"report: {evaluation.report}")
 
 
 def calibrate(options: argparse.Namespace) -> None:
@@ -124,7 +107,6 @@ def calibrate(options: argparse.Namespace) -> None:
     from cxr_dist.runs.calibration_file import CALIBRATION
     from cxr_dist.tuning.experiment import best_run
 
-    _check_risk(options.risk)
     run = best_run(options.run)
     replaced = (run / CALIBRATION).exists()
     with progress_bar("calibrate") as progress:
@@ -146,21 +128,16 @@ def print_calibration(path: Path, fitted: Mapping[str, Any], replaced: bool = Fa
 
 def compare(options: argparse.Namespace) -> None:
     """Compare two runs on the same images; runs without an evaluation are predicted here, and nothing is written."""
-    from cxr_dist.evaluation.compare import check_same_images, compare as compare_predictions
-
-    folders = (options.first, options.second)
-    check_same_images(*(_images(folder) for folder in folders))  # predicting takes minutes
-    for folder in folders:
-        _warn_of_seen(folder)
-    first, second = (_predictions(folder, options.devices) for folder in folders)
-    result = compare_predictions(first, second)
+    comparison = api.compare(options.first, options.second, devices=options.devices)
+    for text in comparison.warnings:
+        print(f"warning: {text}", file=sys.stderr)
     if options.json:
-        print(json.dumps({"first": str(options.first), "second": str(options.second), **result}, allow_nan=False))
+        print(json.dumps(comparison.result, allow_nan=False))
         return
-    print_comparison(result)
+    print_comparison(comparison.result)
 
 
-def print_metrics(metrics: dict[str, Any]) -> None:
+def print_metrics(metrics: Mapping[str, Any]) -> None:
     """The table of an evaluation, with its notes and warnings."""
     from cxr_dist.evaluation.page_text import missing_words, seen_warning, seen_words
 
@@ -193,7 +170,7 @@ def print_metrics(metrics: dict[str, Any]) -> None:
         print(f"WARNING: {seen_warning(metrics)}")
 
 
-def print_comparison(result: dict[str, Any]) -> None:
+def print_comparison(result: Mapping[str, Any]) -> None:
     """The table of a comparison."""
     print(f"{'':24} {'first':>8} {'second':>8} {'second - first':>15}   {result['level']:.0%} confidence interval")
     for name, row in result["metrics"].items():
@@ -210,59 +187,3 @@ def print_comparison(result: dict[str, Any]) -> None:
         f"{table['only_first_right']} images are correct in the first only, {table['only_second_right']} in the second "
         f"only (McNemar's exact test: p = {table['p_value']:.3g})"
     )
-
-
-def _images(folder: Path) -> "Images":
-    """Of an evaluation, or of the test split of a run or search."""
-    from cxr_dist.evaluation.compare import Images
-    from cxr_dist.evaluation.evaluate import images_of
-    from cxr_dist.evaluation.evaluated_images import EvaluationSpec
-    from cxr_dist.tuning.experiment import best_run
-
-    evaluated = _evaluated(folder)
-    if evaluated is None:
-        return images_of(EvaluationSpec(best_run(folder), folder))
-    return Images(evaluated.paths, evaluated.labels, evaluated.class_names)
-
-
-def _predictions(folder: Path, devices: int | None) -> "Predictions":
-    """Of an evaluation's folder, or of a run or search, on the test split."""
-    from cxr_dist.evaluation.evaluate import predict_run
-    from cxr_dist.evaluation.evaluated_images import EvaluationSpec
-    from cxr_dist.tuning.experiment import best_run
-
-    evaluated = _evaluated(folder)
-    if evaluated is not None:
-        return evaluated
-    with progress_bar(f"predict {folder.name}") as progress:
-        return predict_run(EvaluationSpec(best_run(folder), folder), devices, progress)
-
-
-def _evaluated(folder: Path) -> "Predictions | None":
-    """What an evaluation's folder holds; None for another folder."""
-    from cxr_dist.evaluation.predictions import read_predictions
-    from cxr_dist.evaluation.report import METRICS, PREDICTIONS
-
-    if not folder.exists():
-        raise UserError(f"{folder}: no such folder; give the folder of a run, a search or an evaluation")
-    if not (folder / PREDICTIONS).is_file():
-        return None
-    if not (folder / METRICS).is_file():
-        raise UserError(f"{folder}: the evaluation is not complete; run cxr-dist evaluate again")
-    return read_predictions(folder / PREDICTIONS)
-
-
-def _warn_of_seen(folder: Path) -> None:
-    """Warn where, by its evaluation, the model has seen some of the images."""
-    from cxr_dist.evaluation.report import METRICS
-
-    path = folder / METRICS
-    if not path.is_file():
-        return
-    try:
-        seen = json.loads(path.read_text(encoding="utf-8"))["seen"]
-        share = seen["share"] if seen else 0.0
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is damaged ({error}); run cxr-dist evaluate again") from None
-    if share:
-        print(f"warning: {folder}: its model has seen {share:.1%} of these images", file=sys.stderr)

@@ -4,7 +4,6 @@ Exit status: 0 done; 2 something the user can fix, said in one line that begins 
 Ctrl-C; 141 nobody reads the output; 143 stopped on request; 1 anything else.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import NoReturn
 
 from cxr_dist.cli import bench, dashboards, dataset, doctor, evaluate, inference, jobs, terminal, train, tune
 from cxr_dist.cli.options import Parser, commands_of
-from cxr_dist.distributed.devices import QUIET, check_backend
+from cxr_dist.distributed.devices import prepare_environment
 from cxr_dist.runs.stop_request import StoppedError
 from cxr_dist.runs.versions import DISTRIBUTION, version_of
 from tfrecords_builder.common.errors import UserError
@@ -63,10 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str]) -> None:
     options = build_parser().parse_args(arguments)
     options.given = list(arguments)
-    check_backend()
-    if not options.verbose:
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
+    prepare_environment(options.verbose)
     options.action(options)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from cxr_dist import api
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.remote import parse_place
 
@@ -86,8 +87,8 @@ def add_launch_options(parser: argparse.ArgumentParser, what: str) -> None:
     """
     parser.add_argument(
         "--launcher",
-        choices=["ray", "local"],
-        default="ray",
+        choices=api.LAUNCHERS,
+        default=api.LAUNCHER,
         help="launcher of the workers: Ray, or processes of this machine (default: %(default)s)",
     )
     parser.add_argument(

@@ -6,11 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+from cxr_dist import api
 from cxr_dist.cli.evaluate import print_metrics
 from cxr_dist.cli.options import Command, add_config_options, add_dataset, add_launch_options
 from cxr_dist.config.describe import KeyRow, describe_keys, key_lines, select
-from cxr_dist.config.loading import load_config, resolve_preset
-from cxr_dist.launch.train import run_training
 from cxr_dist.runs.loggers import progress_bar
 from cxr_dist.tuning.search_space import SearchConfig
 from tfrecords_builder.common.files import check_output_folder
@@ -56,21 +55,20 @@ def add_parsers(command: Command) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    config = load_config(resolve_preset(options.config), options.overrides)
-    result = run_training(
-        config,
+    run = api.train(
         options.dataset,
         options.out,
+        config=options.config,
+        overrides=options.overrides,
         launcher=options.launcher,
         workers=options.workers,
         devices_per_worker=options.devices_per_worker,
         address=options.address,
         verbose=options.verbose,
     )
-    best = result["best"]
     print(
-        f"{options.out}: validation accuracy {best['val_accuracy']:.4f} "
-        f"(stage {best['stage']}, epoch {best['epoch']}), {result['seconds']['total']:.0f} s"
+        f"{run.path}: validation accuracy {run.validation_accuracy:.4f} "
+        f"(stage {run.stage}, epoch {run.epoch}), {run.seconds:.0f} s"
     )
 
 
@@ -78,7 +76,7 @@ def show_config(options: argparse.Namespace) -> None:
     if options.describe is not None:
         print("\n".join(key_lines(select(config_rows(), options.describe))))
         return
-    print(load_config(resolve_preset(options.config), options.overrides).to_yaml(), end="")
+    print(api.load_config(options.config, options.overrides).to_yaml(), end="")
 
 
 def config_rows() -> list[KeyRow]:
@@ -102,8 +100,7 @@ def demo(options: argparse.Namespace) -> None:
     with progress_bar("2/5 build") as progress:
         build_dataset(out / "phantoms", out / "dataset", BuildOptions(image_size=DEMO_IMAGE_SIZE), progress=progress)
     print("3/5 train", file=sys.stderr)
-    config = load_config(resolve_preset(Path("demo")))
-    run_training(config, out / "dataset", out / "run", launcher=options.launcher, verbose=options.verbose)
+    api.train(out / "dataset", out / "run", config="demo", launcher=options.launcher, verbose=options.verbose)
     with progress_bar("4/5 calibrate") as progress:
         calibrate_run(out / "run", progress=progress)
     with progress_bar("5/5 evaluate") as progress:

@@ -7,16 +7,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from cxr_dist import api
 from cxr_dist.cli.options import Command, add_config_options, add_dataset, add_launch_options
-from cxr_dist.config.loading import resolve_preset
-from cxr_dist.launch.tune import run_search
-from cxr_dist.tuning.experiment import EVALUATION, Experiment
-from cxr_dist.tuning.search_space import load_search
+from cxr_dist.tuning.experiment import EVALUATION
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.interrupts import interrupts_held
 
 SEARCH_HELP = "search space: preset (search, search_cpu) or path of a YAML file (default: search_cpu)"
-DEFAULT_SEARCH = Path("search_cpu")
+DEFAULT_SEARCH = Path(api.SEARCH)
 
 
 def add_parsers(command: Command) -> None:
@@ -39,21 +37,21 @@ def add_parsers(command: Command) -> None:
 
 def tune(options: argparse.Namespace) -> None:
     """Search, and evaluate the best trial in a process of its own."""
-    if options.launcher == "local" and options.address:
-        raise UserError("--address: needs --launcher ray; add it, or leave --address out")
-    path = resolve_preset(options.config)
-    if path is None:
-        raise UserError("--config: give a search space, such as --config search_cpu")
-    plan = load_search(path, [*options.overrides, *trial_overrides(options)])
-    experiment = Experiment(options.out)
     started = time.monotonic()
-    best = run_search(
-        plan, experiment, options.dataset, launcher=options.launcher, address=options.address, verbose=options.verbose
+    search = api.tune(
+        options.dataset,
+        options.out,
+        config=options.config,
+        overrides=options.overrides,
+        launcher=options.launcher,
+        workers=options.workers,
+        devices_per_worker=options.devices_per_worker,
+        address=options.address,
+        verbose=options.verbose,
     )
-    row = best.best_row or {}
     print(
-        f"{options.out}: best is trial {best.trial.number}, validation accuracy {row['val_accuracy']:.4f} "
-        f"({', '.join(f'{key}={value}' for key, value in best.trial.values.items())}), "
+        f"{search.path}: best is trial {search.trial}, validation accuracy {search.validation_accuracy:.4f} "
+        f"({', '.join(f'{key}={value}' for key, value in search.values.items())}), "
         f"{time.monotonic() - started:.0f} s"
     )
     if options.evaluation:
@@ -62,19 +60,6 @@ def tune(options: argparse.Namespace) -> None:
             raise UserError(
                 f"the evaluation failed with exit status {status}; run it again: cxr-dist {' '.join(command)}"
             )
-
-
-def trial_overrides(options: argparse.Namespace) -> list[str]:
-    """The config keys that --workers and --devices-per-worker stand for in a search."""
-    overrides = []
-    if options.workers is not None:
-        least, most = options.workers
-        if least != most:
-            raise UserError(f"--workers {least}:{most}: a trial needs a fixed number of workers; give one number")
-        overrides.append(f"search.workers_per_trial={most}")
-    if options.devices_per_worker is not None:
-        overrides.append(f"search.gpus_per_trial={options.devices_per_worker}")
-    return overrides
 
 
 def run_apart(arguments: Sequence[str]) -> int:

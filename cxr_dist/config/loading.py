@@ -12,29 +12,40 @@ from cxr_dist.config.describe import nearest
 from cxr_dist.config.schema import Config, StageConfig, first_problem
 from tfrecords_builder.common.errors import UserError
 
+Overrides = Mapping[str, Any] | Sequence[str]
+"""Values by dotted key; or `key=value` texts, as --set takes them, whose values are YAML."""
+Layer = tuple[str, Mapping[str, Any]]
+"""A tree of keys, with the words that an error about one of them begins with."""
+
 
 def load_config(
-    path: Path | None = None, overrides: list[str] | None = None, layers: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    base: Path | Config | None = None, overrides: Overrides | None = None, layers: Sequence[Layer] = ()
 ) -> Config:
-    """Defaults, then the YAML file at `path`, then `layers`, then `key=value` overrides with dotted keys.
-
-    Args:
-        layers: Trees of keys, each with the words that an error about one of them begins with.
+    """Defaults, then `base` (a YAML file, or a whole configuration), then `layers`, then `overrides`.
 
     Raises:
         UserError: the file is missing or no YAML mapping, or a key or value is not valid.
     """
-    tree = _plain(Config().tree())
-    if path is not None:
-        written = read_yaml(path)
+    tree = _plain(base.tree() if isinstance(base, Config) else Config().tree())
+    if isinstance(base, Path):
+        written = read_yaml(base)
         if "search" in written:
-            raise UserError(f"{path}: is a search space, not a training config; use it with cxr-dist tune")
-        _merge(tree, written, f"{path}: ")
-    for where, layer in layers:
+            raise UserError(f"{base}: is a search space, not a training config; use it with cxr-dist tune")
+        _merge(tree, written, f"{base}: ")
+    for where, layer in (*layers, *override_layers(overrides)):
         _merge(tree, _plain(layer), where)
-    for override in overrides or []:
-        _merge(tree, parse_override(override), "--set ")
     return _validated(tree)
+
+
+def override_layers(overrides: Overrides | None) -> list[Layer]:
+    """Each override as a layer.
+
+    Raises:
+        UserError: one is no `key=value`, or its value is no YAML.
+    """
+    if isinstance(overrides, Mapping):
+        return [("overrides ", nested(str(key), value)) for key, value in overrides.items()]
+    return [("--set ", parse_override(text)) for text in overrides or ()]
 
 
 def parse_override(override: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "GRPC_VERBOSITY": "NONE", "ABSL_MIN_LOG_LEVEL": "3"}
 """Variables that keep C++ libraries from writing to stderr, where they are set before their imports."""
-
+ONEDNN, BACKEND = "TF_ENABLE_ONEDNN_OPTS", "KERAS_BACKEND"
 
 DeviceKind = Literal["CPU", "GPU"]
 
@@ -58,7 +58,7 @@ def prepare_devices(
     Raises:
         UserError: more GPUs are asked for than there are, naming `option`; or Keras has another backend.
     """
-    check_backend()
+    prepare_environment()
     with muted_stderr():
         import tensorflow as tf
 
@@ -81,15 +81,32 @@ def prepare_devices(
     return Topology(workers, worker, "CPU", tuple(f"CPU:{index}" for index in range(wanted)))
 
 
-def check_backend() -> None:
-    """Refuse another backend of Keras than TensorFlow, before anything of it is imported.
+def prepare_environment(verbose: bool = True) -> None:
+    """Set the variables that TensorFlow and Keras read when they are imported, for this process and its children.
+
+    Importing this program sets none: whatever begins to work calls this first. A variable that is set stays.
+
+    - ``TF_ENABLE_ONEDNN_OPTS=1``, unless TensorFlow has been imported. TensorFlow uses oneDNN by itself only on CPUs
+      with AVX512_VNNI or newer. On an AVX2 CPU (Zen 3) training ResNet50 is 1.4 times as fast with it at 224 pixels and
+      3 times at 64. It also changes results in their last digits: all processes of a run must have the same.
+    - ``KERAS_BACKEND=tensorflow``, unless Keras has been imported. There is no other backend here.
+
+    Args:
+        verbose: Whether C++ libraries may write to stderr; if not, `QUIET` is set too.
 
     Raises:
-        UserError: names the variable that chose it.
+        UserError: another backend of Keras was chosen; names the variable that chose it.
     """
-    chosen = os.environ.get("KERAS_BACKEND") or "tensorflow"
+    if "tensorflow" not in sys.modules:
+        os.environ.setdefault(ONEDNN, "1")
+    if "keras" not in sys.modules and not os.environ.get(BACKEND):
+        os.environ[BACKEND] = "tensorflow"
+    chosen = os.environ.get(BACKEND) or "tensorflow"
     if chosen != "tensorflow":
-        raise UserError(f"KERAS_BACKEND {chosen}: only TensorFlow is supported; unset it, or set it to tensorflow")
+        raise UserError(f"{BACKEND} {chosen}: only TensorFlow is supported; unset it, or set it to tensorflow")
+    if not verbose:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
 
 
 def keep_freed_memory() -> None:

@@ -17,7 +17,13 @@ from cxr_dist.distributed.precision import resolve_precision, resolve_xla
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.evaluation import calibration
 from cxr_dist.evaluation.compare import Images
-from cxr_dist.evaluation.evaluated_images import EvaluationSpec, ImageSource, evaluated_images, origin_of
+from cxr_dist.evaluation.evaluated_images import (
+    EvaluationSpec,
+    ImageSource,
+    check_risk,
+    evaluated_images,
+    origin_of,
+)
 from cxr_dist.evaluation.examination.examine import ExaminationInputs, examine, looks
 from cxr_dist.evaluation.examination.findings import Examination
 from cxr_dist.evaluation.examination.statistics import balanced_sample
@@ -105,6 +111,7 @@ def calibrate_run(
     Raises:
         UserError: the run is not finished, its validation images cannot be had, or the file cannot be written.
     """
+    check_risk(risk)
     run = read_finished(run_path)
     validation = EvaluationSpec(run_path, run_path, "validation", dataset=dataset)
     with evaluated_images(validation, run.info, as_trained=True) as images:

@@ -36,6 +36,17 @@ class EvaluationSpec:
     drawn: bool = False
     """The images are phantoms, of which the published result says nothing."""
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a risk that is no share."""
+        if self.risk is not None:
+            check_risk(self.risk)
+
+
+def check_risk(risk: float) -> None:
+    """Raise `UserError` unless `risk` is a share of wrong answers, between 0 and 1."""
+    if not 0 < risk < 1:
+        raise UserError(f"--risk {risk}: expected an error rate between 0 and 1, such as 0.05")
+
 
 @dataclass(frozen=True)
 class EvaluatedImages:

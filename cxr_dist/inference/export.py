@@ -24,6 +24,7 @@ from cxr_dist.runs.calibration_file import Calibration, read_calibration
 from cxr_dist.runs.run_folder import read_finished
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import check_output_folder, read_json_object, sync, write_json
+from tfrecords_builder.common.installation import install_command
 
 Format = Literal["savedmodel", "onnx"]
 METADATA = "metadata.json"
@@ -162,8 +163,7 @@ def _require_onnx() -> None:
     for name in ("tf2onnx", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"--format onnx needs {name}; install it: pip install -c constraints.txt -e "
-                '".[onnx]", or use --format savedmodel'
+                f"--format onnx needs {name}; install it: {install_command('onnx')}, or use --format savedmodel"
             )
 
 

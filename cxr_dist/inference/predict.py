@@ -16,6 +16,7 @@ from cxr_dist.inference.classifier import BATCH_SIZE, Classifier, Prediction
 from cxr_dist.inference.grad_cam import make_explain, overlay_png
 from tfrecords_builder.common.files import check_output_folder, write_bytes
 from tfrecords_builder.images.decode import ImageError
+from tfrecords_builder.images.resizing import Square, squares
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,22 @@ def predict_files(
                 else:
                     prediction, overlay = next(results)
                     yield Outcome(path, prediction, overlay=overlay)
+
+
+def predict_arrays(classifier: Classifier, images: Sequence[npt.NDArray[np.uint8]]) -> list[Prediction]:
+    """A prediction for each of the gray images, uint8 [H, W], which are resized as those of files are.
+
+    Raises:
+        ValueError: one has another shape or dtype.
+    """
+    predictions: list[Prediction] = []
+    for first in range(0, len(images), BATCH_SIZE):
+        part = images[first : first + BATCH_SIZE]
+        if strange := [image for image in part if image.ndim != 2 or image.dtype != np.uint8 or not image.size]:
+            raise ValueError(f"an image of {strange[0].dtype} {strange[0].shape}, not uint8 [H, W]")
+        resized = [squares([image], [Square(classifier.image_size)])[0][0] for image in part]
+        predictions += classifier.predict(np.stack(resized))
+    return predictions
 
 
 def table_head(class_names: Sequence[str]) -> str:

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cxr_dist.compat import ray_address_on_this_machine
-from cxr_dist.distributed.devices import QUIET
+from cxr_dist.distributed.devices import BACKEND, ONEDNN, QUIET
 from cxr_dist.launch.ray_tokens import HOW_TO_SET, ask_for_tokens, token_sent
 from tfrecords_builder.common.errors import UserError, one_line
 
-WORKER_ENVIRONMENT = {"TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1")}
 OWN_CLUSTER = "local"
 CONNECT_TIMEOUT_S = 10.0
 CLIENT = "ray://"
@@ -56,7 +55,9 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
     import ray
 
     level = logging.INFO if verbose else logging.ERROR
-    quiet = {} if verbose else {name: os.environ.get(name, value) for name, value in QUIET.items()}
+    # A worker may import TensorFlow, to unpickle what it is given, before it runs a line of ours.
+    variables = {ONEDNN: "1", BACKEND: "tensorflow"} | ({} if verbose else QUIET)
+    variables = {name: os.environ.get(name, value) for name, value in variables.items()}
     try:
         if address == "auto":
             check_cluster(ray_address_on_this_machine(), named, is_looked_up=True)
@@ -65,7 +66,7 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
             log_to_driver=verbose,
             logging_level=level,
             include_dashboard=False if address == OWN_CLUSTER else None,
-            runtime_env={"env_vars": WORKER_ENVIRONMENT | quiet},
+            runtime_env={"env_vars": variables},
         )
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"{named}: the Ray cluster there cannot be used ({one_line(error)})") from None

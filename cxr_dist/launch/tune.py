@@ -1,7 +1,9 @@
 """A search from its plan to an experiment with its best trial."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
+from cxr_dist.config.loading import Overrides
 from cxr_dist.launch.train import check_batch, open_dataset
 from cxr_dist.runs import run_folder
 from cxr_dist.tuning.experiment import ENDED, Experiment, TrialResult
@@ -33,6 +35,8 @@ def run_search(
     Raises:
         UserError: What `tune` is given is wrong, or no trial is complete.
     """
+    if launcher == "local" and address:
+        raise UserError("--address: needs --launcher ray; add it, or leave --address out")
     from cxr_dist.launch.ray_tune import trials_on_cluster
     from cxr_dist.model.resnet import check_weights
     from cxr_dist.tuning.local_search import local_trials
@@ -59,6 +63,27 @@ def run_search(
         reason = f"; the first failure: {failed[0].reason}" if failed else ""
         raise UserError(f"{experiment.folder}: no trial is complete{reason}")
     return best
+
+
+def trial_overrides(
+    overrides: Overrides | None, workers: tuple[int, int] | None, devices_per_worker: int | None
+) -> Overrides:
+    """The overrides, then the keys of a search that the numbers of workers and of their devices stand for.
+
+    Raises:
+        UserError: the number of workers is a range.
+    """
+    values = {}
+    if workers is not None:
+        least, most = workers
+        if least != most:
+            raise UserError(f"--workers {least}:{most}: a trial needs a fixed number of workers; give one number")
+        values["search.workers_per_trial"] = most
+    if devices_per_worker is not None:
+        values["search.gpus_per_trial"] = devices_per_worker
+    if isinstance(overrides, Mapping):
+        return {**overrides, **values}
+    return [*(overrides or ()), *(f"{key}={value}" for key, value in values.items())]
 
 
 def check_disk(search: Search) -> None:

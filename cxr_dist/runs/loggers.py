@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,15 +20,16 @@ from cxr_dist.runs.events import EndState, Event, Reporter
 from cxr_dist.runs.run_folder import TENSORBOARD
 from tfrecords_builder.common.errors import UserError, reading
 from tfrecords_builder.common.files import write_json
+from tfrecords_builder.common.installation import install_command
 
 
 class ConsoleReporter(Reporter):
-    """Progress bars in a terminal, plain lines otherwise."""
+    """Progress bars in a terminal or a notebook, plain lines otherwise."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.stderr
         self._bar: tqdm[Any] | None = None
-        self._live = self._stream.isatty()
+        self._live = _shows_bars(self._stream)
 
     def emit(self, event: Event) -> None:
         kind = event["kind"]
@@ -55,7 +57,7 @@ class ConsoleReporter(Reporter):
         bar = self._bar
         if bar is None or (bar.desc, bar.total) != (title, event["steps"]) or event["step"] < bar.n:
             self._close()
-            bar = self._bar = tqdm(total=event["steps"], desc=title, unit="step", file=self._stream, leave=False)
+            bar = self._bar = _bar(total=event["steps"], desc=title, unit="step", file=self._stream, leave=False)
         bar.set_postfix_str(f"{event['images_per_second']:.1f} img/s", refresh=False)
         bar.update(event["step"] - bar.n)
 
@@ -165,7 +167,8 @@ def _mlflow_run(run: Path) -> tuple[Any, Any]:
         from mlflow.exceptions import MlflowException
     except ImportError:
         raise UserError(
-            f"{MLFLOW_VARIABLE}: is set, but MLflow is not installed; install the extra mlflow, or unset the variable"
+            f"{MLFLOW_VARIABLE}: is set, but MLflow is not installed; unset it, or install MLflow: "
+            f"{install_command('mlflow')}"
         ) from None
     client, path = MlflowClient(), run / MLFLOW
     if not path.is_file():
@@ -199,8 +202,8 @@ def run_reporters(run: Path, name: str, params: Mapping[str, bool | int | float 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar in a terminal, from the first image on; otherwise a line now and then, for a log."""
-    live = sys.stderr.isatty()
+    """A bar in a terminal or a notebook, from the first image on; otherwise a line now and then, for a log."""
+    live = _shows_bars(sys.stderr)
     bar: tqdm[Any] | None = None
     spoken = time.monotonic()
 
@@ -208,7 +211,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         nonlocal bar, spoken
         if live:
             if bar is None:
-                bar = tqdm(desc=title, unit="img", total=total, file=sys.stderr, leave=False)
+                bar = _bar(desc=title, unit="img", total=total, file=sys.stderr, leave=False)
             bar.update(done - bar.n)
         elif time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
             spoken = time.monotonic()
@@ -219,6 +222,28 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     finally:
         if bar is not None:
             bar.close()
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def _shows_bars(stream: IO[str]) -> bool:
+    return stream.isatty() or in_notebook()
+
+
+def _bar(**options: Any) -> "tqdm[Any]":
+    """A progress bar that suits where it is shown."""
+    if not in_notebook():
+        return tqdm(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where Jupyter's widgets are not installed, the bar is of letters
+        from tqdm.auto import tqdm as bar
+
+    return bar(**options)
 
 
 SECONDS_BETWEEN_LINES = 15.0

@@ -23,6 +23,7 @@ from cxr_dist.runs.calibration_file import read_calibration
 from cxr_dist.runs.run_folder import read_finished, weights_file
 from cxr_dist.serving.limits import Limits
 from tfrecords_builder.common.errors import UserError, one_line
+from tfrecords_builder.common.installation import install_command
 from tfrecords_builder.common.seal import check_seal
 
 NAME = "cxr-dist"
@@ -66,7 +67,7 @@ def serving(
             finally:
                 serve.shutdown()
     except ModuleNotFoundError as error:
-        raise UserError(f'serve needs {error.name}; install it: pip install -c constraints.txt -e ".[serve]"') from None
+        raise UserError(f"serve needs {error.name}; install it: {install_command('serve')}") from None
 
 
 def _application(run: Path, limits: Limits, load: Load) -> Any:

@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from cxr_dist.config.loading import flat, known_keys, load_config, nested, parse_override, read_yaml, resolve_preset
+from cxr_dist.config.loading import (
+    Layer,
+    Overrides,
+    flat,
+    known_keys,
+    load_config,
+    nested,
+    override_layers,
+    read_yaml,
+    resolve_preset,
+)
 from cxr_dist.config.schema import Config, Node, first_problem
 from tfrecords_builder.common.errors import UserError
 
@@ -139,7 +149,7 @@ class SearchPlan:
     """A search, and the configuration that its trials start from."""
 
     search: SearchConfig
-    layers: tuple[tuple[str, Mapping[str, Any]], ...]
+    layers: tuple[Layer, ...]
     """Trees of config keys, later ones over earlier ones."""
 
     @property
@@ -185,11 +195,11 @@ def from_tree(tree: Mapping[str, Any]) -> SearchPlan:
     return SearchPlan(SearchConfig.model_validate(tree["search"]), (("config ", tree["config"]),))
 
 
-def load_search(path: Path, overrides: list[str] | None = None) -> SearchPlan:
+def load_search(path: Path, overrides: Overrides | None = None) -> SearchPlan:
     """A search space from the YAML file at `path`: `base` (a preset or file), `search`, and config keys over the base.
 
     Args:
-        overrides: `key=value`, of `search.` or of the configuration.
+        overrides: Of `search.` or of the configuration.
 
     Raises:
         UserError: the file is missing or no search space, or a key or value is not valid.
@@ -199,23 +209,24 @@ def load_search(path: Path, overrides: list[str] | None = None) -> SearchPlan:
     if not isinstance(section, dict):
         raise UserError(f"{path}: has no section search; give a search space, such as --config search_cpu")
     base = tree.pop("base", None)
-    layers: list[tuple[str, Mapping[str, Any]]] = [(f"{path}: ", tree)]
+    layers: list[Layer] = [(f"{path}: ", tree)]
     if base is not None:
         if not isinstance(base, str):
             raise UserError(f"{path}: base is a {type(base).__name__}; give the name of a preset or file")
         beside = path.parent / base
         base_path = beside if beside.is_file() else resolve_preset(Path(base)) or beside
         layers.insert(0, (f"{base_path}: ", read_yaml(base_path)))
-    for override in overrides or []:
-        change = parse_override(override)
+    for where, change in override_layers(overrides):
         if set(change) != {"search"}:
-            layers.append(("--set ", change))
+            layers.append((where, change))
             continue
         if not isinstance(change["search"], dict):
-            raise UserError(f"--set {override}: search is a section with keys of its own, such as search.trials")
+            raise UserError(
+                f"{where}search={change['search']}: search is a section with keys of its own, such as search.trials"
+            )
         for key, value in change["search"].items():
             if isinstance(value, dict) and key != "parameters":
-                raise UserError(f"--set {override}: search.{key} is a value, not a mapping")
+                raise UserError(f"{where}search.{key}: is a value, not a mapping")
             section[key] = value
     try:
         plan = SearchPlan(SearchConfig.model_validate(section), tuple(layers))

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_dist.cli import main, tune
+from cxr_dist.cli import main
 from cxr_dist.config.loading import load_config
+from cxr_dist.launch.tune import trial_overrides
 from cxr_dist.runs import run_folder
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
@@ -125,8 +126,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_workers_of_a_search_are_those_of_a_trial() -> None:
-    options = main.build_parser().parse_args(["tune", "d", "--out", "e", "--workers", "2", "--devices-per-worker", "4"])
-    assert tune.trial_overrides(options) == ["search.workers_per_trial=2", "search.gpus_per_trial=4"]
+    assert trial_overrides(["seed=1"], (2, 2), 4) == ["seed=1", "search.workers_per_trial=2", "search.gpus_per_trial=4"]
+    assert trial_overrides({"seed": 1}, (2, 2), None) == {"seed": 1, "search.workers_per_trial": 2}
 
 
 def test_every_command_is_tested_here() -> None:

@@ -2,8 +2,10 @@
 
 import io
 import json
+import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +100,35 @@ def test_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made[-1].n == 3
     reporter.emit({"kind": "done", "result": {}})
     assert all(bar.disable for bar in made), "closed"
+
+
+def test_a_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though its stderr is no terminal. IPython at a terminal is none, either."""
+    shell = SimpleNamespace(config={})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert not loggers.in_notebook()
+    shell.config["IPKernelApp"] = {}
+    assert loggers.in_notebook()
+    made: list[dict[str, Any]] = []
+
+    class Bar:
+        n = 0
+
+        def __init__(self, **options: Any) -> None:
+            made.append(options)
+
+        def update(self, number: int) -> None:
+            self.n += number
+
+        def close(self) -> None:
+            made.append({"closed": self.n})
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    with loggers.progress_bar("build") as progress:
+        progress(1, 4)
+        progress(3, 4)
+    assert [made[0]["desc"], made[0]["total"], made[1:]] == ["build", 4, [{"closed": 3}]]
+    assert capsys.readouterr() == ("", "")
 
 
 def test_several_reporters_hear_everything() -> None:
@@ -278,9 +309,7 @@ def test_every_reporter_is_closed_and_the_first_error_is_raised(tmp_path: Path) 
 
 
 def test_mlflow_that_is_set_up_and_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite://")
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(UserError, match="install the extra mlflow"):
+    with pytest.raises(UserError, match="unset it, or install it: pip install"):
         run_reporters(tmp_path, "run")

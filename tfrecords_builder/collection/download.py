@@ -19,6 +19,7 @@ from pathlib import Path
 from tfrecords_builder.collection.find import find_images
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import bytes_below, check_output_folder
+from tfrecords_builder.common.installation import install_command
 from tfrecords_builder.common.interrupts import interrupts_held
 
 HANDLE = "tawsifurrahman/covid19-radiography-database"
@@ -48,7 +49,7 @@ def download_database(folder: Path, images: Mapping[str, int] = IMAGES) -> bool:
         return False
     check_output_folder(folder, "the database", "DIR", lambda _: False)
     if importlib.util.find_spec("kagglehub") is None:
-        raise UserError("kagglehub: is not installed; install it with: pip install 'cxr-dist[download]'")
+        raise UserError(f"kagglehub: is not installed; install it with: {install_command('download')}")
     work = folder.absolute().with_name(f".{folder.name}.download")
     try:
         work.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.installation import install_command
 from tfrecords_builder.images.decode import MAX_PIXELS, Decoded, ImageError, TooLargeError
 
 _MAGIC_AT = 128
@@ -100,7 +101,7 @@ def _pydicom() -> Any:
         import pydicom.pixels
     except ModuleNotFoundError:
         raise UserError(
-            'DICOM files need pydicom; install it: pip install -c constraints.txt -e ".[dicom]", or give PNG or JPEG'
+            f"DICOM files need pydicom; install it: {install_command('dicom')}, or give PNG or JPEG"
         ) from None
     # Both would repeat what a file says, names among it.
     warnings.filterwarnings("ignore", module=r"pydicom(\..*)?")
