@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves: they need Python 3.11 to 3.13 and make, nothing else.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint audit clean
+.PHONY: help demo test test-all lint docs audit clean
 MAKEFLAGS += --no-builtin-rules
 
 # TensorFlow 2.21 has no wheels for later Pythons; raise the upper bound when the pinned version has.
@@ -50,11 +50,14 @@ test: lint ## set up, then all checks and the tests of every change
 test-all: lint ## set up, then all checks and all tests, those for the night too
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "nightly or not nightly" --hypothesis-profile=nightly
 
-lint: $(VENV)/.installed-test ## set up, then the checks that run nothing: style, types, direction of imports
+lint: docs ## set up, then the checks that run nothing: style, types, direction of imports, links of the documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+docs: $(VENV)/.installed-test ## set up, then build the documentation into build/docs; a broken link fails
+	$(BIN)/mkdocs build --quiet --strict
 
 audit: ## look for known vulnerabilities of the pinned dependencies, all extras included
 	@test -x $(VENV)/audit/bin/pip-audit || { "$(PYTHON)" -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install -qq pip-audit; }
