@@ -57,7 +57,7 @@ lint: docs ## set up, then the checks that run nothing: style, types, direction 
 	$(BIN)/lint-imports --no-logo
 
 docs: $(VENV)/.installed-test ## set up, then build the documentation into build/docs; a broken link fails
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 audit: ## look for known vulnerabilities of the pinned dependencies, all extras included
 	@test -x $(VENV)/audit/bin/pip-audit || { "$(PYTHON)" -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install -qq pip-audit; }
