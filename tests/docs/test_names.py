@@ -82,7 +82,7 @@ def unknown_files(text: str) -> set[str]:
     return {path for path in paths if not (ROOT / path).exists() and not re.search(r"/[A-Z-]+\.", path)}
 
 
-@pytest.mark.parametrize(("page", "text"), texts())
+@pytest.mark.parametrize(("page", "text"), [*texts()])
 def test_options_keys_and_files_exist(page: str, text: str) -> None:
     assert unknown_options(text) == set(), page
     if page.count("/") <= 1:  # pages of design and decisions name modules, which look alike
