@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves: they need Python 3.11 to 3.13 and make, nothing else.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint reference audit clean
+.PHONY: help demo test test-all lint docs reference audit clean
 MAKEFLAGS += --no-builtin-rules
 
 # TensorFlow 2.21 has no wheels for later Pythons; raise the upper bound when the pinned version has.
@@ -58,7 +58,7 @@ test: lint ## set up, then all checks and the tests of every change
 test-all: lint ## set up, then all checks and all tests, those for the night too
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "nightly or not nightly" --hypothesis-profile=nightly
 
-lint: $(VENV)/.installed-test ## set up, then the checks that run nothing: style, types, direction of imports
+lint: docs ## set up, then the checks that run nothing: style, types, direction of imports, links of the documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -66,6 +66,9 @@ lint: $(VENV)/.installed-test ## set up, then the checks that run nothing: style
 
 reference: $(VENV)/.installed ## write the generated pages of docs/: configuration keys and commands
 	$(BIN)/python -m cxr_dist.cli.reference docs
+
+docs: $(VENV)/.installed-test ## set up, then build the documentation into build/docs; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 audit: ## look for known vulnerabilities of the pinned dependencies, all extras included
 	@test -x $(VENV)/audit/bin/pip-audit || { "$(PYTHON)" -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install -qq pip-audit; }

@@ -23,11 +23,13 @@ import yaml
 
 from cxr_dist.cli.main import build_parser
 from tests import kubernetes_schema
+from tests.documentation import project_commands, shell_lines, simple_commands
 from tfrecords_builder.common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
-README = CLUSTER / "README.md"
+PAGES = [ROOT / "docs" / name for name in ("cluster.md", "cloud.md")]
+"""What says how to use the files."""
 MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
 TEXTS = sorted(path for path in CLUSTER.rglob("*") if path.is_file())
 LAUNCHER = ["ray-aws.yaml", "ray-onprem.yaml"]
@@ -78,47 +80,19 @@ def _pod_templates() -> Iterator[tuple[str, dict[str, Any]]]:
         yield pod["metadata"]["name"], pod
 
 
-def _fenced(text: str) -> list[str]:
-    """The commands in a page's ```sh blocks: comments left out, continued lines joined."""
-    lines: list[str] = []
-    for block in re.findall(r"^ *```sh\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL):
-        lines += [line.strip() for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-    return [line for line in lines if not line.startswith("#")]
-
-
-def _simple_commands(line: str) -> Iterator[list[str]]:
-    """A shell line's commands, each as its words, without redirections' targets told apart."""
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|()<>")
-    lexer.whitespace_split, lexer.commenters = True, ""
-    words: list[str] = []
-    for token in [*lexer, ";"]:
-        if set(token) <= set(";&|()<>"):
-            if words:
-                yield words
-            words = []
-        else:
-            words.append(token)
-
-
-def _project_commands(line: str) -> Iterator[list[str]]:
-    """The arguments of each `cxr-dist` that a line runs: as it is, in a container, or in quotes (`ray exec`)."""
-    for words in _simple_commands(line):
-        for position, word in enumerate(words):
-            starts = position == 0 or words[position - 1] == "--" or words[position - 1].startswith("cxr-dist:")
-            if starts and Path(word).name == "cxr-dist":
-                yield words[position + 1 :]
-            elif re.search(r"(^|/)cxr-dist \w", word):
-                yield from _project_commands(word)
+@functools.cache
+def _pages() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
 
 
 def _all_project_commands() -> list[tuple[str, list[str]]]:
     """Where it stands, and its arguments."""
-    named = [("README.md", line) for line in _fenced(README.read_text(encoding="utf-8"))]
+    named = [("docs", line) for line in shell_lines(_pages())]
     named += [(job["metadata"]["name"], job["spec"]["entrypoint"]) for job in _of_kind("RayJob")]
     for path in LAUNCHER:
         config = _documents(CLUSTER / path)[0]
         named += [(path, line) for key in config if key.endswith("_commands") for line in config[key]]
-    return [(name, arguments) for name, line in named for arguments in _project_commands(line)]
+    return [(name, arguments) for name, line in named for arguments in project_commands(line)]
 
 
 def _quantity(value: str | int) -> Fraction:
@@ -160,10 +134,10 @@ def test_files_name_no_package_index_and_no_secret() -> None:
 
 
 def test_every_placeholder_is_explained() -> None:
-    files = {name for path in TEXTS if path != README for name in re.findall(r"REPLACE_[A-Z0-9_]+", path.read_text())}
+    files = {name for path in TEXTS for name in re.findall(r"REPLACE_[A-Z0-9_]+", path.read_text())}
     table = {
         name
-        for line in README.read_text().splitlines()
+        for line in _pages().splitlines()
         if line.startswith("|")
         for name in re.findall(r"REPLACE_[A-Z0-9_]+", line)
     }
@@ -171,8 +145,8 @@ def test_every_placeholder_is_explained() -> None:
     assert files == table
 
 
-def test_the_page_names_the_files_that_there_are() -> None:
-    text = README.read_text(encoding="utf-8")
+def test_the_pages_name_the_files_that_there_are() -> None:
+    text = _pages()
     for name in re.findall(r"\bcluster/[\w./-]+\w", text):
         assert (ROOT / name).exists(), name
     for path in [*MANIFESTS, *(CLUSTER / name for name in LAUNCHER)]:
@@ -220,12 +194,12 @@ def test_the_launcher_rents_gpus_only_while_they_are_needed() -> None:
 
 
 def _ray_commands() -> list[tuple[str, list[str]]]:
-    """`ray ...` of the launcher files and of the page's blocks."""
-    lines = [("README.md", line) for line in _fenced(README.read_text(encoding="utf-8"))]
+    """`ray ...` of the launcher files and of the pages' blocks."""
+    lines = [("docs", line) for line in shell_lines(_pages())]
     for path in LAUNCHER:
         config = _documents(CLUSTER / path)[0]
         lines += [(path, line) for key in config if key.endswith("_commands") for line in config[key]]
-    commands = [(name, words) for name, line in lines for words in _simple_commands(line)]
+    commands = [(name, words) for name, line in lines for words in simple_commands(line)]
     return [(name, words[1:]) for name, words in commands if Path(words[0]).name == "ray"]
 
 
@@ -359,7 +333,7 @@ def _ray_pods() -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_ray_clusters_ask_for_the_token_of_a_secret_that_is_made() -> None:
-    made = re.findall(r"create secret generic (\S+)\s+--from-file=(\w+)=", " ".join(_fenced(README.read_text())))
+    made = re.findall(r"create secret generic (\S+)\s+--from-file=(\w+)=", " ".join(shell_lines(_pages())))
     clusters = list(_ray_clusters())
     assert len(clusters) >= 4
     for name, cluster in clusters:
@@ -446,7 +420,7 @@ def test_the_commands_of_this_project_parse() -> None:
     known = set(next(action for action in parser._actions if action.dest == "command").choices)
     commands = _all_project_commands()
     assert {arguments[0] for _, arguments in commands} >= {"build", "evaluate", "bench"} | EXPECTED_COMMANDS
-    assert [name for name, _ in commands].count("README.md") >= 12
+    assert [name for name, _ in commands].count("docs") >= 12
     for name, arguments in commands:
         if arguments == ["--help"]:
             continue
@@ -516,7 +490,7 @@ def test_the_image_takes_what_there_is_and_no_data() -> None:
 
 def test_the_image_has_the_extra_that_its_arguments_name() -> None:
     extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
-    for line in _fenced(README.read_text()):
+    for line in shell_lines(_pages()):
         for extra in re.findall(r"--build-arg EXTRA=(\w+)", line):
             assert re.search(rf"^{extra} = ", extras, flags=re.MULTILINE)
         arguments = set(re.findall(r"--build-arg (\w+)=", line))
@@ -583,7 +557,7 @@ def test_grafana_finds_the_source_and_the_dashboard() -> None:
     named = {panel["datasource"]["uid"] for panel in _dashboard()["panels"] if "datasource" in panel}
     named |= {variable["datasource"]["uid"] for variable in _dashboard()["templating"]["list"]}
     assert named == {source["uid"]}
-    text = README.read_text(encoding="utf-8")
+    text = _pages()
     assert f"dashboard.json:{provider['options']['path']}/" in text
     assert f"--web.listen-address={source['url'].removeprefix('http://')}" in text
 
