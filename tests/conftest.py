@@ -173,8 +173,7 @@ def figures_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every figure is made, and none is drawn, which is most of what an evaluation of a few images costs."""
     from tfrecords_builder.common import figure
 
-    for name in ("png_bytes", "svg_bytes"):
-        monkeypatch.setattr(figure, name, lambda _drawing: b"not drawn")
+    monkeypatch.setattr(figure, "image_bytes", lambda _drawing, _kind: b"not drawn")
 
 
 @pytest.fixture(scope="session")
