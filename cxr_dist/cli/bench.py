@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cxr_dist.bench import common
 from cxr_dist.cli.options import (
     JSON_HELP,
     RUN_HELP,
@@ -19,7 +18,6 @@ from cxr_dist.cli.options import (
     positive,
 )
 from cxr_dist.runs.loggers import ConsoleReporter
-from cxr_dist.tuning.experiment import best_run
 from tfrecords_builder.common.errors import UserError
 
 DATABASE_IMAGES = 21_165
@@ -140,7 +138,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def bench_build(options: argparse.Namespace) -> None:
     """On labelled images, or on phantoms of the database's size."""
-    from cxr_dist.bench import build
+    from cxr_dist.bench import build, common
 
     with _work_folder() as work:
         source = options.source or common.draw_phantoms(work / "phantoms", options.images, common.DATABASE_IMAGE_SIZE)
@@ -152,7 +150,7 @@ def bench_build(options: argparse.Namespace) -> None:
 
 def bench_input(options: argparse.Namespace) -> None:
     """On labelled images of the network's size, or on such phantoms."""
-    from cxr_dist.bench import reading
+    from cxr_dist.bench import common, reading
     from tfrecords_builder.format.manifest import read_manifest
 
     config = common.Recipe.load(options.config, options.overrides).config
@@ -170,7 +168,7 @@ def bench_input(options: argparse.Namespace) -> None:
 
 
 def bench_step(options: argparse.Namespace) -> None:
-    from cxr_dist.bench import step
+    from cxr_dist.bench import common, step
 
     overrides = [*options.overrides, *step.overrides(options.rounds)]
     config = common.Recipe.load(options.config, overrides).config
@@ -189,7 +187,7 @@ def bench_step(options: argparse.Namespace) -> None:
 
 
 def bench_features(options: argparse.Namespace) -> None:
-    from cxr_dist.bench import features
+    from cxr_dist.bench import common, features
 
     recipe = common.Recipe.load(options.config, [*options.overrides, "features.augmented_copies=1"])
     with _work_folder() as work:
@@ -201,7 +199,7 @@ def bench_features(options: argparse.Namespace) -> None:
 
 
 def bench_accuracy(options: argparse.Namespace) -> None:
-    from cxr_dist.bench import accuracy
+    from cxr_dist.bench import accuracy, common
 
     recipe = common.Recipe.load(options.config, options.overrides)
     with _work_folder() as work:
@@ -218,7 +216,7 @@ def bench_accuracy(options: argparse.Namespace) -> None:
 
 def bench_growth(options: argparse.Namespace) -> None:
     """On noise: what the images show makes no difference."""
-    from cxr_dist.bench import growth
+    from cxr_dist.bench import common, growth
 
     recipe = common.Recipe.load(options.config, options.overrides)
     with _work_folder() as work:
@@ -227,7 +225,7 @@ def bench_growth(options: argparse.Namespace) -> None:
 
 
 def bench_tune(options: argparse.Namespace) -> None:
-    from cxr_dist.bench import tune
+    from cxr_dist.bench import common, tune
 
     with _work_folder() as work:
         dataset = options.dataset or common.draw_dataset(work / "drawn", options.images)
@@ -236,7 +234,7 @@ def bench_tune(options: argparse.Namespace) -> None:
 
 
 def bench_scaling(options: argparse.Namespace) -> None:
-    from cxr_dist.bench import cost_model, scaling
+    from cxr_dist.bench import common, cost_model, scaling
 
     if len(options.workers) * len(options.batch_sizes) < 2:
         raise UserError("--workers, --batch-sizes: a cost model needs several points; give several of either")
@@ -262,7 +260,8 @@ def bench_scaling(options: argparse.Namespace) -> None:
 
 def bench_serve(options: argparse.Namespace) -> None:
     """A finished run on phantoms of the database's size."""
-    from cxr_dist.bench import serve
+    from cxr_dist.bench import common, serve
+    from cxr_dist.tuning.experiment import best_run
 
     with _work_folder() as work:
         common.draw_phantoms(work / "phantoms", SERVED_PHANTOMS, common.DATABASE_IMAGE_SIZE)
