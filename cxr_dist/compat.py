@@ -1,9 +1,10 @@
-"""Every name that Keras, TensorFlow and Ray do not document and that this program needs: no other module uses one.
+"""Every undocumented name of Keras, TensorFlow, Ray and argparse that this program needs: no other module uses one.
 
 Each function says why there is no public way, and raises an error that names library, version and missing name when the
 name has gone. `pyproject.toml` bounds the versions from above for these names.
 """
 
+import argparse
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,16 @@ def functional_nodes(network: Any) -> list[Any]:
         for name in ("operation", "input_tensors", "output_tensors"):
             _existing(node, name, "keras")
     return nodes
+
+
+def parser_actions(parser: argparse.ArgumentParser) -> tuple[list[argparse.Action], list[argparse.ArgumentParser]]:
+    """Arguments and options of a parser, without --help, and the parsers of its commands. argparse only prints them."""
+    actions = _existing(parser, "_actions", "python")
+    hidden = (argparse._HelpAction, argparse._SubParsersAction)
+    commands = [action for action in actions if isinstance(action, argparse._SubParsersAction)]
+    return [action for action in actions if not isinstance(action, hidden)], [
+        parser for action in commands for parser in action.choices.values()
+    ]
 
 
 def reserve_collective_keys(count: int) -> None:

@@ -80,25 +80,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="random seed of the split (default: %(default)s)"
     )
-    rule = parser.add_mutually_exclusive_group()
-    rule.add_argument(
-        "--split",
-        choices=["leak-free", "published"],
-        default="leak-free",
-        help="rule of the 70/15/15 split: leak-free keeps near-duplicates and patients together, published "
-        "does not (default: %(default)s)",
-    )
-    rule.add_argument(
-        "--split-file",
-        type=Path,
-        metavar="CSV",
-        help="table of the split, with the columns path and split",
-    )
-    parser.add_argument(
-        "--conflicts",
-        choices=["exclude", "keep"],
-        help="treatment of near-duplicates in several classes (default: exclude; with --split published, keep)",
-    )
+    _add_split_options(parser)
     parser.add_argument(
         "--masks",
         choices=["read", "ignore"],
@@ -117,6 +99,28 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         choices=["stop", "skip"],
         default="stop",
         help="reaction to corrupt files, or to a class that would lose over 1 %% of its images (default: %(default)s)",
+    )
+
+
+def _add_split_options(parser: argparse.ArgumentParser) -> None:
+    rule = parser.add_mutually_exclusive_group()
+    rule.add_argument(
+        "--split",
+        choices=["leak-free", "published"],
+        default="leak-free",
+        help="rule of the 70/15/15 split: leak-free keeps near-duplicates and patients together, published "
+        "does not (default: %(default)s)",
+    )
+    rule.add_argument(
+        "--split-file",
+        type=Path,
+        metavar="CSV",
+        help="table of the split, with the columns path and split",
+    )
+    parser.add_argument(
+        "--conflicts",
+        choices=["exclude", "keep"],
+        help="treatment of near-duplicates in several classes (default: exclude; with --split published, keep)",
     )
 
 

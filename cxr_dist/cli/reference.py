@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cxr_dist.cli.main import build_parser
 from cxr_dist.cli.train import config_rows
+from cxr_dist.compat import parser_actions
 from cxr_dist.config.describe import KeyRow, section_titles
 from cxr_dist.tuning.search_space import SearchConfig
 from tfrecords_builder.common.files import write_text
@@ -69,17 +70,14 @@ def command_page(title: str, benchmarks: bool) -> str:
 
 def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """The parsers of all commands, each before those of its own commands."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield command
-                yield from commands(command)
+    for command in parser_actions(parser)[1]:
+        yield command
+        yield from commands(command)
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Arguments and options of a command that its help shows, without --help."""
-    hidden = (argparse._HelpAction, argparse._SubParsersAction)
-    return [it for it in parser._actions if it.help != argparse.SUPPRESS and not isinstance(it, hidden)]
+    return [action for action in parser_actions(parser)[0] if action.help != argparse.SUPPRESS]
 
 
 def help_of(parser: argparse.ArgumentParser, action: argparse.Action) -> str:

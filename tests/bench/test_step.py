@@ -23,6 +23,7 @@ def test_ratios_are_paired() -> None:
     assert step.table({2: rounds})[1].split() == ["2", "18.00", "20.00", "0.900", "(3)"]
 
 
+@pytest.mark.nightly
 def test_every_epoch_of_train_is_followed_by_bare_steps(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

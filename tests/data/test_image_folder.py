@@ -87,4 +87,4 @@ def test_intervals_resample_patients(folder: Path) -> None:
     alone = bootstrap.bootstrap(Predictions(source.paths, source.labels, predictions.probabilities, NAMES))
     narrow = alone["intervals"]["accuracy"]
     assert high - low > 1.5 * (narrow[1] - narrow[0])
-    assert "8 patients are named" in page_text.uncertainty_words(result | {"patients": source.patients})
+    assert "8 known patients" in page_text.uncertainty_words(result | {"patients": source.patients})

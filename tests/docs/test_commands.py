@@ -47,7 +47,13 @@ def run_here(block: Block, folder: Path) -> None:
         assert not status, shlex.join(words)
 
 
-QUICK = [page for page in PAGES if any(block.is_quick for block in marked(page))]
+QUICK = [
+    page
+    if page.name in ("README.md", "quickstart.md", "training.md")
+    else pytest.param(page, marks=pytest.mark.nightly)
+    for page in PAGES
+    if any(block.is_quick for block in marked(page))
+]
 SLOW = [page for page in PAGES if not all(block.is_quick for block in marked(page))]
 
 

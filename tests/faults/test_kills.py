@@ -93,7 +93,8 @@ def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Ende
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("kills", "seed"), [(1, 2), pytest.param(40, 3, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(("kills", "seed"), [(2, 2), (40, 3)])
+@pytest.mark.nightly
 def test_killed_at_random_moments(dataset: Path, tmp_path: Path, undisturbed: Ended, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     done, finished, resumed = 0, 0, 0
@@ -121,6 +122,7 @@ def test_killed_at_random_moments(dataset: Path, tmp_path: Path, undisturbed: En
     print(f"{done} kills, {finished} runs, of which {resumed} went on from a checkpoint")
 
 
+@pytest.mark.nightly
 def test_a_notice_leads_to_a_checkpoint_of_that_moment(dataset: Path, tmp_path: Path, undisturbed: Ended) -> None:
     run = tmp_path / "run"
     process = start(dataset, run)

@@ -57,6 +57,7 @@ def test_what_is_exported_answers_as_the_run_does(
     assert [path.name for path in out.parent.iterdir()] == ["out"], "nothing else is left"
 
 
+@pytest.mark.nightly
 def test_a_model_that_answers_otherwise_is_removed(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,7 +143,8 @@ def test_a_token_is_asked_for(cluster: Cluster) -> None:
         assert done.stderr.startswith(f"error: --address {cluster.url}: the cluster rejects the token")
         assert TOKEN not in done.stderr
     assert (
-        f"Ray dashboard: {cluster.url} (answers" in run("-m", "cxr_dist", "dashboards", "--address", cluster.url).stdout
+        f"Ray dashboard: {cluster.url} (available"
+        in run("-m", "cxr_dist", "dashboards", "--address", cluster.url).stdout
     )
 
 
@@ -162,5 +163,5 @@ def test_following_ends_by_ctrl_c_and_with_the_cluster(cluster: Cluster) -> None
     wait_for("begun", again)
     cluster.kill()
     _, errors = again.communicate(timeout=90)
-    assert f"UserError: --address {cluster.url}: the connection was lost while {job.strip()} ran" in errors
+    assert f"UserError: --address {cluster.url}: the connection was lost while {job.strip()} was running" in errors
     assert f"ray job logs --follow --address {cluster.url} {job.strip()}" in errors

@@ -127,6 +127,7 @@ def test_a_run_leaves_them_out_counts_them_and_says_so(
 
 
 @pytest.mark.usefixtures("small_network")
+@pytest.mark.nightly
 def test_without_damage_the_key_changes_no_number(copy: Path, tmp_path: Path) -> None:
     histories = []
     for name, most in (("strict", 0), ("lenient", 5)):

@@ -311,5 +311,5 @@ def test_every_reporter_is_closed_and_the_first_error_is_raised(tmp_path: Path) 
 def test_mlflow_that_is_set_up_and_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite://")
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(UserError, match="unset it, or install it: pip install"):
+    with pytest.raises(UserError, match="unset it, or install MLflow: pip install"):
         run_reporters(tmp_path, "run")

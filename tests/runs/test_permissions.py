@@ -25,10 +25,9 @@ def modes(folder: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("small_network")
-@pytest.mark.parametrize(
-    "umask", [pytest.param(0o077, id="077"), pytest.param(0o022, id="022", marks=pytest.mark.nightly)], indirect=True
-)
+@pytest.mark.parametrize("umask", [pytest.param(0o077, id="077"), pytest.param(0o022, id="022")], indirect=True)
 def test_all_that_a_build_a_run_and_an_evaluation_leave(umask: int, tmp_path: Path) -> None:
     from cxr_dist.config.loading import load_config
     from cxr_dist.evaluation.evaluate import evaluate_run

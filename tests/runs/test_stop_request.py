@@ -117,7 +117,7 @@ def test_the_timers_of_others_go_on(others_timer: list[int], tmp_path: Path, mon
             threading.Event().wait(20)  # a main thread in a system call is woken
             pytest.fail("it was not ended")
 
-    with pytest.raises(StoppedError, match="without a checkpoint"):
+    with pytest.raises(StoppedError, match="without a new checkpoint"):
         be_late()
     assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 600
     assert signal.getsignal(signal.SIGALRM) is alarm

@@ -265,6 +265,7 @@ class Listener:
             self.warnings.append(event["text"])
 
 
+@pytest.mark.nightly
 def test_a_run_names_its_versions_and_warns_when_it_is_resumed_under_others(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +300,7 @@ CHANGES: dict[str, list[Callable[[dict[str, Any], dict[str, Any]], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("precision", CHANGES)
+@pytest.mark.parametrize("precision", ["float32", pytest.param("float16", marks=pytest.mark.nightly)])
 def test_a_state_that_does_not_fit_is_one_line_that_names_the_checkpoint(
     dataset: Path, tmp_path: Path, precision: str
 ) -> None:
@@ -320,6 +321,7 @@ def test_a_state_that_does_not_fit_is_one_line_that_names_the_checkpoint(
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.nightly
 def test_a_run_leaves_the_state_of_the_process_as_it_was(dataset: Path, tmp_path: Path) -> None:
     """A program that uses this one as a library goes on with its own random numbers and its own policy."""
     import keras
@@ -337,6 +339,7 @@ def test_a_run_leaves_the_state_of_the_process_as_it_was(dataset: Path, tmp_path
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
+@pytest.mark.nightly
 def test_what_was_measured_once_is_not_measured_again(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,6 +376,7 @@ def test_a_first_stage_does_not_decide_for_another_second_one(
     assert len(set(measured)) == 2
 
 
+@pytest.mark.nightly
 def test_nothing_is_measured_where_runs_must_repeat(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, determinism_ends: None
 ) -> None:
@@ -434,6 +438,7 @@ def test_the_loop_is_traced_once_in_a_stage(dataset: Path, tmp_path: Path, monke
     assert [step.traces for step in made] == [1, 1]
 
 
+@pytest.mark.nightly
 def test_cached_features_change_no_number(finished_run: Path, dataset: Path, tmp_path: Path) -> None:
     """The curve of stage 1 from features computed once is that from images, within float tolerance."""
     config = small("features.cache=off", "stages.2.epochs=0", "model.dropout=0")
@@ -469,6 +474,7 @@ def test_a_flipped_bit_ends_the_run_in_words(dataset: Path, tmp_path: Path) -> N
         run_training(small("stages.2.epochs=0"), broken, tmp_path / "run", launcher="local")
 
 
+@pytest.mark.nightly
 def test_features_are_those_of_the_base_as_it_stands(dataset: Path, tmp_path: Path) -> None:
     """A stage of the head after one of the base: what an earlier stage kept is of another base."""
     three = ["stages.1.epochs=1", "stages.2.learning_rate=1e-2", "stages.3.learning_rate=1e-3", "stages.3.epochs=1"]
@@ -481,7 +487,10 @@ def test_features_are_those_of_the_base_as_it_stands(dataset: Path, tmp_path: Pa
         np.testing.assert_allclose([row[key] for row in left], [row[key] for row in right], rtol=1e-3)
 
 
-@pytest.mark.parametrize(("most", "said"), [(3, "4 steps had a non-finite loss"), (100, "no step was finite")])
+@pytest.mark.parametrize(
+    ("most", "said"),
+    [(3, "4 steps had a non-finite loss"), pytest.param(100, "no step was finite", marks=pytest.mark.nightly)],
+)
 def test_a_run_that_diverges_ends_and_says_where(dataset: Path, tmp_path: Path, most: int, said: str) -> None:
     """A weight that is not finite makes every step so, and none of them may count as a result."""
     run = tmp_path / "run"

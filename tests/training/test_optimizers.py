@@ -95,6 +95,7 @@ def test_every_replica_has_the_update_of_one_device(name: str, momentum: float, 
         np.testing.assert_allclose(value, expected[index // 2], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.nightly
 def test_a_keras_that_reduces_under_another_name_trains_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sum over replicas, of gradients that are already summed, would make each update twice as large."""
     from keras.src.backend.tensorflow import optimizer as keras_optimizer

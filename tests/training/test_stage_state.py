@@ -71,6 +71,7 @@ def test_what_is_kept_of_it_goes_on() -> None:
 
 
 @pytest.mark.usefixtures("small_network")
+@pytest.mark.nightly
 def test_the_loop_validates_and_keeps_the_average(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ def curve(replicas: int = 1, precision: str = "float32", xla: bool = False, sync
     return training.two_stages(replicas, precision, xla, synchronize_batch_norm=synchronized)
 
 
+@pytest.mark.nightly
 def test_resnet50_itself_on_two_replicas() -> None:
     """The real network through the real step, once: the same losses as on one device, synchronised."""
     row = StageConfig(epochs=1, learning_rate=1e-4, optimizer="sgd", unfreeze_layers=5)
@@ -56,8 +57,9 @@ def test_xla_changes_nothing(replicas: int) -> None:
     assert_same(curve(replicas, xla=True), curve(replicas), 1e-3)
 
 
-@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.nightly), "float16"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_follows_float32(precision: str, replicas: int) -> None:
     """bfloat16 has 8 significant bits and float16 11: the losses, from 1.6 to 0.7, agree to 0.05 over 16 steps.
 
