@@ -330,6 +330,8 @@ def test_predictions_for_arrays(finished_run: Path, phantom_source: Path) -> Non
             classifier.predict(wrong)  # type: ignore[arg-type]
     with pytest.raises(cxr_dist.UserError, match="overlay: is for files"):
         classifier.predict(images, overlay="overlays")
+    with pytest.raises(cxr_dist.UserError, match="images: holds both paths and arrays"):
+        classifier.predict([*images, "image.png"])
     (missing,) = [paths[0].with_name("none.png")]
     with pytest.raises(cxr_dist.UserError, match=r"none\.png: no such file"):
         classifier.predict(missing)

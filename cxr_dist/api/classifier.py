@@ -60,6 +60,8 @@ class Classifier:
             if overlay is not None:
                 raise UserError("overlay: is for files; give the paths of the images")
             return predict_arrays(self._loaded, [item for item in given if not isinstance(item, str | os.PathLike)])
+        if len(paths) != len(given):
+            raise UserError("images: holds both paths and arrays; give one kind at a time")
         found = find_inputs(paths)
         overlays = Overlays(Path(overlay), self._loaded) if overlay is not None else None
         predictions: list[Prediction] = []
