@@ -77,7 +77,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "source" / name)
     command = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "-w", ".", "./source"]
-    subprocess.run(command, cwd=folder, check=True, timeout=300)
+    # The Makefile's constraints are a path relative to the checkout.
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_CONSTRAINT")}
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
     (wheel,) = folder.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "installed")
     shutil.rmtree(folder / "source")
