@@ -46,7 +46,7 @@ DEMO_HOLDS := phantoms|\.phantoms\.unfinished-[0-9a-f]+|dataset|run|evaluation|f
 REMOVE_DEMO := if [ -d $(DEMO) ] && ! ls -A $(DEMO) | grep -qvxE '$(DEMO_HOLDS)'; then rm -rf $(DEMO); fi
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed ## set up, then phantom X-rays -> dataset -> training -> evaluation, in ./demo
 	@$(REMOVE_DEMO)

@@ -104,3 +104,14 @@ def add_launch_options(parser: argparse.ArgumentParser, what: str) -> None:
         help="number of GPUs of each worker, or of logical CPUs of a single worker (default: from the cluster)",
     )
     parser.add_argument("--address", metavar="ADDRESS", help=ADDRESS_HELP)
+
+
+def launch_keywords(options: argparse.Namespace) -> api.LaunchKeywords:
+    """What `add_launch_options` has read, as `api.train` and `api.tune` take it."""
+    return {
+        "launcher": options.launcher,
+        "workers": options.workers,
+        "devices_per_worker": options.devices_per_worker,
+        "address": options.address,
+        "verbose": options.verbose,
+    }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cxr_dist import api
 from cxr_dist.cli.evaluate import print_metrics
-from cxr_dist.cli.options import Command, add_config_options, add_dataset, add_launch_options
+from cxr_dist.cli.options import Command, add_config_options, add_dataset, add_launch_options, launch_keywords
 from cxr_dist.config.describe import KeyRow, describe_keys, key_lines, select
 from cxr_dist.runs.loggers import progress_bar
 from cxr_dist.tuning.search_space import SearchConfig
@@ -60,11 +60,7 @@ def train(options: argparse.Namespace) -> None:
         options.out,
         config=options.config,
         overrides=options.overrides,
-        launcher=options.launcher,
-        workers=options.workers,
-        devices_per_worker=options.devices_per_worker,
-        address=options.address,
-        verbose=options.verbose,
+        **launch_keywords(options),
     )
     print(
         f"{run.path}: validation accuracy {run.validation_accuracy:.4f} "

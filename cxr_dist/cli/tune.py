@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cxr_dist import api
-from cxr_dist.cli.options import Command, add_config_options, add_dataset, add_launch_options
+from cxr_dist.cli.options import Command, add_config_options, add_dataset, add_launch_options, launch_keywords
 from cxr_dist.tuning.experiment import EVALUATION
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.interrupts import interrupts_held
@@ -43,11 +43,7 @@ def tune(options: argparse.Namespace) -> None:
         options.out,
         config=options.config,
         overrides=options.overrides,
-        launcher=options.launcher,
-        workers=options.workers,
-        devices_per_worker=options.devices_per_worker,
-        address=options.address,
-        verbose=options.verbose,
+        **launch_keywords(options),
     )
     print(
         f"{search.path}: best is trial {search.trial}, validation accuracy {search.validation_accuracy:.4f} "
