@@ -43,3 +43,24 @@ def test_the_first_process_of_all() -> None:
     command = [sys.executable, "-c", FIRST_CHILD]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment)
     assert done.stdout == "True\n", done.stderr
+
+
+THREAD = """
+import os, signal, threading, time
+from tfrecords_builder.common.interrupts import interrupts_held
+
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # it takes the signal that this thread blocks
+try:
+    with interrupts_held():
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100_000):
+            pass
+        print("the context ended", flush=True)
+except KeyboardInterrupt:
+    print("then the interrupt came", flush=True)
+"""
+
+
+def test_an_interrupt_that_another_thread_takes_waits_too() -> None:
+    done = subprocess.run([sys.executable, "-c", THREAD], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == ["the context ended", "then the interrupt came"], done.stderr
