@@ -124,6 +124,7 @@ class Training:
             augmentation=self.config.augmentation if row.augment else None,
             accumulation_steps=self.microbatches,
             xla=self.xla,
+            xla_update=self.xla,
         )
         train_step = steps.make_train_step(self.model, replace(state, loss_scale=self.loss_scale), spec)
         evaluate = steps.make_evaluation_step(self.strategy, self.model, CLASSES, self.xla)

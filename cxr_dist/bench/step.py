@@ -97,7 +97,7 @@ def bare_step(config: Config, topology: Topology, classes: int, stage: int) -> C
     images = tf.random.stateless_uniform((batch_size, size, size, 1), (0, stage), 0.0, 255.0)
     labels = tf.range(batch_size) % classes
 
-    @tf.function(jit_compile=resolve_xla(config, topology.kind))
+    @tf.function(jit_compile=resolve_xla(config))
     def step() -> Any:
         with tf.GradientTape() as tape:
             logits = model(images, training=True)

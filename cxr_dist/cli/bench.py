@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,23 @@ def add_parsers(command: Command) -> None:
     _add_config(parser)
     _add_number(parser, "--rounds", 5, "number of epochs for the medians")
     _add_number(parser, "--steps", 6, "number of steps per epoch on phantoms")
+
+    parser = benchmark("device", bench_device, "measure every figure of this machine's GPU, within a time limit")
+    _add_input(parser, "dataset", "DATASET", PHANTOM_DATASET_HELP)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
+    _add_number(parser, "--minutes", 10, "time limit, after which the benchmark ends with what it has")
+    _add_number(parser, "--images", 4096, "number of training images to draw as phantoms")
+    _add_number(parser, "--rounds", 3, "number of epochs for the medians")
+    _add_numbers(parser, "--batch-sizes", [256, 128, 64, 512], "batch sizes to measure; all steps take the first")
+    parser.add_argument("--xrays", type=Path, metavar="SOURCE", help="labelled X-rays to run whole recipes on")
+    parser.add_argument("--weights", type=Path, metavar="H5", help="weights of the base for the recipes")
+    parser.add_argument("--only", nargs="+", metavar="STEP", help="steps to measure, by name (default: all)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("device.jsonl"),
+        help="file to which each step adds a line (default: %(default)s)",
+    )
 
     parser = benchmark(
         "features", bench_features, "measure both stages with and without cached features, and in plain Keras"
@@ -184,6 +202,34 @@ def bench_step(options: argparse.Namespace) -> None:
         },
         step.table(rounds),
     )
+
+
+def bench_device(options: argparse.Namespace) -> None:
+    import time
+
+    from cxr_dist.bench import common, device
+
+    deadline = time.monotonic() + 60.0 * options.minutes
+    lines: list[str] = []
+
+    def show(line: str) -> None:
+        lines.append(line)
+        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    with _work_folder() as work:
+        dataset = options.dataset or common.draw_dataset(work / "drawn", options.images)
+        plan = device.Plan(
+            dataset,
+            work / "steps",
+            options.batch_sizes,
+            options.rounds,
+            options.overrides,
+            options.xrays and options.xrays.resolve(),
+            options.weights and options.weights.resolve(),
+        )
+        rows = device.measure(plan, options.only, deadline, options.out, show)
+    if options.json:
+        _show(options, rows, lines)
 
 
 def bench_features(options: argparse.Namespace) -> None:

@@ -169,7 +169,7 @@ def _devices() -> list[Finding]:
     else:
         findings = [Finding("devices", "ok", ", ".join(topology.devices))]
     precision = resolve_precision("auto", topology.kind)
-    xla = "on" if resolve_xla(Config(), topology.kind) else "off"
+    xla = "on" if resolve_xla(Config()) else "off"
     return [*findings, Finding("auto", "ok", f"precision {precision}, xla {xla}")]
 
 

@@ -75,7 +75,14 @@ class ModelConfig(Node):
         0.9, ge=0, lt=1, description="Momentum of the moving statistics of all BatchNorm layers that train."
     )
     synchronize_batch_norm: bool = Field(
-        False, description="Compute batch statistics over all replicas, not each replica's own. It excludes xla on."
+        False,
+        description="Compute batch statistics over all replicas, not each replica's own. It excludes xla on and "
+        "fused_batch_norm on.",
+    )
+    fused_batch_norm: Switch = Field(
+        "auto",
+        description="Compute BatchNorm that trains as one operation, with the same result but for rounding. auto: on "
+        "GPUs.",
     )
 
 
@@ -172,6 +179,12 @@ class InputConfig(Node):
         description="Largest split that each worker keeps in memory, in gigabytes (10^9 bytes, one per pixel). A "
         "larger one is read in each epoch. deterministic briefly needs twice the memory.",
     )
+    device_memory_gb: float | None = Field(
+        None,
+        ge=0,
+        description="Largest split that each device keeps, in gigabytes, if the worker keeps it in memory. Its batches "
+        "need no transfer. null: 4 on GPUs, 0 on CPUs.",
+    )
     max_corrupt_records: int = Field(
         0,
         ge=0,
@@ -239,7 +252,7 @@ class Config(Node):
     )
     xla: Switch = Field(
         "auto",
-        description="Compile forward and backward pass with XLA. auto: on a GPU without synchronize_batch_norm.",
+        description="Compile forward and backward pass with XLA. auto: off, as compilation takes minutes on a GPU.",
     )
     model: ModelConfig = Field(default_factory=ModelConfig)
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
@@ -270,6 +283,11 @@ class Config(Node):
         if self.xla == "on" and self.model.synchronize_batch_norm:
             raise ValueError(
                 "xla on and model.synchronize_batch_norm true exclude each other: collectives do not compile"
+            )
+        if self.model.fused_batch_norm == "on" and self.model.synchronize_batch_norm:
+            raise ValueError(
+                "model.fused_batch_norm on and model.synchronize_batch_norm true exclude each other: the operation "
+                "sees one replica's batch"
             )
         return self
 

@@ -79,8 +79,17 @@ class ArraySource:
     def labels(self) -> npt.NDArray[np.int32]:
         return self._labels
 
-    def batches(self, positions: Any) -> Any:
+    @property
+    def nbytes(self) -> int:
+        """Of all inputs."""
+        return int(np.prod(self._inputs.shape)) * int(np.dtype(self._inputs.dtype).itemsize)
 
+    def array(self) -> npt.NDArray[Any]:
+        """All inputs, [N, ...]."""
+        inputs = self._inputs
+        return inputs if isinstance(inputs, np.ndarray) else inputs[np.arange(len(inputs))]
+
+    def batches(self, positions: Any) -> Any:
         rows = weak_numpy_function(self._take, [positions], self._inputs.dtype)
         rows.set_shape([positions.shape[0], *self._inputs.shape[1:]])
         return rows

@@ -22,14 +22,20 @@ def resolve_precision(requested: str, kind: DeviceKind) -> str:
     return "bfloat16" if major >= 8 else "float16" if major >= 7 else "float32"
 
 
-def resolve_xla(config: Config, kind: DeviceKind) -> bool:
-    """Whether the per-replica forward and gradient is compiled with XLA.
+def resolve_xla(config: Config) -> bool:
+    """Whether forward and backward pass are compiled with XLA.
 
-    `auto` compiles on GPUs only: on CPUs XLA was between 3% faster (frozen base) and 17% slower
-    (upper 100 layers), and costs half a minute of compilation (Zen 3, oneDNN off).
+    `auto` compiles nowhere. On CPUs XLA was between 3 % faster (frozen base) and 17 % slower (upper 100 layers), and
+    costs half a minute of compilation (Zen 3, oneDNN off). On a GPU compilation took over six minutes
+    (docs/decisions/0026-what-a-gpu-step-needs.md).
     """
-    if config.xla != "auto":
-        return config.xla == "on"
+    return config.xla == "on"
+
+
+def resolve_fused_batch_norm(config: Config, kind: DeviceKind) -> bool:
+    """Whether BatchNorm that trains is one operation; `auto` says so of GPUs, where memory is what it costs."""
+    if config.model.fused_batch_norm != "auto":
+        return config.model.fused_batch_norm == "on"
     return kind == "GPU" and not config.model.synchronize_batch_norm
 
 

@@ -5,6 +5,7 @@ growth can only be set before the runtime starts.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cxr_dist import compat
@@ -57,3 +58,36 @@ def communication_options(all_reduce: AllReduceConfig, kind: DeviceKind) -> Any:
         implementation=tf.distribute.experimental.CommunicationImplementation(algorithm.upper()),
         bytes_per_pack=int(all_reduce.bucket_mb * 1e6),
     )
+
+
+def update_replicas(
+    strategy: Any,
+    change: Callable[[list[Any], list[Any]], None],
+    variables: Sequence[Any],
+    values: Sequence[Any],
+    *,
+    compiled: bool,
+) -> None:
+    """Call `change(copies, values)` once for each replica of this process; called outside the replicas.
+
+    One call for all variables, as each costs TensorFlow a context, and as only the whole can be compiled as one.
+
+    Args:
+        strategy: Under which `variables` were made.
+        change: Assigns to the copies.
+        variables: tf.Variables, of which `change` gets the replica's own copies.
+        values: Tensors, of which `change` gets the replica's own.
+        compiled: Whether XLA compiles `change`.
+    """
+    import tensorflow as tf
+
+    if not variables:
+        return
+
+    def call(_first: Any, copies: list[Any], own: list[Any]) -> None:
+        if compiled:
+            tf.function(lambda: change(copies, own), jit_compile=True, autograph=False)()
+        else:
+            change(copies, own)
+
+    strategy.extended.update(variables[0], call, args=(list(variables), list(values)), group=False)

@@ -148,7 +148,7 @@ class LoadedRun:
 
     @cached_property
     def _forward_step(self) -> Any:
-        xla = resolve_xla(self.run.config, self.topology.kind)
+        xla = resolve_xla(self.run.config)
         return forward.make_forward_step(self.strategy, split_point.whole_network(self.model), xla=xla)
 
     def predict(self, source: ImageSource, progress: Callable[[int, int], None] | None = None) -> Predictions:

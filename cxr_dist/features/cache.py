@@ -29,14 +29,14 @@ from cxr_dist.data.arrays import ArraySource, Slice, Source
 from cxr_dist.data.batch_sampler import EvaluationBatchSampler
 from cxr_dist.data.shards import ShardSource
 from cxr_dist.distributed import collectives
-from cxr_dist.distributed.devices import Topology
+from cxr_dist.distributed.devices import DeviceKind, Topology
 from cxr_dist.features.store import Description, FeatureStore, PartWriter, Rows
 from cxr_dist.model import forward, split_point
 from cxr_dist.model.resnet import IMAGENET_MEAN_BGR, POOL_NAME
 from cxr_dist.model.split_point import SplitPoint
 from tfrecords_builder.common.errors import UserError
 
-BATCH_SIZE = 32
+BATCH_SIZES: dict[DeviceKind, int] = {"CPU": 32, "GPU": 256}
 """Images per replica and step."""
 WAIT_S = 10.0
 """For another run that computes the same; then all workers hear of it, and wait on."""
@@ -115,6 +115,8 @@ class FrozenFeatures:
         self._config, self._strategy, self._topology, self._store = config, strategy, topology, store
         self._precision, self._xla, self._progress = precision, xla, progress
         self._waiting = waiting
+        self._batch_size = BATCH_SIZES[topology.kind]
+        self._steps: dict[tuple[tuple[str, ...], AugmentationConfig | None], Callable[[Any], Any]] = {}
         self._iterators: list[Any] = []
         """Kept until the run ends: destroying one may take a minute (see `pipeline.distributed_batches`)."""
 
@@ -153,15 +155,15 @@ class FrozenFeatures:
         if not collectives.all_workers_true(self._strategy, self._store.fits(total * split.bytes_per_image)):
             return False
         run, iterator = self._passes(model, [split.name], images.source, None, None)
-        run(iterator)
+        _fetched(run(iterator))
         started = time.perf_counter()
-        run(iterator)
+        _fetched(run(iterator))
         seconds = time.perf_counter() - started
         read_rate, write_rate = disk_rates(self._store.folder)
         answer = cache_pays(
             epochs=epochs,
             bytes_per_image=split.bytes_per_image,
-            seconds_below=seconds / (BATCH_SIZE * len(self._topology.devices)),
+            seconds_below=seconds / (self._batch_size * len(self._topology.devices)),
             read_rate=read_rate,
             write_rate=write_rate,
         )
@@ -257,9 +259,12 @@ class FrozenFeatures:
     ) -> None:
         """The activations at each split point of every input of `source`, in order."""
         run, iterator = self._passes(model, list(writers), source, augmentation, draws)
-        done, started = 0, time.perf_counter()
+        done, started, computed = 0, time.perf_counter(), run(iterator)
         while done < source.count:
-            for outputs in run(iterator):  # of each replica, in the order of the images; the last are padded
+            # The device computes the next step while this one is written.
+            ahead = done + self._batch_size * len(computed) < source.count
+            previous, computed = computed, run(iterator) if ahead else []
+            for outputs in _fetched(previous):  # of each replica, in the order of the images; the last are padded
                 kept = min(source.count - done, len(outputs[0]))
                 for (name, writer), output in zip(writers.items(), outputs, strict=True):
                     _append(writer, output[:kept], name)
@@ -274,17 +279,20 @@ class FrozenFeatures:
         augmentation: AugmentationConfig | None,
         draws: npt.NDArray[np.float32] | None,
     ) -> tuple[Callable[[Any], Any], Any]:
-        """A compiled step of this worker alone, and what it reads: BATCH_SIZE images for each of its devices."""
+        """A compiled step of this worker alone, and what it reads: a batch for each of its devices."""
         devices = self._topology.devices
-        run = forward.make_feature_step(
-            self._strategy,
-            split_point.frozen_outputs(model, names),
-            [split_point.stored_dtype(name) for name in names],
-            augmentation,
-            self._xla,
-        )
+        # Compiled once for all splits: of the same layers, as they are frozen.
+        run = self._steps.get((tuple(names), augmentation))
+        if run is None:
+            run = self._steps[tuple(names), augmentation] = forward.make_feature_step(
+                self._strategy,
+                split_point.frozen_outputs(model, names),
+                [split_point.stored_dtype(name) for name in names],
+                augmentation,
+                self._xla,
+            )
         alone = Topology(1, 0, self._topology.kind, devices)
-        plan = EvaluationBatchSampler(source.count, BATCH_SIZE, len(devices))
+        plan = EvaluationBatchSampler(source.count, self._batch_size, len(devices))
         iterator = pipeline.distributed_batches(self._strategy, alone, source, plan, extra=draws)
         self._iterators.append(iterator)
         return run, iterator
@@ -326,6 +334,10 @@ class _OtherRun:
         if written != self._written:
             self._written, self._since = written, time.monotonic()
         return time.monotonic() - self._since
+
+
+def _fetched(outputs: list[list[Any]]) -> list[list[npt.NDArray[Any]]]:
+    return [[output.numpy() for output in of_replica] for of_replica in outputs]
 
 
 def _append(writer: PartWriter, rows: npt.NDArray[Any], name: str) -> None:

@@ -38,17 +38,22 @@ class StageInputs:
         *,
         announce: Callable[[int, StageConfig, str], None],
         timed: Callable[[str], AbstractContextManager[None]],
+        place: Callable[[Source], Source],
         decided: dict[str, bool],
+        fuse: bool,
     ) -> None:
         """Args:
         frozen: Computes and finds what is cached.
         announce: Receives the stage and, in words, what it reads.
         timed: Counts the seconds of a phase.
+        place: Puts a source that is in memory, or on disk, where the steps read it.
+        fuse: Whether BatchNorm that trains is one operation.
         decided: By stage, split point and setting, whether it reads the cache, as the run remembers it; added to.
         """
         self._config, self._model, self._frozen = config, model, frozen
         self._train, self._validation = train, validation
-        self._announce, self._timed, self._decided = announce, timed, decided
+        self._announce, self._timed, self._place, self._decided = announce, timed, place, decided
+        self._fuse = fuse
         self._in_memory: tuple[Source, Source] | None = None
 
     def of(self, number: int) -> Inputs:
@@ -59,22 +64,23 @@ class StageInputs:
             limit = int(self._config.input.memory_gb * 1e9)
             with self._timed("read"):
                 self._in_memory = self._in_memory or (
-                    self._train.source.in_memory(limit),
-                    self._validation.source.in_memory(limit),
+                    self._place(self._train.source.in_memory(limit)),
+                    self._place(self._validation.source.in_memory(limit)),
                 )
-            return Inputs(split_point.whole_network(self._model), *self._in_memory, from_cache=False)
+            return Inputs(split_point.whole_network(self._model, self._fuse), *self._in_memory, from_cache=False)
         self._announce(number, stage, f"cached activations of the layers up to {split.name}")
         later = self._later_splits(number)
         augmentation = self._config.augmentation if stage.augment else None
         with self._timed("features"):
             train, validation = (
-                self._frozen.sources(self._model, [split.name, *also], images, changed)
+                self._place(self._frozen.sources(self._model, [split.name, *also], images, changed))
                 for images, changed, also in (
                     (self._train, augmentation, () if augmentation else later),
                     (self._validation, None, later),
                 )
             )
-        return Inputs(split_point.network_above(self._model, split.name), train, validation, from_cache=True)
+        network = split_point.network_above(self._model, split.name, self._fuse)
+        return Inputs(network, train, validation, from_cache=True)
 
     def cached_split(self, number: int) -> SplitPoint | None:
         """The split point at which stage `number` reads cached activations; None where it reads images."""

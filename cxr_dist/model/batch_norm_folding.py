@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 from cxr_dist import compat
+from cxr_dist.model.fused_batch_norm import can_fuse, fused_batch_norm
 
 
 @functools.cache
@@ -51,10 +52,11 @@ def folded_convolution() -> Any:
     return FoldedConvolution
 
 
-def fold_frozen_batch_norm(network: Any) -> Any:
+def fold_frozen_batch_norm(network: Any, fuse: bool = False) -> Any:
     """`network`, a functional model, with every frozen BatchNorm behind a convolution folded; shares all variables.
 
-    What is frozen is read now: fold again after `trainable` was set.
+    What is frozen is read now: fold again after `trainable` was set. With `fuse`, BatchNorm that trains is one
+    operation (`fused_batch_norm`).
     """
     import keras
 
@@ -76,6 +78,8 @@ def fold_frozen_batch_norm(network: Any) -> Any:
             return args[0]  # computed where its BatchNorm stood
         if layer.name in convolution_of:
             return folded_convolution()(convolution_of[layer.name], layer)(args[0])
+        if fuse and can_fuse(layer):
+            return fused_batch_norm()(layer)(args[0])
         return layer(*args, **kwargs)
 
     return keras.models.clone_model(network, clone_function=lambda layer: layer, call_function=call_layer)

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy.typing as npt
-
 from cxr_dist.config.schema import AugmentationConfig
 from cxr_dist.data import augmentation as augment
 from cxr_dist.model.variables import Variables
@@ -37,8 +35,10 @@ def make_forward_step(strategy: Any, model: Any, *, xla: bool) -> Callable[[Any]
 
 def make_feature_step(
     strategy: Any, model: Any, dtypes: Sequence[str], augmentation: AugmentationConfig | None, xla: bool
-) -> Callable[[Any], list[list[npt.NDArray[Any]]]]:
+) -> Callable[[Any], list[list[Any]]]:
     """run(iterator) -> for each replica of this worker, the outputs of `model` for its batch, in inference mode.
+
+    They are tensors, which a GPU may still be computing.
 
     `model` has one output or several, [B, ...], which come in `dtypes`. Involves no other worker. With an augmentation,
     batches have a row of its draws for each image as `extra`.
@@ -65,8 +65,8 @@ def make_feature_step(
         outputs = strategy.run(replica_step, args=(next(iterator),))
         return [list(strategy.experimental_local_results(output)) for output in outputs]
 
-    def run(iterator: Any) -> list[list[npt.NDArray[Any]]]:
+    def run(iterator: Any) -> list[list[Any]]:
         by_output = step(iterator)
-        return [[output[replica].numpy() for output in by_output] for replica in range(len(by_output[0]))]
+        return [[output[replica] for output in by_output] for replica in range(len(by_output[0]))]
 
     return run

@@ -70,21 +70,21 @@ def stored_dtype(name: str) -> str:
     return "float32" if name == POOL_NAME else "float16"
 
 
-def whole_network(model: Any) -> Any:
-    """image -> logits, with frozen BatchNorm folded: what trains from images."""
-    base = batch_norm_folding.fold_frozen_batch_norm(base_of(model))
+def whole_network(model: Any, fuse: bool = False) -> Any:
+    """image -> logits, with frozen BatchNorm folded: what trains from images. `fuse` as in `fold_frozen_batch_norm`."""
+    base = batch_norm_folding.fold_frozen_batch_norm(base_of(model), fuse)
     return _from_image(model, lambda bgr: _to_logits(model, base(bgr)))
 
 
-def network_above(model: Any, name: str) -> Any:
-    """The tensor at the split point `name`, float32 [B, ...] -> logits float32 [B, C]."""
+def network_above(model: Any, name: str, fuse: bool = False) -> Any:
+    """The tensor at the split point `name`, float32 [B, ...] -> logits float32 [B, C]. `fuse` as in `whole_network`."""
     import keras
 
     if name == POOL_NAME:
         return head_of(model)
     base = base_of(model)
     tensor = base.get_layer(name).output
-    upper = batch_norm_folding.fold_frozen_batch_norm(keras.Model(tensor, base.output))
+    upper = batch_norm_folding.fold_frozen_batch_norm(keras.Model(tensor, base.output), fuse)
     inputs = keras.Input(tensor.shape[1:], name=f"{name}_values", dtype="float32")
     return keras.Model(inputs, _to_logits(model, upper(inputs)), name="above_split_point")
 

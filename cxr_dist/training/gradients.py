@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from cxr_dist.config.schema import AugmentationConfig
 from cxr_dist.data import augmentation as augment
+from cxr_dist.data.resident import looked_up
 from cxr_dist.model.variables import Variables
 
 # Domains of the counter-based random numbers, so that no two uses share a stream.
@@ -38,6 +39,9 @@ class StepSpec:
     accumulation_steps: int = 1
     """Microbatches in which a replica takes its share of the batch."""
     xla: bool = False
+    """Whether XLA compiles forward and backward pass."""
+    xla_update: bool = False
+    """Whether XLA compiles the update where it does not compile the whole step."""
     measure_wait: bool = True
     """Whether to measure how long steps wait for their batch: with a clock, which is no deterministic operation."""
 
@@ -62,8 +66,11 @@ class Gradient(NamedTuple):
     """New moving statistics, float32, in the order of `Variables.statistics`."""
 
 
-GradientFunction = Callable[[dict[str, Any], RngKey, Any, list[Any], list[Any]], Gradient]
-"""(batch, key, loss scale, values of the trainable variables, of the others) -> Gradient."""
+GradientFunction = Callable[[dict[str, Any], Any, RngKey, Any, list[Any], list[Any]], Gradient]
+"""(batch, table, key, loss scale, values of the trainable variables, of the others) -> Gradient.
+
+The table is that of `resident.looked_up`.
+"""
 
 
 def make_gradient(model: Any, variables: Variables, spec: StepSpec) -> GradientFunction:
@@ -73,8 +80,10 @@ def make_gradient(model: Any, variables: Variables, spec: StepSpec) -> GradientF
     classes, smoothing = spec.classes, spec.label_smoothing
     weights = np.ones(classes, np.float32) if spec.class_weights is None else spec.class_weights
 
-    def gradient(batch: dict[str, Any], key: RngKey, scale: Any, trainable: list[Any], other: list[Any]) -> Gradient:
-        inputs = tf.cast(batch["inputs"], tf.float32)
+    def gradient(
+        batch: dict[str, Any], table: Any, key: RngKey, scale: Any, trainable: list[Any], other: list[Any]
+    ) -> Gradient:
+        inputs = tf.cast(looked_up(batch["inputs"], table), tf.float32)
         if spec.augmentation is not None:
             stream = tf.stack([key.seed, key.step * 4 + _AUGMENTATION])
             draws = augment.draw(stream, batch["slot"], spec.global_batch_size)
@@ -108,7 +117,9 @@ def accumulate_gradients(gradient: GradientFunction, microbatches: int, variable
     if microbatches == 1:
         return gradient
 
-    def accumulated(batch: dict[str, Any], key: RngKey, scale: Any, trainable: list[Any], other: list[Any]) -> Gradient:
+    def accumulated(
+        batch: dict[str, Any], table: Any, key: RngKey, scale: Any, trainable: list[Any], other: list[Any]
+    ) -> Gradient:
         divided = {name: tf.reshape(value, (microbatches, -1, *value.shape[1:])) for name, value in batch.items()}
 
         def add(number: Any, total: Gradient) -> tuple[Any, Gradient]:
@@ -117,7 +128,8 @@ def accumulate_gradients(gradient: GradientFunction, microbatches: int, variable
             for index, statistic in zip(variables.statistics, total.statistics, strict=True):
                 values[index] = tf.cast(statistic, values[index].dtype)
             own = key._replace(replica=key.replica * microbatches + number)
-            new = gradient({name: value[number] for name, value in divided.items()}, own, scale, trainable, values)
+            microbatch = {name: value[number] for name, value in divided.items()}
+            new = gradient(microbatch, table, own, scale, trainable, values)
             gradients = [before + added for before, added in zip(total.gradients, new.gradients, strict=True)]
             return number + 1, Gradient(gradients, total.sums + new.sums, new.statistics)
 

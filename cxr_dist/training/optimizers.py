@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.config.schema import StageConfig
+from cxr_dist.distributed.strategy import update_replicas
 from cxr_dist.runs.versions import unsupported
 from tfrecords_builder.common.errors import one_line
 
@@ -45,6 +46,7 @@ def update(
     *,
     learning_rate: Any,
     weight_decay: float,
+    compiled: bool = False,
 ) -> None:
     """One step of the optimizer; called outside the replicas.
 
@@ -56,17 +58,18 @@ def update(
         learning_rate: A float32 scalar.
         weight_decay: Decoupled (Loshchilov and Hutter 2019): a variable loses this times the rate times itself. Biases
             and the scales and offsets of BatchNorm, which are all that has one axis, lose nothing.
+        compiled: Whether XLA compiles the update.
     """
     optimizer.learning_rate.assign(learning_rate)
 
-    def change(copy: Any, gradient: Any, decay: float) -> None:
-        if decay:
-            copy.assign_sub(copy * decay * optimizer.learning_rate)
-        optimizer.update_step(gradient, copy, optimizer.learning_rate)
+    def change(copies: list[Any], gradients: list[Any]) -> None:
+        for copy, gradient in zip(copies, gradients, strict=True):
+            # Biases and BatchNorm's scales and offsets have one axis.
+            if weight_decay and len(copy.shape) > 1:
+                copy.assign_sub(copy * weight_decay * optimizer.learning_rate)
+            optimizer.update_step(gradient, copy, optimizer.learning_rate)
 
-    for variable, gradient in zip(variables, gradients, strict=True):
-        decay = weight_decay if len(variable.shape) > 1 else 0.0
-        strategy.extended.update(variable.value, change, args=(gradient, decay), group=False)
+    update_replicas(strategy, change, [variable.value for variable in variables], gradients, compiled=compiled)
     optimizer.iterations.assign_add(1)
 
 

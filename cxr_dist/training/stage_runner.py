@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cxr_dist.data import resident
 from cxr_dist.data.batch_sampler import EvaluationBatchSampler
 from cxr_dist.evaluation.metrics import counts_metrics
 from cxr_dist.features.stage_inputs import Inputs, StageInputs
@@ -50,7 +51,9 @@ class StageRunner:
         if restored is not None:
             with checkpoints.fitting(kept.resumed_path):
                 self._state.restore(restored)
-        self._train_step = steps.make_train_step(reads.network, self._state, self._step_spec(reads))
+        self._train_step = steps.make_train_step(
+            reads.network, self._state, self._step_spec(reads), resident.table_of(reads.train)
+        )
         # Counted from the planned ends of earlier stages, so that an early stop changes no later order.
         self._first_step = sum(config.stages[earlier].epochs for earlier in range(1, number)) * plan.steps_per_epoch
         self._rates = schedules.learning_rates(stage, plan.steps_per_epoch)
@@ -65,7 +68,12 @@ class StageRunner:
         self._evaluation_batches = context.batches(reads.validation, self._evaluation)
         self._evaluation_steps_per_call = fixed.validation
         self._evaluation_step = steps.make_evaluation_step(
-            context.strategy, reads.network, context.classes, context.xla, self._state.average
+            context.strategy,
+            reads.network,
+            context.classes,
+            context.xla,
+            self._state.average,
+            resident.table_of(reads.validation),
         )
 
     def run(self) -> None:
@@ -97,6 +105,8 @@ class StageRunner:
             class_weights=schedules.class_weights(labels, classes) if stage.class_weights else None,
             accumulation_steps=config.accumulation_steps,
             xla=self._context.xla,
+            # A GPU waits for the host to start 2,000 operations; a CPU gains nothing.
+            xla_update=self._context.xla or self._context.topology.kind == "GPU",
             measure_wait=not config.deterministic,
         )
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cxr_dist.config.schema import StageConfig
+from cxr_dist.distributed.strategy import update_replicas
 from cxr_dist.runs import checkpoints
 from cxr_dist.runs.checkpoint_file import Arrays
 from cxr_dist.training import optimizers
@@ -80,18 +81,25 @@ class WeightAverage:
         self._averages = [tf.Variable(variable.numpy(), trainable=False) for variable in self._variables]
         self._steps = tf.Variable(0, dtype=tf.int64, trainable=False)
 
-    def update(self, strategy: Any) -> None:
-        """Take a step's weights in; called outside the replicas, inside the compiled loop."""
+    @property
+    def variables(self) -> list[Any]:
+        """The tf.Variables that `update` changes."""
+        return [*self._averages, self._steps]
+
+    def update(self, strategy: Any, compiled: bool = False) -> None:
+        """Take a step's weights in, compiled by XLA or not; called outside the replicas, inside the compiled loop."""
         import tensorflow as tf
 
         done = tf.cast(self._steps.read_value(), tf.float32)
         decay = tf.minimum(self._decay, (1.0 + done) / (10.0 + done))
 
-        def move(average: Any, weight: Any) -> Any:
-            return average.assign(decay * average + (1.0 - decay) * weight)
+        def move(copies: list[Any], _values: list[Any]) -> None:
+            averages, weights = copies[: len(copies) // 2], copies[len(copies) // 2 :]
+            for average, weight in zip(averages, weights, strict=True):
+                average.assign(decay * average + (1.0 - decay) * weight)
 
-        for average, variable in zip(self._averages, self._variables, strict=True):
-            strategy.extended.update(average, move, args=(variable.value,), group=False)
+        weights = [variable.value for variable in self._variables]
+        update_replicas(strategy, move, [*self._averages, *weights], [], compiled=compiled)
         self._steps.assign_add(1)
 
     def values(self, variables: Sequence[Any]) -> list[Any]:
@@ -151,6 +159,12 @@ class StageState:
             decay = stage.ema_decay
             average = None if decay is None else WeightAverage(model.trainable_variables, decay)
         return cls(strategy, model, optimizer, LossScale.create(precision), average)
+
+    def updated_variables(self) -> list[Any]:
+        """The tf.Variables that an update of the weights changes."""
+        average = [] if self.average is None else self.average.variables
+        trained = [*self.model.trainable_variables, *self.optimizer.variables]
+        return [variable.value for variable in trained] + average
 
     def arrays(self) -> Arrays:
         """What a checkpoint holds of it."""

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from cxr_dist.config.loading import load_config
-from cxr_dist.config.schema import AllReduceConfig, Config
+from cxr_dist.config.schema import AllReduceConfig
 from cxr_dist.distributed import devices, precision, strategy
 from cxr_dist.distributed.devices import DeviceKind, Topology, muted_stderr
-from cxr_dist.distributed.precision import dtype_policy, resolve_precision, resolve_xla
+from cxr_dist.distributed.precision import dtype_policy, resolve_fused_batch_norm, resolve_precision, resolve_xla
 from tfrecords_builder.common.errors import UserError
 
 
@@ -64,22 +64,25 @@ def test_cpu_flags_are_read_from_the_system(monkeypatch: pytest.MonkeyPatch) -> 
     assert precision._cpu_flags() == frozenset()
 
 
+@pytest.mark.parametrize(("xla", "expected"), [("auto", False), ("on", True), ("off", False)])
+def test_xla(xla: str, expected: bool) -> None:
+    assert resolve_xla(load_config(overrides=[f"xla={xla}"])) is expected
+
+
 @pytest.mark.parametrize(
-    ("xla", "synchronized", "kind", "expected"),
+    ("fused", "synchronized", "kind", "expected"),
     [
         ("auto", False, "CPU", False),
         ("auto", False, "GPU", True),
         ("auto", True, "GPU", False),
-        ("auto", True, "CPU", False),
         ("on", False, "CPU", True),
-        ("on", False, "GPU", True),
         ("off", False, "GPU", False),
         ("off", True, "GPU", False),
     ],
 )
-def test_xla(xla: str, synchronized: bool, kind: devices.DeviceKind, expected: bool) -> None:
-    config: Config = load_config(overrides=[f"xla={xla}", f"model.synchronize_batch_norm={synchronized}"])
-    assert resolve_xla(config, kind) is expected
+def test_fused_batch_norm(fused: str, synchronized: bool, kind: devices.DeviceKind, expected: bool) -> None:
+    overrides = [f"model.fused_batch_norm={fused}", f"model.synchronize_batch_norm={synchronized}"]
+    assert resolve_fused_batch_norm(load_config(overrides=overrides), kind) is expected
 
 
 def test_policies_and_replicas() -> None:

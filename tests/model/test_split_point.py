@@ -83,9 +83,9 @@ def test_every_batch_norm_of_a_frozen_resnet50_is_folded(resnet: Any) -> None:
     assert not {"Conv2D", "BatchNormalization"} & set(kinds)
 
 
-@pytest.mark.parametrize("train_batch_norm", [False, True])
-def test_gradients_are_those_of_the_layers_as_they_were(small: Any, train_batch_norm: bool) -> None:
-    """And BatchNorm that trains is left alone: it sees batches, and its statistics move alike."""
+@pytest.mark.parametrize(("train_batch_norm", "fuse"), [(False, False), (True, False), (True, True)])
+def test_gradients_are_those_of_the_layers_as_they_were(small: Any, train_batch_norm: bool, fuse: bool) -> None:
+    """And BatchNorm that trains sees batches, as one operation or several, and its statistics move alike."""
     import tensorflow as tf
 
     FrozenBase(12, train_batch_norm).apply(small)
@@ -101,7 +101,9 @@ def test_gradients_are_those_of_the_layers_as_they_were(small: Any, train_batch_
         paths = [variable.path for variable in network.non_trainable_variables]
         return tape.gradient(loss, trainable), [value for _, value in sorted(zip(paths, moved, strict=True))]
 
-    whole = split_point.whole_network(small)
+    whole = split_point.whole_network(small, fuse)
+    kinds = [type(node.operation).__name__ for node in compat.functional_nodes(whole.get_layer(model.BASE_NAME))]
+    assert ("FusedBatchNorm" in kinds) is fuse
     assert [variable.path for variable in whole.trainable_variables] == [
         variable.path for variable in small.trainable_variables
     ]

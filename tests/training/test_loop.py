@@ -39,6 +39,10 @@ def history(run: Path) -> list[dict[str, Any]]:
     return run_folder.read_history(run)
 
 
+def weights_of(run: Path) -> list[np.ndarray]:
+    return [np.asarray(weight) for weight in load_model(read_finished(run), "float32").weights]
+
+
 def small(*changes: str) -> Config:
     return load_config(None, [*SMALL_RUN, *changes])
 
@@ -93,6 +97,16 @@ def test_a_finished_run_is_left_alone(finished_run: Path, dataset: Path) -> None
     before = (finished_run / "result.json").read_bytes()
     run_training(small(), dataset, finished_run, launcher="local")
     assert (finished_run / "result.json").read_bytes() == before
+
+
+def test_inputs_that_stay_on_the_device_change_no_byte(finished_run: Path, dataset: Path, tmp_path: Path) -> None:
+    """Neither cached features, which stage 1 reads, nor the images of stage 2."""
+    run = tmp_path / "run"
+    run_training(small("input.device_memory_gb=1"), dataset, run, launcher="local")
+    for name in ("loss", "val_loss"):
+        assert [row[name] for row in history(run)] == [row[name] for row in history(finished_run)]
+    for weight, expected in zip(weights_of(run), weights_of(finished_run), strict=True):
+        np.testing.assert_array_equal(weight, expected)
 
 
 def test_other_settings_need_another_folder(finished_run: Path, dataset: Path) -> None:
