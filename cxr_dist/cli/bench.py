@@ -42,6 +42,11 @@ def add_parsers(command: Command) -> None:
     _add_images(parser)
     _add_config(parser)
     _add_number(parser, "--rounds", 5, ROUNDS_HELP)
+    parser.add_argument(
+        "--per-core",
+        action="store_true",
+        help="measure images/s of a core too, by encoding and by where images come from, and the cores for eight GPUs",
+    )
 
     parser = benchmark("step", bench_step, "measure images/s of train, and of a bare compiled step")
     _add_input(parser, "dataset", "DATASET", PHANTOM_DATASET_HELP)
@@ -150,7 +155,7 @@ def bench_build(options: argparse.Namespace) -> None:
 
 def bench_input(options: argparse.Namespace) -> None:
     """On labelled images of the network's size, or on such phantoms."""
-    from cxr_dist.bench import common, reading
+    from cxr_dist.bench import common, per_core, reading
     from tfrecords_builder.format.manifest import read_manifest
 
     config = common.Recipe.load(options.config, options.overrides).config
@@ -164,7 +169,14 @@ def bench_input(options: argparse.Namespace) -> None:
             )
         memory_bytes = int(config.input.memory_gb * 1e9)
         rates = reading.measure(built.source, built.dataset, config.global_batch_size, options.rounds, memory_bytes)
-    _show(options, [vars(rate) for rate in rates], reading.table(rates))
+        cores = []
+        if options.per_core:
+            (work / "per-core").mkdir()
+            batch_size = config.global_batch_size
+            cores = per_core.measure(built.source, work / "per-core", size, batch_size, (1, 2), options.rounds)
+    rows = [vars(row) | {"cores_needed": row.cores_needed} for row in cores]
+    lines = reading.table(rates) + (per_core.table(cores, size) if cores else [])
+    _show(options, {"rates": [vars(rate) for rate in rates], "per_core": rows}, lines)
 
 
 def bench_step(options: argparse.Namespace) -> None:
