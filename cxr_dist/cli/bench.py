@@ -103,6 +103,13 @@ def add_parsers(command: Command) -> None:
     )
     _add_number(parser, "--images", DATABASE_IMAGES, "number of images in the predicted epoch")
 
+    parser = benchmark("cluster", bench_cluster, "predict a run on clusters of GPUs, and its price; measures nothing")
+    parser.add_argument("plan", type=Path, metavar="YAML", help="run and machines, as in cluster/h100.yaml")
+    parser.add_argument(
+        "--prices", type=Path, required=True, metavar="YAML", help="prices of machines, as in cluster/prices.yaml"
+    )
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+
     parser = benchmark("serve", bench_serve, "measure images/s of the HTTP service, and of the bare model")
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
     _add_number(parser, "--max-batch", 16, "number of images in a batch")
@@ -268,6 +275,22 @@ def bench_scaling(options: argparse.Namespace) -> None:
         scaling.table(measured, fitted)
         + (scaling.prediction_table(cluster, options.images, predicted) if cluster else []),
     )
+
+
+def bench_cluster(options: argparse.Namespace) -> None:
+    from cxr_dist.bench import run_cost
+
+    plan = run_cost.read_plan(options.plan)
+    prices = run_cost.read_prices(options.prices, plan.gpus_per_machine)
+    steps, runs = run_cost.predict(plan)
+    figures = {
+        "steps": [vars(step) | {"images_per_second": step.images_per_second, "lost": step.lost} for step in steps],
+        "runs": [
+            vars(run) | {"step": vars(run.step), "cost": {price.name: run.cost(price) for price in prices}}
+            for run in runs
+        ],
+    }
+    _show(options, figures, run_cost.table(plan, steps, runs, prices))
 
 
 def bench_serve(options: argparse.Namespace) -> None:
