@@ -31,10 +31,10 @@ from tfrecords_builder.format.record import ENCODINGS
 
 GPUS, GPU_RATE = 8, 7_000
 """What a machine has to feed: images/s of one GPU, as eight H100s reach in MLPerf's ResNet50."""
-PASSES = ("records, cold", "records, page cache", "into memory, cold", "from memory")
-"""In this order. Into memory: each process reads the whole split, once in a run."""
+PASSES = ("records, cold", "records, page cache", "into memory, cold", "from memory", "from shared memory")
+"""In this order. Into memory: each process reads the whole split, once in a run. Shared: `input.shared_folder`."""
 _COLD = ("records, cold", "into memory, cold")
-_BATCHES = 200
+_BATCHES = 100
 """At least so many in a pass: up to four lie ready before it begins, and count for it."""
 
 
@@ -196,7 +196,9 @@ def _read(dataset: Path, batch_size: int, processes: int, worker: int) -> None:
     iterator: Iterator[Any] = iter(())
     memory: Source = shards
     for way in PASSES:
-        if way == "from memory":
+        if way == "from shared memory":
+            memory = shards.in_memory(whole * size * size, dataset.with_name("shared"))
+        if way in ("from memory", "from shared memory"):
             iterator = batches(memory)
             take(iterator, batch_size, pixels)
         print(flush=True)

@@ -172,12 +172,26 @@ class InputConfig(Node):
         description="Largest split that each worker keeps in memory, in gigabytes (10^9 bytes, one per pixel). A "
         "larger one is read in each epoch. deterministic briefly needs twice the memory.",
     )
+    shared_folder: str | None = Field(
+        None,
+        description="Folder on each machine, such as /dev/shm/cxr-dist, in which its workers share the pixels of a "
+        "split that fits into memory_gb: one reads it, and it is in memory once. The files stay for later runs; remove "
+        "them when no run uses them. null: each worker has its own.",
+    )
     max_corrupt_records: int = Field(
         0,
         ge=0,
         description="Largest number of corrupt records that a run leaves out. Above 0, all records are checked first, "
         "and result.json counts the corrupt ones. With 0, the first one ends the run.",
     )
+
+    @field_validator("shared_folder")
+    @classmethod
+    def _is_absolute(cls, value: str | None) -> str | None:
+        """A worker of a cluster works in a folder of its own."""
+        if value is not None and not value.startswith("/"):
+            raise ValueError("must be an absolute path, such as /dev/shm/cxr-dist")
+        return value
 
 
 class CheckpointConfig(Node):
