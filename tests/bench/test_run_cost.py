@@ -8,7 +8,8 @@ import pytest
 
 from cxr_dist.bench import run_cost
 from cxr_dist.bench.run_cost import Price, RunPlan, predict, read_plan, read_prices, run_of, step_of, table
-from tests.documentation import ROOT
+from cxr_dist.cli.main import main
+from tests.documentation import DOCS, ROOT
 from tfrecords_builder.common.errors import UserError
 
 CLUSTER = ROOT / "cluster"
@@ -82,6 +83,11 @@ def test_the_table_has_a_line_for_each_combination_and_price() -> None:
     assert len(lines) == 2 + 18 + 3 + 9 + len(prices)
     assert all(each.source in line for each, line in zip(prices, lines[-len(prices) :], strict=True))
     assert len({len(line) for line in lines[22:32]}) == 1, "columns"
+
+
+def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["bench", "cluster", str(CLUSTER / "h100.yaml"), "--prices", str(CLUSTER / "prices.yaml")])
+    assert f"```text\n{capsys.readouterr().out}```" in (DOCS / "design" / "scaling.md").read_text(encoding="utf-8")
 
 
 def test_every_price_says_from_when_and_where_it_is() -> None:
