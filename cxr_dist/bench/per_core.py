@@ -74,7 +74,7 @@ def measure(
         rounds: The medians are over these.
 
     Raises:
-        RuntimeError: Two ways delivered different pixels of a lossless encoding, or a process failed.
+        RuntimeError: Two ways delivered different pixels, or a process failed.
     """
     rates, sums = [], set()
     with _started(max(processes)) as readers:
@@ -93,9 +93,8 @@ def measure(
                     rows = [row for row in found if row["way"] == way]
                     speed, cost = (median(row[name] for row in rows) for name in ("rate", "cost"))
                     rates.append(Rate(encoding, way, count, speed, cost))
-                if encoding != "jpeg":  # of which decoders differ
-                    sums |= {(count, row["pixels"]) for row in found}
-    if len(sums) > len(set(processes)):
+                sums |= {(encoding == "jpeg", count, row["pixels"]) for row in found}
+    if len(sums) > 2 * len(set(processes)):  # lossless and JPEG
         raise RuntimeError(f"different pixels: {sums}")
     return rates
 

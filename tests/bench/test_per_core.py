@@ -1,11 +1,13 @@
 """The benchmark of the input by core: what it divides by what, and that every way delivers the same pixels."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from cxr_dist.bench import per_core
+from cxr_dist.bench import common, per_core
+from cxr_dist.cli.main import main
 from cxr_dist.phantoms import write_phantoms
 from tfrecords_builder.common.errors import UserError
 
@@ -42,6 +44,23 @@ def test_other_pixels_are_no_comparison(source: Path, tmp_path: Path, monkeypatc
     )
     with pytest.raises(RuntimeError, match="different pixels"):
         per_core.measure(source, tmp_path, 32, batch_size=4, processes=(1,), rounds=1)
+
+
+def test_the_command_prints_both_tables(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(common, "IMAGE_SIZE", 32)
+    monkeypatch.setattr(per_core, "measure", lambda *_: [per_core.Rate("raw", "from memory", 1, 80_000.0, 1e-4)])
+    arguments = ["bench", "input", str(source), "--set", "global_batch_size=4", "--rounds", "1", "--json"]
+    main([*arguments, "--per-core"])
+    printed = json.loads(capsys.readouterr().out)
+    assert [rate["name"] for rate in printed["figures"]["rates"]] == ["image_dataset_from_directory", "cxr-dist"]
+    assert [row["cores_needed"] for row in printed["figures"]["per_core"]] == [pytest.approx(5.6)]
+    assert any("56,000" in line for line in printed["table"])
+    main(arguments)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["figures"]["per_core"] == []
+    assert not any("56,000" in line for line in printed["table"])
 
 
 @pytest.mark.usefixtures("no_processes")
