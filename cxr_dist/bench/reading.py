@@ -76,7 +76,7 @@ def measure(source: Path, dataset: Path, batch_size: int, rounds: int, memory_by
         for _ in range(rounds):
             for name, (start, files) in ways.items():
                 for file in files:
-                    _drop_from_memory(file)
+                    drop_from_page_cache(file)
                 passes = None
                 gc.collect()  # what the last one had in memory
                 for target in pixels:
@@ -84,7 +84,7 @@ def measure(source: Path, dataset: Path, batch_size: int, rounds: int, memory_by
                 times = [time.perf_counter()]
                 passes = start()
                 for target in pixels:
-                    _take(passes(), batch_size, target)
+                    take(passes(), batch_size, target)
                     times.append(time.perf_counter())
                 found[name].append((count / (times[1] - times[0]), count / (times[2] - times[1])))
                 sums |= {int(target.sum(dtype=np.int64)): name for target in pixels}
@@ -131,12 +131,14 @@ def _ours(dataset: Path, count: int, batch_size: int, memory_bytes: int) -> Call
     return lambda: (batch["inputs"] for batch in batches)
 
 
-def _take(batches: Iterator[Any], batch_size: int, into: npt.NDArray[np.uint8]) -> None:
+def take(batches: Iterator[Any], batch_size: int, into: npt.NDArray[np.uint8]) -> None:
+    """Copy batches until `into`, uint8 [N, S, S, 1], is full; N is a multiple of `batch_size`."""
     for first in range(0, len(into), batch_size):
         np.copyto(into[first : first + batch_size], next(batches), casting="unsafe")
 
 
-def _drop_from_memory(file: Path) -> None:
+def drop_from_page_cache(file: Path) -> None:
+    """So that the next to read it reads from the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)

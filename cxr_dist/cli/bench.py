@@ -43,6 +43,11 @@ def add_parsers(command: Command) -> None:
     _add_images(parser)
     _add_config(parser)
     _add_number(parser, "--rounds", 5, ROUNDS_HELP)
+    parser.add_argument(
+        "--per-core",
+        action="store_true",
+        help="measure images/s of a core too, by encoding and by where images come from, and the cores for eight GPUs",
+    )
 
     parser = benchmark("step", bench_step, "measure images/s of train, and of a bare compiled step")
     _add_input(parser, "dataset", "DATASET", PHANTOM_DATASET_HELP)
@@ -116,6 +121,13 @@ def add_parsers(command: Command) -> None:
     )
     _add_number(parser, "--images", DATABASE_IMAGES, "number of images in the predicted epoch")
 
+    parser = benchmark("cluster", bench_cluster, "predict a run on clusters of GPUs, and its price; measures nothing")
+    parser.add_argument("plan", type=Path, metavar="YAML", help="run and machines, as in cluster/h100.yaml")
+    parser.add_argument(
+        "--prices", type=Path, required=True, metavar="YAML", help="prices of machines, as in cluster/prices.yaml"
+    )
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+
     parser = benchmark("serve", bench_serve, "measure images/s of the HTTP service, and of the bare model")
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
     _add_number(parser, "--max-batch", 16, "number of images in a batch")
@@ -168,7 +180,7 @@ def bench_build(options: argparse.Namespace) -> None:
 
 def bench_input(options: argparse.Namespace) -> None:
     """On labelled images of the network's size, or on such phantoms."""
-    from cxr_dist.bench import common, reading
+    from cxr_dist.bench import common, per_core, reading
     from tfrecords_builder.format.manifest import read_manifest
 
     config = common.Recipe.load(options.config, options.overrides).config
@@ -182,7 +194,14 @@ def bench_input(options: argparse.Namespace) -> None:
             )
         memory_bytes = int(config.input.memory_gb * 1e9)
         rates = reading.measure(built.source, built.dataset, config.global_batch_size, options.rounds, memory_bytes)
-    _show(options, [vars(rate) for rate in rates], reading.table(rates))
+        cores = []
+        if options.per_core:
+            (work / "per-core").mkdir()
+            batch_size = config.global_batch_size
+            cores = per_core.measure(built.source, work / "per-core", size, batch_size, (1, 2), options.rounds)
+    rows = [vars(row) | {"cores_needed": row.cores_needed} for row in cores]
+    lines = reading.table(rates) + (per_core.table(cores, size) if cores else [])
+    _show(options, {"rates": [vars(rate) for rate in rates], "per_core": rows}, lines)
 
 
 def bench_step(options: argparse.Namespace) -> None:
@@ -302,6 +321,22 @@ def bench_scaling(options: argparse.Namespace) -> None:
         scaling.table(measured, fitted)
         + (scaling.prediction_table(cluster, options.images, predicted) if cluster else []),
     )
+
+
+def bench_cluster(options: argparse.Namespace) -> None:
+    from cxr_dist.bench import run_cost
+
+    plan = run_cost.read_plan(options.plan)
+    prices = run_cost.read_prices(options.prices, plan.gpus_per_machine)
+    steps, runs = run_cost.predict(plan)
+    figures = {
+        "steps": [vars(step) | {"images_per_second": step.images_per_second, "lost": step.lost} for step in steps],
+        "runs": [
+            vars(run) | {"step": vars(run.step), "cost": {price.name: run.cost(price) for price in prices}}
+            for run in runs
+        ],
+    }
+    _show(options, figures, run_cost.table(plan, steps, runs, prices))
 
 
 def bench_serve(options: argparse.Namespace) -> None:

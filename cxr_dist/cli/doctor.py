@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from cxr_dist.cli.options import JSON_HELP, Command
+from cxr_dist.distributed import gpu_support
+from cxr_dist.distributed.gpu_support import DRIVER, NCCL, Build, Capability, Gpu
 from cxr_dist.launch.placement import Node, plan_workers
 from cxr_dist.runs import versions
 from tfrecords_builder.common.errors import UserError, one_line
@@ -163,14 +165,56 @@ def _devices() -> list[Finding]:
     from cxr_dist.distributed.precision import resolve_precision, resolve_xla
 
     topology = prepare_devices(None)
-    if topology.kind == "CPU" and list(Path("/dev").glob("nvidia[0-9]*")):
-        fix = f"{install_command('gpu')}, and check nvidia-smi"
-        findings = [Finding("devices", "missing", f"TensorFlow does not find the NVIDIA GPUs: {fix}")]
+    present = gpu_support.present_gpus() if topology.kind == "CPU" else 0
+    if present:
+        findings = [Finding("devices", "missing", why_no_gpu(gpu_support.this_build(), present, os.environ))]
     else:
-        findings = [Finding("devices", "ok", ", ".join(topology.devices))]
+        findings = [
+            Finding("devices", "ok", ", ".join(topology.devices)),
+            *gpus(gpu_support.this_build(), gpu_support.visible_gpus()),
+        ]
     precision = resolve_precision("auto", topology.kind)
     xla = "on" if resolve_xla(Config()) else "off"
     return [*findings, Finding("auto", "ok", f"precision {precision}, xla {xla}")]
+
+
+def why_no_gpu(build: Build, present: int, environment: Mapping[str, str]) -> str:
+    """Why TensorFlow lists none of the `present` GPUs, and what to do."""
+    said = "TensorFlow does not find the NVIDIA GPUs: "
+    hides = "CUDA_VISIBLE_DEVICES"
+    if environment.get(hides, "0").strip() in ("", "-1"):
+        return f"{said}{hides}={environment[hides]} hides them; unset it"
+    if not build.cuda:
+        return f"{said}this build of it is for CPUs alone; {install_command('gpu')}"
+    missing = gpu_support.not_loading(gpu_support.libraries(build, present), gpu_support.wheel_folders())
+    if not missing:
+        return f"{said}all its libraries load; check with nvidia-smi that the driver supports CUDA {build.cuda}"
+    fixes = ["install NVIDIA's driver, and make it visible in a container"] if DRIVER in missing else []
+    fixes += [install_command("gpu")] if missing != [DRIVER] else []
+    return f"{said}{', '.join(missing)} cannot be loaded; {'; '.join(fixes)}"
+
+
+def gpus(build: Build, cards: Sequence[Gpu]) -> list[Finding]:
+    """What of each kind of card TensorFlow has code for, and whether several of them can exchange gradients."""
+    findings = []
+    for card in dict.fromkeys(cards):
+        state, message = _code(build, card.capability)
+        version = ".".join(map(str, card.capability))
+        findings.append(Finding("GPU code", state, f"{card.name}, compute capability {version}: {message}"))
+    if len(cards) > 1 and (missing := gpu_support.not_loading([NCCL], gpu_support.wheel_folders())):
+        fix = f"{missing[0]} cannot be loaded, and several GPUs need it: {install_command('gpu')}"
+        findings.append(Finding("NCCL", "missing", fix))
+    return findings
+
+
+def _code(build: Build, capability: Capability) -> tuple[State, str]:
+    code = gpu_support.code_for(capability, build.code)
+    if code == "native":
+        return "ok", "native code"
+    if code == "PTX":
+        return "note", "PTX only: first start compiles for minutes, and may fail; a newer TensorFlow may be native"
+    message = f"none, only for {', '.join(build.code)}: use a newer TensorFlow; a card older than these cannot be used"
+    return "missing", message
 
 
 def _extras() -> list[Finding]:

@@ -69,7 +69,7 @@ class ModelConfig(Node):
     batch_norm: Literal["train", "inference"] = Field(
         "inference",
         description="Mode of BatchNorm in unfrozen layers: train updates its parameters and statistics, inference "
-        "keeps them. With weights none, it is always train.",
+        "keeps them. With weights none, always train.",
     )
     batch_norm_momentum: float = Field(
         0.9, ge=0, lt=1, description="Momentum of the moving statistics of all BatchNorm layers that train."
@@ -105,14 +105,12 @@ class StageConfig(Node):
     unfreeze_layers: int = Field(
         0, ge=0, le=BASE_LAYERS, description="Number of layers of the base that train, counted from the last."
     )
-    learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate. In stage 2, null stands for a tenth of stage 1's."
-    )
+    learning_rate: float | None = Field(None, gt=0, description="Peak learning rate. null: a tenth of stage 1's.")
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="Optimizer of the stage; sgd has momentum.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of optimizer sgd.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay. It needs optimizer adamw or sgd.")
     schedule: Literal["constant", "cosine"] = Field(
-        "cosine", description="Course of the learning rate after the warm-up: constant, or half a cosine to zero."
+        "cosine", description="Course of the learning rate after warm-up: constant, or half a cosine to zero."
     )
     warmup_epochs: float = Field(0.0, ge=0, description="Length of the linear warm-up from zero, in epochs.")
     clip_norm: float | None = Field(None, gt=0, description="Largest global norm of the gradient. null: no clipping.")
@@ -124,7 +122,7 @@ class StageConfig(Node):
         ge=0,
         lt=1,
         description="Decay per step of a moving average of the weights, such as 0.99. Validation and the best model "
-        "then use the average. null: no average.",
+        "then use the average. null: none.",
     )
     class_weights: bool = Field(
         False, description="Weight the loss by the inverse class frequency, with a mean weight of 1."
@@ -159,13 +157,13 @@ class FeaturesConfig(Node):
     )
     folder: str | None = Field(
         None,
-        description="Folder of the cache. All workers must see it, and runs may share it. null: feature-cache beside "
+        description="Folder of the cache. All workers must see it; runs may share it. null: feature-cache beside "
         "the run.",
     )
     limit_gb: float = Field(
         50.0,
         gt=0,
-        description="Largest size of the folder in gigabytes (10^9 bytes). Beyond it, the least recently used features "
+        description="Largest size of the folder in gigabytes. Beyond it, the least recently used features "
         "are removed, except those in use.",
     )
 
@@ -177,7 +175,11 @@ class InputConfig(Node):
         2.0,
         ge=0,
         description="Largest split that each worker keeps in memory, in gigabytes (10^9 bytes, one per pixel). A "
-        "larger one is read in each epoch. deterministic briefly needs twice the memory.",
+        "larger one is read in each epoch. deterministic briefly needs twice that.",
+    )
+    shared_folder: str | None = Field(
+        None,
+        description="Folder of each machine, where its workers share one copy of a split in memory. null: none.",
     )
     device_memory_gb: float | None = Field(
         None,
@@ -188,9 +190,17 @@ class InputConfig(Node):
     max_corrupt_records: int = Field(
         0,
         ge=0,
-        description="Largest number of corrupt records that a run leaves out. Above 0, all records are checked first, "
-        "and result.json counts the corrupt ones. With 0, the first one ends the run.",
+        description="Largest number of corrupt records to leave out. Above 0, all are checked first, and result.json "
+        "counts the corrupt ones. With 0, the first ends the run.",
     )
+
+    @field_validator("shared_folder")
+    @classmethod
+    def _is_absolute(cls, value: str | None) -> str | None:
+        """A worker of a cluster works in a folder of its own."""
+        if value is not None and not value.startswith("/"):
+            raise ValueError("must be an absolute path, such as /dev/shm/cxr-dist")
+        return value
 
 
 class CheckpointConfig(Node):
@@ -200,7 +210,7 @@ class CheckpointConfig(Node):
         0.01,
         gt=0,
         le=1,
-        description="Largest fraction of the training time that is spent on checkpoints; it sets their interval.",
+        description="Largest fraction of training time that is spent on checkpoints; it sets their interval.",
     )
     every_steps: int | None = Field(
         None,
@@ -209,7 +219,7 @@ class CheckpointConfig(Node):
         "decides.",
     )
     keep: int = Field(
-        2, ge=2, description="Number of checkpoints to keep. If the newest is damaged, the one before it is used."
+        2, ge=2, description="Number of checkpoints to keep. If the newest is damaged, the one before is used."
     )
     background: bool = Field(True, description="Write checkpoints while training continues.")
 
@@ -263,8 +273,8 @@ class Config(Node):
     max_nonfinite_steps: int = Field(
         20,
         ge=0,
-        description="Largest number of skipped steps in an epoch; a step with a non-finite loss or gradient is "
-        "skipped. One more ends the run. Overflows that a lower float16 loss scale can avoid do not count.",
+        description="Largest number of steps in an epoch that are skipped for a non-finite loss or gradient. One "
+        "more ends the run. Overflows that a lower float16 loss scale can avoid do not count.",
     )
     worker_timeout_s: float = Field(
         900.0,

@@ -3,12 +3,14 @@
 Images are read through the byte offsets in the manifest: a worker touches only the records of its own replicas.
 """
 
+import hashlib
 import os
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import numpy.typing as npt
 
 from cxr_dist.data.arrays import MemorySource, Source, weak_numpy_function
 from cxr_dist.data.batch_sampler import Positions
+from cxr_dist.data.shared_array import shared_array
 from cxr_dist.runs.seen_images import Digests, digests_of
 from tfrecords_builder.collection.metadata import normalized_patient
 from tfrecords_builder.common.pool import default_workers
@@ -109,30 +112,23 @@ class ShardSource:
         table = self._manifest.of_paths([self.paths[position] for position in positions], ["source", "group"])
         return table["source"].to_pylist(), table["group"].to_pylist()
 
-    def in_memory(self, limit_bytes: int) -> "Source":
-        """All images, read now as they lie on the disk; this source if they are too many, or none."""
+    def in_memory(self, limit_bytes: int, shared: Path | None = None) -> "Source":
+        """All images, read now as they lie on the disk; this source if they are too many, or none.
+
+        Args:
+            limit_bytes: Of the split's pixels.
+            shared: A folder of this machine in which its processes share them; see `shared_array`.
+        """
         size = self._manifest.image_size
         if not 0 < self.count * size * size <= limit_bytes:
             return self
-        images = MemorySource.empty((self.count, size, size, 1), np.dtype(np.uint8))
-
-        ended = threading.Event()
-
-        def read(shard: Positions) -> None:
-            for position, payload in zip(shard, self._reader.sequential(shard), strict=True):
-                if ended.is_set():
-                    return
-                images[position] = _decoded(self._manifest, payload)
-
-        order = np.lexsort((self._index.offset, self._index.shard))
-        shards = np.split(order, np.flatnonzero(np.diff(self._index.shard[order])) + 1)
-        # Each thread reads a shard from its beginning to its end, so that the system reads ahead of it.
-        with ThreadPoolExecutor(min(_READERS, default_workers())) as threads:
-            try:
-                for _ in threads.map(read, shards):
-                    pass
-            finally:  # damage, or Ctrl-C: the other threads need not come to the end of theirs
-                ended.set()
+        shape = (self.count, size, size, 1)
+        read = partial(_read_all, self._manifest, self._index, self._reader)
+        if shared is None:
+            images = MemorySource.empty(shape, np.dtype(np.uint8))
+            read(images)
+        else:
+            images = shared_array(shared / f"{_content(self._manifest, self._index)}.uint8", shape, read)
         return MemorySource(images, self.labels)
 
     def _read_raw(self, positions: Positions) -> npt.NDArray[np.uint8]:
@@ -147,6 +143,35 @@ class ShardSource:
         for slot, payload in enumerate(self._reader.payloads(positions)):
             records[slot] = payload
         return records
+
+
+def _read_all(manifest: Manifest, index: SplitIndex, reader: "_RecordReader", images: npt.NDArray[np.uint8]) -> None:
+    """Fill `images`, uint8 [N, S, S, 1]."""
+    ended = threading.Event()
+
+    def read(shard: Positions) -> None:
+        for position, payload in zip(shard, reader.sequential(shard), strict=True):
+            if ended.is_set():
+                return
+            images[position] = _decoded(manifest, payload)
+
+    order = np.lexsort((index.offset, index.shard))
+    shards = np.split(order, np.flatnonzero(np.diff(index.shard[order])) + 1)
+    # Each thread reads a shard from its beginning to its end, so that the system reads ahead of it.
+    with ThreadPoolExecutor(min(_READERS, default_workers())) as threads:
+        try:
+            for _ in threads.map(read, shards):
+                pass
+        finally:  # damage, or Ctrl-C: the other threads need not come to the end of theirs
+            ended.set()
+
+
+def _content(manifest: Manifest, index: SplitIndex) -> str:
+    """A name for the pixels of all images, in their order."""
+    digest = hashlib.sha256(manifest.fingerprint.encode())
+    for part in (np.array(index.shard_names), index.shard, index.offset):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _decoded(manifest: Manifest, payload: bytes) -> npt.NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config, StageConfig
@@ -62,10 +63,12 @@ class StageInputs:
         if split is None:
             self._announce(number, stage, "images")
             limit = int(self._config.input.memory_gb * 1e9)
+            folder = self._config.input.shared_folder
+            shared = None if folder is None else Path(folder)
             with self._timed("read"):
                 self._in_memory = self._in_memory or (
-                    self._place(self._train.source.in_memory(limit)),
-                    self._place(self._validation.source.in_memory(limit)),
+                    self._place(self._train.source.in_memory(limit, shared)),
+                    self._place(self._validation.source.in_memory(limit, shared)),
                 )
             return Inputs(split_point.whole_network(self._model, self._fuse), *self._in_memory, from_cache=False)
         self._announce(number, stage, f"cached activations of the layers up to {split.name}")
