@@ -5,14 +5,15 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cxr_dist import api
 from cxr_dist.cli.evaluate import print_metrics
 from cxr_dist.cli.options import Command, add_config_options, add_dataset, add_launch_options, launch_keywords
-from cxr_dist.config.describe import KeyRow, describe_keys, key_lines, select
-from cxr_dist.runs.loggers import progress_bar
-from cxr_dist.tuning.search_space import SearchConfig
 from tfrecords_builder.common.files import check_output_folder
+
+if TYPE_CHECKING:
+    from cxr_dist.config.describe import KeyRow
 
 CONFIG_HELP = "preset (published, cpu, smoke) or path of a YAML file"
 DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation|feature-cache")
@@ -70,13 +71,18 @@ def train(options: argparse.Namespace) -> None:
 
 def show_config(options: argparse.Namespace) -> None:
     if options.describe is not None:
+        from cxr_dist.config.describe import key_lines, select
+
         print("\n".join(key_lines(select(config_rows(), options.describe))))
         return
     print(api.load_config(options.config, options.overrides).to_yaml(), end="")
 
 
-def config_rows() -> list[KeyRow]:
+def config_rows() -> "list[KeyRow]":
     """Every key of a configuration, and of a search."""
+    from cxr_dist.config.describe import describe_keys
+    from cxr_dist.tuning.search_space import SearchConfig
+
     return [*describe_keys(), *describe_keys(SearchConfig, "search.")]
 
 
@@ -85,6 +91,7 @@ def demo(options: argparse.Namespace) -> None:
     from cxr_dist.evaluation.evaluate import calibrate_run, evaluate_run
     from cxr_dist.evaluation.evaluated_images import EvaluationSpec
     from cxr_dist.phantoms import write_phantoms
+    from cxr_dist.runs.loggers import progress_bar
     from tfrecords_builder.build import BuildOptions, build_dataset
 
     out: Path = options.out
