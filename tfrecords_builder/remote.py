@@ -25,11 +25,11 @@ from tfrecords_builder.common.disk_cache import DiskCache
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import intended_name, move_durably, write_atomically
 from tfrecords_builder.common.object_storage import StorageFolder, patiently
+from tfrecords_builder.common.places import Place
 from tfrecords_builder.format.manifest import MANIFEST_NAME, ShardInfo, read_manifest
 from tfrecords_builder.format.sharding import is_shard_name
 from tfrecords_builder.format.tfds_files import FILES, tfds_files
 
-Place = str | Path
 Progress = Callable[[int, int], None]
 
 STAGE_VARIABLE = "CXR_DIST_STAGE"
@@ -40,16 +40,6 @@ SECONDS_TO_WAIT = 3600.0
 
 _TRANSFERS = 4
 """Shards on their way at once: enough to fill a link, and a bound for memory."""
-
-
-def parse_place(text: str) -> Place:
-    """An address as it stands, anything else as a path."""
-    return text if "://" in text else Path(text)
-
-
-def absolute(place: Place) -> str:
-    """What names the place from any working folder."""
-    return place if isinstance(place, str) else str(place.resolve())
 
 
 @dataclass(frozen=True)

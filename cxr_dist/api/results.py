@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfrecords_builder.build import BuildSummary
-    from tfrecords_builder.remote import Place
+    from tfrecords_builder.common.places import Place
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tfrecords_builder.common.errors import UserError
 if TYPE_CHECKING:
     from cxr_dist.config.loading import Overrides
     from cxr_dist.config.schema import Config
-    from tfrecords_builder.remote import Place
+    from tfrecords_builder.common.places import Place
 
 LAUNCHERS = ("ray", "local")
 LAUNCHER = "ray"
@@ -335,6 +335,6 @@ def _count(option: str, number: int, least: int = 0) -> int:
 
 
 def _place(given: PathLike) -> "Place":
-    from tfrecords_builder.remote import parse_place
+    from tfrecords_builder.common.places import parse_place
 
     return parse_place(os.fspath(given))

@@ -18,7 +18,6 @@ from cxr_dist.cli.options import (
     count,
     positive,
 )
-from cxr_dist.runs.loggers import ConsoleReporter
 from tfrecords_builder.common.errors import UserError
 
 DATABASE_IMAGES = 21_165
@@ -206,6 +205,7 @@ def bench_input(options: argparse.Namespace) -> None:
 
 def bench_step(options: argparse.Namespace) -> None:
     from cxr_dist.bench import common, step
+    from cxr_dist.runs.loggers import ConsoleReporter
 
     overrides = [*options.overrides, *step.overrides(options.rounds)]
     config = common.Recipe.load(options.config, overrides).config

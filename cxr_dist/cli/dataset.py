@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 from cxr_dist import api
 from cxr_dist.cli.options import ADDRESS_HELP, Command, add_dataset, positive
-from cxr_dist.launch.train import local_dataset
-from cxr_dist.runs.loggers import progress_bar
-from tfrecords_builder.remote import parse_place
+from tfrecords_builder.common.places import parse_place
 
 if TYPE_CHECKING:
     from tfrecords_builder.format.manifest import Manifest
@@ -126,6 +124,7 @@ def _add_split_options(parser: argparse.ArgumentParser) -> None:
 
 def synth(options: argparse.Namespace) -> None:
     from cxr_dist.phantoms import write_phantoms
+    from cxr_dist.runs.loggers import progress_bar
 
     with progress_bar("phantoms") as progress:
         counts = write_phantoms(
@@ -214,6 +213,8 @@ def _split_words(groups: "Mapping[str, Sequence[Row]]", noun: str) -> str:
 
 
 def verify(options: argparse.Namespace) -> None:
+    from cxr_dist.launch.train import local_dataset
+    from cxr_dist.runs.loggers import progress_bar
     from tfrecords_builder.verify import verify_dataset
 
     with local_dataset(options.dataset) as dataset, progress_bar("verify") as progress:
@@ -225,6 +226,8 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def eda(options: argparse.Namespace) -> None:
+    from cxr_dist.launch.train import local_dataset
+    from cxr_dist.runs.loggers import progress_bar
     from tfrecords_builder.eda.page import PAGE, write_analysis
 
     with local_dataset(options.dataset) as dataset, progress_bar("eda") as progress:

@@ -4,7 +4,6 @@ Each check uses what training uses: TensorFlow for devices, the placement plan o
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -15,10 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from typing import TYPE_CHECKING, Literal
 
 from cxr_dist.cli.options import JSON_HELP, Command
 from cxr_dist.distributed import gpu_support
@@ -27,7 +23,9 @@ from cxr_dist.launch.placement import Node, plan_workers
 from cxr_dist.runs import versions
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.installation import install_command
-from tfrecords_builder.common.pool import default_workers
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 GIB = 1 << 30
 LEAST_MEMORY_GIB, LEAST_DISK_GIB, LEAST_SHARED_GIB = 4.0, 5.0, 0.5
@@ -100,6 +98,8 @@ def table(findings: Sequence[Finding]) -> list[str]:
 
 def extras_of(requirements: Sequence[str]) -> dict[str, list[str]]:
     """The requirements of each extra but `test`, of a distribution's `requires`."""
+    from packaging.requirements import Requirement
+
     by_extra: dict[str, list[str]] = {}
     for text in requirements:
         requirement = Requirement(text)
@@ -111,6 +111,8 @@ def extras_of(requirements: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _environment() -> list[Finding]:
+    from packaging.specifiers import SpecifierSet
+
     version = ".".join(map(str, sys.version_info[:3]))
     fits = (3, 11) <= sys.version_info[:2] <= (3, 13)
     fix = "" if fits else "; TensorFlow has no wheels for it: use Python 3.11, 3.12 or 3.13"
@@ -124,7 +126,7 @@ def _environment() -> list[Finding]:
     return findings
 
 
-def _package(name: str, wanted: SpecifierSet) -> Finding:
+def _package(name: str, wanted: "SpecifierSet") -> Finding:
     version, fix = versions.version_of(name), install_command()
     if version == versions.NOT_INSTALLED:
         return Finding(name, "missing", f"{version}: {fix}")
@@ -134,6 +136,8 @@ def _package(name: str, wanted: SpecifierSet) -> Finding:
 
 
 def _hardware() -> list[Finding]:
+    from tfrecords_builder.common.pool import default_workers
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     findings = [
         Finding("cores", "ok", f"{default_workers()} available to this process"),
@@ -227,6 +231,8 @@ def _extras() -> list[Finding]:
 
 
 def _requirements() -> list[str]:
+    import importlib.metadata
+
     return importlib.metadata.distribution(versions.DISTRIBUTION).requires or []
 
 
@@ -240,6 +246,8 @@ _BROUGHT: dict[str, Callable[[], bool]] = {
 def _is_installed(package: str) -> bool:
     if package in _BROUGHT:
         return _BROUGHT[package]()
+    import importlib.metadata
+
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

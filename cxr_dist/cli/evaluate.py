@@ -9,8 +9,7 @@ from typing import Any
 
 from cxr_dist import api
 from cxr_dist.cli.options import DEVICES_HELP, JSON_HELP, RUN_HELP, Command, count, positive
-from cxr_dist.runs.loggers import progress_bar
-from tfrecords_builder.remote import parse_place
+from tfrecords_builder.common.places import parse_place
 
 RISK_HELP = (
     "target error rate of the predictions; sets the probability below which the model abstains, on validation images "
@@ -105,6 +104,7 @@ def calibrate(options: argparse.Namespace) -> None:
     """Fit temperature and threshold on the run's validation images, and keep them with the run."""
     from cxr_dist.evaluation.evaluate import calibrate_run
     from cxr_dist.runs.calibration_file import CALIBRATION
+    from cxr_dist.runs.loggers import progress_bar
     from cxr_dist.tuning.experiment import best_run
 
     run = best_run(options.run)

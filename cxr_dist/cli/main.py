@@ -4,6 +4,7 @@ Exit status: 0 done; 2 something the user can fix, said in one line that begins 
 Ctrl-C; 141 nobody reads the output; 143 stopped on request; 1 anything else.
 """
 
+import argparse
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ def build_parser() -> Parser:
     """The whole command line: each module declares its commands beside the functions that they run."""
     parser = Parser(prog="cxr-dist", description="Train and evaluate chest X-ray classifiers on a laptop or a cluster.")
     parser.add_argument(
-        "--version", action="version", version=f"cxr-dist {version_of(DISTRIBUTION)}", help="print the version and exit"
+        "--version", action=_Version, nargs=0, dest=argparse.SUPPRESS, help="print the version and exit"
     )
     parser.add_argument("--verbose", action="store_true", help="show messages of TensorFlow and Ray")
     parser.set_defaults(check_command=parser.parse_args)  # for commands that run commands
@@ -30,6 +31,14 @@ def build_parser() -> Parser:
     for module in (train, dataset, tune, evaluate, doctor, inference, bench, jobs, dashboards):
         module.add_parsers(command)
     return parser
+
+
+class _Version(argparse.Action):
+    """As argparse's own, but looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"{parser.prog} {version_of(DISTRIBUTION)}")
+        parser.exit()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

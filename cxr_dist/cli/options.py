@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from cxr_dist import api
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.remote import parse_place
+from tfrecords_builder.common.places import parse_place
 
 Command = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
 """Adds a command: name, its function, and a sentence about it."""

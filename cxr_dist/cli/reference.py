@@ -105,7 +105,9 @@ def _sentence(text: str) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Write the pages into the folder that is named."""
-    (folder,) = map(Path, arguments)
+    parser = argparse.ArgumentParser(prog="python -m cxr_dist.cli.reference", description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="where the pages are written")
+    folder: Path = parser.parse_args(arguments).folder
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages().items():
         write_text(folder / name, text)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from cxr_dist import api
 from cxr_dist.cli.options import Command, add_config_options, add_dataset, add_launch_options, launch_keywords
-from cxr_dist.tuning.experiment import EVALUATION
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.interrupts import interrupts_held
 
@@ -37,6 +36,8 @@ def add_parsers(command: Command) -> None:
 
 def tune(options: argparse.Namespace) -> None:
     """Search, and evaluate the best trial in a process of its own."""
+    from cxr_dist.tuning.experiment import EVALUATION
+
     started = time.monotonic()
     search = api.tune(
         options.dataset,

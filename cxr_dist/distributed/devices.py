@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.common.pool import default_workers
 
 # Options of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -74,6 +73,8 @@ def prepare_devices(
         return Topology(workers, worker, "GPU", tuple(f"GPU:{index}" for index in range(wanted)))
     keep_freed_memory()
     if cores is not None:
+        from tfrecords_builder.common.pool import default_workers
+
         tf.config.threading.set_intra_op_parallelism_threads(min(cores, default_workers()))
     wanted = devices or 1
     cpu = tf.config.list_physical_devices("CPU")[0]

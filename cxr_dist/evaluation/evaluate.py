@@ -36,7 +36,7 @@ from cxr_dist.runs.calibration_file import CALIBRATION, read_fitted
 from cxr_dist.runs.run_folder import FinishedRun, read_finished
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_json
-from tfrecords_builder.remote import Place, parse_place
+from tfrecords_builder.common.places import Place, parse_place
 
 
 def evaluate_run(

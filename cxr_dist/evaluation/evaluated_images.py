@@ -13,8 +13,9 @@ from cxr_dist.evaluation.assessment import Origin
 from cxr_dist.runs import corrupt_records, run_folder
 from cxr_dist.runs.seen_images import read_seen
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.places import Place, parse_place
 from tfrecords_builder.format.manifest import Manifest, check_shards, read_manifest
-from tfrecords_builder.remote import Place, local_copy, parse_place
+from tfrecords_builder.remote import local_copy
 
 ImageSource = ShardSource | FolderSource
 

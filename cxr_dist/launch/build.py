@@ -8,7 +8,8 @@ from cxr_dist.runs.loggers import progress_bar
 from tfrecords_builder.build import BuildOptions, BuildSummary, Workers, build_dataset
 from tfrecords_builder.collection.find import list_source
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.remote import Place, staged_output
+from tfrecords_builder.common.places import Place
+from tfrecords_builder.remote import staged_output
 
 
 def run_build(

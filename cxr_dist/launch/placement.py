@@ -4,10 +4,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cxr_dist.distributed.devices import DeviceKind
-from cxr_dist.tuning.search_space import SearchConfig
 from tfrecords_builder.common.errors import UserError
+
+if TYPE_CHECKING:
+    from cxr_dist.tuning.search_space import SearchConfig
 
 DRIVER_MEMORY = 256e6
 """Bytes, of a trial's own process that waits for its workers."""
@@ -159,7 +162,7 @@ class TrialPlan:
         return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
 
 
-def plan_trials(nodes: Sequence[Node], search: SearchConfig) -> TrialPlan:
+def plan_trials(nodes: Sequence[Node], search: "SearchConfig") -> TrialPlan:
     """Choose what each trial gets from what there is, or check what was asked.
 
     By default a trial has one GPU where there are any, and its share of the cores; without, half of a machine's cores.

@@ -27,7 +27,8 @@ from cxr_dist.runs.stop_request import RegroupedError, StoppedError, StopRequest
 from cxr_dist.tuning.search_space import Values
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import disk_error
-from tfrecords_builder.remote import Place, absolute, local_copy, parse_place
+from tfrecords_builder.common.places import Place, absolute, parse_place
+from tfrecords_builder.remote import local_copy
 
 GROWTH_INTERVAL_S = 30.0
 """Between two looks at whether a run of `--workers MIN:MAX` could have more."""

@@ -15,7 +15,7 @@ from cxr_dist.runs.loggers import ConsoleReporter, progress_bar, run_reporters
 from cxr_dist.runs.run_folder import OpenDataset
 from cxr_dist.runs.stop_request import stopped_by_sigterm
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.remote import Place
+from tfrecords_builder.common.places import Place
 
 
 class Workers(Protocol):

@@ -10,7 +10,7 @@ from cxr_dist.tuning.experiment import ENDED, Experiment, TrialResult
 from cxr_dist.tuning.search import Search, Trials
 from cxr_dist.tuning.search_space import SearchPlan
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.remote import Place
+from tfrecords_builder.common.places import Place
 
 
 def run_search(

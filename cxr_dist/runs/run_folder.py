@@ -19,8 +19,8 @@ from tfrecords_builder.common import locks
 from tfrecords_builder.common.errors import UserError, reading
 from tfrecords_builder.common.files import is_temporary, write_json, write_text
 from tfrecords_builder.common.locks import LOCK
+from tfrecords_builder.common.places import Place, absolute
 from tfrecords_builder.format.manifest import Manifest
-from tfrecords_builder.remote import Place, absolute
 
 CONFIG = "config.yaml"
 RUN = "run.json"

@@ -1,17 +1,19 @@
-"""Which versions of what decide a run's numbers, and the format of its files. Imports none of what it names."""
+"""Which versions of what decide a run's numbers, and the format of its files. Imports none of what it names.
 
-import importlib.metadata
+The command line imports this module for its help: what reads versions is imported when it is needed.
+"""
+
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from typing import TYPE_CHECKING, Any
 
 from tfrecords_builder.common.errors import UserError
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 DISTRIBUTION = "cxr-dist"
 FORMAT = 1
@@ -44,14 +46,20 @@ def check_format(path: Path, written: Any) -> None:
 
 def version_of(distribution: str) -> str:
     """The installed version, or NOT_INSTALLED."""
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return NOT_INSTALLED
 
 
-def declared() -> dict[str, SpecifierSet]:
+def declared() -> "dict[str, SpecifierSet]":
     """By package, the versions that this program's metadata ask for, without its extras; empty if not installed."""
+    import importlib.metadata
+
+    from packaging.requirements import Requirement
+
     try:
         texts = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:

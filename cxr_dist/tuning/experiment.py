@@ -32,8 +32,8 @@ from cxr_dist.tuning.search_space import SearchPlan, Values, from_tree
 from tfrecords_builder.common.errors import UserError, reading
 from tfrecords_builder.common.files import is_temporary, write_atomically, write_json, write_text
 from tfrecords_builder.common.locks import LOCK
+from tfrecords_builder.common.places import Place, absolute
 from tfrecords_builder.format.manifest import Manifest
-from tfrecords_builder.remote import Place, absolute
 
 SEARCH = "search.yaml"
 EXPERIMENT = "experiment.json"

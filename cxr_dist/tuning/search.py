@@ -13,7 +13,7 @@ from cxr_dist.tuning.experiment import Experiment, Trial, TrialResult, best_resu
 from cxr_dist.tuning.sampler import Sampler
 from cxr_dist.tuning.search_space import SearchPlan, Values
 from cxr_dist.tuning.trial import TrialJob
-from tfrecords_builder.remote import absolute
+from tfrecords_builder.common.places import absolute
 
 
 class Search:

@@ -23,8 +23,8 @@ from cxr_dist.tuning.search_space import Values
 from cxr_dist.tuning.shared_stages import FirstStages, SharedBase, first_stage_key
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import write_text
+from tfrecords_builder.common.places import parse_place
 from tfrecords_builder.format.manifest import read_manifest
-from tfrecords_builder.remote import parse_place
 
 LOCK_WAIT_S = 60.0
 """For the process of an earlier attempt to end, which may outlive the search by moments."""

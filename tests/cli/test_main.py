@@ -8,13 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_dist.cli import main
+from cxr_dist import api
+from cxr_dist.cli import main, train
 from cxr_dist.config.loading import load_config
+from cxr_dist.evaluation import evaluate
 from cxr_dist.launch.tune import trial_overrides
 from cxr_dist.runs import run_folder
 from tfrecords_builder.common.errors import UserError
@@ -136,13 +139,21 @@ def test_every_command_is_tested_here() -> None:
     assert set(actions[0].choices or ()) == set(COMMANDS)
 
 
+SLOW = (
+    *("tensorflow", "keras", "ray", "matplotlib", "sklearn", "scipy", "pandas", "numpy", "pyarrow", "PIL"),
+    *("pydantic", "yaml", "tqdm", "packaging", "importlib.metadata", "concurrent.futures"),
+)
+
+
 def test_help_starts_without_what_is_slow() -> None:
+    """Of any command: each help declares the options of all of them."""
     code = (
         "import sys\n"
+        "before = set(sys.modules)\n"
         "from cxr_dist.cli.main import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit as done: assert done.code == 0\n"
-        "slow = {'tensorflow', 'keras', 'ray', 'matplotlib', 'sklearn', 'scipy', 'pandas'} & set(sys.modules)\n"
+        f"slow = set({SLOW}) & (set(sys.modules) - before)\n"
         "print('loaded:', sorted(slow))"
     )
     done = python("-c", code)
@@ -309,6 +320,18 @@ def test_an_output_that_is_a_file(command: Command, source: Path, dataset: Path,
         ):
             assert str(out) in command.fails(*arguments)
     assert out.read_text() == "mine"
+
+
+def test_a_resumed_demo_tells_no_total_time(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"DEMO_PER_CLASS": 8, "DEMO_SIZE": 32, "DEMO_IMAGE_SIZE": 32}.items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(api, "train", lambda *_, **__: SimpleNamespace(seconds=1234.0))
+    monkeypatch.setattr(train, "print_metrics", lambda _: None)
+    for name in ("calibrate_run", "evaluate_run"):
+        monkeypatch.setattr(evaluate, name, lambda *_, **__: {})
+    lines = [command.succeeds("demo", "--out", tmp_path / "demo").splitlines()[-1] for _ in range(2)]
+    assert re.search(r"report\.html \(total time \d+ s\)$", lines[0])
+    assert re.search(r"report\.html \(this start \d+ s, training over all starts 1234 s\)$", lines[1])
 
 
 # Images and datasets

@@ -26,6 +26,13 @@ def test_pages_are_written(tmp_path: Path) -> None:
     assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "docs").iterdir()} == reference.pages()
 
 
+def test_help_of_the_generator_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        reference.main(["--help"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_pages_are_short_enough_to_read() -> None:
     assert {name: words for name, text in reference.pages().items() if (words := len(text.split())) > 1500} == {}
 

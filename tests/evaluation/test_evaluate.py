@@ -24,6 +24,7 @@ from tests.small_training import CLASSES, SIZE, config, images, local_topology, 
 from tfrecords_builder import remote
 from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.common.places import Place
 from tfrecords_builder.format.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("small_network", "figures_not_drawn")
@@ -189,7 +190,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[object]:
     """The datasets that an evaluation has opened."""
     places: list[object] = []
 
-    def recorded(place: remote.Place) -> AbstractContextManager[Path]:
+    def recorded(place: Place) -> AbstractContextManager[Path]:
         places.append(place)
         return remote.local_copy(place)
 

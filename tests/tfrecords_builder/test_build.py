@@ -19,7 +19,7 @@ import tensorflow as tf
 from PIL import Image
 
 from tests.tfrecords_builder.conftest import COUNTS, write_images
-from tests.tfrecords_builder.poisoned import POISON, poisoned_ingest
+from tests.tfrecords_builder.poisoned import POISON, half_written_ingest, poisoned_ingest
 from tfrecords_builder import build as build_module
 from tfrecords_builder.build import BuildOptions, BuildSummary, build_dataset
 from tfrecords_builder.common.errors import UserError
@@ -536,6 +536,26 @@ def test_an_image_that_kills_its_process_is_named(
     assert order.index(first) <= order.index("Normal-3.png") <= order.index(last)
     assert "start the same command again to resume" in str(caught.value)
     assert left_parts(tmp_path / "d") > 0
+    build(source, tmp_path / "d", workers=2)
+    assert content(tmp_path / "d") == content(built)
+
+
+def test_a_part_of_which_only_the_data_was_written_is_removed(
+    source: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losing one process ends the others of the pool too, at any moment."""
+    monkeypatch.setattr(parts, "IMAGES_PER_PART", 8)
+    monkeypatch.setenv(POISON, "Normal-3.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "ingest", half_written_ingest)
+        with pytest.raises(UserError, match="the process was lost 3 times"):
+            build(source, tmp_path / "d", workers=2)
+    assert left_parts(tmp_path / "d") > 0
+    work = tmp_path / "d" / WORK_FOLDER
+    (work / "part-00000").unlink()
+    with pytest.raises(UserError, match="has no image for the train split"):
+        build(source, tmp_path / "d", split_file=one_image(tmp_path))
+    assert left_parts(tmp_path / "d") == -(-TOTAL // 8)
     build(source, tmp_path / "d", workers=2)
     assert content(tmp_path / "d") == content(built)
 

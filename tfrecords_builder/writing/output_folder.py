@@ -19,7 +19,7 @@ from tfrecords_builder.common.locks import LOCK
 from tfrecords_builder.format.manifest import MANIFEST_NAME, Manifest, write_manifest
 from tfrecords_builder.format.sharding import is_shard_name
 from tfrecords_builder.format.tfds_files import FILES, tfds_files
-from tfrecords_builder.writing.parts import bytes_of_parts
+from tfrecords_builder.writing.parts import bytes_of_parts, is_half
 
 WORK_FOLDER = ".cxr-build"
 """Holds a build in progress, inside the output folder."""
@@ -68,9 +68,9 @@ def work_folder(dataset: Path) -> Iterator[Path]:
     except Exception as error:
         if not (dataset / MANIFEST_NAME).exists():
             _remove_published(dataset)
+        _remove_unfinished(work)
         size = bytes_of_parts(work)
         if size:
-            _remove_unfinished(work)
             error.add_note(
                 f"{work}: keeps the images that were decoded ({size / 1e9:.3f} GB); the next build into {dataset} uses "
                 "them; remove the folder if there is none"
@@ -125,9 +125,9 @@ def _remove_published(folder: Path) -> None:
 
 
 def _remove_unfinished(work: Path) -> None:
-    """Remove all but the parts: shards, and temporary files of tasks that were killed."""
+    """Remove all but whole parts: shards, and what killed tasks left (temporary files, halves of parts)."""
     for path in list(work.iterdir()):
-        if is_shard_name(path.name) or intended_name(path.name) is not None:
+        if is_shard_name(path.name) or intended_name(path.name) is not None or is_half(path):
             path.unlink(missing_ok=True)
 
 

@@ -120,9 +120,15 @@ def remove_other_parts(folder: Path, count: int) -> None:
 
 
 def bytes_of_parts(folder: Path) -> int:
-    """What the parts in a work folder take; 0 when none of them is whole."""
-    sizes = {path.name: path.stat().st_size for path in folder.glob(f"{_PART}*")}
-    return sum(sizes.values()) if any(name.endswith(_INDEX) for name in sizes) else 0
+    """What the parts in a work folder take; 0 when there are none."""
+    return sum(path.stat().st_size for path in folder.glob(f"{_PART}*"))
+
+
+def is_half(path: Path) -> bool:
+    """Whether `path` is one of a part's two files and the other is not there, as when its process was killed."""
+    if not path.name.startswith(_PART):
+        return False
+    return not (path.with_suffix("") if path.suffix == _INDEX else _index_of(path)).exists()
 
 
 def _index(key: str, files: FileStates, data: bytes) -> dict[str, Any]:
