@@ -7,7 +7,7 @@ the version of Python, as that of argparse's own help does.
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cxr_dist.cli.main import build_parser
@@ -25,24 +25,26 @@ REPEATED = 3
 def pages() -> dict[str, str]:
     """The text of every page, by its name in docs/."""
     return {
-        "configuration.md": configuration_page(),
+        "configuration.md": configuration_page("Configuration", section_titles()),
+        "configuration-search.md": configuration_page(
+            "Configuration of a search", section_titles(SearchConfig, "search.")
+        ),
         "cli.md": command_page("Command line", benchmarks=False),
         "cli-bench.md": command_page("Benchmark commands", benchmarks=True),
     }
 
 
-def configuration_page() -> str:
-    """docs/configuration.md."""
-    titles = section_titles() | section_titles(SearchConfig, "search.")
+def configuration_page(title: str, sections: Mapping[str, str]) -> str:
+    """docs/configuration.md, or docs/configuration-search.md: the keys of the `sections`, whose titles they are."""
     lines = [
-        "# Configuration",
+        f"# {title}",
         _GENERATED,
         "A configuration is a preset or a YAML file (`--config`), changed by single keys (`--set KEY=VALUE`). "
         "`cxr-dist config` prints the result. `cxr-dist config --describe KEY` prints an entry of this page.",
     ]
-    rows = sorted(config_rows(), key=lambda row: list(titles).index(row.section))
-    for section, title in titles.items():
-        lines.append(f"## {f'`{section}`' if section else 'General keys'}\n\n{title}")
+    rows = config_rows()
+    for section, heading in sections.items():
+        lines.append(f"## {f'`{section}`' if section else 'General keys'}\n\n{heading}")
         lines.append("\n".join(_key_item(row) for row in rows if row.section == section))
     return "\n\n".join(lines) + "\n"
 
