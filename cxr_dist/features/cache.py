@@ -112,7 +112,7 @@ class FrozenFeatures:
         progress: Of what is computed.
         waiting: Called now and then while another run computes the same, and this one waits for it.
         """
-        self._config, self._strategy, self._topology, self._store = config, strategy, topology, store
+        self._config, self.strategy, self.topology, self._store = config, strategy, topology, store
         self._precision, self._xla, self._progress = precision, xla, progress
         self._waiting = waiting
         self._batch_size = BATCH_SIZES[topology.kind]
@@ -150,9 +150,9 @@ class FrozenFeatures:
             epochs: Of the stage that reads them.
         """
         entry = self._describe(model, [split.name], images, [None])[None][split.name]
-        if collectives.all_workers_true(self._strategy, self._store.has(entry)):
+        if collectives.all_workers_true(self.strategy, self._store.has(entry)):
             return True
-        if not collectives.all_workers_true(self._strategy, self._store.fits(total * split.bytes_per_image)):
+        if not collectives.all_workers_true(self.strategy, self._store.fits(total * split.bytes_per_image)):
             return False
         run, iterator = self._passes(model, [split.name], images.source, None, None)
         _fetched(run(iterator))
@@ -163,24 +163,24 @@ class FrozenFeatures:
         answer = cache_pays(
             epochs=epochs,
             bytes_per_image=split.bytes_per_image,
-            seconds_below=seconds / (self._batch_size * len(self._topology.devices)),
+            seconds_below=seconds / (self._batch_size * len(self.topology.devices)),
             read_rate=read_rate,
             write_rate=write_rate,
         )
-        return collectives.all_workers_true(self._strategy, answer)
+        return collectives.all_workers_true(self.strategy, answer)
 
     def _find_or_compute(
         self, model: Any, entries: dict[str, Description], images: SplitImages, copy: AugmentedCopy | None
     ) -> dict[str, Rows]:
         with ExitStack() as locks:
             other = _OtherRun()
-            while not collectives.all_workers_true(self._strategy, self._lock(list(entries.values()), locks, other)):
+            while not collectives.all_workers_true(self.strategy, self._lock(list(entries.values()), locks, other)):
                 self._waiting()
             rows = {name: self._store.find(entry) for name, entry in entries.items()}
             missing = {
                 name: entry
                 for name, entry in entries.items()
-                if not collectives.all_workers_true(self._strategy, rows[name] is not None)
+                if not collectives.all_workers_true(self.strategy, rows[name] is not None)
             }
             if missing:
                 self._compute(model, missing, images, copy)
@@ -191,7 +191,7 @@ class FrozenFeatures:
 
     def _must_share(self, seen: bool) -> None:
         """End the run on all workers unless each has `seen` what the others wrote."""
-        if not collectives.all_workers_true(self._strategy, seen):
+        if not collectives.all_workers_true(self.strategy, seen):
             raise UserError(
                 f"features.folder {self._store.folder}: other workers do not see what one worker writes there; give a "
                 "folder that all workers share, or set features.cache=off"
@@ -203,7 +203,7 @@ class FrozenFeatures:
         Raises:
             UserError: the one that holds them has written nothing for as long as a worker may be silent.
         """
-        if not self._topology.is_chief:
+        if not self.topology.is_chief:
             return True
         try:
             locks.enter_context(self._store.computing(entries, WAIT_S))
@@ -221,15 +221,15 @@ class FrozenFeatures:
         self, model: Any, entries: dict[str, Description], images: SplitImages, copy: AugmentedCopy | None
     ) -> None:
         """Compute the missing `entries` with all other workers, a share of the images each."""
-        worker, workers, names = self._topology.worker, self._topology.workers, list(entries)
+        worker, workers, names = self.topology.worker, self.topology.workers, list(entries)
         tensors = split_point.frozen_outputs(model, names).outputs
         shapes = {name: tuple(tensor.shape[1:]) for name, tensor in zip(names, tensors, strict=True)}
         dtypes = {name: split_point.stored_dtype(name) for name in names}
         count = images.source.count
-        if self._topology.is_chief:
+        if self.topology.is_chief:
             for name, entry in entries.items():
                 self._store.begin(entry, count * int(np.prod(shapes[name])) * np.dtype(dtypes[name]).itemsize)
-        collectives.barrier(self._strategy)
+        collectives.barrier(self.strategy)
         self._must_share(all(self._store.has_begun(entry) for entry in entries.values()))
         first, last = count * worker // workers, count * (worker + 1) // workers
         with ExitStack() as files:
@@ -243,11 +243,11 @@ class FrozenFeatures:
                     augmentation = copy.augmentation
                     draws = copy_draws(count, self._config.seed, copy.number)[first:last]
                 self._write(model, writers, Slice(images.source, first, last), augmentation, draws)
-        collectives.barrier(self._strategy)
-        if self._topology.is_chief:
+        collectives.barrier(self.strategy)
+        if self.topology.is_chief:
             for name, entry in entries.items():
                 self._store.commit(entry, workers, shapes[name], dtypes[name])
-        collectives.barrier(self._strategy)
+        collectives.barrier(self.strategy)
 
     def _write(
         self,
@@ -269,7 +269,7 @@ class FrozenFeatures:
                 for (name, writer), output in zip(writers.items(), outputs, strict=True):
                     _append(writer, output[:kept], name)
                 done += kept
-            self._progress(done, source.count, done * self._topology.workers / (time.perf_counter() - started))
+            self._progress(done, source.count, done * self.topology.workers / (time.perf_counter() - started))
 
     def _passes(
         self,
@@ -280,20 +280,20 @@ class FrozenFeatures:
         draws: npt.NDArray[np.float32] | None,
     ) -> tuple[Callable[[Any], Any], Any]:
         """A compiled step of this worker alone, and what it reads: a batch for each of its devices."""
-        devices = self._topology.devices
+        devices = self.topology.devices
         # Compiled once for all splits: of the same layers, as they are frozen.
         run = self._steps.get((tuple(names), augmentation))
         if run is None:
             run = self._steps[tuple(names), augmentation] = forward.make_feature_step(
-                self._strategy,
+                self.strategy,
                 split_point.frozen_outputs(model, names),
                 [split_point.stored_dtype(name) for name in names],
                 augmentation,
                 self._xla,
             )
-        alone = Topology(1, 0, self._topology.kind, devices)
+        alone = Topology(1, 0, self.topology.kind, devices)
         plan = EvaluationBatchSampler(source.count, self._batch_size, len(devices))
-        iterator = pipeline.distributed_batches(self._strategy, alone, source, plan, extra=draws)
+        iterator = pipeline.distributed_batches(self.strategy, alone, source, plan, extra=draws)
         self._iterators.append(iterator)
         return run, iterator
 

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config, StageConfig
+from cxr_dist.data import resident
 from cxr_dist.data.arrays import Source
+from cxr_dist.distributed.precision import resolve_fused_batch_norm
 from cxr_dist.features import cache
 from cxr_dist.model import split_point
 from cxr_dist.model.resnet import FrozenBase
 from cxr_dist.model.split_point import SplitPoint
+
+_GPU_MEMORY_GB = 4.0
+"""`input.device_memory_gb` of a GPU, unless it is given: a small part of any that trains ResNet50."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,18 @@ class StageInputs:
         *,
         announce: Callable[[int, StageConfig, str], None],
         timed: Callable[[str], AbstractContextManager[None]],
-        place: Callable[[Source], Source],
         decided: dict[str, bool],
-        fuse: bool,
     ) -> None:
         """Args:
-        frozen: Computes and finds what is cached.
+        frozen: Computes and finds what is cached; the stages train under its strategy.
         announce: Receives the stage and, in words, what it reads.
         timed: Counts the seconds of a phase.
-        place: Puts a source that is in memory, or on disk, where the steps read it.
-        fuse: Whether BatchNorm that trains is one operation.
         decided: By stage, split point and setting, whether it reads the cache, as the run remembers it; added to.
         """
         self._config, self._model, self._frozen = config, model, frozen
         self._train, self._validation = train, validation
-        self._announce, self._timed, self._place, self._decided = announce, timed, place, decided
-        self._fuse = fuse
+        self._announce, self._timed, self._decided = announce, timed, decided
+        self._fuse = resolve_fused_batch_norm(config, frozen.topology.kind)
         self._in_memory: tuple[Source, Source] | None = None
 
     def of(self, number: int) -> Inputs:
@@ -84,6 +85,13 @@ class StageInputs:
             )
         network = split_point.network_above(self._model, split.name, self._fuse)
         return Inputs(network, train, validation, from_cache=True)
+
+    def _place(self, source: Source) -> Source:
+        """Where the steps read it: on the devices, or as it is."""
+        limit = self._config.input.device_memory_gb
+        if limit is None:
+            limit = _GPU_MEMORY_GB if self._frozen.topology.kind == "GPU" else 0.0
+        return resident.on_devices(source, self._frozen.strategy, int(limit * 1e9))
 
     def cached_split(self, number: int) -> SplitPoint | None:
         """The split point at which stage `number` reads cached activations; None where it reads images."""

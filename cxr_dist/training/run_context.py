@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from cxr_dist.config.schema import Config, StageConfig
-from cxr_dist.data import pipeline, resident
+from cxr_dist.data import pipeline
 from cxr_dist.data.arrays import Source
 from cxr_dist.data.batch_sampler import EvaluationBatchSampler, TrainBatchSampler
 from cxr_dist.data.shards import ShardSource
 from cxr_dist.distributed.devices import Topology
-from cxr_dist.distributed.precision import dtype_policy, resolve_fused_batch_norm, resolve_precision, resolve_xla
+from cxr_dist.distributed.precision import dtype_policy, resolve_precision, resolve_xla
 from cxr_dist.distributed.strategy import make_strategy
 from cxr_dist.features import cache
 from cxr_dist.features.stage_inputs import StageInputs
@@ -21,9 +21,6 @@ from cxr_dist.runs import corrupt_records, run_folder
 from cxr_dist.runs.events import Reporter
 from cxr_dist.training.progress import Progress
 from tfrecords_builder.format.manifest import Manifest
-
-_GPU_MEMORY_GB = 4.0
-"""`input.device_memory_gb` of a GPU, unless it is given: a small part of any that trains ResNet50."""
 
 
 class RunContext:
@@ -104,16 +101,8 @@ class RunContext:
             cache.SplitImages(self._content, "validation", self.validation_source),
             announce=self._announce,
             timed=progress.timed,
-            place=self._on_devices,
             decided=progress.reads_cache,
-            fuse=resolve_fused_batch_norm(self.config, self.topology.kind),
         )
-
-    def _on_devices(self, source: Source) -> Source:
-        limit = self.config.input.device_memory_gb
-        if limit is None:
-            limit = _GPU_MEMORY_GB if self.topology.kind == "GPU" else 0.0
-        return resident.on_devices(source, self.strategy, int(limit * 1e9))
 
     def count_time(self, progress: Progress) -> None:
         """Add what has passed since the last call to the total, so that the total survives an interruption."""

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 
 from cxr_dist.config.schema import StageConfig
+from cxr_dist.data import pipeline
 from cxr_dist.data.batch_sampler import TrainBatchSampler
 from cxr_dist.model import resnet
+from cxr_dist.training import train_step as steps
+from cxr_dist.training.gradients import StepSpec
+from cxr_dist.training.stage_state import StageState
 from tests import small_training as training
 from tests.small_training import Trace, Training
 from tfrecords_builder.common.errors import UserError
@@ -133,3 +137,18 @@ def test_microbatches_start_from_each_others_statistics() -> None:
 def test_a_batch_that_does_not_divide_into_microbatches() -> None:
     with pytest.raises(UserError, match=r"^global_batch_size 20: .*2 replicas times 3 accumulation_steps; try 24"):
         TrainBatchSampler(100, 20, 2, seed=0, accumulation_steps=3)
+
+
+@pytest.mark.parametrize(("xla", "branches"), [(False, True), (True, False)])
+def test_a_step_as_one_program_has_no_branch_for_which_a_device_waits(xla: bool, branches: bool) -> None:
+    stage = training.HEAD
+    run = Training(xla=xla)
+    resnet.FrozenBase.of(stage, run.config).apply(run.model)
+    state = StageState.create(run.strategy, run.model, stage, "float32")
+    spec = StepSpec(global_batch_size=training.BATCH, classes=training.CLASSES, seed=0, xla=xla)
+    step = steps.make_train_step(run.model, state, spec)
+    iterator = pipeline.distributed_batches(run.strategy, run.topology, run.source, run.plan)
+    step.run(iterator, 0, np.full(1, 0.1, np.float32), np.zeros(steps.TOTALS))
+    (loop,) = step._compiled_loop._list_all_concrete_functions()
+    kinds = {node.op for function in loop.graph.as_graph_def().library.function for node in function.node_def}
+    assert bool({"If", "StatelessIf"} & kinds) is branches
