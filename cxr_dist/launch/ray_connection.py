@@ -23,6 +23,12 @@ CLIENT_PORT = 10001
 _CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive", b""
 _PING = "/ray.rpc.RayletDriver/ClusterInfo", b"\x08\x06"
 _NEEDED = f"give a cluster's, HOST:6379 or {CLIENT}HOST:{CLIENT_PORT}"
+WITHOUT_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+"""Variables of a cluster's processes: an address where nothing answers.
+
+Ray Train asks the dashboard whether its controller lives. Where there is none, it looks for its address for 40 s, and the
+end of each run waits 12 s for that.
+"""
 
 
 def resolved_address(address: str | None) -> str:
@@ -57,6 +63,8 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
     level = logging.INFO if verbose else logging.ERROR
     # A worker may import TensorFlow, to unpickle what it is given, before it runs a line of ours.
     variables = {ONEDNN: "1", BACKEND: "tensorflow"} | ({} if verbose else QUIET)
+    if address == OWN_CLUSTER:
+        variables |= WITHOUT_DASHBOARD
     variables = {name: os.environ.get(name, value) for name, value in variables.items()}
     try:
         if address == "auto":

@@ -16,6 +16,7 @@ import pytest
 from cxr_dist.config.loading import load_config
 from cxr_dist.launch import ray_train
 from cxr_dist.launch.placement import cluster_nodes, plan_workers
+from cxr_dist.launch.ray_connection import WITHOUT_DASHBOARD
 from cxr_dist.launch.ray_pool import RayPool
 from cxr_dist.launch.ray_train import launch
 from cxr_dist.launch.train import run_training
@@ -40,7 +41,7 @@ def start_cluster(**resources: float) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}},
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"} | WITHOUT_DASHBOARD},
         **resources,
     )
 
@@ -114,6 +115,23 @@ def test_two_workers_follow_one_device(tmp_path: Path) -> None:
             tolerance = {"": 0.0, "xla": 1e-3}.get(change, 0.05)
             np.testing.assert_allclose(first[name][key], first[base][key], atol=tolerance, err_msg=name)
     assert reports(tmp_path, "poisoned-*.json") == [{"skipped": [4], "same": True, "scale": 2.0**11}] * 2
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_who_asks_for_the_dashboard_hears_at_once_that_there_is_none() -> None:
+    """Ray Train does, before a run ends."""
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def ask() -> str:
+        from ray.util.state import get_actor
+
+        try:
+            return str(get_actor("0" * 32, timeout=30))
+        except Exception as error:  # noqa: BLE001 - its kind is what is looked for
+            return type(error).__name__
+
+    assert ray.get(ask.remote()) == "ServerUnavailable"
 
 
 @pytest.mark.usefixtures("two_cpus")
