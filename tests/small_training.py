@@ -88,6 +88,7 @@ class Training:
         topology: Topology | None = None,
         make_base: Callable[[int], Any] = small_base,
         microbatches: int = 1,
+        xla_update: bool = False,
         **changes: object,
     ) -> None:
         import keras
@@ -95,6 +96,7 @@ class Training:
         self.config = config(**changes)
         self.topology = topology or local_topology(replicas)
         self.precision, self.xla, self.microbatches = precision, xla, microbatches
+        self.xla_update = xla or xla_update
         self.strategy = make_strategy(self.topology)
         keras.utils.set_random_seed(0)
         with self.strategy.scope():
@@ -124,7 +126,7 @@ class Training:
             augmentation=self.config.augmentation if row.augment else None,
             accumulation_steps=self.microbatches,
             xla=self.xla,
-            xla_update=self.xla,
+            xla_update=self.xla_update,
         )
         train_step = steps.make_train_step(self.model, replace(state, loss_scale=self.loss_scale), spec)
         evaluate = steps.make_evaluation_step(self.strategy, self.model, CLASSES, self.xla)

@@ -55,6 +55,14 @@ def test_two_mirrored_replicas_follow_one_device() -> None:
     assert_same(curve(replicas=2, synchronized=True), curve(), 1e-4)
 
 
+def test_an_update_that_xla_compiles_changes_nothing() -> None:
+    """With an optimizer that has state, weight decay and an average of the weights."""
+    stage = training.UPPER.model_copy(update={"optimizer": "adamw", "weight_decay": 0.1, "ema_decay": 0.9})
+    compiled, plain = Training(xla_update=True).stage(stage), Training().stage(stage)
+    np.testing.assert_allclose(compiled.losses, plain.losses, atol=1e-4)
+    np.testing.assert_allclose(compiled.validation, plain.validation, atol=1e-3)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_xla_changes_nothing(replicas: int) -> None:
