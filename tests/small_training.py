@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cxr_dist.config.schema import Config, ModelConfig, StageConfig
-from cxr_dist.data import pipeline
+from cxr_dist.data import pipeline, resident
 from cxr_dist.data.arrays import ArraySource
 from cxr_dist.data.batch_sampler import EvaluationBatchSampler, TrainBatchSampler
 from cxr_dist.distributed.devices import Topology
@@ -128,8 +128,9 @@ class Training:
             xla=self.xla,
             xla_update=self.xla_update,
         )
-        train_step = steps.make_train_step(self.model, replace(state, loss_scale=self.loss_scale), spec)
-        evaluate = steps.make_evaluation_step(self.strategy, self.model, CLASSES, self.xla)
+        table = resident.table_of(self.source)
+        train_step = steps.make_train_step(self.model, replace(state, loss_scale=self.loss_scale), spec, table)
+        evaluate = steps.make_evaluation_step(self.strategy, self.model, CLASSES, self.xla, table=table)
         evaluation = EvaluationBatchSampler(self.source.count, 5, self.topology.replicas)
         iterator = pipeline.distributed_batches(self.strategy, self.topology, self.source, self.plan)
         rates = np.full(self.plan.steps_per_epoch, row.learning_rate, np.float32)

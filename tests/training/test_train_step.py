@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from cxr_dist.config.schema import StageConfig
-from cxr_dist.data import pipeline
+from cxr_dist.data import pipeline, resident
 from cxr_dist.data.batch_sampler import TrainBatchSampler
+from cxr_dist.data.resident import ResidentSource
 from cxr_dist.model import resnet
 from cxr_dist.training import train_step as steps
 from cxr_dist.training.gradients import StepSpec
@@ -53,6 +54,14 @@ def test_the_loss_falls_and_each_stage_is_traced_once() -> None:
 def test_two_mirrored_replicas_follow_one_device() -> None:
     """With synchronised BatchNorm, whose collectives change nothing on one device."""
     assert_same(curve(replicas=2, synchronized=True), curve(), 1e-4)
+
+
+def test_inputs_on_two_devices_change_nothing() -> None:
+    sent, kept = Training(replicas=2), Training(replicas=2)
+    kept.source = resident.on_devices(kept.source, kept.strategy, 1 << 30)
+    assert isinstance(kept.source, ResidentSource)
+    expected, trace = sent.stage(training.HEAD), kept.stage(training.HEAD)
+    assert (trace.losses, trace.validation) == (expected.losses, expected.validation)
 
 
 def test_an_update_that_xla_compiles_changes_nothing() -> None:
