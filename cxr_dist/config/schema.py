@@ -185,7 +185,7 @@ class InputConfig(Node):
         None,
         ge=0,
         description="Largest split that each device keeps, in gigabytes, if the worker keeps it in memory. Its batches "
-        "need no transfer. null: 4 on GPUs, 0 on CPUs.",
+        "need no transfer. null: 2 on GPUs, 0 on CPUs.",
     )
     max_corrupt_records: int = Field(
         0,

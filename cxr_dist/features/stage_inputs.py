@@ -15,8 +15,8 @@ from cxr_dist.model import split_point
 from cxr_dist.model.resnet import FrozenBase
 from cxr_dist.model.split_point import SplitPoint
 
-_GPU_MEMORY_GB = 4.0
-"""`input.device_memory_gb` of a GPU, unless it is given: a small part of any that trains ResNet50."""
+_GPU_MEMORY_GB = 2.0
+"""`input.device_memory_gb` of a GPU, unless it is given: a quarter of the smallest that trains ResNet50."""
 
 
 @dataclass(frozen=True)
