@@ -283,7 +283,9 @@ def _check_classes(root: Path, classes: Sequence[Folder], files: Sorted) -> None
     names: dict[str, str] = {}
     for folder in classes:
         if folder.name.casefold() in (IMAGES_FOLDER, MASKS_FOLDER):
-            raise UserError(f"{root}: looks like the folder of one class; give the folder above it")
+            raise UserError(
+                f"{root}: looks like the folder of one class; give the folder above it, or a table of labels (--labels)"
+            )
         name = class_name_of(folder.name)
         other = names.setdefault(one_class(name), folder.path)
         if name_of(other) != folder.name:
