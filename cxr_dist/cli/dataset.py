@@ -88,9 +88,9 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--labels",
         type=Path,
         metavar="TABLE",
-        help="table with the columns path and label, in place of class folders",
+        help="table of labels, with the columns path and label",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be taken; write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be taken")
     parser.add_argument(
         "--masks",
         choices=["read", "ignore"],

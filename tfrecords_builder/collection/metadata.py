@@ -151,7 +151,7 @@ def read_lines(root: Path, paths: Sequence[str], tables: Sequence[tuple[str, Tab
         if missed and len(missed) == len(table.rows):
             raise UserError(
                 f"{table.file}: none of its {len(missed):,} lines names an image ({missed[0]}); paths are relative to "
-                f"{root / folder}" + (f", such as '{paths[0]}'" if paths else "")
+                f"{root / folder}" + (f", such as '{min(paths)}'" if paths else "")
             )
         notes += _line_notes(table.file.name, len(table.rows), missed)
         spelt += _spelling_notes(table.file.name, spellings)
