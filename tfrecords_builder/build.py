@@ -88,7 +88,7 @@ class BuildOptions:
     """Lung masks: read or ignore."""
     on_error: str = "stop"
     """A file that is no whole image: "stop" ends the build, "skip" lists the file. With "skip", a class may also lose
-    more than 1 % of its pictures to other formats and the like; see `list_source`."""
+    more than 1 % of its pictures to other formats and the like, or all of them; see `find.list_source`."""
     workers: int | None = None
     """Processes; None is one per processor."""
 

@@ -190,6 +190,18 @@ def test_metadata_in_each_folder_of_a_split(scans: Path, tmp_path: Path) -> None
     assert {(item.reason, item.files) for item in manifest.not_taken} == {(Reason.SHEET, 3)}
 
 
+def test_metadata_in_the_only_folder(scans: Path, tmp_path: Path) -> None:
+    root = tmp_path / "hf"
+    (root / "train").mkdir(parents=True)
+    for path in paths_of(scans):
+        shutil.copy(scans / path, root / "train" / Path(path).name)
+    lines = [f"{Path(p).name},{label_of(n)}" for n, p in enumerate(paths_of(root))]
+    (root / "train/metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    found = read_collection(root)
+    assert counts(found) == NAMES
+    assert found.split_of is None
+
+
 def test_labels_beside_class_folders_must_agree(tmp_path: Path) -> None:
     root = write_images(tmp_path / "source", {"COVID": 8, "Viral Pneumonia": 8}, database_layout=False)
     paths = paths_of(root)

@@ -66,6 +66,13 @@ def test_sheets_of_the_database(mutable: Path) -> None:
     assert {row.source for row in manifest.rows} == {None, "https://one.org/a", "https://x", "https://y"}
 
 
+def test_the_digest_of_what_is_known_stays(source: Path) -> None:
+    """A dataset with patients and sources, and no further columns, need not be built anew."""
+    known = {"a/x.png": Metadata("s", "p"), "b/y.png": Metadata()}
+    assert metadata_digest(known) == "f2818846d3023962b0fb5f8161661fd07570805c99e40dacd3136f5964df157d"
+    assert metadata_digest(known, {"age": {"a/x.png": "50"}}) != metadata_digest(known)
+
+
 def test_without_sheets_nothing_is_known(source: Path) -> None:
     assert read_metadata(source, find_images(source)) == {}
     assert metadata_digest({}) is None
