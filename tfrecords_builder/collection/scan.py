@@ -164,7 +164,7 @@ def _file(entry: Entry, path: str, aside: Reason | None) -> File:
     if not entry.is_file():
         return File(path, Reason.SPECIAL)
     if suffix_of(name) in IMAGE_SUFFIXES:
-        return File(path, None, (status.st_dev, status.st_ino), link=True)
+        return File(path, None, (status.st_dev, status.st_ino), link=entry.is_symlink())
     if is_picture(name):
         return File(path, Reason.FORMAT)
     return File(path, picture_by_content(Path(entry.path)) or Reason.OTHER)

@@ -225,7 +225,7 @@ def to_unmounted(source: Path) -> None:
         (to_heic_in_images, "COVID 12 of 12 (12 .heic: images in another format)", "convert"),
         (to_nifti, "COVID 12 of 12 (12 .nii: images in another format)", "convert"),
         (to_gif_without_suffix, "COVID 12 of 12 (12 without suffix: images in another format)", "convert"),
-        (to_no_suffix, "COVID 12 of 12 (12 without suffix: PNG or JPEG without that suffix)", "suffix"),
+        (to_no_suffix, f"COVID 12 of 12 (12 without suffix: {Reason.UNNAMED})", "suffix"),
         (to_annex, "COVID 12 of 12 (12 .png: links to nothing)", "git annex get"),
         (to_itself, "COVID 12 of 12 (12 .png: links to nothing)", "git annex get"),
         (to_unmounted, "COVID 1 of 1 (1 without suffix: links to nothing)", "fetch what links lead to"),
