@@ -88,7 +88,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--labels",
         type=Path,
         metavar="TABLE",
-        help="table of labels, with the columns path and label",
+        help="table with the columns path and label",
     )
     parser.add_argument("--dry-run", action="store_true", help="only print what would be taken")
     parser.add_argument(
