@@ -119,7 +119,7 @@ def test_results_are_frozen(result: typing.Any) -> None:
 )
 def test_arguments_are_the_options_of_the_command(function: typing.Any, command: str) -> None:
     options = vars(main.build_parser().parse_args(command.split()))
-    only_command = {"verbose", "check_command", "action", "command", "json", "evaluation"}
+    only_command = {"verbose", "dry_run", "check_command", "action", "command", "json", "evaluation"}
     assert set(options) - only_command == set(parameters(function)) - {"verbose"}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.default is not parameter.empty and parameter.name != "overrides":

@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder import plan
+from tfrecords_builder.collection.collect import Collection, read_collection
 from tfrecords_builder.collection.file_kinds import Note
-from tfrecords_builder.collection.find import Listing, class_counts, list_source, read_split_file
-from tfrecords_builder.collection.metadata import Metadata, examine_metadata, metadata_digest
+from tfrecords_builder.collection.find import class_counts
+from tfrecords_builder.collection.metadata import metadata_digest
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.pool import Pool, default_workers
 from tfrecords_builder.format.manifest import (
@@ -74,17 +75,20 @@ class BuildOptions:
     """raw, png or jpeg; see `format.record`."""
     seed: int = 0
     """Of the split and the order of records."""
-    split: str = "leak-free"
-    """leak-free (near-duplicates and images of a patient stay in one split) or published (image by image)."""
+    split: str | None = None
+    """leak-free (near-duplicates and images of a patient stay in one split) or published (image by image). None keeps
+    the split that the collection gives, and is leak-free where it gives none."""
     split_file: Path | None = None
     """CSV with the columns path and split, in place of a rule."""
+    labels: Path | None = None
+    """Table with the columns path and label, in place of class folders; see `collect.read_collection`."""
     conflicts: str | None = None
     """Near-duplicates in several classes: exclude or keep. None excludes them unless `split` is published."""
     masks: str = "read"
     """Lung masks: read or ignore."""
     on_error: str = "stop"
     """A file that is no whole image: "stop" ends the build, "skip" lists the file. With "skip", a class may also lose
-    more than 1 % of its pictures to other formats and the like; see `list_source`."""
+    more than 1 % of its pictures to other formats and the like, or all of them; see `find.list_source`."""
     workers: int | None = None
     """Processes; None is one per processor."""
 
@@ -95,7 +99,7 @@ class BuildOptions:
             raise UserError(f"workers: must be at least 1, not {self.workers}")
         for name, value, known in (
             ("encoding", self.encoding, ENCODINGS),
-            ("split", self.split, splits.RULES),
+            ("split", self.split or splits.RULES[0], splits.RULES),
             ("conflicts", self.conflicts or "keep", CONFLICTS),
             ("masks", self.masks, MASKS),
             ("on-error", self.on_error, ON_ERROR),
@@ -133,7 +137,7 @@ def build_dataset(
     Anything else in the folder is an error and is not touched.
 
     Args:
-        source: Holds one folder per class; see `find.list_source`.
+        source: Holds one folder per class, or images that a table labels; see `collect.read_collection`.
         dataset: The output folder: absent, empty, or of an earlier build.
         options: How to build it.
         progress: Called with (images decoded, images in all), from the calling thread.
@@ -144,7 +148,7 @@ def build_dataset(
         UserError: Anything else that the user can fix; see the message.
     """
     started = time.perf_counter()
-    collection = _Collection.read(source, options)
+    collection = Inputs.read(source, options)
     with output_folder.locked_folder(dataset):
         present, changes = _existing(dataset, collection)
         reused = present is not None and not changes
@@ -169,32 +173,32 @@ def build_dataset(
 
 
 @dataclass(frozen=True, slots=True)
-class _Collection:
-    """The source folder before any of its images is read."""
+class Inputs:
+    """What a build starts from, before any image is read."""
 
     source: Path
-    listing: Listing
+    listing: Collection
     class_counts: dict[str, int]
     """Images by class; the order is that of the labels."""
-    metadata: Mapping[str, Metadata]
     notes: tuple[Note, ...]
     split_of: Mapping[str, str] | None
-    """By path, from the split file; None without one."""
+    """By path, from the split file or as the collection gives it; None where a rule divides the images."""
     settings: Settings
 
     @classmethod
-    def read(cls, source: Path, options: BuildOptions) -> "_Collection":
-        listing = list_source(source, options.on_error, options.masks)
+    def read(cls, source: Path, options: BuildOptions) -> "Inputs":
+        """The images of a source folder, and how they are to be divided.
+
+        Raises:
+            UserError: the folder or a table must be mended, or there are too few classes or images.
+        """
+        listing = read_collection(source, options.on_error, options.masks, options.labels)
         images = listing.images
         counts = class_counts(images)
         if len(counts) < 2:
             raise UserError(f"{source}: contains only one class, '{next(iter(counts))}'; give at least two")
         _check_class_sizes(source, counts)
-        split_of, rule = None, options.split
-        if options.split_file is not None:
-            split_of, digest = read_split_file(options.split_file, {image.path for image in images})
-            rule = f"file:{digest}"
-        metadata, notes = examine_metadata(source, images)
+        split_of, rule, notes = plan.choose_split(listing, options.split, options.split_file)
         settings = Settings(
             image_size=options.image_size,
             encoding=options.encoding,
@@ -202,9 +206,9 @@ class _Collection:
             split_rule=rule,
             conflicts=options.conflicts or ("keep" if options.split == "published" else "exclude"),
             masks=any(image.mask for image in images),
-            metadata=metadata_digest(metadata),
+            metadata=metadata_digest(listing.metadata, listing.extra),
         )
-        return cls(source, listing, counts, metadata, (*listing.notes, *notes), split_of, settings)
+        return cls(source, listing, counts, (*listing.notes, *notes), split_of, settings)
 
 
 def _check_class_sizes(source: Path, counts: Mapping[str, int], rejected: Mapping[str, int] | None = None) -> None:
@@ -219,7 +223,7 @@ def _check_class_sizes(source: Path, counts: Mapping[str, int], rejected: Mappin
             )
 
 
-def _ingest_tasks(collection: _Collection, work: Path, options: BuildOptions) -> list[IngestTask]:
+def _ingest_tasks(collection: Inputs, work: Path, options: BuildOptions) -> list[IngestTask]:
     key = json.dumps([FORMAT_VERSION, options.image_size, options.encoding, THUMBNAIL_SIZE, DECODERS])
     images = collection.listing.images
     size = parts.images_per_part(len(images))
@@ -239,7 +243,7 @@ def _ingest_tasks(collection: _Collection, work: Path, options: BuildOptions) ->
 
 
 def _ingest(
-    collection: _Collection, tasks: Sequence[IngestTask], pool: Workers, progress: Progress | None
+    collection: Inputs, tasks: Sequence[IngestTask], pool: Workers, progress: Progress | None
 ) -> tuple[list[EncodedImage], npt.NDArray[np.uint8]]:
     """The first pass: every source image, in the order of the listing, and the thumbnails of the whole ones."""
     parts.remove_other_parts(tasks[0].folder, len(tasks))
@@ -256,7 +260,7 @@ def _ingest(
 
 
 def _write(
-    collection: _Collection,
+    collection: Inputs,
     work: Path,
     images: Sequence[EncodedImage],
     thumbnails: npt.NDArray[np.uint8],
@@ -266,11 +270,11 @@ def _write(
     settings, class_names = collection.settings, tuple(collection.class_counts)
     rejected = Counter(image.source.class_name for image in images if image.reason is not None)
     _check_class_sizes(collection.source, collection.class_counts, rejected)
-    decision = plan.decide(images, thumbnails, collection.metadata, settings, collection.split_of)
+    decision = plan.decide(images, thumbnails, collection.listing.metadata, settings, collection.split_of)
     _check_splits(collection, decision)
     tasks = plan.plan_shards(work, images, decision.split_of, class_names, settings)
     shards = list(zip(tasks, pool.map(write_shard, tasks), strict=True))
-    rows = plan.manifest_rows(images, decision, collection.metadata, class_names, shards)
+    rows = plan.manifest_rows(images, decision, collection.listing.metadata, class_names, shards)
     return Manifest(
         class_names=class_names,
         settings=settings,
@@ -285,23 +289,25 @@ def _write(
         created_with=DECODERS,
         not_taken=collection.listing.not_taken,
         notes=collection.notes,
+        extra={name: tuple(map(of.get, (row.path for row in rows))) for name, of in collection.listing.extra.items()},
     )
 
 
-def _check_splits(collection: _Collection, decision: plan.Decision) -> None:
+def _check_splits(collection: Inputs, decision: plan.Decision) -> None:
     """Every class has an image in every split."""
     present = {(image.class_name, decision.split_of.get(image.path)) for image in collection.listing.images}
     for name in collection.class_counts:
         for split in splits.SPLITS:
             if (name, split) not in present:
+                given = collection.settings.split_rule.startswith(splits.GIVEN)
                 raise UserError(
                     f"{collection.source}: class '{name}' has no image for the {split} split (near-duplicates and a "
                     "patient's images stay together, and excluded images do not count); add images or give another "
-                    "split"
+                    f"split{' (--split leak-free)' if given else ''}"
                 )
 
 
-def _existing(dataset: Path, collection: _Collection) -> tuple[Manifest | None, list[str]]:
+def _existing(dataset: Path, collection: Inputs) -> tuple[Manifest | None, list[str]]:
     """The manifest of the dataset that is there, and how it differs from the one that was asked for."""
     if not (dataset / MANIFEST_NAME).exists():
         return None, []

@@ -1,5 +1,11 @@
-"""Between the two passes of a build: which image goes where, from what is known of every image. Touches no file."""
+"""Which image goes where: the rule of the split, and between the two passes of a build the place of every image.
 
+Touches no file but the table of a split.
+"""
+
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +13,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tfrecords_builder.collection.collect import Collection
+from tfrecords_builder.collection.file_kinds import Note
 from tfrecords_builder.collection.metadata import Metadata
+from tfrecords_builder.collection.tables import read_split_file
 from tfrecords_builder.format.manifest import Settings
 from tfrecords_builder.format.manifest_rows import ACCEPTED, EXCLUDED, REJECTED, Row
 from tfrecords_builder.format.record import encode_mask
@@ -30,6 +39,44 @@ class Decision:
     duplicates: tuple[tuple[int, int, float], ...]
 
 
+def choose_split(
+    listing: Collection, rule: str | None, split_file: Path | None
+) -> tuple[Mapping[str, str] | None, str, list[Note]]:
+    """The split by path (None: the rule divides the images), the rule's name, and what is to be said of it.
+
+    Args:
+        listing: The images, and the split that the collection gives.
+        rule: Of `splits.RULES`; None keeps a given split.
+        split_file: A table that says the split.
+    """
+    if split_file is not None:
+        split_of, digest = read_split_file(split_file, {image.path for image in listing.images})
+        return split_of, f"{splits.FROM_FILE}{digest}", []
+    given = listing.split_of
+    if given is None or rule is not None:
+        replaced = [] if given is None else [Note(f"the given split is replaced (--split {rule})")]
+        return None, rule or splits.RULES[0], replaced
+    digest = hashlib.sha256(json.dumps(sorted(given.items())).encode()).hexdigest()
+    notes = [Note("the given split is kept; --split leak-free divides all images anew")]
+    left_out = len(listing.images) - len(given)
+    if left_out:
+        notes.append(Note(f"{left_out:,} of {len(listing.images):,} images are left out, as they have no split", True))
+    return given, f"{splits.GIVEN}{digest}", notes + _small_splits(listing, given)
+
+
+def _small_splits(listing: Collection, given: Mapping[str, str]) -> list[Note]:
+    """A warning for each split, but training, that is too small to choose or judge a model by."""
+    notes = []
+    for split, purpose in (("validation", "choose"), ("test", "judge")):
+        counts = Counter(image.class_name for image in listing.images if given.get(image.path) == split)
+        small = {name: count for name, count in sorted(counts.items()) if count < splits.FEW_IMAGES}
+        if small:
+            words = ", ".join(f"{count} of {name}" for name, count in small.items())
+            what = f"the given split has {counts.total():,} {split} images ({words}), too few to {purpose} a model by"
+            notes.append(Note(f"{what}; --split leak-free divides all images anew", warning=True))
+    return notes
+
+
 def decide(
     images: Sequence[EncodedImage],
     thumbnails: npt.NDArray[np.uint8],
@@ -44,7 +91,7 @@ def decide(
         thumbnails: uint8 [n, 64, 64], of the n that are whole images, in the same order.
         metadata: By path, of the images of which the collection says something.
         settings: Split rule, seed, and what becomes of conflicts.
-        given: With a split rule from a file, the split by path. An image that it leaves out is excluded.
+        given: The split by path, from a file or the collection. An image that it leaves out is excluded.
     """
     paths = [image.source.path for image in images]
     class_names = [image.source.class_name for image in images]
@@ -68,7 +115,8 @@ def decide(
                 names = " and ".join(classes[looks[row]])
                 excluded[paths[row]] = f"is a near-duplicate of an image of another class ({names})"
     if given is not None:
-        excluded |= {paths[row]: "is not in the split file" for row in whole if paths[row] not in given}
+        where = "the split file" if settings.split_rule.startswith(splits.FROM_FILE) else "the given split"
+        excluded |= {paths[row]: f"is not in {where}" for row in whole if paths[row] not in given}
     classes_of = {paths[row]: class_names[row] for row in whole if paths[row] not in excluded}
     groups = tuple(paths[row] for row in root)
     if given is not None:

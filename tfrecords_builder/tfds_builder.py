@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow_datasets as tfds
 
+from tfrecords_builder.collection.collect import find_images
 from tfrecords_builder.collection.download import FOLDER
-from tfrecords_builder.collection.find import SourceImage, class_counts, find_images
+from tfrecords_builder.collection.find import SourceImage, class_counts
 from tfrecords_builder.format.record import IMAGE, INDEX, LABEL, MASK, PATH
 from tfrecords_builder.format.tfds_files import CITATION, VERSION
 from tfrecords_builder.images.decode import decode_mask, load_gray, read_bytes

@@ -29,8 +29,9 @@ class BuildKeywords(TypedDict, total=False):
     encoding: str
     workers: int | None
     seed: int
-    split: str
+    split: str | None
     split_file: PathLike | None
+    labels: PathLike | None
     conflicts: str | None
     masks: str
     on_error: str
@@ -53,18 +54,22 @@ def build(source: PathLike, dataset: PathLike, **options: Unpack[BuildKeywords])
     """Build a dataset of TFRecord shards from a folder of labelled images. A build that was stopped resumes.
 
     Args:
-        source: A folder of <Class>/images/*.png or <Class>/*.png (or .jpg).
+        source: A folder of labelled images: <Class>/*.png, <Class>/images/*.png, <Class>/<patient>/*.png, the like in
+            train, val and test, or any with `labels`.
         dataset: A new folder or one of an earlier build, or an address: s3://bucket/name, gs://...
         image_size: Side of the stored images in pixels. Default: 224.
         encoding: Format of a stored image: "raw", "png" or "jpeg". Default: "raw".
         workers: Number of processes. Default: one per core.
         seed: Random seed of the split. Default: 0.
         split: "leak-free" (near-duplicates and images of a patient stay in one split) or "published" (image by image),
-            each 70/15/15 of every class. Default: "leak-free".
+            each 70/15/15 of every class. Default: the split that folders or a table give, else "leak-free".
         split_file: A CSV file with the columns path and split, in place of a rule. Default: none.
+        labels: A CSV, TSV or Parquet file with the columns path (or file_name) and label, and perhaps patient, source,
+            split and others, in place of class folders. Default: none.
         conflicts: Near-duplicates in several classes: "exclude" or "keep". Default: "exclude"; "keep" with "published".
         masks: Lung masks: "read" or "ignore". Default: "read".
-        on_error: At a damaged file: "stop", or "skip" to leave it out. Default: "stop".
+        on_error: At a damaged file, or a class that would lose more than 1 % of its images: "stop", or "skip" to leave
+            them out. Default: "stop".
         launcher: "local" (processes of this machine) or "ray" (tasks of a Ray cluster). Default: "local".
         address: Of a running Ray cluster. Default: $RAY_ADDRESS, or a cluster of its own on this machine.
         verbose: Whether Ray's own messages are shown. Default: False.
@@ -82,8 +87,9 @@ def build(source: PathLike, dataset: PathLike, **options: Unpack[BuildKeywords])
     launch: dict[str, Any] = {"launcher": "local", "address": None, "verbose": False}
     launch = {name: given.pop(name, default) for name, default in launch.items()}
     _prepare(launch["verbose"], launch["launcher"])
-    if given.get("split_file") is not None:
-        given["split_file"] = Path(given["split_file"])
+    for name in ("split_file", "labels"):
+        if given.get(name) is not None:
+            given[name] = Path(given[name])
     place = _place(dataset)
     summary = run_build(Path(source), place, BuildOptions(**given), **launch)
     manifest = summary.manifest

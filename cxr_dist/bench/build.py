@@ -24,8 +24,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from tfrecords_builder.build import BuildOptions, build_dataset
+from tfrecords_builder.collection.collect import find_images
 from tfrecords_builder.collection.download import FOLDER
-from tfrecords_builder.collection.find import class_counts, find_images
+from tfrecords_builder.collection.find import class_counts
 from tfrecords_builder.common.pool import Pool
 from tfrecords_builder.images.resizing import RESAMPLING
 
@@ -52,7 +53,7 @@ def measure(source: Path, work: Path, image_size: int, workers: Sequence[int], r
     """Time every way `rounds` times, in turns.
 
     Args:
-        source: Labelled images; see `find.find_images`.
+        source: Labelled images; see `collect.find_images`.
         work: An empty folder; datasets are written into it and removed.
         image_size: Pixels.
         workers: Numbers of processes.

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from cxr_dist import api
 from cxr_dist.cli.options import ADDRESS_HELP, Command, add_dataset, positive
+from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.places import parse_place
 
 if TYPE_CHECKING:
+    from tfrecords_builder.collection.file_kinds import Note, NotTaken
     from tfrecords_builder.format.manifest import Manifest
     from tfrecords_builder.format.manifest_rows import Row
 
@@ -53,11 +55,12 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="folder of labelled images: <Class>/images/*.png or <Class>/*.png (or .jpg)",
+        help="folder of labelled images",
     )
     parser.add_argument(
         "dataset",
         type=parse_place,
+        nargs="?",
         metavar="DATASET",
         help="new folder of the dataset, or its address (s3://... or gs://...)",
     )
@@ -79,6 +82,13 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="S", help="random seed of the split (default: %(default)s)"
     )
     _add_split_options(parser)
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="TABLE",
+        help="table with the columns path and label",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be taken")
     parser.add_argument(
         "--masks",
         choices=["read", "ignore"],
@@ -105,15 +115,14 @@ def _add_split_options(parser: argparse.ArgumentParser) -> None:
     rule.add_argument(
         "--split",
         choices=["leak-free", "published"],
-        default="leak-free",
-        help="rule of the 70/15/15 split: leak-free keeps near-duplicates and patients together, published "
-        "does not (default: %(default)s)",
+        help="rule of the 70/15/15 split; leak-free keeps near-duplicates and patients together "
+        "(default: that of SOURCE, else leak-free)",
     )
     rule.add_argument(
         "--split-file",
         type=Path,
         metavar="CSV",
-        help="table of the split, with the columns path and split",
+        help="table with the columns path and split",
     )
     parser.add_argument(
         "--conflicts",
@@ -146,8 +155,11 @@ def download(options: argparse.Namespace) -> None:
 
 
 def build(options: argparse.Namespace) -> None:
-    from tfrecords_builder.collection.file_kinds import not_taken_lines
-
+    if options.dry_run:
+        _print_preview(options)
+        return
+    if options.dataset is None:
+        raise UserError("DATASET: is missing; give the folder of the new dataset, or --dry-run (cxr-dist build --help)")
     built = api.build(
         options.source,
         options.dataset,
@@ -157,6 +169,7 @@ def build(options: argparse.Namespace) -> None:
         seed=options.seed,
         split=options.split,
         split_file=options.split_file,
+        labels=options.labels,
         conflicts=options.conflicts,
         masks=options.masks,
         on_error=options.on_error,
@@ -170,15 +183,9 @@ def build(options: argparse.Namespace) -> None:
         print(f"rebuilt: {change}")
     for path, reason in [*manifest.rejected, *manifest.excluded]:
         print(f"left out: {path}: {reason}")
-    for line in not_taken_lines(manifest.not_taken):
-        print(line)
-    for note in manifest.notes:
-        print(f"{'warning' if note.warning else 'note'}: {note.text}")
-    width = max(len(name) for name in [*manifest.class_names, "class"])
-    print(f"{'class':{width}}" + "".join(f"{split:>12}" for split in manifest.counts))
-    for name in manifest.class_names:
-        print(f"{name:{width}}" + "".join(f"{counts[name]:12,}" for counts in manifest.counts.values()))
-    print(f"{'all':{width}}" + "".join(f"{sum(counts.values()):12,}" for counts in manifest.counts.values()))
+    masks = len({row.mask for row in manifest.rows if row.mask})
+    _print_files(len(manifest.rows), masks, manifest.not_taken, manifest.notes)
+    _print_counts(manifest.counts)
     print("\n".join(_group_lines(manifest)))
     left_out = len(manifest.rejected) + len(manifest.excluded)
     if summary.reused:
@@ -188,6 +195,46 @@ def build(options: argparse.Namespace) -> None:
         f"{options.dataset}: {len(manifest.shards)} shards in {summary.seconds:.1f} s "
         f"({summary.images_per_second:,.0f} images/s)" + (f"; {left_out} file(s) left out" if left_out else "")
     )
+
+
+def _print_preview(options: argparse.Namespace) -> None:
+    from tfrecords_builder.build import BuildOptions
+    from tfrecords_builder.preview import preview_build
+
+    names = (
+        *("image_size", "encoding", "workers", "seed", "split", "split_file", "labels", "conflicts", "masks"),
+        "on_error",
+    )
+    found = preview_build(options.source, BuildOptions(**{name: getattr(options, name) for name in names}))
+    _print_files(found.images, found.masks, found.not_taken, found.notes)
+    _print_counts(found.counts)
+    print(
+        f"split: {found.split_rule.partition(':')[0]}; near-duplicates and damaged images are found by the build alone"
+    )
+    print("dry run: nothing was written")
+
+
+def _print_files(images: int, masks: int, not_taken: "Sequence[NotTaken]", notes: "Sequence[Note]") -> None:
+    """What became of every file of the source folder, where it holds more than images."""
+    from tfrecords_builder.collection.file_kinds import not_taken_lines
+
+    for line in not_taken_lines(not_taken):
+        print(line)
+    others = sum(item.files for item in not_taken)
+    if masks or others:
+        print(f"files: {images + masks + others:,} (images: {images:,}, masks: {masks:,}, not taken: {others:,})")
+    for note in notes:
+        print(f"{'warning' if note.warning else 'note'}: {note.text}")
+
+
+def _print_counts(counts: Mapping[str, Mapping[str, int]]) -> None:
+    """A table of images by class and split."""
+    names = list(next(iter(counts.values())))
+    width = max(len(name) for name in [*names, "class"])
+    print(f"{'class':{width}}" + "".join(f"{split:>12}" for split in counts))
+    for name in names:
+        print(f"{name:{width}}" + "".join(f"{of[name]:12,}" for of in counts.values()))
+    print(f"{'all':{width}}" + "".join(f"{sum(of.values()):12,}" for of in counts.values()))
 
 
 def _group_lines(manifest: "Manifest") -> list[str]:

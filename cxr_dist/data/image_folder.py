@@ -11,8 +11,8 @@ import numpy.typing as npt
 from cxr_dist.data.arrays import weak_numpy_function
 from cxr_dist.data.batch_sampler import Positions
 from cxr_dist.runs.seen_images import Digests, digests_of
-from tfrecords_builder.collection.find import find_images
-from tfrecords_builder.collection.metadata import Metadata, normalized_patient, read_metadata
+from tfrecords_builder.collection.collect import read_collection
+from tfrecords_builder.collection.metadata import Metadata, normalized_patient
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images.decode import decode_mask, load_gray, read_bytes
 from tfrecords_builder.splitting.near_duplicates import equal_pairs, group_of
@@ -23,7 +23,8 @@ class FolderSource:
 
     def __init__(self, folder: Path, class_names: tuple[str, ...], image_size: int) -> None:
         """Raises UserError for a class that `class_names` lacks, and for metadata that cannot be read."""
-        images = find_images(folder)
+        collection = read_collection(folder)
+        images = list(collection.images)
         unknown = sorted({image.class_name for image in images} - set(class_names))
         if unknown:
             raise UserError(
@@ -32,7 +33,7 @@ class FolderSource:
         self._found, self.paths = images, [image.path for image in images]
         self._folder, self._image_size = folder, image_size
         self._labels = np.array([class_names.index(image.class_name) for image in images], dtype=np.int32)
-        self._metadata = read_metadata(folder, images)
+        self._metadata = collection.metadata
         self.failure: Exception | None = None
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cxr_dist.runs.loggers import progress_bar
 from tfrecords_builder.build import BuildOptions, BuildSummary, Workers, build_dataset
-from tfrecords_builder.collection.find import list_source
+from tfrecords_builder.collection.collect import read_collection
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.places import Place
 from tfrecords_builder.remote import staged_output
@@ -49,7 +49,9 @@ def _output_folder(source: Path, dataset: Place, options: BuildOptions) -> Itera
         yield dataset
         return
     # For a while the disk holds the images twice; raw is the largest encoding.
-    needed = 2 * len(list_source(source, options.on_error).images) * options.image_size**2
+    needed = (
+        2 * len(read_collection(source, options.on_error, options.masks, options.labels).images) * options.image_size**2
+    )
     with progress_bar("upload") as progress, staged_output(dataset, needed, progress=progress) as folder:
         yield folder
 

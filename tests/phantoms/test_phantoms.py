@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cxr_dist.phantoms import CLASS_FOLDERS, draw_phantom, phantom_rng, write_phantoms, writer
-from tfrecords_builder.collection.find import find_images
+from tfrecords_builder.collection.collect import find_images
 from tfrecords_builder.common.errors import UserError
 
 PER_CLASS = 150

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tfrecords_builder.collection.find import find_images
+from tfrecords_builder.collection.collect import find_images
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.files import bytes_below, check_output_folder
 from tfrecords_builder.common.installation import install_command

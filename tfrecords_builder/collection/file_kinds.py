@@ -49,7 +49,8 @@ class Reason(StrEnum):
     FILE_LINK = "links to images that are taken already"
     FORMAT = "images in another format"
     UNNAMED = "PNG or JPEG without that suffix"
-    NESTED = "images in deeper folders"
+    UNLABELLED = "images without a label in the table"
+    BESIDE = "images beside the folders of the splits"
     BROKEN = "links to nothing"
     SPECIAL = "neither files nor folders"
 
@@ -58,12 +59,12 @@ EXPECTED = (
     Reason.HIDDEN, Reason.SYSTEM, Reason.SHEET, Reason.DOCUMENT, Reason.MASK_IGNORED, Reason.FOLDER_LINK
 )  # fmt: skip
 """What lies in a collection without being missed: counted in one line."""
-LOST = (Reason.FORMAT, Reason.UNNAMED, Reason.NESTED, Reason.BROKEN, Reason.SPECIAL)
+LOST = (Reason.FORMAT, Reason.UNNAMED, Reason.BESIDE, Reason.BROKEN, Reason.SPECIAL)
 """What looks like an image of its class and is not taken."""
 FIXES = {
     Reason.FORMAT: "convert images of another format to PNG or JPEG",
     Reason.UNNAMED: "give PNG and JPEG files their suffix",
-    Reason.NESTED: "move images from deeper folders into the class folder",
+    Reason.BESIDE: "move the folder away from those of the splits",
     Reason.BROKEN: "fetch what links lead to (git annex get, dvc pull)",
     Reason.SPECIAL: "remove what is neither file nor folder",
 }

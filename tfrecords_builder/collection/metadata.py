@@ -1,37 +1,27 @@
-"""What is known of an image beside its pixels: where it came from, and whose it is.
+"""What is known of an image beside its pixels: where it came from, whose it is, and what else a table says.
 
 The COVID-19 Radiography Database has a sheet for each class beside the class folders (`COVID.metadata.xlsx`, with the
 columns FILE NAME and URL): the address is the source. Any other collection can say the same in one `metadata.csv`
 beside its class folders, with the column path and source, or patient, or both.
 """
 
-import csv
-import difflib
 import hashlib
-import io
 import json
-import re
 import unicodedata
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from pathlib import Path, PurePosixPath
 
-from tfrecords_builder.collection.file_kinds import CSV_NAME, IMAGE_SUFFIXES, SHEET_SUFFIX, Note, printable
+from tfrecords_builder.collection.file_kinds import CSV_NAME, SHEET_SUFFIX, Note, printable
 from tfrecords_builder.collection.find import SourceImage, class_name_of
+from tfrecords_builder.collection.layout import join
+from tfrecords_builder.collection.tables import Table, path_finder, plain_value, read_table, split_name, without_suffix
 from tfrecords_builder.common.errors import UserError
 
-PATH_COLUMNS = ("path", "file_name", "filename", "image")
-PATIENT_COLUMNS = ("patient", "patient_id", "patientid")
-SOURCE_COLUMNS = ("source", "url")
-"""Names of the columns of `metadata.csv`, without regard to case; of several that are there, the first is read."""
 WELL_COVERED = 0.9
 """Share of the lines that name an image, and of the images that have a line, below which there is a warning."""
-
-_DELIMITERS = ",;\t"
-_NO_PATIENT = frozenset({"", "-", "<na>", "n/a", "na", "nan", "none", "null", "unknown"})
-_WHOLE_FLOAT = re.compile(r"([0-9]+)\.0+")
 _SPELLINGS_SHOWN = 3
 
 
@@ -45,6 +35,47 @@ class Metadata:
     """As `normalized_patient` writes it."""
 
 
+@dataclass(frozen=True, slots=True)
+class TableLine:
+    """What a table says of one image."""
+
+    metadata: Metadata = Metadata()
+    label: str | None = None
+    split: str | None = None
+    extra: tuple[str | None, ...] = ()
+    """What is in the columns that only the manifest keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """What tables say of the images of a collection."""
+
+    lines: Mapping[str, TableLine] = field(default_factory=dict)
+    """By path."""
+    extra_names: tuple[str, ...] = ()
+    """The columns of `TableLine.extra`."""
+    strangers: tuple[tuple[str, TableLine], ...] = ()
+    """Paths that are no image, with what is said of them."""
+    notes: tuple[Note, ...] = ()
+    has_labels: bool = False
+    has_split: bool = False
+
+    @property
+    def metadata(self) -> dict[str, Metadata]:
+        """Patient and source by path."""
+        return {path: line.metadata for path, line in self.lines.items()}
+
+    @property
+    def extra(self) -> dict[str, dict[str, str]]:
+        """What the manifest keeps: by column, then by path; columns without any value are left out."""
+        columns: dict[str, dict[str, str]] = {}
+        for place, name in enumerate(self.extra_names):
+            values = {path: value for path, line in self.lines.items() if (value := line.extra[place]) is not None}
+            if values:
+                columns[name] = values
+        return columns
+
+
 def normalized_patient(text: str) -> str | None:
     """A patient's identifier in the one spelling that is compared; None where the text names no patient.
 
@@ -52,9 +83,7 @@ def normalized_patient(text: str) -> str | None:
     writes a column of numbers with gaps so. Empty text, "nan", "none", "null", "n/a", "na", "unknown" and "-" name
     nobody.
     """
-    patient = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    whole = _WHOLE_FLOAT.fullmatch(patient)
-    return None if patient in _NO_PATIENT else whole[1] if whole else patient
+    return plain_value(unicodedata.normalize("NFKC", text).casefold())
 
 
 def read_metadata(root: Path, found: Sequence[SourceImage]) -> dict[str, Metadata]:
@@ -70,22 +99,85 @@ def examine_metadata(root: Path, found: Sequence[SourceImage]) -> tuple[dict[str
     Raises:
         UserError: A sheet cannot be read, lacks a column, contradicts itself, or `metadata.csv` names no image.
     """
-    sheets = sorted(root.glob(f"*{SHEET_SUFFIX}"))
-    file = root / CSV_NAME
-    if file.is_file():
-        known, notes = _from_csv(file, found)
-        if sheets:
-            notes.append(Note(f"{CSV_NAME} is read, and so {len(sheets)} *{SHEET_SUFFIX} are not", warning=True))
-        return known, notes
+    tables = find_tables(root, ("",))
+    if not tables:
+        return read_sheets(root, found)
+    lines = read_lines(root, [image.path for image in found], tables)
+    return lines.metadata, [*lines.notes, *unread_sheets(root)]
+
+
+def find_tables(root: Path, folders: Sequence[str]) -> list[tuple[str, Table]]:
+    """Each `metadata.csv` in these folders of `root`, with the folder."""
+    files = {folder: root / folder / CSV_NAME for folder in folders}
+    return [(folder, read_table(file)) for folder, file in files.items() if file.is_file()]
+
+
+def read_lines(root: Path, paths: Sequence[str], tables: Sequence[tuple[str, Table]]) -> Lines:
+    """What tables say of the images `paths`.
+
+    Args:
+        root: The collection's folder.
+        paths: Of the images, relative to `root`.
+        tables: Each with the folder of `root` that its paths are relative to.
+
+    Raises:
+        UserError: A table lacks a column, contradicts itself, or none of its lines names an image.
+    """
+    known: dict[str, TableLine] = {}
+    strangers: list[tuple[str, TableLine]] = []
+    notes: list[Note] = []
+    spelt: list[Note] = []
+    names = tuple(dict.fromkeys(name for _, table in tables for name in table.others))
+    find = path_finder(paths)
+    for folder, table in tables:
+        table.need("path", ("patient", "source", "label", "split"))
+        missed: list[str] = []
+        spellings: dict[str, set[str]] = defaultdict(set)
+        places = [table.others.get(name) for name in names]
+        for number, row in table.rows:
+            text = table.value(row, "path").strip()
+            line = _line(table, number, row, places)
+            path = find(join(folder, text)) or find(text)
+            if path is None:
+                missed.append(f"line {number}: '{table.value(row, 'path')}'")
+                strangers.append((join(folder, text), line))
+                continue
+            if line.metadata.patient is not None:
+                spellings[line.metadata.patient].add(table.value(row, "patient"))
+            if known.setdefault(path, line) != line:
+                raise UserError(
+                    f"{table.file}: line {number}: '{path}' occurs twice, with different values; keep one line"
+                )
+        if missed and len(missed) == len(table.rows):
+            raise UserError(
+                f"{table.file}: none of its {len(missed):,} lines names an image ({missed[0]}); paths are relative to "
+                f"{root / folder}" + (f", such as '{min(paths)}'" if paths else "")
+            )
+        notes += _line_notes(table.file.name, len(table.rows), missed)
+        spelt += _spelling_notes(table.file.name, spellings)
+    notes += [*_coverage_notes(tables, known, len(paths)), *spelt]
+    notes += [note for _, table in tables for note in _column_notes(table)]
+    meanings = {meaning for _, table in tables for meaning in table.places}
+    return Lines(known, names, tuple(strangers), tuple(notes), "label" in meanings, "split" in meanings)
+
+
+def unread_sheets(root: Path) -> list[Note]:
+    """That the database's own sheets are not read, as there is a `metadata.csv`; nothing without such sheets."""
+    sheets = len(list(root.glob(f"*{SHEET_SUFFIX}")))
+    return [Note(f"{CSV_NAME} is read, and so {sheets} *{SHEET_SUFFIX} are not", warning=True)] if sheets else []
+
+
+def read_sheets(root: Path, found: Sequence[SourceImage]) -> tuple[dict[str, Metadata], list[Note]]:
+    """What the database's own sheets in `root` say, as `examine_metadata`."""
     by_name = {(image.class_name, PurePosixPath(image.path).stem.casefold()): image.path for image in found}
     images = Counter(image.class_name for image in found)
     known, notes = {}, []
-    for sheet in sheets:
+    for sheet in sorted(root.glob(f"*{SHEET_SUFFIX}")):
         class_name = class_name_of(sheet.name.removesuffix(SHEET_SUFFIX))
         lines, strangers, named = 0, [], set()
         for name, source in _from_sheet(sheet):
             # The sheets write NORMAL-1 where the file is Normal-1.png, and some names with their suffix.
-            path = by_name.get((class_name, _without_suffix(PurePosixPath(name).name).strip().casefold()))
+            path = by_name.get((class_name, without_suffix(PurePosixPath(name).name).strip().casefold()))
             lines += 1
             if path is None:
                 strangers.append(name)
@@ -98,144 +190,55 @@ def examine_metadata(root: Path, found: Sequence[SourceImage]) -> tuple[dict[str
     return known, notes
 
 
-def metadata_digest(metadata: dict[str, Metadata]) -> str | None:
+def metadata_digest(
+    metadata: Mapping[str, Metadata], extra: Mapping[str, Mapping[str, str]] | None = None
+) -> str | None:
     """SHA-256 of all that is known; None when nothing is."""
-    if not metadata:
+    if not metadata and not extra:
         return None
-    content = sorted((path, *astuple(value)) for path, value in metadata.items())
+    content: list[object] = [*sorted((path, *astuple(value)) for path, value in metadata.items())]
+    if extra:
+        content.append({name: sorted(values.items()) for name, values in sorted(extra.items())})
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _from_csv(file: Path, found: Sequence[SourceImage]) -> tuple[dict[str, Metadata], list[Note]]:
-    header, rows = _read_csv(file)
-    columns, unused = _columns(file, header)
-    find = _finder(found)
-    known: dict[str, Metadata] = {}
-    strangers: list[str] = []
-    spellings: dict[str, set[str]] = defaultdict(set)
-    for number, row in rows:
-        value = {name: row[place] if place < len(row) else "" for name, place in columns.items()}
-        path = find(value["path"].strip())
-        if path is None:
-            strangers.append(f"line {number}: '{value['path']}'")
-            continue
-        patient = normalized_patient(value.get("patient", ""))
-        if patient is not None:
-            spellings[patient].add(value["patient"])
-        metadata = Metadata(value.get("source", "").strip() or None, patient)
-        if known.setdefault(path, metadata) != metadata:
-            raise UserError(f"{file}: line {number}: '{path}' occurs twice, with different values; keep one line")
-    if strangers and not known:
-        raise UserError(
-            f"{file}: none of its {len(strangers):,} lines names an image ({strangers[0]}); paths are relative to "
-            f"{file.parent}, such as '{found[0].path}'"
-        )
-    notes = _line_notes(file.name, len(rows), strangers)
+def _line(table: Table, number: int, row: Sequence[str], places: Sequence[int | None]) -> TableLine:
+    """A row; `places` are the columns of what the manifest alone keeps."""
+    return TableLine(
+        Metadata(table.value(row, "source").strip() or None, normalized_patient(table.value(row, "patient"))),
+        plain_value(table.value(row, "label")),
+        split_name(table.value(row, "split"), f"{table.file}: line {number}"),
+        tuple((row[place].strip() or None) if place is not None and place < len(row) else None for place in places),
+    )
+
+
+def _coverage_notes(tables: Sequence[tuple[str, Table]], known: Mapping[str, TableLine], images: int) -> list[Note]:
+    notes = []
     for name in ("patient", "source"):
-        covered = sum(getattr(metadata, name) is not None for metadata in known.values())
-        if name in columns and covered < len(found):
-            notes.append(_coverage(file.name, covered, len(found), f"images have a {name}"))
+        columns = [table for _, table in tables if name in table.places]
+        covered = sum(getattr(line.metadata, name) is not None for line in known.values())
+        if columns and covered < images:
+            notes.append(_coverage(columns[0].file.name, covered, images, f"images have a {name}"))
+    return notes
+
+
+def _spelling_notes(file: str, spellings: Mapping[str, set[str]]) -> list[Note]:
     several = [sorted(texts) for texts in spellings.values() if len(texts) > 1]
-    if several:
-        shown = ", ".join(f"'{printable(text)}'" for text in several[0][:_SPELLINGS_SHOWN])
-        what = f"{len(several):,} patients are spelt in several ways, each taken as one patient ({shown})"
-        notes.append(Note(f"{file.name}: {what}"))
-    if unused:
-        text = f"{file.name}: columns that are not read: {', '.join(map(printable, unused))}"
-        notes.append(Note(text, warning=any(name.endswith("?)") for name in unused)))
-    return known, notes
+    if not several:
+        return []
+    shown = ", ".join(f"'{printable(text)}'" for text in several[0][:_SPELLINGS_SHOWN])
+    what = f"{len(several):,} patients are spelt in several ways, each taken as one patient ({shown})"
+    return [Note(f"{file}: {what}")]
 
 
-def _read_csv(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The fields of the first line, and those of all others that are not empty, with the numbers of their lines."""
-    try:
-        # Line ends of Windows and of old Macs become those of Unix.
-        text = io.StringIO(file.read_bytes().decode("utf-8-sig"), newline=None).read()
-        first = text.partition("\n")[0]
-        delimiter = max(_DELIMITERS, key=first.count)
-        lines = csv.reader(io.StringIO(text), strict=True, delimiter=delimiter)
-        header = next(lines, [])
-        rows = [(lines.line_num, row) for row in lines if any(field.strip() for field in row)]
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); fix or remove it") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: is not a CSV file in UTF-8 ({error}); fix or remove it") from error
-    for number, row in rows:
-        if any(field.strip() for field in row[len(header) :]):
-            raise UserError(
-                f"{file}: line {number} has {len(row)} fields where the first line has {len(header)}; quote fields "
-                f"that hold '{delimiter}'"
-            )
-    return header, rows
-
-
-def _columns(file: Path, header: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """The places of path, patient and source, and the names of the columns that are not read."""
-    names = [re.sub(r"[\s_-]+", "_", name.strip().casefold()) for name in header]
-    columns = {}
-    for meaning, known in (("path", PATH_COLUMNS), ("patient", PATIENT_COLUMNS), ("source", SOURCE_COLUMNS)):
-        present = [name for name in known if name in names]
-        if present:
-            columns[meaning] = names.index(present[0])
-    used = set(columns.values())
-    unused = [
-        name.strip() + _nearest(names[place], columns)
-        for place, name in enumerate(header)
-        if place not in used and name.strip()
+def _column_notes(table: Table) -> list[Note]:
+    """The columns that only the manifest keeps; a warning for one that is named almost as one that is read."""
+    misspelt = table.misspelt()
+    names = [
+        printable(name) + (f" (rename it to {misspelt[name]}?)" if name in misspelt else "") for name in table.others
     ]
-    if "path" not in columns or len(columns) < 2:
-        read = [header[place].strip() for place in sorted(used)]
-        raise UserError(
-            f"{file}: needs the column path (or {', '.join(PATH_COLUMNS[1:])}), and patient or source (or "
-            f"{', '.join((*PATIENT_COLUMNS[1:], *SOURCE_COLUMNS[1:]))}); its columns are "
-            f"{', '.join([*read, *unused]) or 'none'}"
-        )
-    return columns, unused
-
-
-def _nearest(name: str, columns: Mapping[str, int]) -> str:
-    """Advice for a column that is named almost as one that is missing."""
-    missing = [meaning for meaning in ("path", "patient", "source") if meaning not in columns]
-    near = difflib.get_close_matches(name, missing, 1, 0.7)
-    return f" (rename it to {near[0]}?)" if near else ""
-
-
-def _finder(found: Sequence[SourceImage]) -> Callable[[str], str | None]:
-    """Gives the image that a text names: its path, or so much of the path's end that it is no other image.
-
-    Backslashes, case, Unicode form, folders above the source folder and a missing suffix make no difference.
-    """
-    exact = {image.path for image in found}
-    by_name: dict[str, list[tuple[list[str], str]]] = defaultdict(list)
-    for path in exact:
-        parts = _parts(path)
-        for name in {parts[-1], _without_suffix(parts[-1])}:
-            by_name[name].append(([*parts[:-1], name], path))
-
-    def find(text: str) -> str | None:
-        if text in exact:
-            return text
-        parts = _parts(text)
-        if not parts:
-            return None
-        paths = []
-        for own, path in by_name.get(parts[-1], ()):
-            length = min(len(own), len(parts))
-            if own[-length:] == parts[-length:]:
-                paths.append(path)
-        return paths[0] if len(paths) == 1 else None
-
-    return find
-
-
-def _parts(path: str) -> list[str]:
-    text = unicodedata.normalize("NFC", path.replace("\\", "/")).casefold()
-    return [part for part in text.split("/") if part not in ("", ".")]
-
-
-def _without_suffix(name: str) -> str:
-    path = PurePosixPath(name)
-    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else name
+    text = f"{table.file.name}: columns that the manifest alone keeps: {', '.join(names)}"
+    return [Note(text, warning=bool(misspelt))] if names else []
 
 
 def _line_notes(file: str, lines: int, strangers: Sequence[str]) -> list[Note]:

@@ -23,7 +23,15 @@ from tfrecords_builder.collection.file_kinds import Note, NotTaken, Reason
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import write_atomically
 from tfrecords_builder.common.seal import UNSEALED, check_seal, seal
-from tfrecords_builder.format.manifest_rows import ARROW_SCHEMA, EXCLUDED, REJECTED, Row, TableRows, table_of
+from tfrecords_builder.format.manifest_rows import (
+    EXCLUDED,
+    REJECTED,
+    Row,
+    TableRows,
+    extra_of,
+    table_of,
+    with_extra,
+)
 from tfrecords_builder.format.sharding import is_shard_name
 from tfrecords_builder.splitting.near_duplicates import group_of
 from tfrecords_builder.splitting.splits import SPLITS
@@ -59,7 +67,7 @@ class Settings:
     """raw, png or jpeg."""
     seed: int
     split_rule: str
-    """leak-free, published, or `file:` and the SHA-256 of the file that says it."""
+    """leak-free, published, `file:` and the SHA-256 of the file that says it, or `given:` and that of the split."""
     conflicts: str
     """Near-duplicates in several classes: exclude or keep."""
     masks: bool = False
@@ -109,6 +117,8 @@ class Manifest:
     """The files of the source folder that are neither an image nor a mask of the rows: information too."""
     notes: tuple[Note, ...] = ()
     """What else was said of the source folder."""
+    extra: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
+    """Columns of the collection's tables that are kept as they are, by name: a value for each row."""
 
     @property
     def image_size(self) -> int:
@@ -233,7 +243,8 @@ def write_manifest(dataset: Path, manifest: Manifest) -> None:
         "not_taken": [asdict(item) for item in manifest.not_taken],
         "notes": [asdict(note) for note in manifest.notes],
     }
-    table = table_of(manifest.rows).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata), _SEAL_KEY: UNSEALED})
+    table = with_extra(table_of(manifest.rows), manifest.extra)
+    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata), _SEAL_KEY: UNSEALED})
 
     def write(file: IO[bytes]) -> None:
         pq.write_table(table, file, compression="zstd", write_page_checksum=True)
@@ -293,8 +304,7 @@ def check_shards(dataset: Path, manifest: Manifest) -> None:
 
 
 def _from_table(table: pa.Table, metadata: dict[str, Any]) -> Manifest:
-    if not table.schema.equals(ARROW_SCHEMA):
-        raise ValueError("unexpected columns")
+    table, extra = extra_of(table)
     settings = Settings(**{f.name: metadata[f.name] for f in fields(Settings)})
     shards = tuple(ShardInfo(**shard) for shard in metadata["shards"])
     _check_places(table, settings, shards)
@@ -308,6 +318,7 @@ def _from_table(table: pa.Table, metadata: dict[str, Any]) -> Manifest:
         created_with=metadata["created_with"],
         not_taken=tuple(NotTaken(**{**item, "reason": Reason(item["reason"])}) for item in metadata["not_taken"]),
         notes=tuple(Note(**note) for note in metadata["notes"]),
+        extra=extra,
     )
 
 

@@ -1,6 +1,6 @@
 """The rows of a manifest: one for each source image, as objects and as an Arrow table."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args, get_type_hints
@@ -96,3 +96,25 @@ def table_of(rows: Sequence[Row]) -> pa.Table:
     """`rows` as a table of ARROW_SCHEMA."""
     columns = [[getattr(row, name) for row in rows] for name in ARROW_SCHEMA.names]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, ARROW_SCHEMA, strict=True)], schema=ARROW_SCHEMA)
+
+
+_OF_TABLE = "_of_table"
+
+
+def with_extra(table: pa.Table, extra: Mapping[str, Sequence[str | None]]) -> pa.Table:
+    """`table` with further columns of text; one that is named as a column of ARROW_SCHEMA gets `_of_table` behind."""
+    for name, values in extra.items():
+        column = f"{name}{_OF_TABLE}" if name in ARROW_SCHEMA.names else name
+        table = table.append_column(pa.field(column, pa.string()), pa.array(values, pa.string()))
+    return table
+
+
+def extra_of(table: pa.Table) -> tuple[pa.Table, dict[str, tuple[str | None, ...]]]:
+    """The table of ARROW_SCHEMA in one of `with_extra`, and the further columns; ValueError for any other table."""
+    count = len(ARROW_SCHEMA.names)
+    own = table.select(list(range(count))) if table.num_columns >= count else table
+    further = table.column_names[count:]
+    if not own.schema.equals(ARROW_SCHEMA) or any(table.schema.field(name).type != pa.string() for name in further):
+        raise ValueError("unexpected columns")
+    names = {f"{name}{_OF_TABLE}": name for name in ARROW_SCHEMA.names}
+    return own, {names.get(name, name): tuple(table.column(name).to_pylist()) for name in further}

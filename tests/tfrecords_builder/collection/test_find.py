@@ -3,15 +3,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
+from tfrecords_builder.collection.collect import find_images
 from tfrecords_builder.collection.file_kinds import Reason
-from tfrecords_builder.collection.find import (
-    SourceImage,
-    class_counts,
-    class_name_of,
-    find_images,
-    list_source,
-    match_masks,
-)
+from tfrecords_builder.collection.find import SourceImage, class_counts, class_name_of, list_source
+from tfrecords_builder.collection.masks import match_masks
 from tfrecords_builder.common.errors import UserError
 
 

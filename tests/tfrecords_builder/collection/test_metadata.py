@@ -9,8 +9,8 @@ from hypothesis import given, strategies as st
 
 from tests.tfrecords_builder.conftest import COUNTS
 from tfrecords_builder.build import BuildOptions, build_dataset
+from tfrecords_builder.collection.collect import find_images
 from tfrecords_builder.collection.file_kinds import Note
-from tfrecords_builder.collection.find import find_images
 from tfrecords_builder.collection.metadata import (
     Metadata,
     examine_metadata,
@@ -19,6 +19,7 @@ from tfrecords_builder.collection.metadata import (
     read_metadata,
 )
 from tfrecords_builder.common.errors import UserError
+from tfrecords_builder.format.manifest import read_manifest
 from tfrecords_builder.splitting.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
 
@@ -65,6 +66,13 @@ def test_sheets_of_the_database(mutable: Path) -> None:
     assert {row.source for row in manifest.rows} == {None, "https://one.org/a", "https://x", "https://y"}
 
 
+def test_the_digest_of_what_is_known_stays(source: Path) -> None:
+    """A dataset with patients and sources, and no further columns, need not be built anew."""
+    known = {"a/x.png": Metadata("s", "p"), "b/y.png": Metadata()}
+    assert metadata_digest(known) == "f2818846d3023962b0fb5f8161661fd07570805c99e40dacd3136f5964df157d"
+    assert metadata_digest(known, {"age": {"a/x.png": "50"}}) != metadata_digest(known)
+
+
 def test_without_sheets_nothing_is_known(source: Path) -> None:
     assert read_metadata(source, find_images(source)) == {}
     assert metadata_digest({}) is None
@@ -108,7 +116,7 @@ def test_published_splits_ignore_patients(mutable: Path, tmp_path: Path) -> None
         ("path\nCOVID/images/COVID-1.png", "needs the column path .*, and patient or source .*; its columns are path$"),
         ("source\nx", "needs the column path"),
         ("paht,patient\nx,y", r"its columns are patient, paht .rename it to path.."),
-        ("file_name,label,age\nx,y,1", r"patient or source .*; its columns are file_name, label, age$"),
+        ("file_name,view,age\nx,y,1", r"patient or source .*; its columns are file_name, view, age$"),
         ("path,patients\nx,y", r"its columns are path, patients .rename it to patient.."),
         ("path,source\nCOVID/images/COVID-1.png,a,b", "line 2 has 3 fields where the first line has 2; quote"),
         ("", "its columns are none"),
@@ -216,9 +224,11 @@ def test_columns_that_are_not_read_and_patients_in_several_spellings_are_said(mu
     assert [note.text for note in manifest.notes] == [
         "metadata.csv: 7 of 42 images have a patient",
         "metadata.csv: 3 patients are spelt in several ways, each taken as one patient ('P0', 'P0 ', 'p0')",
-        "metadata.csv: columns that are not read: age",
+        "metadata.csv: columns that the manifest alone keeps: age",
     ]
     assert [note.warning for note in manifest.notes] == [True, False, False]
+    assert manifest.extra == {"age": ("50",) * 10 + (None,) * 32}
+    assert read_manifest(tmp_path / "d") == manifest
     for rows in manifest.patients.values():
         assert len({row.split for row in rows}) == 1
 
@@ -262,7 +272,7 @@ def test_a_column_that_was_meant_to_be_read_is_warned_of(mutable: Path) -> None:
     (mutable / "metadata.csv").write_text("path,source,patients,age\nCOVID/images/COVID-1.png,x,p,50")
     notes = examine_metadata(mutable, find_images(mutable))[1]
     assert notes[-1] == Note(
-        "metadata.csv: columns that are not read: patients (rename it to patient?), age", warning=True
+        "metadata.csv: columns that the manifest alone keeps: patients (rename it to patient?), age", warning=True
     )
 
 

@@ -236,7 +236,7 @@ def test_the_files_of_the_source_folder_add_up(source: Path, tmp_path: Path, ana
     (copy / "COVID/masks").mkdir()
     for name in ("COVID-7", "COVID-8", "stranger"):
         shutil.copy(copy / "COVID/images/COVID-7.png", copy / f"COVID/masks/{name}.png")
-    (copy / "COVID/images/x.tif").write_bytes(b"")
+    (copy / "COVID/images/x.heic").write_bytes(b"")
     for masks, used in (("read", 2), ("ignore", 0)):
         dataset = build(copy, tmp_path / masks, masks=masks)
         numbers = json.loads(json.dumps(analyse(dataset).numbers["source_folder"]))
@@ -244,7 +244,10 @@ def test_the_files_of_the_source_folder_add_up(source: Path, tmp_path: Path, ana
         files = {item["reason"]: item["files"] for item in numbers["not_taken"]}
         assert files["images in another format"] == 1
         assert sum(files.values()) == 4 - used
-        assert [note["text"] for note in numbers["notes"]] == ["41 of 43 images of COVID have no mask"][: used // 2]
+        assert [note["text"] for note in numbers["notes"]] == [
+            "left out by --on-error skip: COVID 1 of 44 (1 .heic: images in another format)",
+            *["41 of 43 images of COVID have no mask"][: used // 2],
+        ]
 
 
 def test_what_was_left_out_is_listed_with_its_reason(analysis: Analysis, dataset: Path) -> None:

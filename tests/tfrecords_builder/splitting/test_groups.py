@@ -142,6 +142,29 @@ def test_near_duplicates_and_patients_are_counted_apart(
     ]
 
 
+def test_a_split_file_of_a_spreadsheet(source: Path, tmp_path: Path) -> None:
+    paths = sorted(path.relative_to(source).as_posix() for path in source.glob("*/images/*"))
+    words = ("Train", "VAL", "test")
+    lines = [path.replace("/", "\\") + f";{words[number % 3]}" for number, path in enumerate(paths)]
+    file = tmp_path / "split.csv"
+    file.write_text("\r\n".join(["File Name;Split", *lines]), encoding="utf-8-sig", newline="")
+    manifest = build(source, tmp_path / "d", split_file=file).manifest
+    assert [row.split for row in manifest.rows] == [SPLITS[number % 3] for number in range(len(paths))]
+
+
+def test_a_patient_in_every_split_of_a_file_is_said(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(source, tmp_path / "source"))
+    paths = sorted(path.relative_to(copy).as_posix() for path in copy.glob("*/images/*"))
+    (copy / "metadata.csv").write_text("\n".join(["path,patient", *(f"{path},one" for path in paths)]))
+    file = split_file(tmp_path, [f"x,{path},{SPLITS[number % 3]}" for number, path in enumerate(paths)])
+    lines = printed(capsys, copy, tmp_path / "d", "--split-file", str(file))
+    assert "1 patient has several images; warning: 1 patient is in more than one split" in lines
+    lines = printed(capsys, copy, tmp_path / "d", "--split-file", str(file), "--dry-run")
+    assert "warning: 1 of 1 patients would be in more than one split" in lines
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
