@@ -42,7 +42,8 @@ from tfrecords_builder.format.manifest import (
     write_manifest,
 )
 from tfrecords_builder.format.record import ENCODINGS
-from tfrecords_builder.images.decode import DECODERS, ImageError
+from tfrecords_builder.images.decode import DECODERS
+from tfrecords_builder.images.decoded import ImageError
 from tfrecords_builder.splitting import splits
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
 from tfrecords_builder.writing import output_folder, parts

@@ -26,7 +26,7 @@ from tests.training.test_train_step import curve
 from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import MANIFEST_NAME
-from tfrecords_builder.images.decode import ImageError
+from tfrecords_builder.images.decoded import ImageError
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]

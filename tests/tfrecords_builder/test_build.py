@@ -28,7 +28,8 @@ from tfrecords_builder.format.manifest import MANIFEST_NAME, read_manifest
 from tfrecords_builder.format.record import decode_image, encode_image, parse_batch
 from tfrecords_builder.format.tfrecord import read_at
 from tfrecords_builder.images import decode as images
-from tfrecords_builder.images.decode import ImageError, load_gray
+from tfrecords_builder.images.decode import load_gray
+from tfrecords_builder.images.decoded import ImageError
 from tfrecords_builder.splitting.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
 from tfrecords_builder.writing import output_folder, parts

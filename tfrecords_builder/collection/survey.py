@@ -22,6 +22,7 @@ from tfrecords_builder.collection.file_kinds import (
     is_leftover,
     is_picture,
     is_system_folder,
+    is_unnamed_dicom,
     picture_by_content,
     printable,
     suffix_of,
@@ -259,7 +260,7 @@ def _picture_reason(entry: Entry, regular: bool) -> Reason | None:
     suffix = suffix_of(entry.name)
     if not regular:
         return Reason.SPECIAL
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in IMAGE_SUFFIXES or is_unnamed_dicom(Path(entry.path)):
         return Reason.NESTED
     return Reason.FORMAT if is_picture(entry.name) else picture_by_content(Path(entry.path))
 

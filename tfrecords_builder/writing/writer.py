@@ -14,6 +14,7 @@ from tfrecords_builder.collection.find import SourceImage
 from tfrecords_builder.common import files
 from tfrecords_builder.format import record, tfrecord
 from tfrecords_builder.images import decode as images, resizing
+from tfrecords_builder.images.decoded import Decoded, ImageError
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
 from tfrecords_builder.writing import parts
 from tfrecords_builder.writing.parts import EncodedImage, Part
@@ -77,20 +78,20 @@ class _SourceBytes:
 
     path: Path
     sha256: str | None
-    data: bytes | images.ImageError
+    data: bytes | ImageError
 
     @classmethod
     def read(cls, source: Path, path: str) -> "_SourceBytes":
         file = source / path
         try:
             data = images.read_bytes(file)
-        except images.ImageError as error:
+        except ImageError as error:
             return cls(file, None, error)
         return cls(file, hashlib.sha256(data).hexdigest(), data)
 
     def content(self) -> bytes:
         """The bytes; an `ImageError` when the file could not be read."""
-        if isinstance(self.data, images.ImageError):
+        if isinstance(self.data, ImageError):
             raise self.data
         return self.data
 
@@ -134,7 +135,7 @@ def _decode(task: IngestTask, files: parts.FileStates) -> Part | EncodedImage:
     return parts.write_part(task.folder, task.number, task.key, files, done, content)
 
 
-def _read_image(task: IngestTask, source: SourceImage) -> tuple[EncodedImage, images.Decoded | None, bytes]:
+def _read_image(task: IngestTask, source: SourceImage) -> tuple[EncodedImage, Decoded | None, bytes]:
     """What is known of an image before it is resized, its pixels (None with a reason), and its encoded mask."""
     file = _SourceBytes.read(task.source, source.path)
     mask = _SourceBytes.read(task.source, source.mask) if source.mask else None
@@ -142,7 +143,7 @@ def _read_image(task: IngestTask, source: SourceImage) -> tuple[EncodedImage, im
     try:
         decoded = images.decode_gray(file.content(), file.path)
         inside = images.decode_mask(mask.content(), task.image_size, mask.path) if mask else None
-    except images.ImageError as error:
+    except ImageError as error:
         reason = error.reason if error.path == file.path else f"has a mask, {error.path.name}, that {error.reason}"
         return image._replace(reason=reason), None, b""
     image = image._replace(width=decoded.width, height=decoded.height)

@@ -19,7 +19,7 @@ from tfrecords_builder.collection.find import Listing, find_images, list_source
 from tfrecords_builder.collection.survey import Survey
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
-from tfrecords_builder.images.decode import ImageError
+from tfrecords_builder.images.decoded import ImageError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CLASSES = {"COVID": 12, "Lung_Opacity": 12, "Normal": 12, "Viral_Pneumonia": 12}
@@ -63,7 +63,7 @@ def files_below(root: Path) -> int:
 NAMES = (
     "a.png",
     "b.JPG",
-    "c.tif",
+    "c.gif",
     "a_mask.png",
     "mask_a.jpg",
     "noend",
@@ -71,7 +71,7 @@ NAMES = (
     "Thumbs.db",
     "x.csv",
     "metadata.csv",
-    "d.dcm",
+    "d.nii",
 )
 FOLDERS = ("", "images", "Images", "masks", "p1", "p1/deep", ".git", "__MACOSX", "masks/inner")
 TOPS = ("", "A", "B", "docs", ".cache", "masks")
@@ -86,7 +86,7 @@ def trees(draw: st.DrawFn) -> Tree:
     """Paths of files (None) and of links (with their targets)."""
     place = st.tuples(st.sampled_from(TOPS), st.sampled_from(FOLDERS))
     files = draw(st.lists(st.tuples(place, st.sampled_from(NAMES), st.none()), max_size=25))
-    names = st.sampled_from(("l.png", "l", "images", "l.tif"))
+    names = st.sampled_from(("l.png", "l", "images", "l.gif"))
     links = draw(st.lists(st.tuples(place, names, st.sampled_from(LINKS)), max_size=5))
     # Mostly of folders that are classes for sure: others are soon an error.
     sure: Tree = [("A/x.png", None), ("B/x.png", None), ("docs/x.txt", None)] if draw(st.integers(0, 3)) else []
@@ -171,25 +171,25 @@ def test_known_leftovers_change_nothing_and_are_counted(tmp_path: Path) -> None:
 # A class that would lose pictures
 
 
-def to_tiff(source: Path) -> None:
-    convert(pngs(source / "COVID"), ".tif")
+def to_gif(source: Path) -> None:
+    convert(pngs(source / "COVID"), ".gif")
 
 
-def to_tiff_in_images(source: Path) -> None:
+def to_gif_in_images(source: Path) -> None:
     (source / "COVID" / "images").mkdir()
     for file in pngs(source / "COVID"):
         file.rename(source / "COVID" / "images" / file.name)
-    to_tiff(source)
+    to_gif(source)
 
 
-def to_dicom(source: Path) -> None:
+def to_nifti(source: Path) -> None:
     for file in pngs(source / "COVID"):
-        file.rename(file.with_suffix(".DCM"))
+        file.rename(file.with_suffix(".NII"))
 
 
-def to_dicom_without_suffix(source: Path) -> None:
+def to_gif_without_suffix(source: Path) -> None:
     for file in pngs(source / "COVID"):
-        file.with_name(f"1.2.840.{file.stem.rpartition('-')[2]}").write_bytes(bytes(128) + b"DICM")
+        file.with_name(f"1.2.840.{file.stem.rpartition('-')[2]}").write_bytes(b"GIF89a")
         file.unlink()
 
 
@@ -225,11 +225,11 @@ def to_patients(source: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words", "fix"),
     [
-        (to_tiff, "COVID 12 of 12 (12 .tif: images in another format)", "convert"),
-        (to_tiff_in_images, "COVID 12 of 12 (12 .tif: images in another format)", "convert"),
-        (to_dicom, "COVID 12 of 12 (12 .dcm: images in another format)", "convert"),
-        (to_dicom_without_suffix, "COVID 12 of 12 (12 without suffix: images in another format)", "convert"),
-        (to_no_suffix, "COVID 12 of 12 (12 without suffix: PNG or JPEG without that suffix)", "suffix"),
+        (to_gif, "COVID 12 of 12 (12 .gif: images in another format)", "convert"),
+        (to_gif_in_images, "COVID 12 of 12 (12 .gif: images in another format)", "convert"),
+        (to_nifti, "COVID 12 of 12 (12 .nii: images in another format)", "convert"),
+        (to_gif_without_suffix, "COVID 12 of 12 (12 without suffix: images in another format)", "convert"),
+        (to_no_suffix, "COVID 12 of 12 (12 without suffix: images without the suffix of their format)", "suffix"),
         (to_annex, "COVID 12 of 12 (12 .png: links to nothing)", "git annex get"),
         (to_itself, "COVID 12 of 12 (12 .png: links to nothing)", "git annex get"),
         (to_unmounted, "COVID 1 of 1 (1 without suffix: links to nothing)", "fetch what links lead to"),
@@ -250,8 +250,8 @@ def test_a_class_never_vanishes(
     assert "\n" not in message
 
 
-def half_to_tiff(source: Path) -> None:
-    convert(pngs(source / "COVID")[::3], ".tif")
+def half_to_gif(source: Path) -> None:
+    convert(pngs(source / "COVID")[::3], ".gif")
 
 
 def some_to_patients(source: Path) -> None:
@@ -271,7 +271,7 @@ def one_pipe(source: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words", "key", "images"),
     [
-        (half_to_tiff, "COVID 4 of 12 (4 .tif: ", ("COVID", Reason.FORMAT, ".tif", 4), 44),
+        (half_to_gif, "COVID 4 of 12 (4 .gif: ", ("COVID", Reason.FORMAT, ".gif", 4), 44),
         (some_to_patients, "COVID 4 of 12 (4 .png: ", ("COVID", Reason.NESTED, ".png", 4), 44),
         (one_link_to_nothing, "COVID 1 of 13 (1 .png: ", ("COVID", Reason.BROKEN, ".png", 1), 48),
         (one_pipe, "COVID 1 of 13 (1 .png: ", ("COVID", Reason.SPECIAL, ".png", 1), 48),
@@ -301,9 +301,9 @@ def test_one_picture_of_a_hundred_may_be_lost_and_is_said(tmp_path: Path) -> Non
         (root / name).mkdir(parents=True)
         for number in range(99):
             (root / name / f"{number}.png").write_bytes(b"")
-    (root / "A/x.tif").write_bytes(b"")
-    assert counts(list_source(root)) == {("A", Reason.FORMAT, ".tif"): 1}
-    assert not_taken_lines(list_source(root).not_taken) == ["not taken: A: 1 .tif: images in another format (A/x.tif)"]
+    (root / "A/x.gif").write_bytes(b"")
+    assert counts(list_source(root)) == {("A", Reason.FORMAT, ".gif"): 1}
+    assert not_taken_lines(list_source(root).not_taken) == ["not taken: A: 1 .gif: images in another format (A/x.gif)"]
     (root / "A/98.png").unlink()
     with pytest.raises(UserError, match=r"A 1 of 99"):
         list_source(root)
@@ -329,12 +329,12 @@ def test_capitals_and_loose_images(flat: Path) -> None:
         file.rename(flat / "COVID/Images" / file.name)
     for number in range(5):
         (flat / f"loose-{number}.png").write_bytes(b"")
-    (flat / "x.tif").write_bytes(b"")
+    (flat / "x.gif").write_bytes(b"")
     listing = list_source(flat)
     assert len(listing.images) == 48
-    assert counts(listing) == {("", Reason.LOOSE, ".png"): 5, ("", Reason.LOOSE, ".tif"): 1}
+    assert counts(listing) == {("", Reason.LOOSE, ".png"): 5, ("", Reason.LOOSE, ".gif"): 1}
     assert not_taken_lines(listing.not_taken) == [
-        "not taken: 5 .png, 1 .tif: images outside of the class folders (loose-0.png)"
+        "not taken: 5 .png, 1 .gif: images outside of the class folders (loose-0.png)"
     ]
 
 
@@ -438,12 +438,12 @@ def test_the_output_of_a_build(flat: Path, tmp_path: Path, capsys: pytest.Captur
     assert len(clean) == 8
     (flat / "README.txt").write_text("read me")
     (flat / "loose.png").write_bytes(PNG)
-    half_to_tiff(flat)
+    half_to_gif(flat)
     for again in range(2):
         printed = lines("--on-error", "skip")
         assert [line for line in printed if line.startswith(("not taken", "other files"))] == [
             "not taken: 1 .png: images outside of the class folders (loose.png)",
-            "not taken: COVID: 4 .tif: images in another format (COVID/COVID-0.tif)",
+            "not taken: COVID: 4 .gif: images in another format (COVID/COVID-0.gif)",
             "other files: 1 (documents: 1)",
         ]
         assert ("is already complete" in printed[-1]) == bool(again)
