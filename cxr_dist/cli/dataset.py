@@ -173,7 +173,7 @@ def build(options: argparse.Namespace) -> None:
         print(f"left out: {path}: {reason}")
     for line in not_taken_lines(manifest.not_taken):
         print(line)
-    for note in manifest.notes:
+    for note in (*manifest.notes, *manifest.image_notes):
         print(f"{'warning' if note.warning else 'note'}: {note.text}")
     width = max(len(name) for name in [*manifest.class_names, "class"])
     print(f"{'class':{width}}" + "".join(f"{split:>12}" for split in manifest.counts))

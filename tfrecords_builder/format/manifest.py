@@ -109,6 +109,8 @@ class Manifest:
     """The files of the source folder that are neither an image nor a mask of the rows: information too."""
     notes: tuple[Note, ...] = ()
     """What else was said of the source folder."""
+    image_notes: tuple[Note, ...] = ()
+    """Likewise of the images, when they were read."""
 
     @property
     def image_size(self) -> int:
@@ -233,6 +235,8 @@ def write_manifest(dataset: Path, manifest: Manifest) -> None:
         "not_taken": [asdict(item) for item in manifest.not_taken],
         "notes": [asdict(note) for note in manifest.notes],
     }
+    if manifest.image_notes:
+        metadata["image_notes"] = [asdict(note) for note in manifest.image_notes]
     table = table_of(manifest.rows).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata), _SEAL_KEY: UNSEALED})
 
     def write(file: IO[bytes]) -> None:
@@ -308,6 +312,7 @@ def _from_table(table: pa.Table, metadata: dict[str, Any]) -> Manifest:
         created_with=metadata["created_with"],
         not_taken=tuple(NotTaken(**{**item, "reason": Reason(item["reason"])}) for item in metadata["not_taken"]),
         notes=tuple(Note(**note) for note in metadata["notes"]),
+        image_notes=tuple(Note(**note) for note in metadata.get("image_notes", ())),
     )
 
 

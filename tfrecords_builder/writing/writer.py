@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import IO
 
 from tfrecords_builder.collection.find import SourceImage
+from tfrecords_builder.collection.patient_codes import PatientKey
 from tfrecords_builder.common import files
 from tfrecords_builder.format import record, tfrecord
-from tfrecords_builder.images import decode as images, resizing
+from tfrecords_builder.images import decode as images, dicom, resizing
 from tfrecords_builder.images.decoded import Decoded, ImageError
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
 from tfrecords_builder.writing import parts
@@ -37,6 +38,8 @@ class IngestTask:
     image_size: int
     encoding: str
     stop_at_reject: bool
+    patient_key: PatientKey | None = None
+    """None where no file is DICOM."""
 
     def __str__(self) -> str:
         return f"the images {self.source / self.images[0].path} to {self.source / self.images[-1].path}"
@@ -146,7 +149,9 @@ def _read_image(task: IngestTask, source: SourceImage) -> tuple[EncodedImage, De
     except ImageError as error:
         reason = error.reason if error.path == file.path else f"has a mask, {error.path.name}, that {error.reason}"
         return image._replace(reason=reason), None, b""
-    image = image._replace(width=decoded.width, height=decoded.height)
+    image = image._replace(width=decoded.width, height=decoded.height, small_range=decoded.small_range)
+    if task.patient_key is not None and dicom.is_dicom(file.content()[: dicom.HEAD]):
+        image = image._replace(patient=task.patient_key.code(dicom.patient_id(file.content())))
     return image, decoded, b"" if inside is None else record.encode_mask(inside)
 
 

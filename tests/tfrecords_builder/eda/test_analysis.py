@@ -236,7 +236,7 @@ def test_the_files_of_the_source_folder_add_up(source: Path, tmp_path: Path, ana
     (copy / "COVID/masks").mkdir()
     for name in ("COVID-7", "COVID-8", "stranger"):
         shutil.copy(copy / "COVID/images/COVID-7.png", copy / f"COVID/masks/{name}.png")
-    (copy / "COVID/images/x.tif").write_bytes(b"")
+    (copy / "COVID/images/x.gif").write_bytes(b"")
     for masks, used in (("read", 2), ("ignore", 0)):
         dataset = build(copy, tmp_path / masks, masks=masks)
         numbers = json.loads(json.dumps(analyse(dataset).numbers["source_folder"]))
