@@ -158,7 +158,7 @@ def _wide_to_gray(image: Image.Image, data: bytes) -> tuple[npt.NDArray[np.uint8
     if significant is not None and samples.max() < 1 << significant:
         bits = significant  # else the samples fill the range, as the PNG specification asks (section 11.3.3.4)
     ends = gray_levels.shown_range(samples, bits)
-    gray = gray_levels.scaled(samples, ends)
+    gray = gray_levels.scaled_to(samples, ends)
     if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:  # white is zero; Pillow inverts 8 bits alone
         gray = 255 - gray
     return gray, None if ends == gray_levels.declared_range(bits) else SmallRange.STRETCHED

@@ -60,6 +60,8 @@ _IMPLICIT, _EXPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", 
 _NATIVE = (_IMPLICIT, _EXPLICIT, _BIG_ENDIAN)
 _RLE = "1.2.840.10008.1.2.5"
 _UID_LIMIT = 64
+_PIXEL_DATA = b"\xe0\x7f\x10\0"
+_UNDEFINED_LENGTH = 0xFFFFFFFF
 
 
 def is_dicom(head: bytes) -> bool:
@@ -98,7 +100,7 @@ def decode_dicom(data: bytes, path: Path) -> Decoded:
         raise ImageError(path, "is not a DICOM file")
     syntax = _transfer_syntax(data, path)
     try:
-        dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(_NEEDED), force=True)
+        dataset = _elements(data)
         _check_picture(dataset, path)
         syntax = syntax or _assumed_syntax(dataset, path)
         _check_pixel_data(dataset, syntax, path)
@@ -115,6 +117,23 @@ def decode_dicom(data: bytes, path: Path) -> Decoded:
     if gray.shape != (dataset.Rows, dataset.Columns):
         raise ImageError(path, "is a damaged DICOM file (its picture has another size than it says)")
     return Decoded(gray, dataset.Columns, dataset.Rows, small_range)
+
+
+def _elements(data: bytes) -> Any:
+    """A data set of the elements that make the picture; plain gray pixels lie where they are in `data`."""
+    read = functools.partial(_pydicom().dcmread, specific_tags=list(_NEEDED), force=True)
+    stream = io.BytesIO(data)
+    dataset = read(stream, stop_before_pixels=True)
+    implicit, at = dataset.original_encoding[0], stream.tell()
+    start = at + (8 if implicit else 12)
+    if data[at : at + 4] != _PIXEL_DATA or dataset.get("SamplesPerPixel", 1) != 1 or len(data) < start:
+        return read(io.BytesIO(data))
+    (length,) = struct.unpack_from("<I", data, start - 4)
+    if length == _UNDEFINED_LENGTH:
+        return read(io.BytesIO(data))
+    # To read them would copy them: a tenth of the time of everything.
+    dataset.add_new("PixelData", "OW", memoryview(data)[start : start + length])
+    return dataset
 
 
 @functools.cache
@@ -178,7 +197,7 @@ def _stored(dataset: Any, syntax: str) -> Values:
     rows, columns = int(dataset.Rows), int(dataset.Columns)
     values = np.frombuffer(dataset.PixelData, kind, rows * columns).reshape(rows, columns)
     low, high = declared_range(stored, kind[1] == "i")
-    if values.min() < low or values.max() > high:  # the bits above hold an overlay
+    if stored < allocated and (values.min() < low or values.max() > high):  # the bits above hold an overlay
         values = (values << (allocated - stored)) >> (allocated - stored)
     return values
 

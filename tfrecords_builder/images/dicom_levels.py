@@ -6,17 +6,35 @@ C.7.6.3, C.11.1, C.11.2 and C.11.6). Without a window, black and white are as `g
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder.images.decoded import SmallRange
-from tfrecords_builder.images.gray_levels import Range, declared_range, row_blocks, shown_range
+from tfrecords_builder.images.gray_levels import Range, declared_range, scaled, shown_range
 
 Values = npt.NDArray[Any]
+
+
 _Step = Callable[[Values], Values]
-"""Takes values and gives float32; it may change what it takes."""
+"""Values to float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """The step that multiplies and adds."""
+
+    factor: float
+    offset: float
+
+    def __call__(self, values: Values) -> Values:
+        return values.astype(np.float32) * np.float32(self.factor) + np.float32(self.offset)
+
+    def then(self, following: "_Linear") -> "_Linear":
+        """Both as one."""
+        return _Linear(self.factor * following.factor, self.offset * following.factor + following.offset)
 
 
 def shown(stored: Values, dataset: Any) -> tuple[npt.NDArray[np.uint8], SmallRange | None]:
@@ -28,26 +46,24 @@ def shown(stored: Values, dataset: Any) -> tuple[npt.NDArray[np.uint8], SmallRan
     bits, signed = int(dataset.BitsStored), bool(dataset.get("PixelRepresentation"))
     ends = declared = declared_range(bits, signed)
     voi = _voi(dataset)
-    if voi is None and not dataset.get("ModalityLUTSequence"):
+    within = voi is None and not dataset.get("ModalityLUTSequence")
+    if within:
         ends = shown_range(stored, bits, signed)
     modality, low, high = _modality(dataset, ends)
-    show = voi or _linear(low, high - low, 0.0)
+    show = voi or _Linear(1 / (high - low), -low / (high - low))
     # MONOCHROME1 comes with INVERSE (C.8.11.3): both say the same once.
     inverted = dataset.PhotometricInterpretation == "MONOCHROME1" or dataset.get("PresentationLUTShape") == "INVERSE"
-    gray = np.empty(stored.shape, np.uint8)
-    for block in row_blocks(*stored.shape):
-        levels = show(modality(stored[block]))
-        if inverted:
-            np.subtract(1, levels, out=levels)
-        np.clip(levels, 0, 1, out=levels)
-        levels *= 255
-        levels += 0.5
-        gray[block] = levels
+    to_levels = _Linear(-255, 255) if inverted else _Linear(255, 0)
+    if isinstance(modality, _Linear) and isinstance(show, _Linear):
+        step = modality.then(show).then(to_levels)
+        gray = scaled(stored, step.factor, step.offset, clip=not within)
+    else:
+        gray = scaled(show(modality(stored)), to_levels.factor, to_levels.offset, clip=True)
     return gray, None if ends == declared else SmallRange.STRETCHED
 
 
 def _modality(dataset: Any, ends: Range) -> tuple[_Step, float, float]:
-    """Stored values to those of the modality, and what these are at the `ends` of the stored values."""
+    """Stored values to those of the modality, and the least and most of these at the `ends` of the stored values."""
     if dataset.get("ModalityLUTSequence"):
         look_up, depth = _table(dataset.ModalityLUTSequence[0])
         return look_up, 0.0, float(2**depth - 1)
@@ -55,16 +71,7 @@ def _modality(dataset: Any, ends: Range) -> tuple[_Step, float, float]:
     if slope == 0:
         raise ValueError("all values are one")
     low, high = sorted(end * slope + intercept for end in ends)
-
-    def rescale(stored: Values) -> Values:
-        values = stored.astype(np.float32)
-        if slope != 1:
-            values *= np.float32(slope)
-        if intercept:
-            values += np.float32(intercept)
-        return values
-
-    return rescale, low, high
+    return _Linear(slope, intercept), low, high
 
 
 def _voi(dataset: Any) -> _Step | None:
@@ -81,22 +88,10 @@ def _voi(dataset: Any) -> _Step | None:
     if function == "SIGMOID":
         return lambda values: _sigmoid(-4 * (values - np.float32(center)) / np.float32(width))
     if function == "LINEAR_EXACT":
-        return _linear(center, width, 0.5)
+        return _Linear(1 / width, 0.5 - center / width)
     if width == 1:
         return lambda values: (values > center - 0.5).astype(np.float32)
-    return _linear(center - 0.5, width - 1, 0.5)
-
-
-def _linear(zero: float, width: float, level: float) -> _Step:
-    def show(values: Values) -> Values:
-        if zero:
-            values -= np.float32(zero)
-        values /= np.float32(width)
-        if level:
-            values += np.float32(level)
-        return values
-
-    return show
+    return _Linear(1 / (width - 1), 0.5 - (center - 0.5) / (width - 1))
 
 
 def _sigmoid(values: Values) -> Values:

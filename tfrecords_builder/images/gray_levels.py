@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 _SPARE_BITS = 4
 _FEWEST_BITS = 8
-_BLOCK = 1 << 16
+_SOME_ROWS = 16
+_BLOCK = 1 << 15
 """Samples that are scaled at a time: their intermediate results stay in the processor's cache."""
 
 Range = tuple[int, int]
@@ -25,8 +26,10 @@ def declared_range(bits: int, signed: bool = False) -> Range:
 
 def shown_range(samples: Samples, bits: int, signed: bool = False) -> Range:
     """The samples that are shown black and white; the declared range, but for a picture that uses little of it."""
-    least, most = int(samples.min()), int(samples.max())
     ends = declared_range(bits, signed)
+    if bits - _SPARE_BITS < _FEWEST_BITS or samples[::_SOME_ROWS].max() >> (bits - _SPARE_BITS) > 0:
+        return ends  # most pictures: without looking at all of their samples
+    least, most = int(samples.min()), int(samples.max())
     while bits - _SPARE_BITS >= _FEWEST_BITS:
         bits -= _SPARE_BITS
         fewer = [declared_range(bits), *([declared_range(bits, signed)] if signed else [])]
@@ -37,20 +40,28 @@ def shown_range(samples: Samples, bits: int, signed: bool = False) -> Range:
     return ends
 
 
-def row_blocks(rows: int, columns: int) -> list[slice]:
-    """Rows of a picture, few enough at a time for the cache."""
+def scaled(samples: Samples, factor: float, offset: float, clip: bool = False) -> npt.NDArray[np.uint8]:
+    """`factor` times `samples` [H, W] plus `offset`, as the nearest gray level.
+
+    Args:
+        clip: Whether results may lie outside of 0 to 255.
+    """
+    rows, columns = samples.shape
     step = max(1, _BLOCK // columns)
-    return [slice(start, start + step) for start in range(0, rows, step)]
-
-
-def scaled(samples: Samples, ends: Range) -> npt.NDArray[np.uint8]:
-    """Gray levels, uint8 [H, W], of samples [H, W] within `ends`: the nearest."""
-    low, high = ends
-    factor, offset = np.float32(255 / (high - low)), np.float32(0.5 - 255 * low / (high - low))
     gray = np.empty(samples.shape, np.uint8)
-    for block in row_blocks(*samples.shape):
-        levels = samples[block].astype(np.float32)
-        levels *= factor
-        levels += offset
-        gray[block] = levels
+    levels = np.empty((min(step, rows), columns), np.float32)
+    for start in range(0, rows, step):
+        block = levels[: min(step, rows - start)]
+        block[...] = samples[start : start + step]
+        block *= np.float32(factor)
+        block += np.float32(offset + 0.5)
+        if clip:
+            np.clip(block, 0, 255, out=block)
+        gray[start : start + step] = block
     return gray
+
+
+def scaled_to(samples: Samples, ends: Range) -> npt.NDArray[np.uint8]:
+    """Likewise of samples within `ends`, which become black and white."""
+    low, high = ends
+    return scaled(samples, 255 / (high - low), -255 * low / (high - low))

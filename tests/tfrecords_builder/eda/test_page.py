@@ -431,11 +431,11 @@ def test_the_page_lists_the_other_files_of_the_source_folder(plain_out: Path, tm
     assert "that are neither image nor mask, of 81 files." in text
     assert "(none)metadata of the images.csv1" in text
     source = draw(tmp_path / "source", {"A": 12, "B": 12})
-    (source / "A" / "<i>.tif").write_bytes(b"")
+    (source / "A" / "<i>.gif").write_bytes(b"")
     (source / "A" / "empty").mkdir()
     write_analysis(build(source, tmp_path / "d"), tmp_path / "out")
     text = " ".join(Page((tmp_path / "out" / PAGE).read_text()).text.split())
-    assert "Aimages in another format.tif1" in text
+    assert "Aimages in another format.gif1" in text
     assert "empty folders: A/empty" in text
 
 

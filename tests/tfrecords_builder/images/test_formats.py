@@ -15,7 +15,7 @@ from tests.tfrecords_builder.images.test_dicom import dicom_bytes, lut
 from tfrecords_builder.images import decode as images
 from tfrecords_builder.images.decode import decode_gray, decode_mask
 from tfrecords_builder.images.decoded import Decoded, ImageError, SmallRange
-from tfrecords_builder.images.gray_levels import declared_range, scaled, shown_range
+from tfrecords_builder.images.gray_levels import declared_range, scaled_to, shown_range
 
 PATH = Path("x")
 SIDE = 48
@@ -112,7 +112,7 @@ def test_16_bits_become_gray_as_before_where_the_range_is_used() -> None:
     for bits in (9, 10, 12, 14):
         some = samples[: 1 << (bits - 8)]
         exact = (some.astype(np.int64) * 255 * 2 + (1 << bits) - 1) // (2 * (1 << bits) - 2)
-        np.testing.assert_array_equal(scaled(some, declared_range(bits)), exact)
+        np.testing.assert_array_equal(scaled_to(some, declared_range(bits)), exact)
 
 
 @pytest.mark.parametrize(
