@@ -55,7 +55,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="folder of labelled images: <Class>/images/*.png or <Class>/*.png (or .jpg)",
+        help="folder of labelled images: <Class>/images/*.png or <Class>/*.png (or .jpg, .tif, .dcm and others)",
     )
     parser.add_argument(
         "dataset",
