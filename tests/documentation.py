@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
-GENERATED = ("cli.md", "cli-bench.md", "configuration.md", "configuration-search.md")
+GENERATED = ("cli.md", "cli-data.md", "cli-bench.md", "configuration.md", "configuration-search.md")
 """Pages that a command writes from the parsers and the configuration."""
 PAGES = [README, *(path for path in sorted(DOCS.rglob("*.md")) if path.name not in GENERATED)]
 """All that people have written."""

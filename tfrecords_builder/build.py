@@ -25,9 +25,10 @@ import numpy.typing as npt
 
 from tfrecords_builder import plan
 from tfrecords_builder.collection.collect import Collection, read_collection
-from tfrecords_builder.collection.file_kinds import Note
+from tfrecords_builder.collection.file_kinds import Note, may_be_dicom
 from tfrecords_builder.collection.find import class_counts
 from tfrecords_builder.collection.metadata import metadata_digest
+from tfrecords_builder.collection.patient_codes import PatientKey, patient_key, with_key
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.pool import Pool, default_workers
 from tfrecords_builder.format.manifest import (
@@ -43,10 +44,12 @@ from tfrecords_builder.format.manifest import (
     write_manifest,
 )
 from tfrecords_builder.format.record import ENCODINGS
-from tfrecords_builder.images.decode import DECODERS, ImageError
+from tfrecords_builder.images import dicom
+from tfrecords_builder.images.decode import DECODERS
+from tfrecords_builder.images.decoded import ImageError
 from tfrecords_builder.splitting import splits
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
-from tfrecords_builder.writing import output_folder, parts
+from tfrecords_builder.writing import observations, output_folder, parts
 from tfrecords_builder.writing.parts import EncodedImage
 from tfrecords_builder.writing.writer import IngestTask, ingest, write_shard
 
@@ -184,6 +187,13 @@ class Inputs:
     split_of: Mapping[str, str] | None
     """By path, from the split file or as the collection gives it; None where a rule divides the images."""
     settings: Settings
+    patient_key: PatientKey | None
+    """None where no file is DICOM."""
+
+    @property
+    def decoders(self) -> dict[str, str]:
+        """Versions of the libraries that make the pixels."""
+        return DECODERS if self.patient_key is None else {**DECODERS, "pydicom": dicom.version()}
 
     @classmethod
     def read(cls, source: Path, options: BuildOptions) -> "Inputs":
@@ -199,6 +209,10 @@ class Inputs:
             raise UserError(f"{source}: contains only one class, '{next(iter(counts))}'; give at least two")
         _check_class_sizes(source, counts)
         split_of, rule, notes = plan.choose_split(listing, options.split, options.split_file)
+        key = None
+        if any(may_be_dicom(image.path.rpartition("/")[2]) for image in images):
+            dicom.version()  # without pydicom, this is said before anything is read
+            key = patient_key()
         settings = Settings(
             image_size=options.image_size,
             encoding=options.encoding,
@@ -206,9 +220,9 @@ class Inputs:
             split_rule=rule,
             conflicts=options.conflicts or ("keep" if options.split == "published" else "exclude"),
             masks=any(image.mask for image in images),
-            metadata=metadata_digest(listing.metadata, listing.extra),
+            metadata=with_key(metadata_digest(listing.metadata, listing.extra), key),
         )
-        return cls(source, listing, counts, (*listing.notes, *notes), split_of, settings)
+        return cls(source, listing, counts, (*listing.notes, *notes), split_of, settings, key)
 
 
 def _check_class_sizes(source: Path, counts: Mapping[str, int], rejected: Mapping[str, int] | None = None) -> None:
@@ -224,7 +238,8 @@ def _check_class_sizes(source: Path, counts: Mapping[str, int], rejected: Mappin
 
 
 def _ingest_tasks(collection: Inputs, work: Path, options: BuildOptions) -> list[IngestTask]:
-    key = json.dumps([FORMAT_VERSION, options.image_size, options.encoding, THUMBNAIL_SIZE, DECODERS])
+    made_by = [options.image_size, options.encoding, THUMBNAIL_SIZE, collection.decoders]
+    key = json.dumps([FORMAT_VERSION, *made_by, collection.patient_key and collection.patient_key.name])
     images = collection.listing.images
     size = parts.images_per_part(len(images))
     return [
@@ -237,6 +252,7 @@ def _ingest_tasks(collection: Inputs, work: Path, options: BuildOptions) -> list
             image_size=options.image_size,
             encoding=options.encoding,
             stop_at_reject=options.on_error == "stop",
+            patient_key=collection.patient_key,
         )
         for number, start in enumerate(range(0, len(images), size))
     ]
@@ -270,11 +286,12 @@ def _write(
     settings, class_names = collection.settings, tuple(collection.class_counts)
     rejected = Counter(image.source.class_name for image in images if image.reason is not None)
     _check_class_sizes(collection.source, collection.class_counts, rejected)
-    decision = plan.decide(images, thumbnails, collection.listing.metadata, settings, collection.split_of)
+    metadata, notes = observations.with_patients(images, collection.listing.metadata)
+    decision = plan.decide(images, thumbnails, metadata, settings, collection.split_of)
     _check_splits(collection, decision)
     tasks = plan.plan_shards(work, images, decision.split_of, class_names, settings)
     shards = list(zip(tasks, pool.map(write_shard, tasks), strict=True))
-    rows = plan.manifest_rows(images, decision, collection.listing.metadata, class_names, shards)
+    rows = plan.manifest_rows(images, decision, metadata, class_names, shards)
     return Manifest(
         class_names=class_names,
         settings=settings,
@@ -286,10 +303,11 @@ def _write(
         ),
         rows=rows,
         duplicates=decision.duplicates,
-        created_with=DECODERS,
+        created_with=collection.decoders,
         not_taken=collection.listing.not_taken,
         notes=collection.notes,
         extra={name: tuple(map(of.get, (row.path for row in rows))) for name, of in collection.listing.extra.items()},
+        image_notes=(*notes, *observations.range_notes(images)),
     )
 
 

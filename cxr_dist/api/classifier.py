@@ -37,7 +37,7 @@ class Classifier:
         """A prediction for each image: `predicted`, `abstained`, and `probabilities` by class name, 0 to 1.
 
         Args:
-            images: Paths of PNG, JPEG or DICOM files, or of folders that hold such, one or several; or gray images,
+            images: Paths of image files, or of folders that hold such, one or several; or gray images,
                 uint8 [B, H, W], or a sequence of uint8 [H, W].
             overlay: A new folder. Each image is written there with the network's attention over it, as PNG, in the
                 order of the predictions. For paths alone. Default: none.

@@ -1,14 +1,17 @@
 """Images per second of the builder against what bounds it, and against what TensorFlow Datasets does.
 
 Bare decoding opens, decodes and resizes each image with Pillow and keeps nothing: a builder that decodes so cannot be
-faster (ours decodes plain gray PNG otherwise). TensorFlow Datasets writes the same records with a
-`GeneratorBasedBuilder` that decodes as bare decoding does. All in one run, in turns, on the same files, which are read
-once beforehand; lung masks are left out by all. Worker processes are started before the clock, and so is TensorFlow;
-`start_up` says what that takes.
+faster (ours decodes plain gray PNG otherwise). DICOM is decoded with pydicom and resized in 16 bits as it comes, and a
+second time as its upper 8 bits, the quickest way to gray levels, though wrong for most files.
+TensorFlow Datasets writes the same records with a `GeneratorBasedBuilder` that decodes as bare decoding does. All in
+one run, in turns, on the same files, which are read once beforehand; lung masks are left out by all. Worker processes
+are started before the clock, and so is TensorFlow; `start_up` says what that takes.
 """
 
 import functools
 import logging
+import os
+import resource
 import shutil
 import sys
 import time
@@ -26,11 +29,13 @@ from PIL import Image
 from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.collection.collect import find_images
 from tfrecords_builder.collection.download import FOLDER
+from tfrecords_builder.collection.file_kinds import may_be_dicom
 from tfrecords_builder.collection.find import class_counts
 from tfrecords_builder.common.pool import Pool
 from tfrecords_builder.images.resizing import RESAMPLING
 
 _IMAGES_PER_TASK = 32
+BARE, UPPER_BITS, OURS = "bare decoding", "bare, upper 8 bits", "cxr-dist build"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Timing:
     start_up_seconds: float
     seconds: tuple[float, ...]
     images: int
+    peak_memory_bytes: int | None = None
+    """Resident, of all processes together, until the end of this way; what they share is counted for each."""
 
     @property
     def images_per_second(self) -> float:
@@ -58,23 +65,25 @@ def measure(source: Path, work: Path, image_size: int, workers: Sequence[int], r
         image_size: Pixels.
         workers: Numbers of processes.
         rounds: The median is over these.
-        tfds: Whether to time TensorFlow Datasets too.
+        tfds: Whether to time TensorFlow Datasets too; it has no way to read DICOM.
     """
     images = find_images(source)
     paths = [source / image.path for image in images]
+    dicom = any(may_be_dicom(path.name) for path in paths)
     for path in paths:
         path.read_bytes()
     tasks = [(paths[start : start + _IMAGES_PER_TASK], image_size) for start in range(0, len(paths), _IMAGES_PER_TASK)]
     seconds: dict[tuple[str, int], list[float]] = {}
     start_up: dict[tuple[str, int], float] = {}
+    memory: dict[tuple[str, int], int] = {}
     for number in range(rounds):
         for count in workers:
             with _started(count) as (pool, took):
-                for name in ("bare decoding", "cxr-dist build"):
+                for name in (BARE, *([UPPER_BITS] if dicom else []), OURS):
                     start_up[name, count] = took
                     started = time.perf_counter()
-                    if name == "bare decoding":
-                        list(pool.map(bare_decode, tasks))
+                    if name != OURS:
+                        list(pool.map(bare_decode if name == BARE else upper_bits, tasks))
                     else:
                         build_dataset(
                             source,
@@ -83,6 +92,7 @@ def measure(source: Path, work: Path, image_size: int, workers: Sequence[int], r
                             pool=pool,
                         )
                     seconds.setdefault((name, count), []).append(time.perf_counter() - started)
+                    memory[name, count] = max(memory.get((name, count), 0), _peak_memory(pool, count))
                 shutil.rmtree(work / "ours")
         if tfds:
             folder = work / f"tfds-{number}"
@@ -91,7 +101,8 @@ def measure(source: Path, work: Path, image_size: int, workers: Sequence[int], r
             seconds.setdefault(("TensorFlow Datasets", 1), []).append(spent)
             shutil.rmtree(folder)
     return [
-        Timing(name, count, start_up[name, count], tuple(spent), len(paths)) for (name, count), spent in seconds.items()
+        Timing(name, count, start_up[name, count], tuple(spent), len(paths), memory.get((name, count)))
+        for (name, count), spent in seconds.items()
     ]
 
 
@@ -99,20 +110,37 @@ def bare_decode(task: tuple[Sequence[Path], int]) -> int:
     """Decode and resize, and nothing else; the number of images, so that nothing large is sent back."""
     paths, size = task
     for path in paths:
-        Image.open(path).convert("L").resize((size, size), RESAMPLING).tobytes()
+        image = Image.fromarray(_pixels(path)) if may_be_dicom(path.name) else Image.open(path).convert("L")
+        image.resize((size, size), RESAMPLING).tobytes()
     return len(paths)
+
+
+def upper_bits(task: tuple[Sequence[Path], int]) -> int:
+    """As `bare_decode`, of the upper 8 bits of 16-bit DICOM files."""
+    paths, size = task
+    for path in paths:
+        Image.fromarray((_pixels(path) >> 8).astype(np.uint8)).resize((size, size), RESAMPLING).tobytes()
+    return len(paths)
+
+
+def _pixels(path: Path) -> npt.NDArray[np.uint16]:
+    import pydicom
+
+    values: npt.NDArray[np.uint16] = pydicom.dcmread(path).pixel_array
+    return values
 
 
 def table(timings: Sequence[Timing]) -> list[str]:
     """Lines for people."""
     rate = {(timing.name, timing.workers): timing.images_per_second for timing in timings}
-    lines = [f"{'':20} workers  images/s  of bare decoding  start-up s  images/s with start-up"]
+    lines = [f"{'':20} workers  images/s  of bare decoding  start-up s  images/s with start-up  peak memory MB"]
     for timing in timings:
-        bare = rate["bare decoding", timing.workers]
+        bare = rate[BARE, timing.workers]
         with_start_up = timing.images / (timing.start_up_seconds + median(timing.seconds))
         lines.append(
             f"{timing.name:20} {timing.workers:7} {timing.images_per_second:9,.0f} "
             f"{timing.images_per_second / bare:17.2f} {timing.start_up_seconds:11.1f} {with_start_up:23,.0f}"
+            + (f"{timing.peak_memory_bytes / 1e6:16,.0f}" if timing.peak_memory_bytes else "")
         )
     return lines
 
@@ -157,6 +185,17 @@ def _started(workers: int) -> Iterator[tuple[Pool, float]]:
     with Pool(workers) as pool:
         list(pool.map(_imported, range(4 * workers)))
         yield pool, time.perf_counter() - started
+
+
+def _peak_memory(pool: Pool, workers: int) -> int:
+    """Of the worker processes and this one, in bytes."""
+    peaks = dict(pool.map(_process_and_peak, range(4 * workers)))
+    return sum((peaks | dict([_process_and_peak(0)])).values())
+
+
+def _process_and_peak(_number: int) -> tuple[int, int]:
+    time.sleep(0.02)  # every process gets a task
+    return os.getpid(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _imported(_number: int) -> bool:

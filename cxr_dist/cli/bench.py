@@ -34,6 +34,12 @@ def add_parsers(command: Command) -> None:
         "build", bench_build, "measure images/s of build, of bare decoding, and of TensorFlow Datasets with Pillow"
     )
     _add_images(parser)
+    parser.add_argument(
+        "--dicom",
+        type=positive,
+        metavar="N",
+        help="number of 16-bit DICOM files of 2,000 x 2,000 pixels (8 MB each) to write in place of phantoms",
+    )
     _add_number(parser, "--rounds", 5, ROUNDS_HELP)
 
     parser = benchmark(
@@ -166,13 +172,23 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_build(options: argparse.Namespace) -> None:
-    """On labelled images, or on phantoms of the database's size."""
+    """On labelled images, on phantoms of the database's size, or on DICOM files of a detector's."""
     from cxr_dist.bench import build, common
 
+    if options.dicom and options.source:
+        raise UserError("--dicom: takes the place of SOURCE; give one of them")
     with _work_folder() as work:
-        source = options.source or common.draw_phantoms(work / "phantoms", options.images, common.DATABASE_IMAGE_SIZE)
+        if options.dicom:
+            from cxr_dist.bench.dicom_files import write_dicom_files
+
+            source = write_dicom_files(work / "dicom", options.dicom)
+        else:
+            source = options.source or common.draw_phantoms(
+                work / "phantoms", options.images, common.DATABASE_IMAGE_SIZE
+            )
         (work / "built").mkdir()
-        timings = build.measure(source, work / "built", common.IMAGE_SIZE, (1, 2), options.rounds, tfds=True)
+        tfds = not options.dicom
+        timings = build.measure(source, work / "built", common.IMAGE_SIZE, (1, 2), options.rounds, tfds)
     rows = [vars(timing) | {"images_per_second": timing.images_per_second} for timing in timings]
     _show(options, rows, build.table(timings))
 

@@ -55,7 +55,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="folder of labelled images",
+        help="folder of labelled images (PNG, JPEG, TIFF, BMP, WebP or DICOM), one folder per class",
     )
     parser.add_argument(
         "dataset",
@@ -184,7 +184,7 @@ def build(options: argparse.Namespace) -> None:
     for path, reason in [*manifest.rejected, *manifest.excluded]:
         print(f"left out: {path}: {reason}")
     masks = len({row.mask for row in manifest.rows if row.mask})
-    _print_files(len(manifest.rows), masks, manifest.not_taken, manifest.notes)
+    _print_files(len(manifest.rows), masks, manifest.not_taken, (*manifest.notes, *manifest.image_notes))
     _print_counts(manifest.counts)
     print("\n".join(_group_lines(manifest)))
     left_out = len(manifest.rejected) + len(manifest.excluded)

@@ -18,7 +18,11 @@ def add_parsers(command: Command) -> None:
     parser = command("predict", predict, "classify images that have no label")
     parser.add_argument("run", type=Path, metavar="RUN_OR_EXPERIMENT", help=RUN_HELP)
     parser.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or DICOM files, or folders of them"
+        "images",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="files of images (PNG, JPEG, TIFF, BMP, WebP or DICOM), or folders of them",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line for scripts")
     parser.add_argument(

@@ -10,12 +10,11 @@ import numpy.typing as npt
 from tfrecords_builder.collection.file_kinds import IMAGE_SUFFIXES, IMAGES_FOLDER, MASKS_FOLDER
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.files import head_of
-from tfrecords_builder.images.decode import ImageError, TooLargeError, decode_gray, read_bytes
-from tfrecords_builder.images.dicom import HEAD, decode_dicom, is_dicom
+from tfrecords_builder.images.decode import decode_gray, read_bytes
+from tfrecords_builder.images.decoded import ImageError, TooLargeError
+from tfrecords_builder.images.dicom import HEAD, is_dicom
 from tfrecords_builder.images.resizing import Square, squares
 
-DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
-_SUFFIXES = IMAGE_SUFFIXES | DICOM_SUFFIXES
 MAX_FILE_BYTES = 1 << 29
 """Three times what 16-bit samples of `decode.MAX_PIXELS` take: no single picture has more."""
 
@@ -23,7 +22,7 @@ MAX_FILE_BYTES = 1 << 29
 def find_inputs(paths: Sequence[Path]) -> list[Path]:
     """The files that are given, and all images below the folders that are, folder by folder in the order of names.
 
-    In folders, an image is what is named as PNG, JPEG or DICOM, and what begins as DICOM; hidden files and folders are
+    In folders, an image is what has the suffix of an image, and what begins as DICOM; hidden files and folders are
     left out, and so are lung masks: a folder `masks` beside `images`, or beside images themselves. A file that is given
     itself is taken, whatever it is.
 
@@ -36,7 +35,7 @@ def find_inputs(paths: Sequence[Path]) -> list[Path]:
             raise UserError(f"{path}: no such file or folder; give images, or folders of images")
         below = sorted(_images_below(path)) if path.is_dir() else [path]
         if not below:
-            raise UserError(f"{path}: holds no PNG, JPEG or DICOM image; give another folder")
+            raise UserError(f"{path}: holds no image; give another folder")
         found += below
     return found
 
@@ -60,20 +59,18 @@ def read_square(path: Path, image_size: int) -> npt.NDArray[np.uint8]:
 
 
 def decode_square(data: bytes, image_size: int, path: Path) -> npt.NDArray[np.uint8]:
-    """Likewise of a file's content; `path` is named in errors, and tells DICOM by its suffix."""
-    dicom = is_dicom(data[:HEAD]) or path.suffix.lower() in DICOM_SUFFIXES
-    decoded = decode_dicom(data, path) if dicom else decode_gray(data, path)
-    return squares([decoded.gray], [Square(image_size)])[0][0]
+    """Likewise of a file's content; `path` is named in errors."""
+    return squares([decode_gray(data, path).gray], [Square(image_size)])[0][0]
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
-        beside_images = IMAGES_FOLDER in folders or any(Path(name).suffix.lower() in _SUFFIXES for name in files)
+        beside_images = IMAGES_FOLDER in folders or any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in files)
         drawn = {MASKS_FOLDER} if beside_images else set()
         folders[:] = [name for name in folders if not name.startswith(".") and name not in drawn]
         for name in files:
             path = Path(root, name)
-            if not name.startswith(".") and (path.suffix.lower() in _SUFFIXES or _begins_as_dicom(path)):
+            if not name.startswith(".") and (path.suffix.lower() in IMAGE_SUFFIXES or _begins_as_dicom(path)):
                 yield path
 
 

@@ -12,9 +12,12 @@ from cxr_dist.data.arrays import weak_numpy_function
 from cxr_dist.data.batch_sampler import Positions
 from cxr_dist.runs.seen_images import Digests, digests_of
 from tfrecords_builder.collection.collect import read_collection
+from tfrecords_builder.collection.file_kinds import may_be_dicom
 from tfrecords_builder.collection.metadata import Metadata, normalized_patient
+from tfrecords_builder.collection.patient_codes import patient_key
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images.decode import decode_mask, load_gray, read_bytes
+from tfrecords_builder.images.dicom import patient_id
 from tfrecords_builder.splitting.near_duplicates import equal_pairs, group_of
 
 
@@ -66,8 +69,14 @@ class FolderSource:
 
     @cached_property
     def _patient_names(self) -> list[str | None]:
-        names = [self._metadata.get(path, Metadata()).patient for path in self.paths]
-        return [None if name is None else normalized_patient(name) for name in names]
+        known = [self._metadata.get(path, Metadata()).patient for path in self.paths]
+        names = [None if name is None else normalized_patient(name) for name in known]
+        unknown = [n for n, path in enumerate(self.paths) if names[n] is None and may_be_dicom(Path(path).name)]
+        key = patient_key() if unknown else None
+        for number in unknown:
+            with (self._folder / self.paths[number]).open("rb") as file:
+                names[number] = key.code(patient_id(file)) if key else None
+        return names
 
     def batches(self, positions: Any) -> Any:
         import tensorflow as tf

@@ -15,7 +15,7 @@ from cxr_dist.data.image_files import read_square
 from cxr_dist.inference.classifier import BATCH_SIZE, Classifier, Prediction
 from cxr_dist.inference.grad_cam import make_explain, overlay_png
 from tfrecords_builder.common.files import check_output_folder, write_bytes
-from tfrecords_builder.images.decode import ImageError
+from tfrecords_builder.images.decoded import ImageError
 from tfrecords_builder.images.resizing import Square, squares
 
 

@@ -24,7 +24,7 @@ from cxr_dist.data.image_files import decode_square
 from cxr_dist.inference.classifier import Prediction
 from cxr_dist.serving.limits import Limits
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.images.decode import ImageError, TooLargeError
+from tfrecords_builder.images.decoded import ImageError, TooLargeError
 
 Image = npt.NDArray[np.uint8]
 TYPES = {

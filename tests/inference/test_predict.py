@@ -84,7 +84,7 @@ def test_the_table_and_a_file_that_cannot_be_read(
     assert bad.startswith("unreadable")
     assert "truncated" in bad
     assert "--on-error" not in out
-    assert "is not a PNG or JPEG" in lines[-1]
+    assert "is not a PNG, JPEG" in lines[-1]
     for line in lines[:-1]:
         if line != bad:
             assert line.split()[0] in ("abstains", *head.split()[1:5])
@@ -166,7 +166,7 @@ def test_one_batch_in_memory(finished_run: Path, images: Path, monkeypatch: pyte
 def test_files_that_are_too_large_or_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    from tfrecords_builder.images.decode import ImageError
+    from tfrecords_builder.images.decoded import ImageError
 
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ImageError, match="is no file"):

@@ -27,7 +27,7 @@ from tests.training.test_train_step import curve
 from tfrecords_builder.build import BuildOptions, build_dataset
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import MANIFEST_NAME
-from tfrecords_builder.images.decode import ImageError
+from tfrecords_builder.images.decoded import ImageError
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -142,7 +142,7 @@ def test_tasks_on_a_cluster_build_what_processes_build(phantom_source: Path, dat
     damaged = Path(shutil.copytree(phantom_source, tmp_path / "damaged"))
     victim = next((damaged / "COVID" / "images").iterdir())
     victim.write_bytes(b"no image")
-    with pytest.raises(ImageError, match=f"^{victim}: is not a PNG or JPEG image; ") as caught:
+    with pytest.raises(ImageError, match=f"^{victim}: is not a PNG, JPEG, TIFF, BMP, WebP or DICOM image; ") as caught:
         build_dataset(damaged, tmp_path / "e", BuildOptions(image_size=32), pool=RayPool())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "e" / MANIFEST_NAME).exists()

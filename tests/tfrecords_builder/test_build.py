@@ -28,7 +28,8 @@ from tfrecords_builder.format.manifest import MANIFEST_NAME, read_manifest
 from tfrecords_builder.format.record import decode_image, encode_image, parse_batch
 from tfrecords_builder.format.tfrecord import read_at
 from tfrecords_builder.images import decode as images
-from tfrecords_builder.images.decode import ImageError, load_gray
+from tfrecords_builder.images.decode import load_gray
+from tfrecords_builder.images.decoded import ImageError
 from tfrecords_builder.splitting.splits import SPLITS, split_sizes
 from tfrecords_builder.verify import verify_dataset
 from tfrecords_builder.writing import output_folder, parts
@@ -332,7 +333,7 @@ def test_what_was_decoded_before_a_damaged_file_is_not_decoded_again(
     last = mutable / "Viral Pneumonia/images/Viral Pneumonia-8.png"
     whole = last.read_bytes()
     last.write_bytes(b"no image")
-    with pytest.raises(ImageError, match="is not a PNG or JPEG") as caught:
+    with pytest.raises(ImageError, match="is not a PNG, JPEG") as caught:
         build(mutable, tmp_path / "d")
     kept = left_parts(tmp_path / "d")
     assert kept == TOTAL // 8
@@ -350,7 +351,7 @@ def test_skip_lists_damaged_files_and_splits_the_rest_exactly(mutable: Path, tmp
     summary = build(mutable, tmp_path / "d", on_error="skip")
     assert [path for path, _ in summary.manifest.rejected] == victims
     assert "truncated" in summary.manifest.rejected[0][1]
-    assert "not a PNG or JPEG" in summary.manifest.rejected[1][1]
+    assert "not a PNG, JPEG" in summary.manifest.rejected[1][1]
     accepted = {"COVID": 18, "Normal": 12, "Viral_Pneumonia": 9}
     assert summary.manifest.counts == {
         split: {n: split_sizes(c)[split] for n, c in accepted.items()} for split in SPLITS

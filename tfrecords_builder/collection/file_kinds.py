@@ -9,7 +9,9 @@ from pathlib import Path
 
 from tfrecords_builder.common.files import head_of
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".dic", ".ima"})
+IMAGE_SUFFIXES = DICOM_SUFFIXES | {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp"}
+"""Of the files that are read as images, in lower case."""
 # Folders of the database that are not classes, and that lie beside the images inside a class.
 IMAGES_FOLDER = "images"
 MASKS_FOLDER = "masks"
@@ -17,18 +19,18 @@ CSV_NAME = "metadata.csv"
 SHEET_SUFFIX = ".metadata.xlsx"
 
 _PICTURES = frozenset({
-    ".avif", ".bmp", ".dcm", ".dic", ".dicom", ".gif", ".heic", ".heif", ".ima", ".j2k", ".jfif", ".jp2",
-    ".jpe", ".jxl", ".mha", ".mhd", ".nii", ".nrrd", ".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+    ".avif", ".gif", ".heic", ".heif", ".j2k", ".jp2", ".jxl", ".mha", ".mhd", ".nii", ".nrrd", ".pbm", ".pgm",
+    ".pnm", ".ppm",
 })  # fmt: skip
 _DOCUMENTS = frozenset({
     ".bib", ".csv", ".doc", ".docx", ".htm", ".html", ".ipynb", ".json", ".jsonl", ".log", ".md", ".odt",
     ".ods", ".pdf", ".py", ".rst", ".rtf", ".toml", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".yaml", ".yml",
 })  # fmt: skip
-_DOCUMENT_NAMES = frozenset({"citation", "copying", "license", "licence", "makefile", "readme"})
+_DOCUMENT_NAMES = frozenset({"citation", "copying", "dicomdir", "license", "licence", "makefile", "readme"})
 _SYSTEM_FILES = frozenset({"desktop.ini", "ehthumbs.db", "icon\r", "thumbs.db"})
 _SYSTEM_FOLDERS = frozenset({"$recycle.bin", "@eadir", "__macosx", "lost+found", "system volume information"})
-_HEADS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"GIF87a", b"GIF89a", b"\0\0\0\x0cjP  ")
-_READABLE_HEADS = _HEADS[:2]
+_READABLE_HEADS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
+_OTHER_HEADS = (b"GIF87a", b"GIF89a", b"\0\0\0\x0cjP  ")
 _HEAD_BYTES = 132
 _SUFFIX = re.compile(r"\.(?=[^.]*[a-z])[a-z0-9]{1,8}")
 """A suffix is short and has a letter: DICOM files named by number would have as many suffixes as files."""
@@ -48,7 +50,7 @@ class Reason(StrEnum):
     LOOSE = "images outside of the class folders"
     FILE_LINK = "links to images that are taken already"
     FORMAT = "images in another format"
-    UNNAMED = "PNG or JPEG without that suffix"
+    UNNAMED = "images without the suffix of their format"
     UNLABELLED = "images without a label in the table"
     BESIDE = "images beside the folders of the splits"
     BROKEN = "links to nothing"
@@ -62,8 +64,8 @@ EXPECTED = (
 LOST = (Reason.FORMAT, Reason.UNNAMED, Reason.BESIDE, Reason.BROKEN, Reason.SPECIAL)
 """What looks like an image of its class and is not taken."""
 FIXES = {
-    Reason.FORMAT: "convert images of another format to PNG or JPEG",
-    Reason.UNNAMED: "give PNG and JPEG files their suffix",
+    Reason.FORMAT: "convert images of another format to PNG, TIFF or DICOM",
+    Reason.UNNAMED: "give images the suffix of their format",
     Reason.BESIDE: "move the folder away from those of the splits",
     Reason.BROKEN: "fetch what links lead to (git annex get, dvc pull)",
     Reason.SPECIAL: "remove what is neither file nor folder",
@@ -130,14 +132,25 @@ def is_picture(name: str) -> bool:
     return suffix in IMAGE_SUFFIXES or suffix in _PICTURES
 
 
+def may_be_dicom(name: str) -> bool:
+    """Whether a file that is taken as an image is DICOM by its suffix, or for want of one."""
+    suffix = suffix_of(name)
+    return not suffix or suffix in DICOM_SUFFIXES
+
+
+def is_unnamed_dicom(path: Path) -> bool:
+    """Whether a file is DICOM by its first bytes and has no suffix, as archives export it: it is read all the same."""
+    return not suffix_of(path.name) and head_of(path, _HEAD_BYTES)[128:] == b"DICM"
+
+
 def picture_by_content(path: Path) -> Reason | None:
-    """Whether a file begins as an image does: UNNAMED for PNG and JPEG, FORMAT for others, None for no image."""
+    """Whether a file begins as an image does: UNNAMED for formats that are read, FORMAT for others, None for none."""
     head = head_of(path, _HEAD_BYTES)
-    if head.startswith(_READABLE_HEADS):
-        return Reason.UNNAMED
     bitmap = head.startswith(b"BM") and head[6:10] == bytes(4)
     webp = head.startswith(b"RIFF") and head[8:12] == b"WEBP"
-    return Reason.FORMAT if head.startswith(_HEADS) or head[128:132] == b"DICM" or bitmap or webp else None
+    if head.startswith(_READABLE_HEADS) or bitmap or webp or head[128:] == b"DICM":
+        return Reason.UNNAMED
+    return Reason.FORMAT if head.startswith(_OTHER_HEADS) else None
 
 
 def printable(path: str) -> str:

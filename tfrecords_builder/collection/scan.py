@@ -19,6 +19,7 @@ from tfrecords_builder.collection.file_kinds import (
     is_leftover,
     is_picture,
     is_system_folder,
+    is_unnamed_dicom,
     picture_by_content,
     suffix_of,
 )
@@ -163,7 +164,7 @@ def _file(entry: Entry, path: str, aside: Reason | None) -> File:
         return File(path, Reason.BROKEN, shown=f"{path} -> {_target(entry)}")
     if not entry.is_file():
         return File(path, Reason.SPECIAL)
-    if suffix_of(name) in IMAGE_SUFFIXES:
+    if suffix_of(name) in IMAGE_SUFFIXES or is_unnamed_dicom(Path(entry.path)):
         return File(path, None, (status.st_dev, status.st_ino), link=entry.is_symlink())
     if is_picture(name):
         return File(path, Reason.FORMAT)

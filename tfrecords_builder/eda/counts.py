@@ -105,7 +105,7 @@ def source_folder_numbers(manifest: Manifest) -> dict[str, Any]:
         "images": len(manifest.rows),
         "masks": masks,
         "not_taken": [asdict(item) for item in manifest.not_taken],
-        "notes": [asdict(note) for note in manifest.notes],
+        "notes": [asdict(note) for note in (*manifest.notes, *manifest.image_notes)],
     }
 
 

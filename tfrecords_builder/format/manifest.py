@@ -119,6 +119,8 @@ class Manifest:
     """What else was said of the source folder."""
     extra: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
     """Columns of the collection's tables that are kept as they are, by name: a value for each row."""
+    image_notes: tuple[Note, ...] = ()
+    """Likewise of the images, when they were read."""
 
     @property
     def image_size(self) -> int:
@@ -243,6 +245,8 @@ def write_manifest(dataset: Path, manifest: Manifest) -> None:
         "not_taken": [asdict(item) for item in manifest.not_taken],
         "notes": [asdict(note) for note in manifest.notes],
     }
+    if manifest.image_notes:
+        metadata["image_notes"] = [asdict(note) for note in manifest.image_notes]
     table = with_extra(table_of(manifest.rows), manifest.extra)
     table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(metadata), _SEAL_KEY: UNSEALED})
 
@@ -319,6 +323,7 @@ def _from_table(table: pa.Table, metadata: dict[str, Any]) -> Manifest:
         not_taken=tuple(NotTaken(**{**item, "reason": Reason(item["reason"])}) for item in metadata["not_taken"]),
         notes=tuple(Note(**note) for note in metadata["notes"]),
         extra=extra,
+        image_notes=tuple(Note(**note) for note in metadata.get("image_notes", ())),
     )
 
 

@@ -1,7 +1,7 @@
 """Decode an image file to a gray uint8 square.
 
 What is stored is what the network sees, so every choice here is fixed and documented: gray by ITU-R 601
-luma, transparency over black (the background of an X-ray), 16-bit samples by their full range, EXIF
+luma, transparency over black (the background of an X-ray), 16-bit samples as `gray_levels` says, EXIF
 orientation applied, and one antialiased resize, which changes the aspect ratio of an image that is not
 square, as `keras.utils.image_dataset_from_directory` does.
 """
@@ -12,7 +12,6 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import kornia_rs
@@ -21,17 +20,18 @@ import numpy.typing as npt
 import PIL
 from PIL import Image, ImageOps
 
-from tfrecords_builder.common.errors import UserError, one_line
-from tfrecords_builder.images import png
+from tfrecords_builder.common.errors import one_line
+from tfrecords_builder.images import dicom, gray_levels, png
+from tfrecords_builder.images.decoded import MAX_PIXELS, Decoded, ImageError, SmallRange, TooLargeError
 from tfrecords_builder.images.resizing import Square, squares
 
-FORMATS = ("PNG", "JPEG")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
+"""Those of Pillow."""
+_NAMES = "PNG, JPEG, TIFF, BMP, WebP or DICOM image"
 DECODERS = {"pillow": PIL.__version__, "kornia-rs": kornia_rs.__version__}
 """Versions of the libraries that made the pixels."""
-MAX_PIXELS = 89_478_485
-"""A file of a few kilobytes can claim billions; detectors of X-rays have 20 million at most. The limit is Pillow's,
-which only warns of it (and raises an error at twice as many), so the warning adds nothing to our error."""
-
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+"""Tags of TIFF."""
 _LFS_POINTER = b"version https://git-lfs"
 
 # What Pillow raises on damaged input. SyntaxError is its own for a broken PNG chunk.
@@ -49,33 +49,12 @@ _DECODE_ERRORS = (
 )
 
 
-class ImageError(UserError):
-    """A file that is not a whole PNG or JPEG image.
-
-    Attributes:
-        path: The file.
-        reason: What is wrong with it, without the file's name.
-    """
-
-    def __init__(self, path: Path | str, reason: str) -> None:
-        # Both arguments go to the base class: the error then survives pickling between processes.
-        super().__init__(path, reason)
-        self.path = Path(path)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}; replace or remove the file (a build can skip it: --on-error skip)"
-
-
-class TooLargeError(ImageError):
-    """An image of more pixels than are decoded."""
-
-
 def load_gray(path: Path, image_size: int) -> npt.NDArray[np.uint8]:
     """The image in `path` as gray uint8 [image_size, image_size].
 
     Raises:
-        ImageError: The file cannot be read, is neither PNG nor JPEG, or is damaged or truncated.
+        ImageError: The file cannot be read, is of another format, or is damaged or truncated.
+        UserError: It is DICOM, and pydicom is not installed.
     """
     return _square(decode_gray(read_bytes(path), path), image_size)
 
@@ -101,24 +80,14 @@ def read_bytes(path: Path) -> bytes:
 
 @contextmanager
 def quiet_decoding() -> Iterator[None]:
-    """Without Pillow's warning of large images, which `decode_gray` rejects anyway.
+    """Without Pillow's warnings of large and damaged images, which `decode_gray` rejects anyway.
 
     For the main thread of a process that decodes: filters of warnings belong to the process.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged TIFF, which raises an error or is whole
         yield
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """An image of its own size."""
-
-    gray: npt.NDArray[np.uint8]
-    """Upright: [H, W]."""
-    width: int
-    """Of the file's image, in pixels."""
-    height: int
 
 
 def decode_gray(data: bytes, path: Path) -> Decoded:
@@ -126,16 +95,15 @@ def decode_gray(data: bytes, path: Path) -> Decoded:
     plain = png.decode_plain_gray(data, MAX_PIXELS)
     if plain is not None:
         return Decoded(plain, plain.shape[1], plain.shape[0])
-    gray, (width, height) = _decode_any(data, path)
-    return Decoded(np.asarray(gray), width, height)
+    return dicom.decode_dicom(data, path) if dicom.is_dicom(data[: dicom.HEAD]) else _decode_any(data, path)
 
 
 def _square(decoded: Decoded, side: int) -> npt.NDArray[np.uint8]:
     return squares([decoded.gray], [Square(side)])[0][0]
 
 
-def _decode_any(data: bytes, path: Path) -> tuple[Image.Image, tuple[int, int]]:
-    """Whatever may be made gray, upright and in mode L, and the width and height that the file gives."""
+def _decode_any(data: bytes, path: Path) -> Decoded:
+    """Whatever Pillow reads, as gray and upright."""
     if not data:
         raise ImageError(path, "is empty")
     try:
@@ -144,36 +112,60 @@ def _decode_any(data: bytes, path: Path) -> tuple[Image.Image, tuple[int, int]]:
         raise TooLargeError(path, f"has more than {MAX_PIXELS:,} pixels") from None
     except _DECODE_ERRORS as error:
         pointer = data.startswith(_LFS_POINTER)
-        reason = "is a Git LFS pointer (fetch the images: git lfs pull)" if pointer else "is not a PNG or JPEG image"
+        reason = "is a Git LFS pointer (fetch the images: git lfs pull)" if pointer else f"is not a {_NAMES}"
         raise ImageError(path, reason) from error
-    size = width, height = image.size
+    width, height = image.size
     if width * height > MAX_PIXELS:
         raise TooLargeError(path, f"has {width} x {height} pixels, more than {MAX_PIXELS:,} in all")
-    if getattr(image, "is_animated", False):
-        raise ImageError(path, "is animated, and which of its frames is meant is not known")
     try:
+        frames = getattr(image, "n_frames", 1) if getattr(image, "is_animated", False) else 1
+        if frames > 1:
+            kind = "pages" if image.format == "TIFF" else "frames"
+            raise ImageError(path, f"is animated or of several {kind}, and which of the {frames} is meant is not known")
         if image.format == "PNG":
             png.check_chunks(data)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        return _to_gray(image), size
+        gray, small_range = _to_gray(image, data)
+        return Decoded(gray, width, height, small_range)
+    except ImageError:
+        raise
     except _DECODE_ERRORS as error:
         raise ImageError(path, f"is a damaged or truncated image ({one_line(error)})") from error
 
 
-def _to_gray(image: Image.Image) -> Image.Image:
-    """`image` in mode L; exact for 8-bit gray in whatever mode it comes (L, LA, P, RGB, RGBA)."""
+def _to_gray(image: Image.Image, data: bytes) -> tuple[npt.NDArray[np.uint8], SmallRange | None]:
+    """uint8 [H, W]; exact for 8-bit gray in whatever mode it comes (L, LA, P, RGB, RGBA)."""
     if image.mode == "L" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):
-        # 16-bit gray: white is 65,535, as the PNG specification says (section 13.12), and not the brightest
-        # pixel, which would make the result depend on the content.
-        samples = np.asarray(image).astype(np.int64)
-        if samples.min() < 0 or samples.max() > 65_535:
-            raise ValueError("gray samples beyond 16 bits")
-        return Image.fromarray(((samples * 255 + 32_767) // 65_535).astype(np.uint8))
+        return np.asarray(image), None
+    if image.mode.startswith(("I", "F")):
+        return _wide_to_gray(image, data)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         black = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, rgba).convert("L")
-    return image.convert("L")
+        image = Image.alpha_composite(black, rgba)
+    gray = np.asarray(image.convert("L"))
+    kept = _bits(image, data) > 8 and gray.max() < 16
+    return gray, SmallRange.KEPT if kept else None
+
+
+def _wide_to_gray(image: Image.Image, data: bytes) -> tuple[npt.NDArray[np.uint8], SmallRange | None]:
+    """Likewise of gray samples of more than 8 bits."""
+    samples, bits = np.asarray(image), _bits(image, data)
+    if samples.dtype.kind == "f" or bits > 16 or samples.min() < 0 or samples.max() > 65_535:
+        raise ValueError("gray samples that are not of 8 to 16 bits without sign; save them so")
+    significant = png.significant_bits(data) if image.format == "PNG" else None
+    if significant is not None and samples.max() < 1 << significant:
+        bits = significant  # else the samples fill the range, as the PNG specification asks (section 11.3.3.4)
+    ends = gray_levels.shown_range(samples, bits)
+    gray = gray_levels.scaled_to(samples, ends)
+    if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:  # white is zero; Pillow inverts 8 bits alone
+        gray = 255 - gray
+    return gray, None if ends == gray_levels.declared_range(bits) else SmallRange.STRETCHED
+
+
+def _bits(image: Image.Image, data: bytes) -> int:
+    """Of a sample, as the file says."""
+    if image.format == "PNG":
+        return data[24]
+    return max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))) if image.format == "TIFF" else 8

@@ -1,33 +1,36 @@
-"""Decode a DICOM file to the gray picture that a viewer would show at first.
+"""Decode a DICOM file to a gray picture: what is refused, and how stored values are found; see `dicom_levels`.
 
-Stored values go through the modality LUT or rescale slope and intercept, then through the first VOI LUT or window,
-and are inverted where MONOCHROME1 says that the least is white (DICOM PS3.3, C.7.6.3, C.11.1 and C.11.2). Without a
-window the whole range that the file declares is shown, from black to white: not the range of its pixels, which would
-make the result depend on the content. Pixel spacing plays no part. Colour becomes gray by ITU-R 601 luma.
+Pixel spacing plays no part. Colour becomes gray by ITU-R 601 luma. A file may lack the preamble and the group 0002
+before its data set; it is then uncompressed.
 
-Nothing that says who the patient is is read, and no error repeats what a file says.
+Of what says who the patient is, `patient_id` alone reads one element, for a builder that stores none of it in clear.
+No error repeats what a file says.
 """
 
 import functools
 import io
 import logging
+import re
 import struct
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.common.installation import install_command
-from tfrecords_builder.images.decode import MAX_PIXELS, Decoded, ImageError, TooLargeError
+from tfrecords_builder.images.decoded import MAX_PIXELS, Decoded, ImageError, TooLargeError
+from tfrecords_builder.images.dicom_levels import Values, shown
+from tfrecords_builder.images.gray_levels import declared_range
 
 _MAGIC_AT = 128
 MAGIC = b"DICM"
 HEAD = _MAGIC_AT + len(MAGIC)
 """Bytes at a file's start that tell whether it is DICOM (PS3.10, section 7.1)."""
+_BARE = re.compile(rb"[\x02\x08]\0[\x00-\x20]\0(?:(?:UL|UI|CS|OB)..|..\0\0)", re.DOTALL)
+"""The first element of a file that lacks the preamble: group 0002 or 0008, with or without its kind of value."""
 
 _NEEDED = (
     "SamplesPerPixel",
@@ -47,20 +50,40 @@ _NEEDED = (
     "WindowCenter",
     "WindowWidth",
     "VOILUTFunction",
+    "PresentationLUTShape",
     "PixelData",
 )
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-_NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+_IMPLICIT, _EXPLICIT, _BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
+_NATIVE = (_IMPLICIT, _EXPLICIT, _BIG_ENDIAN)
 _RLE = "1.2.840.10008.1.2.5"
 _UID_LIMIT = 64
-Values = npt.NDArray[Any]
+_PIXEL_DATA = b"\xe0\x7f\x10\0"
+_UNDEFINED_LENGTH = 0xFFFFFFFF
 
 
 def is_dicom(head: bytes) -> bool:
     """Whether a file that begins so is DICOM; `HEAD` bytes are enough."""
-    return head[_MAGIC_AT:HEAD] == MAGIC
+    return head[_MAGIC_AT:HEAD] == MAGIC or _BARE.match(head) is not None
+
+
+def version() -> str:
+    """Of pydicom. Raises UserError where it is not installed."""
+    return str(_pydicom().__version__)
+
+
+def patient_id(data: bytes | IO[bytes]) -> str:
+    """The element Patient ID of a file; "" where it has none, or cannot be read. Raises UserError as `decode_dicom`."""
+    stream = io.BytesIO(data) if isinstance(data, bytes) else data
+    try:
+        dataset = _pydicom().dcmread(stream, specific_tags=["PatientID"], stop_before_pixels=True, force=True)
+        return str(dataset.get("PatientID") or "")
+    except UserError:
+        raise
+    except Exception:  # noqa: BLE001 - decoding it says what is wrong
+        return ""
 
 
 def decode_dicom(data: bytes, path: Path) -> Decoded:
@@ -77,21 +100,40 @@ def decode_dicom(data: bytes, path: Path) -> Decoded:
         raise ImageError(path, "is not a DICOM file")
     syntax = _transfer_syntax(data, path)
     try:
-        dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(_NEEDED))
+        dataset = _elements(data)
         _check_picture(dataset, path)
+        syntax = syntax or _assumed_syntax(dataset, path)
         _check_pixel_data(dataset, syntax, path)
-        values = pydicom.pixels.pixel_array(dataset, raw=False)
+        small_range = None
         if dataset.SamplesPerPixel == 3:
+            values = pydicom.pixels.pixel_array(dataset, raw=False)
             gray = np.asarray(Image.fromarray(values.astype(np.uint8)).convert("L"))
         else:
-            gray = _shown(values, dataset)
+            gray, small_range = shown(_stored(dataset, syntax), dataset)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - of damage pydicom raises anything, in words that may name a patient
         raise ImageError(path, f"is a damaged or truncated DICOM file ({type(error).__name__})") from None
     if gray.shape != (dataset.Rows, dataset.Columns):
         raise ImageError(path, "is a damaged DICOM file (its picture has another size than it says)")
-    return Decoded(gray, dataset.Columns, dataset.Rows)
+    return Decoded(gray, dataset.Columns, dataset.Rows, small_range)
+
+
+def _elements(data: bytes) -> Any:
+    """A data set of the elements that make the picture; plain gray pixels lie where they are in `data`."""
+    read = functools.partial(_pydicom().dcmread, specific_tags=list(_NEEDED), force=True)
+    stream = io.BytesIO(data)
+    dataset = read(stream, stop_before_pixels=True)
+    implicit, at = dataset.original_encoding[0], stream.tell()
+    start = at + (8 if implicit else 12)
+    if data[at : at + 4] != _PIXEL_DATA or dataset.get("SamplesPerPixel", 1) != 1 or len(data) < start:
+        return read(io.BytesIO(data))
+    (length,) = struct.unpack_from("<I", data, start - 4)
+    if length == _UNDEFINED_LENGTH:
+        return read(io.BytesIO(data))
+    # To read them would copy them: a tenth of the time of everything.
+    dataset.add_new("PixelData", "OW", memoryview(data)[start : start + length])
+    return dataset
 
 
 @functools.cache
@@ -110,9 +152,14 @@ def _pydicom() -> Any:
     return pydicom
 
 
-def _transfer_syntax(data: bytes, path: Path) -> str:
-    """Its UID, from the group of file meta elements, before anything else is read: a deflated file could be a bomb."""
-    at, uid = HEAD, ""
+def _transfer_syntax(data: bytes, path: Path) -> str | None:
+    """Its UID, from the group of file meta elements; None in a file without them.
+
+    Before anything else is read: a deflated file could be a bomb.
+    """
+    at, uid = HEAD if data[_MAGIC_AT:HEAD] == MAGIC else 0, ""
+    if data[at : at + 2] != b"\x02\x00":
+        return None
     while data[at : at + 2] == b"\x02\x00" and len(data) >= at + 12:
         element, kind = data[at + 2 : at + 4], data[at + 4 : at + 6]
         if kind in (b"OB", b"OW", b"UN", b"SQ", b"UT"):
@@ -127,6 +174,32 @@ def _transfer_syntax(data: bytes, path: Path) -> str:
     if uid == _DEFLATED:
         raise ImageError(path, "is a deflated DICOM file, whose size is not known before; save it uncompressed")
     return uid
+
+
+def _assumed_syntax(dataset: Any, path: Path) -> str:
+    """Of a file without group 0002, which `dataset` gets: how its elements are written tells, if it is uncompressed."""
+    implicit, little = dataset.original_encoding
+    if dataset["PixelData"].is_undefined_length:
+        raise ImageError(path, "is compressed and lacks group 0002, which names the compression; save it with that")
+    syntax = _IMPLICIT if implicit else _EXPLICIT if little else _BIG_ENDIAN
+    dataset.file_meta.TransferSyntaxUID = syntax
+    return syntax
+
+
+def _stored(dataset: Any, syntax: str) -> Values:
+    """The stored values [H, W] of a gray picture."""
+    import pydicom
+
+    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
+    if syntax not in (_IMPLICIT, _EXPLICIT):
+        return pydicom.pixels.pixel_array(dataset, raw=False)
+    kind = f"<{'i' if dataset.get('PixelRepresentation') else 'u'}{allocated // 8}"
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    values = np.frombuffer(dataset.PixelData, kind, rows * columns).reshape(rows, columns)
+    low, high = declared_range(stored, kind[1] == "i")
+    if stored < allocated and (values.min() < low or values.max() > high):  # the bits above hold an overlay
+        values = (values << (allocated - stored)) >> (allocated - stored)
+    return values
 
 
 def _check_picture(dataset: Any, path: Path) -> None:
@@ -220,71 +293,3 @@ def _coded_size(frame: bytes) -> tuple[int, int] | None:
             return width, height
         at += 2 + struct.unpack_from(">H", frame, at + 2)[0]
     return None
-
-
-def _shown(stored: Values, dataset: Any) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W] of the stored values of a gray picture."""
-    values, low, high = _modality(stored, dataset)
-    shown = _voi(values, dataset)
-    if shown is None:
-        shown = (values - np.float32(low)) / np.float32(high - low)
-    if str(dataset.PhotometricInterpretation) == "MONOCHROME1":
-        shown = 1 - shown
-    return (np.clip(shown, 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def _modality(stored: Values, dataset: Any) -> tuple[Values, float, float]:
-    """float32 values of the modality, and the least and most that the file declares."""
-    bits, signed = int(dataset.BitsStored), bool(dataset.get("PixelRepresentation"))
-    ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    if dataset.get("ModalityLUTSequence"):
-        values, depth = _looked_up(stored, dataset.ModalityLUTSequence[0])
-        return values, 0.0, float(2**depth - 1)
-    slope, intercept = _number(dataset, "RescaleSlope", 1.0), _number(dataset, "RescaleIntercept", 0.0)
-    if slope == 0:
-        raise ValueError("all values are one")
-    low, high = sorted(end * slope + intercept for end in ends)
-    return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept), low, high
-
-
-def _voi(values: Values, dataset: Any) -> Values | None:
-    """From 0 to 1 and beyond, by the first VOI LUT or window; None when the file has neither."""
-    if dataset.get("VOILUTSequence"):
-        found, depth = _looked_up(np.rint(values).astype(np.int64), dataset.VOILUTSequence[0])
-        return found / np.float32(2**depth - 1)
-    if dataset.get("WindowCenter") in (None, "") or dataset.get("WindowWidth") in (None, ""):
-        return None
-    center, width = _number(dataset, "WindowCenter", 0.0), _number(dataset, "WindowWidth", 0.0)
-    function = str(dataset.get("VOILUTFunction") or "LINEAR")
-    if width <= 0 or (function == "LINEAR" and width < 1):
-        raise ValueError("a window must be wide")
-    if function == "SIGMOID":
-        with np.errstate(over="ignore"):
-            return 1 / (1 + np.exp(-4 * (values - np.float32(center)) / np.float32(width)))
-    if function == "LINEAR_EXACT":
-        return (values - np.float32(center)) / np.float32(width) + np.float32(0.5)
-    if width == 1:
-        return (values > center - 0.5).astype(np.float32)
-    return (values - np.float32(center - 0.5)) / np.float32(width - 1) + np.float32(0.5)
-
-
-def _looked_up(values: Values, lut: Any) -> tuple[Values, int]:
-    """float32 entries of a LUT, and their bits (PS3.3, C.11.1.1)."""
-    entries, first, depth = (int(value) for value in lut.LUTDescriptor)
-    data = lut.LUTData
-    table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.atleast_1d(np.asarray(data, np.int64))
-    table = table[: entries or 1 << 16]
-    if not len(table) or not 8 <= depth <= 16:
-        raise ValueError("the table is empty")
-    return table.astype(np.float32)[np.clip(values.astype(np.int64) - first, 0, len(table) - 1)], depth
-
-
-def _number(dataset: Any, name: str, default: float) -> float:
-    """The first value of an element; it may have several."""
-    value = dataset.get(name)
-    if value is None or value == "":
-        return default
-    number = float(np.atleast_1d(np.asarray(value, np.float64))[0])
-    if not np.isfinite(number):
-        raise ValueError("a number is not finite")
-    return number

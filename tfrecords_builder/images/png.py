@@ -66,3 +66,16 @@ def decode_plain_gray(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8] | N
     except Exception:  # noqa: BLE001 - the decoder raises nothing more specific
         return None
     return pixels[..., 0]
+
+
+def significant_bits(data: bytes) -> int | None:
+    """What the chunk sBIT of a whole gray PNG says (section 11.3.3.4), from 8 bits on; None where it says nothing."""
+    position = len(SIGNATURE)
+    while True:
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if kind in (b"IDAT", b"IEND"):
+            return None
+        if kind == b"sBIT":
+            bits = data[position + 8] if length else 0
+            return bits if 8 <= bits < data[24] else None
+        position += 12 + length

@@ -13,8 +13,10 @@ from PIL import Image
 RESAMPLING = Image.Resampling.BILINEAR
 BANDS = 4
 """Images that are resized together."""
-_MOST_PIXELS = 1 << 20
-"""Of each of several images that are resized together: their memory stays bounded."""
+_MOST_PIXELS = 1 << 24
+"""Of each of several images that are resized together, more than detectors have: their memory stays bounded."""
+_LARGE = 1 << 20
+"""Pixels from which on NumPy shrinks by whole factors, in a fifth of Pillow's time."""
 
 Gray = npt.NDArray[np.uint8]
 
@@ -43,8 +45,8 @@ def squares(images: Sequence[Gray], wanted: Sequence[Square]) -> list[list[Gray]
     picture: Image.Image | None = None
     found = []
     for square in wanted:
-        if (height, width) == (square.side, square.side):
-            found.append(list(images))
+        if (height, width) == (square.side, square.side) or _is_shrunk(images[0], square):
+            found.append([_resized(image, square) for image in images])
             continue
         if picture is None:
             picture = Image.merge("CMYK", [Image.fromarray(image) for image in images])
@@ -55,7 +57,42 @@ def squares(images: Sequence[Gray], wanted: Sequence[Square]) -> list[list[Gray]
 def _resized(image: Gray, square: Square) -> Gray:
     if image.shape == (square.side, square.side):
         return image
-    return _pixels(_square(Image.fromarray(image), square))
+    if not _is_shrunk(image, square):
+        return _pixels(_square(Image.fromarray(image), square))
+    (height, width), (y, x) = image.shape, _factors(image, square)
+    box = (0, 0, width / x, height / y)
+    return _pixels(Image.fromarray(shrunk(image, y, x)).resize((square.side, square.side), RESAMPLING, box))
+
+
+def _is_shrunk(image: Gray, square: Square) -> bool:
+    return image.size > _LARGE and square.reducing_gap is not None and max(_factors(image, square)) > 1
+
+
+def _factors(image: Gray, square: Square) -> tuple[int, int]:
+    """By which Pillow's `resize` shrinks an image first: height and width."""
+    height, width = (int(length / square.side / (square.reducing_gap or 1)) or 1 for length in image.shape)
+    return height, width
+
+
+def shrunk(image: Gray, y: int, x: int) -> Gray:
+    """As Pillow's `reduce` by `y` and `x`, to the pixel: means of blocks, smaller ones at the right and the bottom."""
+    sums = _sums(_sums(image, y).T, x).T.astype(np.uint64)
+    areas = np.outer(_lengths(image.shape[0], y), _lengths(image.shape[1], x))
+    # Pillow divides so (Reduce.c), in 32 bits.
+    reciprocals = (np.float32(1 << 32) / (areas << 8).astype(np.float32)).astype(np.uint64)
+    return ((sums + areas.astype(np.uint64) // 2) * reciprocals >> np.uint64(24)).astype(np.uint8)
+
+
+def _sums(values: npt.NDArray[np.integer], step: int) -> npt.NDArray[np.integer]:
+    """Of so many rows at a time; fewer at the end."""
+    kind = np.uint16 if values.dtype == np.uint8 and step <= 256 else np.uint32
+    whole = len(values) // step * step
+    sums = values[:whole].reshape(-1, step, values.shape[1]).sum(1, dtype=kind)
+    return sums if whole == len(values) else np.concatenate([sums, values[whole:].sum(0, dtype=kind)[None]])
+
+
+def _lengths(length: int, step: int) -> npt.NDArray[np.int64]:
+    return np.minimum(step, length - np.arange(0, length, step))
 
 
 def _square(image: Image.Image, square: Square) -> Image.Image:

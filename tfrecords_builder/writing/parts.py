@@ -49,6 +49,10 @@ class EncodedImage(NamedTuple):
     length: int = 0
     mask_length: int = 0
     """The mask's bytes follow the image's; 0 when it has none."""
+    patient: str | None = None
+    """Of a DICOM file, the code of its Patient ID; see `patient_codes`."""
+    small_range: str | None = None
+    """A `SmallRange`."""
 
 
 @dataclass(frozen=True, slots=True)

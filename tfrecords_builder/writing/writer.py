@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import IO
 
 from tfrecords_builder.collection.find import SourceImage
+from tfrecords_builder.collection.patient_codes import PatientKey
 from tfrecords_builder.common import files
 from tfrecords_builder.format import record, tfrecord
-from tfrecords_builder.images import decode as images, resizing
+from tfrecords_builder.images import decode as images, dicom, resizing
+from tfrecords_builder.images.decoded import Decoded, ImageError
 from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
 from tfrecords_builder.writing import parts
 from tfrecords_builder.writing.parts import EncodedImage, Part
@@ -36,6 +38,8 @@ class IngestTask:
     image_size: int
     encoding: str
     stop_at_reject: bool
+    patient_key: PatientKey | None = None
+    """None where no file is DICOM."""
 
     def __str__(self) -> str:
         return f"the images {self.source / self.images[0].path} to {self.source / self.images[-1].path}"
@@ -77,20 +81,20 @@ class _SourceBytes:
 
     path: Path
     sha256: str | None
-    data: bytes | images.ImageError
+    data: bytes | ImageError
 
     @classmethod
     def read(cls, source: Path, path: str) -> "_SourceBytes":
         file = source / path
         try:
             data = images.read_bytes(file)
-        except images.ImageError as error:
+        except ImageError as error:
             return cls(file, None, error)
         return cls(file, hashlib.sha256(data).hexdigest(), data)
 
     def content(self) -> bytes:
         """The bytes; an `ImageError` when the file could not be read."""
-        if isinstance(self.data, images.ImageError):
+        if isinstance(self.data, ImageError):
             raise self.data
         return self.data
 
@@ -134,7 +138,7 @@ def _decode(task: IngestTask, files: parts.FileStates) -> Part | EncodedImage:
     return parts.write_part(task.folder, task.number, task.key, files, done, content)
 
 
-def _read_image(task: IngestTask, source: SourceImage) -> tuple[EncodedImage, images.Decoded | None, bytes]:
+def _read_image(task: IngestTask, source: SourceImage) -> tuple[EncodedImage, Decoded | None, bytes]:
     """What is known of an image before it is resized, its pixels (None with a reason), and its encoded mask."""
     file = _SourceBytes.read(task.source, source.path)
     mask = _SourceBytes.read(task.source, source.mask) if source.mask else None
@@ -142,10 +146,12 @@ def _read_image(task: IngestTask, source: SourceImage) -> tuple[EncodedImage, im
     try:
         decoded = images.decode_gray(file.content(), file.path)
         inside = images.decode_mask(mask.content(), task.image_size, mask.path) if mask else None
-    except images.ImageError as error:
+    except ImageError as error:
         reason = error.reason if error.path == file.path else f"has a mask, {error.path.name}, that {error.reason}"
         return image._replace(reason=reason), None, b""
-    image = image._replace(width=decoded.width, height=decoded.height)
+    image = image._replace(width=decoded.width, height=decoded.height, small_range=decoded.small_range)
+    if task.patient_key is not None and dicom.is_dicom(file.content()[: dicom.HEAD]):
+        image = image._replace(patient=task.patient_key.code(dicom.patient_id(file.content())))
     return image, decoded, b"" if inside is None else record.encode_mask(inside)
 
 

@@ -14,7 +14,7 @@ from tfrecords_builder.collection.download import FOLDER
 from tfrecords_builder.format.manifest import read_manifest
 from tfrecords_builder.format.record import Record, decode_example, decode_mask, encode_image, encode_mask
 from tfrecords_builder.format.tfrecord import scan
-from tfrecords_builder.images.decode import ImageError
+from tfrecords_builder.images.decoded import ImageError
 from tfrecords_builder.verify import verify_dataset
 
 SIZE = 16

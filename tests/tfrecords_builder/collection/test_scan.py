@@ -20,7 +20,7 @@ from tfrecords_builder.collection.layout import recognise, sort_files
 from tfrecords_builder.collection.scan import scan
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.format.manifest import read_manifest
-from tfrecords_builder.images.decode import ImageError
+from tfrecords_builder.images.decoded import ImageError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HEIC = b"\0\0\0\x18ftypheic"

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.images.decode import ImageError, TooLargeError, decode_gray, load_gray, quiet_decoding
+from tfrecords_builder.images.decode import decode_gray, load_gray, quiet_decoding
+from tfrecords_builder.images.decoded import ImageError, TooLargeError
 
 SIZE = 24
 GRAY = np.random.default_rng(1).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
@@ -181,9 +182,9 @@ def test_damaged_jpeg_never_raises_anything_else(tmp_path: Path) -> None:
     ("data", "reason"),
     [
         (b"", "is empty"),
-        (b"not an image", "is not a PNG or JPEG"),
-        (encoded(Image.fromarray(GRAY), "BMP"), "is not a PNG or JPEG"),
-        (b"\x89PNG\r\n\x1a\n", "is not a PNG or JPEG"),
+        (b"not an image", "is not a PNG, JPEG, TIFF"),
+        (encoded(Image.fromarray(GRAY), "GIF"), "is not a PNG, JPEG, TIFF"),
+        (b"\x89PNG\r\n\x1a\n", "is not a PNG, JPEG, TIFF"),
     ],
 )
 def test_not_an_image(tmp_path: Path, data: bytes, reason: str) -> None:
@@ -230,7 +231,7 @@ def claiming(width: int, height: int) -> bytes:
         (animated(), "is animated"),
         (claiming(9_500, 9_500), "has 9500 x 9500 pixels"),
         (claiming(60_000, 60_000), "more than 89,478,485 pixels"),
-        (claiming(SIZE, 2**31 - 1), "not a PNG or JPEG|pixels"),
+        (claiming(SIZE, 2**31 - 1), "not a PNG, JPEG, TIFF|pixels"),
     ],
 )
 def test_what_is_refused_with_its_reason(tmp_path: Path, data: bytes, reason: str) -> None:

@@ -25,7 +25,7 @@ from pydicom.uid import (
 
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images import dicom
-from tfrecords_builder.images.decode import ImageError, TooLargeError
+from tfrecords_builder.images.decoded import ImageError, TooLargeError
 
 PATIENT = "Doe^Jane"
 PATH = Path("a.dcm")
@@ -244,3 +244,56 @@ def test_without_pydicom_the_fix_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not isinstance(caught.value, ImageError)
     monkeypatch.undo()
     decode(dicom_bytes(small()))
+
+
+RAMP = np.tile(np.linspace(0, 255, 64).round().astype(np.uint8), (64, 1))
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("shape", [None, "IDENTITY", "INVERSE"])
+def test_a_picture_is_inverted_once(photometric: str, shape: str | None) -> None:
+    """MONOCHROME1 with INVERSE is the usual pair: not twice."""
+    elements = {"PresentationLUTShape": shape} if shape else {}
+    inverted = photometric == "MONOCHROME1" or shape == "INVERSE"
+    np.testing.assert_array_equal(decode(dicom_bytes(RAMP, photometric, **elements)), 255 - RAMP if inverted else RAMP)
+
+
+def bare(data: bytes, syntax: str, preamble: bool = False, group2: bool = False) -> bytes:
+    """A file without what comes before its data set, or without some of it."""
+    end = HEAD_BYTES + 12 + struct.unpack_from("<I", data, HEAD_BYTES + 8)[0]
+    return (data[:HEAD_BYTES] if preamble else b"") + (data[HEAD_BYTES:end] if group2 else b"") + data[end:]
+
+
+HEAD_BYTES = dicom.HEAD
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+@pytest.mark.parametrize(("preamble", "group2"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_files_without_preamble_or_group_0002(syntax: str, preamble: bool, group2: bool, dtype: str) -> None:
+    data = dicom_bytes(noise(dtype, 0, 256), syntax=syntax, SOPClassUID=SecondaryCaptureImageStorage)
+    less = bare(data, syntax, preamble, group2)
+    assert dicom.is_dicom(less[: dicom.HEAD])
+    np.testing.assert_array_equal(decode(less), decode(data))
+    assert dicom.patient_id(less) == "4711"
+
+
+def test_compressed_pixels_need_group_0002() -> None:
+    jpeg = compressed(Image.fromarray(small()), "JPEG")
+    data = dicom_bytes(small(), syntax=JPEGBaseline8Bit, pixel_data=jpeg, SOPClassUID=SecondaryCaptureImageStorage)
+    with pytest.raises(ImageError, match="lacks group 0002, which names the compression; save it with that"):
+        decode(bare(data, JPEGBaseline8Bit))
+
+
+def test_bits_above_those_stored_are_left_out() -> None:
+    for dtype, low, high in (("uint16", 0, 4096), ("int16", -2048, 2048)):
+        values = noise(dtype, low, high)
+        overlaid = (values.view(np.uint16) & 0x0FFF) | np.uint16(0x9000)
+        data = dicom_bytes(overlaid.view(dtype), bits=12)
+        np.testing.assert_array_equal(decode(data), decode(dicom_bytes(values, bits=12)))
+
+
+def test_patient_id() -> None:
+    assert dicom.patient_id(dicom_bytes(small())) == "4711"
+    assert dicom.patient_id(dicom_bytes(small(), PatientID="")) == ""
+    assert dicom.patient_id(b"\0" * 500) == ""
