@@ -6,7 +6,6 @@ import hashlib
 import io
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -159,27 +158,34 @@ def split_name(text: str, where: str) -> str | None:
 def path_finder(paths: Collection[str]) -> Callable[[str], str | None]:
     """Gives the image that a text names: its path, or so much of the path's end that it is no other image.
 
-    Backslashes, case, Unicode form, folders above the source folder and a missing suffix make no difference.
+    Backslashes, case, Unicode form, folders above the source folder and a missing suffix make no difference. The time
+    of a look-up does not depend on the number of images, even where all have one name in folders of their own.
     """
     exact = set(paths)
-    by_name: dict[str, list[tuple[list[str], str]]] = defaultdict(list)
-    for path in exact:
-        parts = _parts(path)
-        for name in {parts[-1], without_suffix(parts[-1])}:
-            by_name[name].append(([*parts[:-1], name], path))
+    whole: dict[str, str] = {}
+    ends: dict[str, str] = {}
+    """Of each path the whole, and each end, as `_parts` writes them; "" for what several have."""
+
+    def index() -> None:
+        for path in exact:
+            *folders, name = _parts(path)
+            for last in {name, without_suffix(name)}:
+                parts = [*folders, last]
+                for start in range(len(parts)):
+                    for known in (ends, whole) if not start else (ends,):
+                        end = "/".join(parts[start:])
+                        known[end] = path if known.get(end, path) == path else ""
 
     def find(text: str) -> str | None:
         if text in exact:
             return text
+        if not ends:
+            index()
         parts = _parts(text)
-        if not parts:
-            return None
-        found = []
-        for own, path in by_name.get(parts[-1], ()):
-            length = min(len(own), len(parts))
-            if own[-length:] == parts[-length:]:
-                found.append(path)
-        return found[0] if len(found) == 1 else None
+        found = {ends.get("/".join(parts))} | {whole.get("/".join(parts[start:])) for start in range(1, len(parts))}
+        found.discard(None)
+        path = found.pop() if len(found) == 1 else None
+        return path or None
 
     return find
 
