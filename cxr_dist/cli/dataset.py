@@ -275,7 +275,7 @@ def verify(options: argparse.Namespace) -> None:
 def eda(options: argparse.Namespace) -> None:
     from cxr_dist.launch.train import local_dataset
     from cxr_dist.runs.loggers import progress_bar
-    from tfrecords_builder.eda.page import PAGE, write_analysis
+    from tfrecords_builder.eda.page import PAGE, SUSPECTS, write_analysis
 
     with local_dataset(options.dataset) as dataset, progress_bar("eda") as progress:
         numbers = write_analysis(dataset, options.out, progress)
@@ -300,4 +300,7 @@ def eda(options: argparse.Namespace) -> None:
     print(f"{others:,} of {folder['files']:,} files of the source folder are neither image nor mask")
     for text in numbers["warnings"]:
         print(f"warning: {text}")
+    print(
+        f"odd images, the oddest of each class first: {numbers['odd_images']['listed']:,} in {options.out / SUSPECTS}"
+    )
     print(f"report: {options.out / PAGE}")

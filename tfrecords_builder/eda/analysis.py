@@ -1,14 +1,14 @@
 """Exploratory analysis of a dataset: all its numbers, and the pictures that belong to them.
 
 The manifest tells of counts, sizes and duplicates. The images are read once, shard by shard. What is kept of them are
-sums, histograms, a fixed number of small pictures and the trivial features of a bounded sample (`shortcuts`): beside
-the manifest, memory does not grow with the number of images.
+sums, histograms, a fixed number of small pictures, the trivial features of a bounded sample (`shortcuts`), and 290
+bytes of each image, by which odd ones are found (`odd_images`).
 """
 
 import hashlib
 import heapq
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tfrecords_builder.eda import shortcuts
+from tfrecords_builder.eda import odd_images, shortcuts
 from tfrecords_builder.eda.counts import (
     QUANTILES,
     accepted,
@@ -30,8 +30,9 @@ from tfrecords_builder.eda.counts import (
     size_numbers,
     source_folder_numbers,
 )
+from tfrecords_builder.eda.odd_images import OddImages, Suspect
+from tfrecords_builder.eda.records import every_image, some_images
 from tfrecords_builder.eda.shortcuts import Features, Gray
-from tfrecords_builder.format import record as schema, tfrecord
 from tfrecords_builder.format.manifest import Manifest, check_shards, read_manifest
 from tfrecords_builder.format.manifest_rows import Row
 
@@ -39,6 +40,8 @@ FORMAT_VERSION = 1
 KIND = "exploratory analysis of a dataset"
 """What `eda.json` says that it is."""
 SAMPLES_PER_CLASS = 12
+ODD_SHOWN = 12
+"""Of each class, with their pictures."""
 IMAGES_SHOWN_PER_GROUP = 6
 PICTURE_SIDE = 128
 """Samples and duplicates are shown at this side or less, in pixels."""
@@ -76,7 +79,9 @@ class Analysis:
     deviations: npt.NDArray[np.float32]
     """[C, S, S]: standard deviation of each pixel over the images of a class."""
     pictures: dict[str, Gray]
-    """Small pictures by path, of the samples and of the duplicates that are shown and have a record."""
+    """Small pictures by path, of the samples, the odd images, and the duplicates that are shown and have a record."""
+    suspects: list[Suspect]
+    """The odd images of each class, the oddest first."""
 
 
 @dataclass
@@ -191,8 +196,11 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
     }
     pictures: dict[str, Gray] = {}
     total = sum(shard.records for shard in manifest.shards)
-    for done, (row, gray) in enumerate(_images(dataset, manifest), start=1):
+    odd, rows = OddImages(total, manifest.image_size), list[Row]()
+    for done, (row, gray) in enumerate(every_image(dataset, manifest), start=1):
         mean, deviation = statistics.add(row.label, gray)
+        odd.add(gray, row.width, row.height)
+        rows.append(row)
         if row.source is not None:
             levels.add(row.source, mean, deviation)
         if row.split in trivial:
@@ -202,6 +210,10 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
         if progress is not None:
             progress(done, total)
     found = measure_shortcuts(trivial["train"], trivial["validation"])
+    odd_numbers, suspects = _find_odd(odd, rows, manifest.class_names)
+    oddest = {suspect.path for suspect in suspects if suspect.rank <= ODD_SHOWN}
+    for row, gray in some_images(dataset, manifest, [row for row in rows if row.path in oddest]):
+        pictures[row.path] = shortcuts.reduced(gray, PICTURE_SIDE)
     numbers = {
         "kind": KIND,
         "format_version": FORMAT_VERSION,
@@ -217,13 +229,26 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
         "sources": source_numbers(manifest, levels),
         "samples": samples,
         "duplicates": duplicate_numbers(manifest),
+        "odd_images": odd_numbers,
         "patients": patient_numbers(manifest),
         "source_folder": source_folder_numbers(manifest),
         "left_out": left_out_numbers(manifest),
         "shortcuts": {name: asdict(item) | {"suspicious": item.suspicious} for name, item in found.items()},
     }
     numbers["warnings"] = warnings_of(numbers)
-    return Analysis(numbers, statistics.means, statistics.deviations, pictures)
+    return Analysis(numbers, statistics.means, statistics.deviations, pictures, suspects)
+
+
+def _find_odd(odd: OddImages, rows: list[Row], class_names: Sequence[str]) -> tuple[dict[str, Any], list[Suspect]]:
+    """The numbers of the odd images, and the suspects; `rows` are those of the images that `odd` has noted."""
+    scores, labels = odd.scores(), [row.label for row in rows]
+    suspects = odd_images.rank(scores, [row.path for row in rows], labels, class_names)
+    shown: dict[str, list[dict[str, Any]]] = {name: [] for name in class_names}
+    for suspect in suspects:
+        if suspect.rank <= ODD_SHOWN:
+            shown[suspect.class_name].append(asdict(suspect))
+    gathered = [asdict(item) for item in odd_images.gathered(scores, labels, class_names)]
+    return {"listed": len(suspects), "classes": shown, "gathered": gathered}, suspects
 
 
 def source_numbers(manifest: Manifest, levels: Levels) -> dict[str, dict[str, Any]]:
@@ -288,7 +313,7 @@ def warnings_of(numbers: Mapping[str, Any]) -> list[str]:
             f"Patients across splits: {straddling:,} of {patients['several_images']:,} patients with several images "
             "are in more than one split, so memorised patients count as correct predictions."
         )
-    return found
+    return found + odd_images.gathered_warnings(numbers["odd_images"]["gathered"])
 
 
 class _TrivialFeatures:
@@ -335,22 +360,6 @@ class _TrivialFeatures:
         common = coded(lambda row: f"{row.width} x {row.height}")
         categories = {name: coded(of) for name, of in CATEGORIES.items()}
         return self._pixels | {"source_size": np.hstack([sizes, common])} | categories
-
-
-def _images(dataset: Path, manifest: Manifest) -> Iterator[tuple[Row, Gray]]:
-    """Every record with its row, in the order of the shards."""
-    for shard in manifest.shards:
-        path = dataset / shard.name
-        for number, (offset, payload) in enumerate(tfrecord.scan(path)):
-            try:
-                record = schema.decode_example(payload)
-                gray = schema.decode_image(record.image, manifest.image_size, manifest.encoding)
-                row = manifest.rows[record.index] if 0 <= record.index < len(manifest.rows) else None
-                if row is None or (row.path, row.shard, row.index) != (record.path, shard.name, number):
-                    raise ValueError(f"it holds '{record.path}', which the manifest has elsewhere")
-            except ValueError as error:
-                raise tfrecord.CorruptRecordError(path, number, offset, str(error)) from error
-            yield row, gray
 
 
 def _pixel_numbers(manifest: Manifest, statistics: PixelStatistics) -> dict[str, Any]:

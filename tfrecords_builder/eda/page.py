@@ -4,9 +4,11 @@
 interrupted is known by its page.
 """
 
+import csv
+import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,22 @@ from tfrecords_builder.common.page import template_environment
 from tfrecords_builder.eda import analysis as eda, figures, pixel_figures
 from tfrecords_builder.eda.analysis import Analysis
 from tfrecords_builder.eda.figures import percent
+from tfrecords_builder.eda.odd_images import Suspect
 from tfrecords_builder.writing.output_folder import explained
 
-NUMBERS, PAGE = "eda.json", "eda.html"
+NUMBERS, PAGE, SUSPECTS = "eda.json", "eda.html", "suspects.csv"
 LEFT_OUT_SHOWN = 50
 SOURCES_SHOWN = 20
 GENERATOR = "cxr-dist eda"
 """What a page names as its generator, by which it is known as ours."""
 
 _FILE = re.compile(
-    r"eda\.(json|html)|(counts|sizes|distributions|means|group_sizes|groups|shortcuts|sources|samples-\d+)\.svg"
+    r"eda\.(json|html)|suspects\.csv|(counts|sizes|distributions|means|group_sizes|groups|shortcuts|sources|samples-\d+|odd-\d+)\.svg"
 )
 
 
 def write_analysis(dataset: Path, out: Path, progress: eda.Progress | None = None) -> dict[str, Any]:
-    """Analyse a dataset and write eda.html, the figures and eda.json; an earlier analysis in `out` is replaced.
+    """Analyse a dataset; write eda.html, figures, suspects.csv and eda.json, in place of an earlier analysis in `out`.
 
     Everything is computed before the first file is touched. `progress` is called with (images read, images in all).
 
@@ -45,7 +48,7 @@ def write_analysis(dataset: Path, out: Path, progress: eda.Progress | None = Non
     check_output_folder(out)
     analysis = eda.analyse(dataset, progress)
     drawn = draw(analysis)
-    contents = {figure.file: figure.content for figure in drawn}
+    contents = {figure.file: figure.content for figure in drawn} | {SUSPECTS: suspects_csv(analysis.suspects)}
     numbers = analysis.numbers | {
         "figures": {item.file: {"title": item.title, "caption": item.caption} for item in drawn}
     }
@@ -106,6 +109,8 @@ def draw(analysis: Analysis) -> list[Figure]:
         ]
         drawn += [figures.group_sizes(duplicates), figures.groups(duplicates, pictures)]
     for label, name in enumerate(names):
+        odd = numbers["odd_images"]["classes"][name]
+        drawn.append(pixel_figures.odd(label, name, odd, [analysis.pictures[item["path"]] for item in odd]))
         samples = [analysis.pictures[path] for path in numbers["samples"][name]]
         drawn.append(pixel_figures.samples(label, name, samples, numbers["counts"]["splits"]["train"][name]["images"]))
     return drawn
@@ -119,12 +124,23 @@ def render(numbers: Mapping[str, Any], drawn: list[Figure]) -> str:
     return environment.get_template("eda.html.j2").render(
         **numbers,
         figure_of={item.file: item for item in drawn},
+        odd_figures=[item for item in drawn if item.file.startswith("odd-")],
         sample_figures=[item for item in drawn if item.file.startswith("samples-")],
         features=eda.FEATURES,
         left_out_shown=LEFT_OUT_SHOWN,
         sources_shown=SOURCES_SHOWN,
         generator=GENERATOR,
     )
+
+
+def suspects_csv(suspects: Sequence[Suspect]) -> bytes:
+    """A table of suspects, of which `build --exclude` reads the column path."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["path", "class", "rank", "score", "reason"])
+    for item in suspects:
+        table.writerow([item.path, item.class_name, item.rank, f"{item.score:.2f}", item.reason])
+    return text.getvalue().encode()
 
 
 def _points(difference: float) -> str:

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from tfrecords_builder.common.figure import Figure
 from tfrecords_builder.common.figure_style import COLOURS, DASHES, STYLE, display_name, grid, wrapped
 from tfrecords_builder.eda.figures import LABEL_WIDTH, SAMPLE_COLUMNS, count
+from tfrecords_builder.eda.odd_images import CLEARLY_ODD
 from tfrecords_builder.eda.shortcuts import Gray, reduced
 
 SOURCES_DRAWN = 6
@@ -166,6 +167,31 @@ def _draw_samples(pictures: Sequence[Gray]) -> Drawing:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.imshow(_montage(pictures, columns), cmap="gray", vmin=0, vmax=255, interpolation="none")
         axes.set_axis_off()
+    return figure
+
+
+def odd(label: int, class_name: str, suspects: Sequence[Mapping[str, Any]], pictures: Sequence[Gray]) -> Figure:
+    """The oddest images of a class, the oddest first, each under its rank and its reason."""
+    name = display_name(class_name)
+    clear = sum(item["score"] >= CLEARLY_ODD for item in suspects)
+    text = (
+        f"The {count(len(suspects))} of {name} that differ most from the collection, with the largest robust z-score "
+        f"and its reason; {clear:,} {'is' if clear == 1 else 'are'} clearly odd (z-score of {CLEARLY_ODD:.0f} or more)."
+    )
+    return Figure(f"odd-{label}.svg", f"Odd images of {name}", text, _draw_odd(suspects, pictures))
+
+
+def _draw_odd(suspects: Sequence[Mapping[str, Any]], pictures: Sequence[Gray]) -> Drawing:
+    columns = SAMPLE_COLUMNS
+    rows = max(1, -(-len(pictures) // columns))
+    with mpl.rc_context(STYLE):
+        figure = Drawing(figsize=(1.35 * columns, 2.0 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False)
+        for axes in panels.flat:
+            axes.set_axis_off()
+        for axes, item, picture in zip(panels.flat, suspects, pictures, strict=False):
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="none")
+            axes.set_title(f"{item['rank']}. z = {item['score']:.1f}\n{wrapped(item['reason'], 18)}", size=7)
     return figure
 
 

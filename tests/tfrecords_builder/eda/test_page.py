@@ -22,7 +22,7 @@ from tests.tfrecords_builder.eda.eda_images import CONFLICT, TRIPLE, build, draw
 from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.eda import figures, page as eda_page, pixel_figures
 from tfrecords_builder.eda.analysis import analyse
-from tfrecords_builder.eda.page import NUMBERS, PAGE, write_analysis
+from tfrecords_builder.eda.page import NUMBERS, PAGE, SUSPECTS, write_analysis
 
 SOURCES = ("<i>https://example.org/$y_2$?a&b", "an archive with a long name, of which little can be said in a legend")
 HOSTILE = {"<b>A&B": 40, "$x_1$ 'and' \"y\"": 40}
@@ -100,7 +100,7 @@ def test_the_page_shows_every_figure_with_its_caption(which: str, request: pytes
     folder = request.getfixturevalue(which)
     page = Page((folder / PAGE).read_text())
     figures = numbers_of(folder)["figures"]
-    assert {path.name for path in folder.iterdir()} == {NUMBERS, PAGE, *figures}
+    assert {path.name for path in folder.iterdir()} == {NUMBERS, PAGE, SUSPECTS, *figures}
     shown = {image["alt"]: base64.b64decode(image["src"].partition(",")[2]) for image in page.all("img")}
     assert len(page.all("img")) == len(page.all("figcaption")) == len(figures)
     for file, words in figures.items():
@@ -367,7 +367,7 @@ def test_an_analysis_that_is_stopped_anywhere(
                 patch.setattr(Path, "replace", failing)
                 try:
                     write_analysis(plain, target)
-                    assert before is not None or stop == len(drawn) + 2, "page, figures, numbers"
+                    assert before is not None or stop == len(drawn) + 3, "page, figures, suspects, numbers"
                     finished = True
                 except KeyboardInterrupt:
                     finished = False
