@@ -26,8 +26,8 @@ _NEEDED = f"give a cluster's, HOST:6379 or {CLIENT}HOST:{CLIENT_PORT}"
 WITHOUT_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
 """Variables of a cluster's processes: an address where nothing answers.
 
-Ray Train asks the dashboard whether its controller lives. Where there is none, it looks for its address for 40 s, and the
-end of each run waits 12 s for that.
+Ray Train asks the dashboard whether its controller lives. Where there is none, it looks for its address for 40 s, and
+the end of each run waits 12 s for that.
 """
 
 
