@@ -15,7 +15,7 @@ from tfrecords_builder.common.files import check_output_folder
 if TYPE_CHECKING:
     from cxr_dist.config.describe import KeyRow
 
-CONFIG_HELP = "preset (published, cpu, smoke) or path of a YAML file"
+CONFIG_HELP = "preset (adamw, cpu, demo, published, smoke) or path of a YAML file (default: each key's)"
 DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation|feature-cache")
 DEMO_PER_CLASS, DEMO_SIZE, DEMO_IMAGE_SIZE, DEMO_EXAMINED = 400, 128, 56, 64
 

@@ -103,3 +103,10 @@ def test_describe_prints_key_type_default_and_description(capsys: pytest.Capture
     assert " ".join(" ".join(body).split()) == select(config_rows(), "stages.N.label_smoothing")[0].description
     main(["config", "--describe"])
     assert capsys.readouterr().out.count("; default: ") == len(config_rows())
+
+
+def test_help_of_train_names_every_preset_of_training() -> None:
+    presets = {path.stem for path in (DOCS.parent / "tune_configs").glob("[!s]*.yaml")} | {"smoke"}
+    train = next(command for command in COMMANDS if str(command.prog).endswith(" train"))
+    text = next(reference.help_of(train, action) for action in reference.options_of(train) if action.dest == "config")
+    assert {name for name in presets if name not in text} == set()
