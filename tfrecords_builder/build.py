@@ -196,8 +196,10 @@ class Inputs:
         return DECODERS if self.patient_key is None else {**DECODERS, "pydicom": dicom.version()}
 
     @classmethod
-    def read(cls, source: Path, options: BuildOptions) -> "Inputs":
+    def read(cls, source: Path, options: BuildOptions, for_preview: bool = False) -> "Inputs":
         """The images of a source folder, and how they are to be divided.
+
+        With `for_preview`, no key for the patients of DICOM files is made or read.
 
         Raises:
             UserError: the folder or a table must be mended, or there are too few classes or images.
@@ -212,7 +214,7 @@ class Inputs:
         key = None
         if any(may_be_dicom(image.path.rpartition("/")[2]) for image in images):
             dicom.version()  # without pydicom, this is said before anything is read
-            key = patient_key()
+            key = None if for_preview else patient_key()
         settings = Settings(
             image_size=options.image_size,
             encoding=options.encoding,

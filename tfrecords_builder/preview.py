@@ -30,7 +30,7 @@ def preview_build(source: Path, options: BuildOptions) -> Preview:
     Raises:
         UserError: as `build_dataset`, of all that can be known from names and tables.
     """
-    inputs = Inputs.read(source, options)
+    inputs = Inputs.read(source, options, for_preview=True)
     images, metadata, rule = inputs.listing.images, inputs.listing.metadata, inputs.settings.split_rule
     patient_of = {path: about.patient for path, about in metadata.items() if about.patient is not None}
     split_of = inputs.split_of

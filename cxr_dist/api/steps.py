@@ -242,7 +242,7 @@ def evaluate(
     spec = EvaluationSpec(
         best_run(Path(run)), folder, split or "test", labelled, place, risk, _count("examine", examine)
     )
-    with progress_bar("evaluate") as progress:
+    with progress_bar("evaluate", "forward passes") as progress:
         metrics = evaluate_run(spec, devices, progress)
     return Evaluation(
         path=folder,

@@ -36,7 +36,7 @@ def add_parsers(command: Command) -> None:
 
 def tune(options: argparse.Namespace) -> None:
     """Search, and evaluate the best trial in a process of its own."""
-    from cxr_dist.tuning.experiment import EVALUATION
+    from cxr_dist.tuning.experiment import EVALUATION, PAGE
 
     started = time.monotonic()
     search = api.tune(
@@ -49,7 +49,7 @@ def tune(options: argparse.Namespace) -> None:
     print(
         f"{search.path}: best is trial {search.trial}, validation accuracy {search.validation_accuracy:.4f} "
         f"({', '.join(f'{key}={value}' for key, value in search.values.items())}), "
-        f"{time.monotonic() - started:.0f} s"
+        f"{time.monotonic() - started:.0f} s; all trials: {search.path / PAGE}"
     )
     if options.evaluation:
         command = ["evaluate", str(options.out), "--out", str(options.out / EVALUATION)]

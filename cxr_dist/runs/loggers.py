@@ -201,8 +201,8 @@ def run_reporters(run: Path, name: str, params: Mapping[str, bool | int | float 
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar in a terminal or a notebook, from the first image on; otherwise a line now and then, for a log."""
+def progress_bar(title: str, unit: str = "images") -> Iterator[Callable[[int, int], None]]:
+    """A bar in a terminal or a notebook, from the first `unit` on; otherwise a line now and then, for a log."""
     live = _shows_bars(sys.stderr)
     bar: tqdm[Any] | None = None
     spoken = time.monotonic()
@@ -211,11 +211,11 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         nonlocal bar, spoken
         if live:
             if bar is None:
-                bar = _bar(desc=title, unit="img", total=total, file=sys.stderr, leave=False)
+                bar = _bar(desc=title, unit=f" {unit}", total=total, file=sys.stderr, leave=False)
             bar.update(done - bar.n)
         elif time.monotonic() - spoken > SECONDS_BETWEEN_LINES:
             spoken = time.monotonic()
-            print(f"{title}: {done:,} of {total:,} images", file=sys.stderr, flush=True)
+            print(f"{title}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
 
     try:
         yield update

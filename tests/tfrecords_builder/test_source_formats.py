@@ -22,6 +22,7 @@ from tfrecords_builder.collection.patient_codes import KEY_VARIABLE
 from tfrecords_builder.format import tfrecord
 from tfrecords_builder.format.manifest import Manifest, read_manifest
 from tfrecords_builder.format.record import decode_example
+from tfrecords_builder.preview import preview_build
 from tfrecords_builder.splitting.splits import MIN_IMAGES_PER_CLASS
 from tfrecords_builder.verify import verify_dataset
 
@@ -124,6 +125,14 @@ def test_patients_of_dicom_stay_together_and_are_nowhere_in_clear(source: Path, 
     assert folder.patients == len(patients), "an evaluation finds the same patients"
     assert set(folder._patient_names) == patients
     assert manifest.created_with.keys() == {"pillow", "kornia-rs", "pydicom"}
+
+
+def test_a_dry_run_makes_no_key(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite(pictures(source, "COVID"), ".dcm", as_dicom)
+    monkeypatch.delenv(KEY_VARIABLE)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    preview_build(source, BuildOptions(image_size=16))
+    assert not (tmp_path / "config").exists()
 
 
 def test_builds_agree_with_one_key_alone(source: Path, tmp_path: Path) -> None:
