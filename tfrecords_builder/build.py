@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder import plan
+from tfrecords_builder.collection.exclusions import without_excluded
 from tfrecords_builder.collection.file_kinds import Note
 from tfrecords_builder.collection.find import Listing, class_counts, list_source, read_split_file
 from tfrecords_builder.collection.metadata import Metadata, examine_metadata, metadata_digest
@@ -78,6 +79,8 @@ class BuildOptions:
     """leak-free (near-duplicates and images of a patient stay in one split) or published (image by image)."""
     split_file: Path | None = None
     """CSV with the columns path and split, in place of a rule."""
+    exclude: Path | None = None
+    """CSV with the column path: images that are left out, as if they were not in the source."""
     conflicts: str | None = None
     """Near-duplicates in several classes: exclude or keep. None excludes them unless `split` is published."""
     masks: str = "read"
@@ -195,13 +198,18 @@ class _Collection:
             split_of, digest = read_split_file(options.split_file, {image.path for image in images})
             rule = f"file:{digest}"
         metadata, notes = examine_metadata(source, images)
+        # After the tables, which may well name what is left out.
+        if options.exclude is not None:
+            listing = without_excluded(listing, options.exclude)
+            counts = class_counts(listing.images)
+            _check_class_sizes(source, counts)
         settings = Settings(
             image_size=options.image_size,
             encoding=options.encoding,
             seed=options.seed,
             split_rule=rule,
             conflicts=options.conflicts or ("keep" if options.split == "published" else "exclude"),
-            masks=any(image.mask for image in images),
+            masks=any(image.mask for image in listing.images),
             metadata=metadata_digest(metadata),
         )
         return cls(source, listing, counts, metadata, (*listing.notes, *notes), split_of, settings)

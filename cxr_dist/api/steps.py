@@ -31,6 +31,7 @@ class BuildKeywords(TypedDict, total=False):
     seed: int
     split: str
     split_file: PathLike | None
+    exclude: PathLike | None
     conflicts: str | None
     masks: str
     on_error: str
@@ -62,6 +63,7 @@ def build(source: PathLike, dataset: PathLike, **options: Unpack[BuildKeywords])
         split: "leak-free" (near-duplicates and images of a patient stay in one split) or "published" (image by image),
             each 70/15/15 of every class. Default: "leak-free".
         split_file: A CSV file with the columns path and split, in place of a rule. Default: none.
+        exclude: A CSV file with the column path: images to leave out. Default: none.
         conflicts: Near-duplicates in several classes: "exclude" or "keep". Default: "exclude"; "keep" with "published".
         masks: Lung masks: "read" or "ignore". Default: "read".
         on_error: At a damaged file: "stop", or "skip" to leave it out. Default: "stop".
@@ -82,8 +84,9 @@ def build(source: PathLike, dataset: PathLike, **options: Unpack[BuildKeywords])
     launch: dict[str, Any] = {"launcher": "local", "address": None, "verbose": False}
     launch = {name: given.pop(name, default) for name, default in launch.items()}
     _prepare(launch["verbose"], launch["launcher"])
-    if given.get("split_file") is not None:
-        given["split_file"] = Path(given["split_file"])
+    for name in ("split_file", "exclude"):
+        if given.get(name) is not None:
+            given[name] = Path(given[name])
     place = _place(dataset)
     summary = run_build(Path(source), place, BuildOptions(**given), **launch)
     manifest = summary.manifest

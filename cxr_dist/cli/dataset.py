@@ -80,6 +80,12 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     )
     _add_split_options(parser)
     parser.add_argument(
+        "--exclude",
+        type=Path,
+        metavar="CSV",
+        help="table of images to leave out, with the column path, such as suspects.csv of `eda`",
+    )
+    parser.add_argument(
         "--masks",
         choices=["read", "ignore"],
         default="read",
@@ -157,6 +163,7 @@ def build(options: argparse.Namespace) -> None:
         seed=options.seed,
         split=options.split,
         split_file=options.split_file,
+        exclude=options.exclude,
         conflicts=options.conflicts,
         masks=options.masks,
         on_error=options.on_error,

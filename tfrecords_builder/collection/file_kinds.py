@@ -52,6 +52,7 @@ class Reason(StrEnum):
     NESTED = "images in deeper folders"
     BROKEN = "links to nothing"
     SPECIAL = "neither files nor folders"
+    EXCLUDED = "left out by --exclude"
 
 
 EXPECTED = (

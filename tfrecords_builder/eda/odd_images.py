@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tfrecords_builder.eda.shortcuts import THUMBNAIL_SIDE, Features, Gray, thumbnail
+from tfrecords_builder.format.manifest_rows import Row
 
 LISTED_SHARE = 0.05
 """Of each class's images, the share that is listed as suspects; `LISTED_LEAST` at least."""
@@ -127,14 +128,19 @@ class OddImages:
         self._side = min(THUMBNAIL_SIDE, image_size)
         self._thumbnails = np.zeros((images, self._side**2), np.uint8)
         self._values = np.zeros((images, len(_OF_PIXELS) + 1), np.float32)
-        self._count = 0
+        self.rows: list[Row] = []
+        """Of the images that were added, in order."""
 
-    def add(self, gray: Gray, width: int | None, height: int | None) -> None:
-        """Note the next image, uint8 [S, S], and the size of its source in pixels; None is unknown."""
+    def add(self, row: Row, gray: Gray) -> None:
+        """Note the next image, uint8 [S, S]."""
         self._thumbnails[self._count] = np.rint(thumbnail(gray, self._side)).ravel()
         self._values[self._count, :-1] = pixel_numbers(gray)
-        self._values[self._count, -1] = math.log(width / height) if width and height else 0.0
-        self._count += 1
+        self._values[self._count, -1] = math.log(row.width / row.height) if row.width and row.height else 0.0
+        self.rows.append(row)
+
+    @property
+    def _count(self) -> int:
+        return len(self.rows)
 
     def scores(self) -> npt.NDArray[np.float32]:
         """Robust z-scores of the images that were added: float32 [N, 2 K], of K `NUMBERS` upward, then downward.
