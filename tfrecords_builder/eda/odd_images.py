@@ -62,7 +62,7 @@ NUMBERS = {
     "periodic": Number(0.1, "periodic stripes or blocks"),
     "direction": Number(0.05, "horizontal lines or reduced height", "vertical lines or reduced width"),
     "band": Number(0.02, "band of one gray level"),
-    "entropy": Number(0.1, None, "few gray levels"),
+    "entropy": Number(0.1, None, "few gray levels or large empty areas"),
     "saturation": Number(0.02, "large black or white areas"),
     "detail": Number(0.1, "sharp or noisy", "blurred"),
     "aspect": Number(0.1, "wide source image", "tall source image"),
