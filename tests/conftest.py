@@ -94,6 +94,12 @@ def xrays() -> Path:
 
 
 @pytest.fixture(scope="session")
+def odd_xrays() -> Path:
+    """Damaged images of the class Viral Pneumonia: $CXR_ODD_XRAYS, a folder of PNGs."""
+    return _real("CXR_ODD_XRAYS", _SHARED / "data" / "odd")
+
+
+@pytest.fixture(scope="session")
 def imagenet_weights() -> Path:
     """ImageNet weights of ResNet50 without top: $CXR_WEIGHTS."""
     return _real("CXR_WEIGHTS", _SHARED / "weights" / "resnet50_imagenet_notop.h5")

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from tfrecords_builder import plan
 from tfrecords_builder.collection.collect import Collection, read_collection
+from tfrecords_builder.collection.exclusions import without_excluded
 from tfrecords_builder.collection.file_kinds import Note, may_be_dicom
 from tfrecords_builder.collection.find import class_counts
 from tfrecords_builder.collection.metadata import metadata_digest
@@ -85,6 +86,8 @@ class BuildOptions:
     """CSV with the columns path and split, in place of a rule."""
     labels: Path | None = None
     """Table with the columns path and label, in place of class folders; see `collect.read_collection`."""
+    exclude: Path | None = None
+    """CSV with the column path: images that are left out, as if they were not in the source."""
     conflicts: str | None = None
     """Near-duplicates in several classes: exclude or keep. None excludes them unless `split` is published."""
     masks: str = "read"
@@ -211,8 +214,13 @@ class Inputs:
             raise UserError(f"{source}: contains only one class, '{next(iter(counts))}'; give at least two")
         _check_class_sizes(source, counts)
         split_of, rule, notes = plan.choose_split(listing, options.split, options.split_file)
+        # After the tables, which may well name what is left out.
+        if options.exclude is not None:
+            listing = without_excluded(listing, options.exclude)
+            counts = class_counts(listing.images)
+            _check_class_sizes(source, counts)
         key = None
-        if any(may_be_dicom(image.path.rpartition("/")[2]) for image in images):
+        if any(may_be_dicom(image.path.rpartition("/")[2]) for image in listing.images):
             dicom.version()  # without pydicom, this is said before anything is read
             key = None if for_preview else patient_key()
         settings = Settings(
@@ -221,7 +229,7 @@ class Inputs:
             seed=options.seed,
             split_rule=rule,
             conflicts=options.conflicts or ("keep" if options.split == "published" else "exclude"),
-            masks=any(image.mask for image in images),
+            masks=any(image.mask for image in listing.images),
             metadata=with_key(metadata_digest(listing.metadata, listing.extra), key),
         )
         return cls(source, listing, counts, (*listing.notes, *notes), split_of, settings, key)

@@ -32,6 +32,7 @@ class BuildKeywords(TypedDict, total=False):
     split: str | None
     split_file: PathLike | None
     labels: PathLike | None
+    exclude: PathLike | None
     conflicts: str | None
     masks: str
     on_error: str
@@ -66,6 +67,7 @@ def build(source: PathLike, dataset: PathLike, **options: Unpack[BuildKeywords])
         split_file: A CSV file with the columns path and split, in place of a rule. Default: none.
         labels: A CSV, TSV or Parquet file with the columns path (or file_name) and label, and perhaps patient, source,
             split and others, in place of class folders. Default: none.
+        exclude: A CSV file with the column path: images to leave out. Default: none.
         conflicts: Near-duplicates in several classes: "exclude" or "keep". Default: "exclude"; "keep" with "published".
         masks: Lung masks: "read" or "ignore". Default: "read".
         on_error: At a damaged file, or a class that would lose more than 1 % of its images: "stop", or "skip" to leave
@@ -87,7 +89,7 @@ def build(source: PathLike, dataset: PathLike, **options: Unpack[BuildKeywords])
     launch: dict[str, Any] = {"launcher": "local", "address": None, "verbose": False}
     launch = {name: given.pop(name, default) for name, default in launch.items()}
     _prepare(launch["verbose"], launch["launcher"])
-    for name in ("split_file", "labels"):
+    for name in ("split_file", "labels", "exclude"):
         if given.get(name) is not None:
             given[name] = Path(given[name])
     place = _place(dataset)

@@ -82,13 +82,14 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="S", help="random seed of the split (default: %(default)s)"
     )
     _add_split_options(parser)
-    parser.add_argument(
-        "--labels",
-        type=Path,
-        metavar="TABLE",
-        help="table with the columns path and label",
-    )
+    parser.add_argument("--labels", type=Path, metavar="TABLE", help="table with the columns path and label")
     parser.add_argument("--dry-run", action="store_true", help="only print what would be taken")
+    parser.add_argument(
+        "--exclude",
+        type=Path,
+        metavar="CSV",
+        help="table of images to leave out, with the column path, such as suspects.csv of `eda`",
+    )
     parser.add_argument(
         "--masks",
         choices=["read", "ignore"],
@@ -170,6 +171,7 @@ def build(options: argparse.Namespace) -> None:
         split=options.split,
         split_file=options.split_file,
         labels=options.labels,
+        exclude=options.exclude,
         conflicts=options.conflicts,
         masks=options.masks,
         on_error=options.on_error,

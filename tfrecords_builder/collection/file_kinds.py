@@ -55,6 +55,7 @@ class Reason(StrEnum):
     BESIDE = "images beside the folders of the splits"
     BROKEN = "links to nothing"
     SPECIAL = "neither files nor folders"
+    EXCLUDED = "left out by --exclude"
 
 
 EXPECTED = (

@@ -188,19 +188,17 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
     samples = choose_samples(manifest)
     shown = [row.path for rows in largest_groups(manifest) for row in rows[:IMAGES_SHOWN_PER_GROUP]]
     wanted = {path for paths in samples.values() for path in paths} | set(shown)
-    statistics = PixelStatistics(len(manifest.class_names), manifest.image_size)
-    levels = Levels()
+    statistics, levels = PixelStatistics(len(manifest.class_names), manifest.image_size), Levels()
     trivial = {
         split: _TrivialFeatures(_least_hashes((row.path for row in manifest.rows if row.split == split), SAMPLE_LIMIT))
         for split in ("train", "validation")
     }
     pictures: dict[str, Gray] = {}
     total = sum(shard.records for shard in manifest.shards)
-    odd, rows = OddImages(total, manifest.image_size), list[Row]()
+    odd = OddImages(total, manifest.image_size)
     for done, (row, gray) in enumerate(every_image(dataset, manifest), start=1):
         mean, deviation = statistics.add(row.label, gray)
-        odd.add(gray, row.width, row.height)
-        rows.append(row)
+        odd.add(row, gray)
         if row.source is not None:
             levels.add(row.source, mean, deviation)
         if row.split in trivial:
@@ -209,11 +207,8 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
             pictures[row.path] = shortcuts.reduced(gray, PICTURE_SIDE)
         if progress is not None:
             progress(done, total)
+    odd_numbers, suspects = _find_odd(odd, manifest.class_names)
     found = measure_shortcuts(trivial["train"], trivial["validation"])
-    odd_numbers, suspects = _find_odd(odd, rows, manifest.class_names)
-    oddest = {suspect.path for suspect in suspects if suspect.rank <= ODD_SHOWN}
-    for row, gray in some_images(dataset, manifest, [row for row in rows if row.path in oddest]):
-        pictures[row.path] = shortcuts.reduced(gray, PICTURE_SIDE)
     numbers = {
         "kind": KIND,
         "format_version": FORMAT_VERSION,
@@ -236,19 +231,27 @@ def analyse(dataset: Path, progress: Progress | None = None) -> Analysis:
         "shortcuts": {name: asdict(item) | {"suspicious": item.suspicious} for name, item in found.items()},
     }
     numbers["warnings"] = warnings_of(numbers)
+    pictures |= _odd_pictures(dataset, manifest, odd.rows, suspects)
     return Analysis(numbers, statistics.means, statistics.deviations, pictures, suspects)
 
 
-def _find_odd(odd: OddImages, rows: list[Row], class_names: Sequence[str]) -> tuple[dict[str, Any], list[Suspect]]:
-    """The numbers of the odd images, and the suspects; `rows` are those of the images that `odd` has noted."""
-    scores, labels = odd.scores(), [row.label for row in rows]
-    suspects = odd_images.rank(scores, [row.path for row in rows], labels, class_names)
+def _find_odd(odd: OddImages, class_names: Sequence[str]) -> tuple[dict[str, Any], list[Suspect]]:
+    """The numbers of the odd images, and the suspects."""
+    scores, labels = odd.scores(), [row.label for row in odd.rows]
+    suspects = odd_images.rank(scores, [row.path for row in odd.rows], labels, class_names)
     shown: dict[str, list[dict[str, Any]]] = {name: [] for name in class_names}
     for suspect in suspects:
         if suspect.rank <= ODD_SHOWN:
             shown[suspect.class_name].append(asdict(suspect))
     gathered = [asdict(item) for item in odd_images.gathered(scores, labels, class_names)]
     return {"listed": len(suspects), "classes": shown, "gathered": gathered}, suspects
+
+
+def _odd_pictures(dataset: Path, manifest: Manifest, rows: Sequence[Row], suspects: list[Suspect]) -> dict[str, Gray]:
+    """Of the suspects that are shown: which they are is known only when all images have been read."""
+    oddest = {suspect.path for suspect in suspects if suspect.rank <= ODD_SHOWN}
+    found = some_images(dataset, manifest, [row for row in rows if row.path in oddest])
+    return {row.path: shortcuts.reduced(gray, PICTURE_SIDE) for row, gray in found}
 
 
 def source_numbers(manifest: Manifest, levels: Levels) -> dict[str, dict[str, Any]]:
