@@ -107,7 +107,7 @@ def demo(options: argparse.Namespace) -> None:
     run = api.train(out / "dataset", out / "run", config="demo", launcher=options.launcher, verbose=options.verbose)
     with progress_bar("4/5 calibrate") as progress:
         calibrate_run(out / "run", progress=progress)
-    with progress_bar("5/5 evaluate") as progress:
+    with progress_bar("5/5 evaluate", "forward passes") as progress:
         metrics = evaluate_run(
             EvaluationSpec(out / "run", out / "evaluation", examine=DEMO_EXAMINED, drawn=True), progress=progress
         )
