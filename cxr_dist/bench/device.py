@@ -19,6 +19,7 @@ from typing import Any
 
 from cxr_dist.bench import device_steps
 from cxr_dist.bench.device_steps import Figures, Request
+from cxr_dist.config.loading import load_config, resolve_preset
 from tfrecords_builder.common.errors import UserError
 
 FORWARD_FLOP = 8.2e9
@@ -78,6 +79,29 @@ class Plan:
         ]
 
 
+def check(
+    only: Collection[str] | None, overrides: Sequence[str], source: Path | None, weights: Path | None, results: Path
+) -> None:
+    """Refuse, before the first step, what would make each of them fail or leave some out.
+
+    Raises:
+        UserError: there is no such step, key or folder, or one of the X-rays and the weights is missing.
+    """
+    for name in only or ():
+        if name not in device_steps.STEPS:
+            raise UserError(f"--only {name}: is no step; steps are {', '.join(device_steps.STEPS)}")
+    if (source is None) != (weights is None):
+        raise UserError(
+            f"{'--xrays' if source else '--weights'}: whole recipes need both --xrays and --weights; give both"
+        )
+    for option, path in (("--xrays", source), ("--weights", weights), ("--out", results.absolute().parent)):
+        if path is not None and not path.exists():
+            raise UserError(f"{option} {path}: there is no such file or folder; give another path")
+    if source is None and (recipes := {"published", "adamw"} & set(only or ())):
+        raise UserError(f"--only {min(recipes)}: needs X-rays and weights; give --xrays and --weights")
+    load_config(resolve_preset(Path("published")), list(overrides))
+
+
 def measure(
     plan: Plan, only: Collection[str] | None, deadline: float, results: Path, show: Callable[[str], None]
 ) -> list[Figures]:
@@ -90,13 +114,7 @@ def measure(
 
     Returns:
         A row for each step that was begun.
-
-    Raises:
-        UserError: there is no step of a name.
     """
-    for name in only or ():
-        if name not in device_steps.STEPS:
-            raise UserError(f"--only {name}: is no step; steps are {', '.join(device_steps.STEPS)}")
     rows: list[Figures] = []
     show(HEADER)
     for number, step in enumerate(step for step in plan.steps() if only is None or step.name in only):

@@ -243,7 +243,11 @@ def bench_device(options: argparse.Namespace) -> None:
     import time
 
     from cxr_dist.bench import common, device
+    from tfrecords_builder.format.manifest import read_manifest
 
+    device.check(options.only, options.overrides, options.xrays, options.weights, options.out)
+    if options.dataset:
+        read_manifest(options.dataset)  # which every step would else refuse by itself
     deadline = time.monotonic() + 60.0 * options.minutes
     lines: list[str] = []
 

@@ -4,6 +4,7 @@ A step on a GPU then waits for no transfer. The alternative, which larger splits
 each batch ahead of its step.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,34 +13,18 @@ import numpy.typing as npt
 from cxr_dist.data.arrays import ArraySource, Source
 
 
+@dataclass(frozen=True)
 class ResidentSource:
     """Labelled inputs on every local device; `batches` gives positions int32 [B], which `looked_up` turns to inputs."""
 
+    labels: npt.NDArray[np.int32]
+    table: Any
+    """The inputs [N, ...]: a tensor on each device."""
     failure: Exception | None = None
-
-    def __init__(self, strategy: Any, inputs: npt.NDArray[Any], labels: npt.NDArray[np.int32]) -> None:
-        """Args:
-        inputs: [N, ...]; copied to each device of `strategy` in this process.
-        """
-        import tensorflow as tf
-
-        devices = strategy.extended.worker_devices
-
-        def copy(context: Any) -> Any:
-            with tf.device(devices[context.replica_id_in_sync_group % len(devices)]):
-                return tf.constant(inputs)
-
-        self._labels = labels
-        self.table = strategy.experimental_distribute_values_from_function(copy)
-        """The inputs: a tensor on each device."""
 
     @property
     def count(self) -> int:
-        return len(self._labels)
-
-    @property
-    def labels(self) -> npt.NDArray[np.int32]:
-        return self._labels
+        return len(self.labels)
 
     def batches(self, positions: Any) -> Any:
         import tensorflow as tf
@@ -49,9 +34,17 @@ class ResidentSource:
 
 def on_devices(source: Source, strategy: Any, limit_bytes: int) -> Source:
     """`source` on every device, if it is an array of at most so many bytes, and not empty; else as it is."""
+    import tensorflow as tf
+
     if not isinstance(source, ArraySource) or not 0 < source.nbytes <= limit_bytes:
         return source
-    return ResidentSource(strategy, source.array(), source.labels)
+    inputs, devices = source.array(), strategy.extended.worker_devices
+
+    def copy(context: Any) -> Any:
+        with tf.device(devices[context.replica_id_in_sync_group % len(devices)]):
+            return tf.constant(inputs)
+
+    return ResidentSource(source.labels, strategy.experimental_distribute_values_from_function(copy))
 
 
 def table_of(source: Source) -> Any:

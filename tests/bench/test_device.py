@@ -13,7 +13,6 @@ import pytest
 from cxr_dist.bench import device, device_steps
 from cxr_dist.bench.device import Plan
 from cxr_dist.cli.main import main
-from tfrecords_builder.common.errors import UserError
 
 
 def plan(dataset: Path, tmp_path: Path) -> Plan:
@@ -49,9 +48,28 @@ def test_a_step_that_fails_says_why_and_the_next_is_measured(tmp_path: Path) -> 
     assert [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()] == rows
 
 
-def test_a_step_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--only fast: is no step; steps are describe, whole_network"):
-        device.measure(plan(tmp_path, tmp_path), ["fast"], time.monotonic(), tmp_path / "out", print)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--only", "fast"], "--only fast: is no step; steps are describe, whole_network"),
+        (["--only", "published"], "--only published: needs X-rays and weights"),
+        (["--set", "no.key=1"], "no"),
+        (["--xrays", "."], "--xrays: whole recipes need both"),
+        (["--xrays", "none", "--weights", "none"], "--xrays none: there is no such file or folder"),
+        (["--out", "none/out.jsonl"], "there is no such file or folder"),
+        (["none"], "none: "),
+    ],
+)
+def test_what_every_step_would_refuse_is_said_before_the_first(
+    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "device", *options])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_benchmark_keeps_what_it_had(dataset: Path, tmp_path: Path) -> None:

@@ -6,10 +6,9 @@ Each test is small. They need a machine with a GPU: `pytest -m gpu`.
 import numpy as np
 import pytest
 
-from cxr_dist.data.resident import ResidentSource
+from cxr_dist.data.resident import ResidentSource, on_devices
 from cxr_dist.distributed.devices import Topology, gpu_memory_bytes, prepare_devices
 from cxr_dist.distributed.precision import resolve_precision
-from cxr_dist.distributed.strategy import make_strategy
 from tests import small_training as training
 from tests.small_training import Training
 
@@ -53,7 +52,8 @@ def test_an_overflow_in_float16_skips_the_step(gpu: Topology, xla: bool) -> None
 def test_variables_and_a_resident_split_lie_on_the_gpu(gpu: Topology) -> None:
     run = Training(topology=gpu)
     assert all("GPU:0" in variable.value.device for variable in run.model.variables)
-    source = ResidentSource(make_strategy(gpu), training.pixels_of(run.source), run.source.labels)
+    source = on_devices(run.source, run.strategy, 1 << 30)
+    assert isinstance(source, ResidentSource)
     assert "GPU:0" in run.strategy.experimental_local_results(source.table)[0].device
 
 
