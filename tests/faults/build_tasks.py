@@ -1,7 +1,8 @@
 """The tasks of a build, slowed down, with a line in a log for everything that they do: what a killer goes by.
 
 A line is `PID WHAT NUMBER-OR-NAME`: `decode` (an image of the part), `whole` (the part is on the disk), `record` (of
-the shard). The log lies beside the dataset.
+the shard). The log lies beside the dataset. Where a killer has named a line, the processes that have come to it wait for
+the kill: on a busy machine the killer may be slower than the build.
 """
 
 import os
@@ -17,7 +18,10 @@ from tfrecords_builder.images import decode as images
 from tfrecords_builder.writing import parts, writer
 
 LOG = "log.txt"
+FATAL_LINE = "fatal-line.txt"
+"""A file with the number of the line at which a process is to be killed, from 1. It is removed after the kill."""
 SLOW_S = 0.01
+WAIT_S = 60.0
 
 
 def ingest(task: writer.IngestTask) -> parts.Part | parts.EncodedImage:
@@ -55,12 +59,33 @@ class Log:
 
     def __init__(self, work: Path) -> None:
         self._path = work.parent.parent / LOG
+        self._fatal = self._path.with_name(FATAL_LINE)
 
     def add(self, what: str, which: object) -> None:
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(descriptor, f"{os.getpid()} {what} {which}\n".encode())
         os.close(descriptor)
         time.sleep(SLOW_S)
+        self._wait_for_kill()
+
+    def _wait_for_kill(self) -> None:
+        limit = time.monotonic() + WAIT_S
+        while time.monotonic() < limit:
+            try:
+                fatal = int(self._fatal.read_text())
+            except FileNotFoundError:
+                return
+            if len(self.lines()) < fatal:
+                return
+            time.sleep(SLOW_S)
+
+    def name_fatal(self, number: int) -> None:
+        """The writer of this line waits to be killed."""
+        self._fatal.parent.mkdir(parents=True, exist_ok=True)
+        self._fatal.write_text(str(number))
+
+    def forget_fatal(self) -> None:
+        self._fatal.unlink()
 
     def lines(self) -> list[list[str]]:
         text = self._path.read_text() if self._path.exists() else ""
