@@ -287,7 +287,8 @@ def compare(first: PathLike, second: PathLike, *, devices: int | None = None) ->
 def load(run: PathLike) -> Classifier:
     """A finished run as a function of images, on the first GPU or the CPU.
 
-    Its probabilities are calibrated, and it may abstain, once `cxr-dist calibrate` has run.
+    It abstains where an image is unlike the training images. Once `cxr-dist calibrate` has run, its probabilities are
+    calibrated, and it abstains below the threshold too.
 
     Args:
         run: A finished run, or a search, whose best trial is taken.
