@@ -11,7 +11,6 @@ import pytest
 from cxr_dist.runs import heartbeat
 from cxr_dist.runs.heartbeat import Watchdog, exit_reasons, silent_workers
 
-
 LIMIT_S = 120.0
 """For what another thread does at once on a machine that is not busy."""
 
