@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -200,8 +202,22 @@ class Swallowing:
 
 def in_a_destructor() -> None:
     Swallowing()
-    time.sleep(60)
+    time.sleep(20)
     print("the interrupt was lost", file=sys.stderr)
+
+
+def in_a_destructor_of_a_slow_thread() -> None:
+    """The signal is there again before the thread has left the destructor."""
+    start, started = threading.Timer.start, list[threading.Timer]()
+
+    def start_and_wait(timer: threading.Timer) -> None:
+        start(timer)
+        if not started:
+            started.append(timer)
+            timer.join()
+
+    with mock.patch.object(threading.Timer, "start", start_and_wait):
+        in_a_destructor()
 
 
 def as_another_error() -> None:
@@ -216,7 +232,7 @@ def plainly() -> None:
 
 
 @pytest.mark.parametrize("before", [signal.default_int_handler, exit_now])
-@pytest.mark.parametrize("interrupted", [plainly, as_another_error, in_a_destructor])
+@pytest.mark.parametrize("interrupted", [plainly, as_another_error, in_a_destructor, in_a_destructor_of_a_slow_thread])
 @pytest.mark.parametrize(("arguments", "line"), [(["verify"], ENDS), (["--verbose", "train"], RESUMES)])
 def test_an_interrupt_is_one_line(
     before: Callable[..., None],
