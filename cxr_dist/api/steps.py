@@ -217,7 +217,7 @@ def evaluate(
         out: A new folder, or that of an earlier evaluation.
         split: The images of this split of the dataset: "train", "validation" or "test". Default: "test".
         images: A folder of labelled images that are not in the dataset, in place of a split. Default: none.
-        dataset: A dataset. Default: the one that the run was trained on.
+        dataset: A dataset; with `images`, where the dataset that the run was trained on is now. Default: that one.
         devices: Number of GPUs, or of logical CPUs without one. Default: all GPUs, or one CPU.
         risk: Target share of wrong answers among those that are given, between 0 and 1. Default: that of the run's
             calibration, else 0.05.
@@ -244,8 +244,8 @@ def evaluate(
     spec = EvaluationSpec(
         best_run(Path(run)), folder, split or "test", labelled, place, risk, _count("examine", examine)
     )
-    with progress_bar("evaluate", "forward passes") as progress:
-        metrics = evaluate_run(spec, devices, progress)
+    with progress_bar("compare") as comparing, progress_bar("evaluate", "forward passes") as progress:
+        metrics = evaluate_run(spec, devices, progress, comparing)
     return Evaluation(
         path=folder,
         report=folder / REPORT,

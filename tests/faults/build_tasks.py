@@ -1,8 +1,8 @@
 """The tasks of a build, slowed down, with a line in a log for everything that they do: what a killer goes by.
 
 A line is `PID WHAT NUMBER-OR-NAME`: `decode` (an image of the part), `whole` (the part is on the disk), `record` (of
-the shard). The log lies beside the dataset. Where a killer has named a line, the processes that have come to it wait
-for the kill: on a busy machine the killer may be slower than the build.
+the shard). The log lies beside the dataset. Where a killer has named a line, the processes that have come to it
+wait for the kill: on a busy machine the killer may be slower than the build.
 """
 
 import os

@@ -120,8 +120,8 @@ def check_kills(images: Path, undisturbed: dict[str, bytes], folder: Path, where
         passes.append(killer.killed[1])
         shutil.rmtree(folder)
         folder.mkdir()
-    assert set(passes) & FIRST_PASS, "of the first pass"
-    assert "record" in passes, "of the second pass"
+    assert set(passes) & FIRST_PASS, "in the first pass"
+    assert "record" in passes, "in the second pass"
     lost = 1 if where == "ray" else 2  # a process of this machine takes its pool with it
     assert decoded < kills * PER_PART * lost, "a kill costs the parts in progress, and in the second pass nothing"
     print(f"{where}: {kills} of {kills} builds the same, killed at {passes}; {decoded} images decoded again")
