@@ -133,7 +133,8 @@ def check_decoded_once(lines: list[list[str]]) -> None:
         assert what != "decode" or which not in whole, f"part {which} was whole and is decoded again by {process}"
         if what == "whole":
             whole.add(which)
-    assert len(whole) == IMAGES // PER_PART
+    # A process may end between the part and its line: the one that is killed, or the other one of its pool.
+    assert len(whole) >= IMAGES // PER_PART - 1
 
 
 @pytest.mark.timeout(1800)
