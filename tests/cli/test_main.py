@@ -30,6 +30,7 @@ COMMANDS = (
     "build",
     "verify",
     "eda",
+    "leaks",
     "train",
     "tune",
     "evaluate",
