@@ -18,8 +18,10 @@ import pytest
 
 import cxr_dist
 from cxr_dist import api
+from cxr_dist.api.results import Comparison
 from cxr_dist.api.steps import BuildKeywords, LaunchKeywords
 from cxr_dist.cli import main
+from cxr_dist.cli.evaluate import print_comparison
 from cxr_dist.distributed.devices import prepare_environment
 from tests.conftest import SMALL_RUN
 from tests.interrupting import ROOT
@@ -312,6 +314,38 @@ def test_from_a_folder_to_a_prediction(
         assert "table" in shown.tags
         assert not shown.tags - {"table", "caption", "tr", "th", "td", "details", "summary", "iframe", "p"}
     assert f"Dataset {dataset.path}, 32 pixels" in Rows(dataset._repr_html_()).cells
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "names"),
+    [
+        ("runs/adam", "runs/sgd", ("adam", "sgd")),
+        ("adam/evaluation", "sgd/evaluation", ("adam", "sgd")),
+        ("run", "run", ("first", "second")),
+        ("run", "elsewhere/run", ("first", "second")),
+    ],
+)
+def test_columns_of_a_comparison_are_headed_by_what_differs(
+    first: str, second: str, names: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"first": 0.5, "second": 0.75, "difference": 0.25, "low": 0.1, "high": 0.4}
+    mcnemar = {"only_first_right": 1, "only_second_right": 9, "p_value": 0.02}
+    result: dict[str, typing.Any] = {
+        "n": 32,
+        "unit": "image",
+        "units": 32,
+        "level": 0.95,
+        "metrics": {"accuracy": row},
+        "mcnemar": mcnemar,
+    }
+    comparison = Comparison(Path(first), Path(second), 32, result["metrics"], 0.02, (), result)
+    assert comparison.names == names
+    assert Rows(comparison._repr_html_()).cells[1:4] == ["metric", *names]
+    print_comparison(comparison.result, comparison.names)
+    head, values, _, counts = capsys.readouterr().out.splitlines()
+    assert head.split()[:5] == [*names, names[1], "-", names[0]]
+    assert head.index("95%") == values.index("[")
+    assert f"1 images are correct in {names[0]} only, 9 in {names[1]} only" in counts
 
 
 @pytest.mark.usefixtures("small_network")

@@ -23,7 +23,7 @@ def test_notebooks_have_no_outputs_and_are_python(path: Path) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nbformat
     from nbclient import NotebookClient
@@ -31,11 +31,11 @@ def test_the_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(ROOT / "docs" / "notebooks" / "quickstart.ipynb", as_version=4)
-    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     pages = ["".join(output["data"]["text/html"]) for output in shown if "text/html" in output.get("data", {})]
     assert any(page.startswith("<table><caption>Accuracy ") for page in pages), "the evaluation"
     assert len([output for output in shown if "image/png" in output.get("data", {})]) == 3
     metrics = json.loads((tmp_path / "quickstart" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["accuracy"] >= 0.8
+    assert metrics["accuracy"] >= 0.85

@@ -136,11 +136,18 @@ class Comparison:
     result: Mapping[str, Any] = field(repr=False)
     """All of this, as `cxr-dist compare --json` prints it."""
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Headings of the two columns: the last parts of the two paths that differ, or first and second."""
+        pairs = zip(reversed(self.first.parts), reversed(self.second.parts), strict=False)
+        return next((pair for pair in pairs if pair[0] != pair[1]), ("first", "second"))
+
     def _repr_html_(self) -> str:
-        names = ("first", "second", "difference", "low", "high")
-        rows = [(name, *(_shown(row[key]) for key in names)) for name, row in self.metrics.items()]
+        keys = ("first", "second", "difference", "low", "high")
+        rows = [(name, *(_shown(row[key]) for key in keys)) for name, row in self.metrics.items()]
         notes = "".join(f"<p>{escape(text)}</p>" for text in self.warnings)
-        return html_table(f"{self.first} and {self.second}, {self.images:,} images", ("metric", *names), rows) + notes
+        title = f"{self.first} and {self.second}, {self.images:,} images"
+        return html_table(title, ("metric", *self.names, *keys[2:]), rows) + notes
 
 
 def html_table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

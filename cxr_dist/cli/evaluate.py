@@ -134,7 +134,7 @@ def compare(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(comparison.result, allow_nan=False))
         return
-    print_comparison(comparison.result)
+    print_comparison(comparison.result, comparison.names)
 
 
 def print_metrics(metrics: Mapping[str, Any]) -> None:
@@ -170,20 +170,26 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
         print(f"WARNING: {seen_warning(metrics)}")
 
 
-def print_comparison(result: Mapping[str, Any]) -> None:
-    """The table of a comparison."""
-    print(f"{'':24} {'first':>8} {'second':>8} {'second - first':>15}   {result['level']:.0%} confidence interval")
+def print_comparison(result: Mapping[str, Any], names: tuple[str, str]) -> None:
+    """The table of a comparison, whose two columns are headed by `names`."""
+    first, second = names
+    left, right = max(len(first), 8), max(len(second), 8)
+    difference = f"{second} - {first}"
+    width = max(len(difference), 15)
+    print(
+        f"{'':24} {first:>{left}} {second:>{right}} {difference:>{width}}   {result['level']:.0%} confidence interval"
+    )
     for name, row in result["metrics"].items():
         if row["difference"] is None:
             print(f"{name:24} undefined")
             continue
         print(
-            f"{name:24} {row['first']:8.4f} {row['second']:8.4f} {row['difference']:+15.4f}   "
+            f"{name:24} {row['first']:{left}.4f} {row['second']:{right}.4f} {row['difference']:+{width}.4f}   "
             f"[{row['low']:+.4f}, {row['high']:+.4f}]{'' if row['low'] <= 0 <= row['high'] else '  *'}"
         )
     table = result["mcnemar"]
     print(
         f"{result['n']:,} images in {result['units']:,} {result['unit']}s; * the interval excludes 0\n"
-        f"{table['only_first_right']} images are correct in the first only, {table['only_second_right']} in the second "
+        f"{table['only_first_right']} images are correct in {first} only, {table['only_second_right']} in {second} "
         f"only (McNemar's exact test: p = {table['p_value']:.3g})"
     )

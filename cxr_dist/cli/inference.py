@@ -133,7 +133,7 @@ def serve(options: argparse.Namespace) -> None:
         serving(run, options.host, options.port, limits, verbose=options.verbose) as address,
     ):
         ended = _asked_to_end()  # now, as Ray has handlers of its own when it starts
-        print(f"{address}: serves POST /predict; see {address}/docs; Ctrl-C stops it", flush=True)
+        print(f"{address}: serves POST /predict; {address}/ lists all routes; Ctrl-C stops it", flush=True)
         ended.wait()
         print("stopping", file=sys.stderr)
 

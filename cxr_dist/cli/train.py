@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CONFIG_HELP = "preset (adamw, cpu, demo, published, smoke) or path of a YAML file (default: each key's)"
 DEMO_NAMES = re.compile(r"phantoms|\.phantoms\.unfinished-\w+|dataset|run|evaluation|feature-cache")
-DEMO_PER_CLASS, DEMO_SIZE, DEMO_IMAGE_SIZE, DEMO_EXAMINED = 400, 128, 56, 64
+DEMO_PER_CLASS, DEMO_SIZE, DEMO_IMAGE_SIZE, DEMO_EXAMINED = 400, 128, 48, 32
 
 
 def add_parsers(command: Command) -> None:

@@ -33,18 +33,45 @@ class Node(BaseModel):
         """Pydantic takes true for 1; YAML reads `yes` as true."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and annotation in (int, float, int | None, float | None):
-            raise ValueError("is a number, not true or false")
+            raise ValueError("must be a number, not true or false")
         return value
 
 
+_MUST_BE = {
+    "int": "must be an integer",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "string": "must be text",
+    "dict": "must be a mapping of keys to values",
+    "model": "must be a mapping of keys to values",
+    "list": "must be a list",
+    "tuple": "must be a list",
+    "missing": "is required",
+    "extra": "is an unknown key",
+}
+"""By the first word of the validator's name for an error: what is allowed."""
+
+
 def first_problem(error: ValidationError, prefix: str = "") -> str:
-    """The first field that is wrong, dotted, with its value and what is wrong with it; one line."""
+    """The first field that is wrong, dotted, with its value and what is allowed; one line."""
     problem = error.errors(include_url=False)[0]
     parts = [str(part) for part in problem["loc"] if part != "[key]" and not str(part).startswith("function-")]
-    given = problem["input"]
-    value = f" {given!r}" if isinstance(given, str | int | float | bool) else " null" if given is None else ""
+    kind = problem["type"].partition("_")[0]
+    said = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     field = ".".join([prefix, *parts] if prefix else parts)
-    return f"{field}{value}: {problem['msg'].removeprefix('Value error, ')}".lstrip(": ")
+    text = f"{field}{_shown(problem['input'], kind)}: {_MUST_BE.get(kind, said)}".lstrip(": ")
+    return " ".join(text.split())
+
+
+def _shown(given: object, kind: str) -> str:
+    """A wrong value as YAML has it, behind a space; nothing where the value is a section."""
+    if isinstance(given, bool):
+        return f" {str(given).lower()}"
+    if isinstance(given, dict | BaseModel) or kind in ("missing", "extra"):
+        return ""
+    if isinstance(given, list | tuple):
+        return " (a list)"
+    return " null" if given is None else f" {given!r}" if isinstance(given, str | int | float) else f" {given}"
 
 
 def _switch(value: object) -> object:

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import FastAPI, Request
 from fastapi.exceptions import HTTPException
-from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -126,9 +127,11 @@ class Predictions:
 
 
 def make_app(predictions: Predictions, class_names: Sequence[str], image_size: int) -> FastAPI:
-    """The routes; `/docs` and `/openapi.json` are generated from them."""
+    """The routes; `/` and `/openapi.json` are generated from them."""
     app = FastAPI(
         title="Chest X-ray classifier",
+        docs_url=None,  # FastAPI's pages load their scripts from the internet
+        redoc_url=None,
         description=f"**Not for diagnosis.** Classes: {', '.join(class_names)}. Size: {image_size} pixels. "
         "If `abstained` is true, do not rely on the class; `reason` says why. Other predictions may be wrong too.",
     )
@@ -164,9 +167,17 @@ def make_app(predictions: Predictions, class_names: Sequence[str], image_size: i
     async def metrics() -> PlainTextResponse:
         return PlainTextResponse(predictions.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
+    @app.get("/", summary="The routes")
+    async def root() -> dict[str, Any]:
+        return {
+            "service": app.title,
+            "notice": "Not for diagnosis.",
+            "routes": {f"{method} {path}": summary for method, path, summary in routes},
+        }
+
+    found = [route for route in app.routes if isinstance(route, APIRoute)]
+    routes = [(method, route.path, route.summary) for route in found for method in route.methods or ()]
+    routes.append(("GET", "/openapi.json", "The interface as an OpenAPI schema"))
 
     @app.exception_handler(StarletteHTTPException)
     async def refuse(_request: Request, error: StarletteHTTPException) -> JSONResponse:

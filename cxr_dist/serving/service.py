@@ -5,12 +5,13 @@ model in batches (`serve.batch`).
 """
 
 import asyncio
+import io
 import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def serving(
     _check_run(run)
     _check_address(host, port)
     try:
-        with connected(OWN_CLUSTER, verbose):
+        with ExitStack() as at_the_end, connected(OWN_CLUSTER, verbose):
             from ray import serve
 
             level = "INFO" if verbose else "ERROR"
@@ -66,6 +67,8 @@ def serving(
                 serve.run(_application(run.resolve(), limits, load), name=NAME, route_prefix="/")
                 yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
             finally:
+                if not verbose:  # a thread of Ray prints that the controller, which ends itself, has died
+                    at_the_end.enter_context(redirect_stdout(io.StringIO()))
                 serve.shutdown()
     except ModuleNotFoundError as error:
         raise UserError(f"serve needs {error.name}; install it: {install_command('serve')}") from None

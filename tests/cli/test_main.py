@@ -510,7 +510,7 @@ def test_compare(
     shutil.copytree(tmp_path / "first", tmp_path / "second")
     said = command.succeeds("compare", tmp_path / "first", tmp_path / "second")
     assert "accuracy" in said
-    assert "0 images are correct in the first only, 0 in the second only" in said
+    assert "0 images are correct in first only, 0 in second only" in said
     told = json.loads(command.succeeds("compare", tmp_path / "first", finished_run, "--json"))
     assert told["n"] == 12
     assert told["metrics"]["accuracy"]["difference"] == 0

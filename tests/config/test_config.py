@@ -256,7 +256,7 @@ def test_bad_values_name_field_and_value(override: str, field: str) -> None:
     assert message.startswith(f"config {field}"), message
     value = yaml.safe_load(override.partition("=")[2])
     if not isinstance(value, list):
-        shown = "null" if value is None else str(value)
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         assert shown in message.removeprefix(f"config {field}"), message
 
 
@@ -289,6 +289,44 @@ def test_unknown_keys_name_the_nearest(key: str, nearest: str | None, write: Wri
         else:
             assert first in message.partition(";")[0], message
     assert str(write(text)) in error_of(path=write(text)), "the file is named"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.1.epochs=x", "config stages.1.epochs 'x': must be an integer"),
+        ("stages.1.epochs=1.5", "config stages.1.epochs 1.5: must be an integer"),
+        ("stages.1.epochs=-1", "config stages.1.epochs -1: must be greater than or equal to 0"),
+        ("stages.1.epochs=true", "config stages.1.epochs true: must be a number, not true or false"),
+        ("stages.1.epochs=null", "config stages.1.epochs null: must be an integer"),
+        ("stages.1.epochs=[1, 2]", "config stages.1.epochs (a list): must be an integer"),
+        ("stages.1.epochs={a: 1}", "--set stages.1.epochs: is a value, not a mapping"),
+        ("stages.1.epoch=5", "--set stages.1.epoch: unknown config key; did you mean stages.1.epochs?"),
+        ("stages.1.learning_rate=fast", "config stages.1.learning_rate 'fast': must be a number"),
+        ("seed=2026-01-01", "config seed 2026-01-01: must be an integer"),
+        ("seed=9999999999", "config seed 9999999999: must be less than 2147483648"),
+        ("model.dropout=.nan", "config model.dropout nan: must be a finite number"),
+        ("model.batch_norm=frozen", "config model.batch_norm 'frozen': must be 'train' or 'inference'"),
+        ("xla=maybe", "config xla 'maybe': must be 'auto', 'on' or 'off'"),
+        ("model.weights=3", "config model.weights 3: must be text"),
+        ("deterministic=perhaps", "config deterministic 'perhaps': must be true or false"),
+        ("augmentation.rotation=90", "config augmentation.rotation 90: must be less than or equal to 45"),
+        (
+            "input.shared_folder=here",
+            "config input.shared_folder 'here': must be an absolute path, such as /dev/shm/cxr-dist",
+        ),
+        (
+            "stages.1.weight_decay=0.1",
+            "config stages.1: weight_decay is decoupled and needs optimizer adamw or sgd, not adam",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_line_in_our_own_words(override: str, message: str) -> None:
+    """With the key, the value and what is allowed; and without the validator's own words."""
+    found = error_of(override)
+    assert found == message
+    for word in ("pydantic", "validation error", "Input should", "unable to", "http"):
+        assert word not in found
 
 
 @pytest.mark.parametrize("number", [3, 7])

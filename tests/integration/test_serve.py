@@ -179,8 +179,10 @@ def test_pages(port: int, phantoms: list[Path]) -> None:
     assert ask(port, phantoms[0].read_bytes())[0] == 200
     assert ask(port, None, method="GET", path="/health") == (200, {"status": "alive"})
     assert ask(port, None, method="GET", path="/ready") == (200, {"status": "ready"})
-    assert ask(port, None, method="GET", path="/")[0] == 307
-    assert ask(port, None, method="GET", path="/docs")[0] == 200
+    status, listed = ask(port, None, method="GET", path="/")
+    assert status == 200
+    assert "POST /predict" in listed["routes"]
+    assert ask(port, None, method="GET", path="/docs") == (404, {"error": "Not Found"})
     status, schema = ask(port, None, method="GET", path="/openapi.json")
     assert status == 200
     assert "Not for diagnosis" in schema["info"]["description"]
@@ -189,7 +191,7 @@ def test_pages(port: int, phantoms: list[Path]) -> None:
     assert set(predict["requestBody"]["content"]) == {"image/png", "image/jpeg", "application/dicom"}
     assert {"200", "408", "413", "415", "422", "503", "504"} <= set(predict["responses"])
     assert ask(port, None, method="GET")[0] == 405
-    assert ask(port, b"", path="/docs")[0] == 405
+    assert ask(port, b"", path="/openapi.json")[0] == 405
     assert ask(port, None, method="GET", path="/nope") == (404, {"error": "Not Found"})
     status, text = ask(port, None, method="GET", path="/metrics")
     assert status == 200

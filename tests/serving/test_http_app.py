@@ -88,3 +88,20 @@ def test_what_is_beyond_the_limit_is_refused_and_may_come_again() -> None:
     refused = next(response for response in responses if response.status == 503)
     assert refused.headers[b"retry-after"] == b"1"
     assert b"cxr_dist_waiting 0.0" in metrics.body
+
+
+def test_the_root_lists_all_routes_and_no_page_needs_the_internet() -> None:
+    async def pages(*paths: str) -> list[Response]:
+        app = make_app(Predictions(classify, SIZE, Limits()), ("a",), SIZE)
+        return [await ask(app, "GET", path) for path in paths]
+
+    root, schema, *missing = asyncio.run(pages("/", "/openapi.json", "/docs", "/redoc"))
+    assert root.status == 200
+    routes = json.loads(root.body)["routes"]
+    described = {
+        f"{method.upper()} {path}" for path, methods in json.loads(schema.body)["paths"].items() for method in methods
+    }
+    assert set(routes) == described | {"GET /openapi.json"}
+    assert {"POST /predict", "GET /", "GET /health", "GET /ready", "GET /metrics"} <= set(routes)
+    assert all(routes.values())
+    assert [page.status for page in missing] == [404, 404]
