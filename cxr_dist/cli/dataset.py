@@ -188,7 +188,7 @@ def build(options: argparse.Namespace) -> None:
     masks = len({row.mask for row in manifest.rows if row.mask})
     _print_files(len(manifest.rows), masks, manifest.not_taken, (*manifest.notes, *manifest.image_notes))
     _print_counts(manifest.counts)
-    print("\n".join(_group_lines(manifest)))
+    print("\n".join([*_group_lines(manifest), *_count_lines(manifest.counts)]))
     left_out = len(manifest.rejected) + len(manifest.excluded)
     if summary.reused:
         print(f"{options.dataset}: is already complete")
@@ -210,6 +210,8 @@ def _print_preview(options: argparse.Namespace) -> None:
     found = preview_build(options.source, BuildOptions(**{name: getattr(options, name) for name in names}))
     _print_files(found.images, found.masks, found.not_taken, found.notes)
     _print_counts(found.counts)
+    for line in _count_lines(found.counts):
+        print(line)
     print(
         f"split: {found.split_rule.partition(':')[0]}; near-duplicates and damaged images are found by the build alone"
     )
@@ -237,6 +239,12 @@ def _print_counts(counts: Mapping[str, Mapping[str, int]]) -> None:
     for name in names:
         print(f"{name:{width}}" + "".join(f"{of[name]:12,}" for of in counts.values()))
     print(f"{'all':{width}}" + "".join(f"{sum(of.values()):12,}" for of in counts.values()))
+
+
+def _count_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    from tfrecords_builder.splitting.splits import count_warnings
+
+    return [f"warning: {text}" for text in count_warnings(counts)]
 
 
 def _group_lines(manifest: "Manifest") -> list[str]:

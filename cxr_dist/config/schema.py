@@ -230,6 +230,16 @@ class InputConfig(Node):
         return value
 
 
+class SelectionConfig(Node):
+    """Choice of the best epoch and the best trial, on validation images."""
+
+    metric: Literal["accuracy", "f1_macro", "balanced_accuracy", "log_loss"] = Field(
+        "accuracy",
+        description="Metric of the validation images by which the best epoch, early stopping and the best trial are "
+        "decided; of equal ones, the lower loss. With classes of very different sizes, f1_macro or balanced_accuracy.",
+    )
+
+
 class CheckpointConfig(Node):
     """Checkpoints, from which an interrupted run resumes."""
 
@@ -296,6 +306,7 @@ class Config(Node):
     input: InputConfig = Field(default_factory=InputConfig)
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
     all_reduce: AllReduceConfig = Field(default_factory=AllReduceConfig)
+    selection: SelectionConfig = Field(default_factory=SelectionConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     max_nonfinite_steps: int = Field(
         20,

@@ -20,6 +20,7 @@ from cxr_dist.evaluation.history import best_epoch_of, column, stage_label, stag
 from cxr_dist.evaluation.metrics import mean_roc_curve, roc_curves
 from cxr_dist.evaluation.page_text import count, percent
 from cxr_dist.evaluation.predictions import Predictions
+from cxr_dist.runs.ranking import WORDS
 from tfrecords_builder.common.figure import Figure
 from tfrecords_builder.common.figure_style import (
     BLUE,
@@ -273,13 +274,14 @@ def _draw_risk(predictions: Predictions, risk: float, coverage: float | None) ->
     return figure
 
 
-def history(rows: Sequence[Mapping[str, Any]], best_epoch: int | None = None) -> Figure:
+def history(rows: Sequence[Mapping[str, Any]], best_epoch: int | None = None, metric: str = "accuracy") -> Figure:
     """Accuracy and loss by epoch, training and validation, with the boundary between stages marked.
 
     Args:
         rows: One per epoch, in order, with stage, loss, accuracy, val_loss, val_accuracy (a missing or null value
             leaves a gap). Epochs are counted through all stages, from 1: the rows' own `epoch` is not used.
         best_epoch: The epoch to mark, counted likewise; `best_epoch_of(rows)` if None.
+        metric: The `selection.metric` of the run.
 
     Raises:
         ValueError: `rows` is empty.
@@ -297,7 +299,8 @@ def history(rows: Sequence[Mapping[str, Any]], best_epoch: int | None = None) ->
     else:
         accuracy = rows[best - 1].get("val_accuracy")
         value = "" if accuracy is None else f", with a validation accuracy of {percent(accuracy)}"
-        caption += f"the best epoch is {best}{value}."
+        chosen = "" if metric == "accuracy" else f" by {WORDS[metric]}"
+        caption += f"the best epoch{chosen} is {best}{value}."
     return Figure(HISTORY, "Training history", caption, _draw_history(rows, spans, best))
 
 

@@ -56,6 +56,13 @@ class Evaluation:
         """Of the images: training, validation, test, or nothing."""
         return _SPLIT_NAMES.get(str(self.info.get("split")), "")
 
+    @property
+    def selection_metric(self) -> str:
+        """The run's `selection.metric`."""
+        config = self.info.get("config")
+        selection = config.get("selection") if isinstance(config, Mapping) else None
+        return str(selection["metric"]) if isinstance(selection, Mapping) else "accuracy"
+
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json: of `assessment.assess`, `calibration_note`, and the `alarms` as sentences."""
         comparable = self.info.get("split") == "test" and not self.info.get("drawn")
@@ -133,7 +140,7 @@ def _figures(metrics: Mapping[str, Any], evaluation: Evaluation) -> list[Figure]
         figures.roc(predictions, metrics),
     ]
     if evaluation.history:
-        drawn.append(figures.history(evaluation.history))
+        drawn.append(figures.history(evaluation.history, metric=evaluation.selection_metric))
     if calibrated is not None:
         drawn += [figures.reliability(calibrated), figures.risk_coverage(predictions, calibrated)]
     return drawn

@@ -38,6 +38,8 @@ from cxr_dist.tuning.trial import (
 )
 from tfrecords_builder.common.errors import UserError
 
+OBJECTIVE = "objective"
+"""Of a trial's reports: the best so far of what the selection maximises."""
 SECONDS_BETWEEN_REPORTS = 2.0
 """Each report waits for Tune: as long as an epoch of a head on cached features takes."""
 PLACEMENT_LIMIT_S = 60.0
@@ -91,7 +93,7 @@ class RayTrials:
         tune.Tuner(
             tune.with_resources(tune.with_parameters(trial or run_tune_trial, workers=workers), placement.resources()),
             tune_config=tune.TuneConfig(
-                metric="val_accuracy",
+                metric=OBJECTIVE,
                 mode="max",
                 search_alg=searcher,  # and no scheduler: trials start in their order, and the pruner stops them
                 num_samples=search.left,
@@ -119,7 +121,7 @@ def searcher_and_stopper(search: Search) -> tuple[Any, Any]:
 
     class SearchSearcher(Searcher):
         def __init__(self, search: Search) -> None:
-            super().__init__(metric="val_accuracy", mode="max")
+            super().__init__(metric=OBJECTIVE, mode="max")
             self._search = search
             self._numbers: dict[str, int] = {}
 
@@ -262,7 +264,7 @@ def run_tune_trial(config: dict[str, Any], workers: dict[str, Any] | None) -> No
     def send() -> None:
         # All epochs since the last report, in their order, as without Ray.
         epochs_done, best = curve[-1] if curve else (0, 0.0)
-        tune.report({"trial": job.number, "epochs_done": epochs_done, "val_accuracy": best, "curve": list(curve)})
+        tune.report({"trial": job.number, "epochs_done": epochs_done, OBJECTIVE: best, "curve": list(curve)})
 
     def report(row: dict[str, Any], best: float) -> bool:
         nonlocal last_report

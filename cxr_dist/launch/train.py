@@ -103,6 +103,7 @@ def run_training(
     """
     from cxr_dist.launch.ray_train import workers_on_cluster
     from cxr_dist.model.resnet import check_weights
+    from tfrecords_builder.splitting.splits import count_warnings
 
     if launcher == "local" and ((workers or (1, 1))[1] > 1 or address):
         raise UserError("--launcher local: uses one process; leave --workers and --address out, or use --launcher ray")
@@ -119,6 +120,8 @@ def run_training(
                 print(f"{run}: is already finished", file=sys.stderr)
                 result = run_folder.finished_result(run)
             else:
+                for text in count_warnings(data.manifest.counts):
+                    print(f"warning: {text}", file=sys.stderr)
                 result = team.train(run, ConsoleReporter())
             remove_checkpoints(run)
             return result

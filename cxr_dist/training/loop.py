@@ -155,6 +155,7 @@ def _finish(context: RunContext, kept: RunCheckpoints, progress: Progress, launc
             "epoch": best.epoch,
             "val_accuracy": best.val_accuracy,
             "val_loss": best.val_loss,
+            "metric": context.config.selection.metric,
         },
         "images_per_second": {
             str(number): float(np.median(rates))

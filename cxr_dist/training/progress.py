@@ -1,5 +1,6 @@
 """Where a run stands: what a checkpoint holds of it beside arrays."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from cxr_dist.training import train_step
 class Best:
     """The best validation so far."""
 
+    selection: float = -math.inf
+    """What the selection maximises; see `ranking.SELECTION`."""
     val_accuracy: float = -1.0
     val_loss: float = float("inf")
     epochs_done: int = 0

@@ -14,6 +14,7 @@ from cxr_dist.features.stage_inputs import Inputs, StageInputs
 from cxr_dist.model.resnet import FrozenBase
 from cxr_dist.runs import checkpoints, run_folder
 from cxr_dist.runs.checkpoint_file import Arrays
+from cxr_dist.runs.ranking import SELECTION, selection_score
 from cxr_dist.training import schedules, train_step as steps
 from cxr_dist.training.gradients import StepSpec
 from cxr_dist.training.progress import Progress
@@ -185,6 +186,7 @@ class StageRunner:
     def _end_epoch(self, row: dict[str, Any]) -> None:
         if not np.isfinite(row["val_loss"]):
             raise self._diverged("the validation loss is not finite")
+        row[SELECTION] = selection_score(row, self._context.config.selection.metric)
         self._progress.end_epoch(row)
         if row["best"]:
             self._kept.best_arrays = self._state.evaluated_arrays()

@@ -11,6 +11,7 @@ start finds what was finished, and goes on with what was not.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,7 @@ from cxr_dist.runs import run_folder
 from cxr_dist.runs.checkpoints import CheckpointFolder
 from cxr_dist.runs.events import EndState
 from cxr_dist.runs.loggers import end_mlflow_run
-from cxr_dist.runs.ranking import best_index, rank
+from cxr_dist.runs.ranking import best_index, rank, score_of
 from cxr_dist.runs.versions import FORMAT, check_format
 from cxr_dist.tuning import hparams
 from cxr_dist.tuning.sampler import Finished
@@ -77,8 +78,8 @@ class TrialResult:
 
     @property
     def objective(self) -> float | None:
-        """The best validation accuracy; None before the first epoch."""
-        return max((row["val_accuracy"] for row in self.history), default=None)
+        """The best of what the selection maximises; None before the first epoch."""
+        return max(map(score_of, self.history), default=None)
 
     @property
     def best_row(self) -> dict[str, Any] | None:
@@ -88,9 +89,9 @@ class TrialResult:
 
     def finished(self) -> Finished:
         """As the sampler learns from it."""
-        best, curve = -1.0, []
+        best, curve = -math.inf, []
         for row in self.history:
-            best = max(best, row["val_accuracy"])
+            best = max(best, score_of(row))
             curve.append((int(row["epochs_done"]), best))
         objective = None if self.trial.state == "failed" else self.objective
         return Finished(self.trial.values, objective, self.trial.state == "stopped", tuple(curve))

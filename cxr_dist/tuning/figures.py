@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from cxr_dist.runs.ranking import rank
+from cxr_dist.runs.ranking import SELECTION, rank
 from cxr_dist.tuning.search_space import Parameter, Value, Values
 from tfrecords_builder.common.figure_style import BLUE, GRAY, RULE, STYLE, VERMILLION
 
@@ -23,25 +23,25 @@ _MARKERS = {"complete": ("o", BLUE, BLUE, "complete"), "stopped": ("o", "white",
 
 @dataclass(frozen=True)
 class Point:
-    """A trial with a validation accuracy, as the figures show it."""
+    """A trial that was validated, as the figures show it."""
 
     number: int
     values: Values
     state: str
     objective: float
     val_loss: float = math.inf
-    """Of the epoch with that accuracy."""
+    """Of the epoch with that objective."""
 
     @property
     def rank(self) -> tuple[float, float, int]:
         """Sorts points from the worst to the best, as the tables do."""
-        return (*rank({"val_accuracy": self.objective, "val_loss": self.val_loss}), -self.number)
+        return (*rank({SELECTION: self.objective, "val_loss": self.val_loss}), -self.number)
 
 
-def history_figure(points: Sequence[Point]) -> Figure:
-    """Validation accuracy of each trial by number, and the best complete one so far as a line."""
+def history_figure(points: Sequence[Point], objective: str) -> Figure:
+    """Objective of each trial by number, and the best complete one so far as a line."""
     with mpl.rc_context(STYLE):
-        figure, axes = _scatter([point.number for point in points], points, "Trial", height=3.6)
+        figure, axes = _scatter([point.number for point in points], points, ("Trial", objective), height=3.6)
         numbers, best = best_so_far(points)
         axes.step(numbers, best, where="post", color=VERMILLION, linestyle="--", label="best so far")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -50,17 +50,17 @@ def history_figure(points: Sequence[Point]) -> Figure:
 
 
 def best_so_far(points: Sequence[Point]) -> tuple[list[int], list[float]]:
-    """Of the complete trials, by number: the best validation accuracy up to each."""
+    """Of the complete trials, by number: the best objective up to each."""
     complete = sorted((point.number, point.objective) for point in points if point.state == "complete")
     return [number for number, _ in complete], list(accumulate((objective for _, objective in complete), max))
 
 
-def parameter_figure(key: str, parameter: Parameter, points: Sequence[Point]) -> Figure:
-    """Validation accuracy against one key."""
+def parameter_figure(key: str, parameter: Parameter, points: Sequence[Point], objective: str) -> Figure:
+    """The objective against one key."""
     choices = parameter.choices
     places = [choices.index(point.values[key]) if choices else float(point.values[key]) for point in points]
     with mpl.rc_context(STYLE):
-        figure, axes = _scatter(places, points, key, height=3.4)
+        figure, axes = _scatter(places, points, (key, objective), height=3.4)
         if choices is not None:
             axes.set_xticks(range(len(choices)), [str(choice) for choice in choices])
             axes.margins(x=0.15)
@@ -76,10 +76,12 @@ def parameter_figure(key: str, parameter: Parameter, points: Sequence[Point]) ->
     return figure
 
 
-def _scatter(places: Sequence[float], points: Sequence[Point], label: str, height: float) -> tuple[Figure, Axes]:
-    """Points at `places` by their validation accuracy, in inches 7 wide."""
+def _scatter(
+    places: Sequence[float], points: Sequence[Point], labels: tuple[str, str], height: float
+) -> tuple[Figure, Axes]:
+    """Points at `places` by their objective, in inches 7 wide; `labels` of the axes, across and up."""
     figure = Figure(figsize=(7.0, height), layout="constrained")
-    axes = figure.add_subplot(xlabel=label, ylabel="Validation accuracy")
+    axes = figure.add_subplot(xlabel=labels[0], ylabel=capitalised(labels[1]))
     for state, (marker, face, edge, name) in _MARKERS.items():
         chosen = [(place, point.objective) for place, point in zip(places, points, strict=True) if point.state == state]
         if chosen:
@@ -89,8 +91,8 @@ def _scatter(places: Sequence[float], points: Sequence[Point], label: str, heigh
     return figure, axes
 
 
-def parallel_figure(parameters: dict[str, Parameter], points: Sequence[Point]) -> Figure:
-    """Each trial as a line over the keys and its validation accuracy; the darker, the better, the best one bold."""
+def parallel_figure(parameters: dict[str, Parameter], points: Sequence[Point], objective: str) -> Figure:
+    """Each trial as a line over the keys and its objective; the darker, the better, the best one bold."""
     keys = list(parameters)
     objectives = np.array([point.objective for point in points])
     low, high = float(objectives.min()), float(objectives.max())
@@ -120,12 +122,17 @@ def parallel_figure(parameters: dict[str, Parameter], points: Sequence[Point]) -
             axes.annotate(f"{value:.4f}", (len(keys), height), (6, 0), textcoords="offset points", va="center")
         axes.axvline(len(keys), color=RULE, zorder=0)
         axes.set_xticks(
-            range(len(keys) + 1), [*[".\n".join(key.rsplit(".", 1)) for key in keys], "validation\naccuracy"]
+            range(len(keys) + 1), [*[".\n".join(key.rsplit(".", 1)) for key in keys], objective.replace(" ", "\n", 1)]
         )
         axes.set_yticks([])
         axes.tick_params(length=0)
         axes.set_xlim(-0.35, len(keys) + 0.45)
     return figure
+
+
+def capitalised(text: str) -> str:
+    """With a capital first letter."""
+    return text[:1].upper() + text[1:]
 
 
 def position(parameter: Parameter, value: Value) -> float:

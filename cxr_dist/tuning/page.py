@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from cxr_dist.runs.ranking import WORDS
 from cxr_dist.tuning import figures
 from cxr_dist.tuning.experiment import PAGE, Experiment, TrialResult, best_result
 from cxr_dist.tuning.figures import Point
@@ -47,6 +48,7 @@ def render(plan: SearchPlan, results: Sequence[TrialResult], dataset: str) -> st
             needed=TRIALS_FOR_IMPORTANCE,
             config=plan.base.to_yaml(),
             value=_value,
+            objective=WORDS[plan.base.selection.metric],
         )
     )
 
@@ -73,24 +75,25 @@ def importance(plan: SearchPlan, results: Sequence[TrialResult]) -> dict[str, fl
 
 
 def _figures(plan: SearchPlan, points: Sequence[Point]) -> list[Figure]:
+    objective = WORDS[plan.base.selection.metric]
     best, parameters = max(points, key=lambda point: point.rank), plan.search.parameters
     shown = [
         Figure(
             "history.svg",
             "Optimisation history",
-            f"Best validation accuracy of each trial, from {min(point.objective for point in points):.4f} to "
+            f"Best {objective} of each trial, from {min(point.objective for point in points):.4f} to "
             f"{best.objective:.4f}. Trial {best.number} has the highest.",
-            figures.history_figure(points),
+            figures.history_figure(points, objective),
         ),
         Figure(
             "parallel.svg",
             "Parallel coordinates",
-            "Each line is a trial, and crosses each axis at its value. Darker lines have a higher accuracy, and dotted "
+            "Each line is a trial, and crosses each axis at its value. Darker lines end higher, and dotted "
             f"ones were stopped early. The thick line is trial {best.number}, the best.",
-            figures.parallel_figure(parameters, points),
+            figures.parallel_figure(parameters, points, objective),
         ),
     ]
     for key, parameter in parameters.items():
-        caption = f"Best validation accuracy of each trial by {key}. The best trial has {_value(best.values[key])}."
-        shown.append(Figure(f"{key}.svg", key, caption, figures.parameter_figure(key, parameter, points)))
+        caption = f"Best {objective} of each trial by {key}. The best trial has {_value(best.values[key])}."
+        shown.append(Figure(f"{key}.svg", key, caption, figures.parameter_figure(key, parameter, points, objective)))
     return shown

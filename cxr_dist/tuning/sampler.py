@@ -16,11 +16,11 @@ class Finished:
 
     values: Values
     objective: float | None
-    """The best validation accuracy; None when it failed before there was one."""
+    """The best of what the selection maximises; None when it failed before there was one."""
     stopped: bool = False
     """Whether it was stopped early."""
     curve: tuple[tuple[int, float], ...] = ()
-    """(epochs done, best validation accuracy so far)."""
+    """(epochs done, the best so far of what the selection maximises)."""
 
 
 class Sampler:
@@ -90,7 +90,7 @@ class Sampler:
         Args:
             number: Of the trial.
             epochs_done: Over all stages.
-            objective: The best validation accuracy up to there.
+            objective: The best up to there of what the selection maximises.
         """
         if epochs_done <= self._reported.get(number, 0):
             return False

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from cxr_dist.config.schema import Config
 from cxr_dist.runs import run_folder
+from cxr_dist.runs.ranking import WORDS
 from cxr_dist.runs.run_folder import OpenDataset
 from cxr_dist.tuning.experiment import Experiment, Trial, TrialResult, best_result
 from cxr_dist.tuning.sampler import Sampler
@@ -67,7 +68,7 @@ class Search:
 
         Args:
             number: Of the trial.
-            curve: (epochs done, best validation accuracy so far) of each further epoch; what is known is passed over.
+            curve: (epochs done, best objective so far) of each further epoch; what is known is passed over.
         """
         if number not in self._running:
             return False
@@ -88,7 +89,7 @@ class Search:
         self._count(trial.state, 1)
         self._best = best_result([result, *([self._best] if self._best else [])])
         ended = sum(self._states.values()) - self._states["running"]
-        _print(f"[{ended}/{self._planned}] {result_line(result, self._best)}")
+        _print(f"[{ended}/{self._planned}] {result_line(result, self._best, self.plan.base.selection.metric)}")
 
     def observe(self, observer: Callable[[Mapping[str, int]], None]) -> None:
         """Tell `observer` now and at every change how many trials are in each state, `waiting` too."""
@@ -132,12 +133,12 @@ class Trials(Protocol):
         ...
 
 
-def result_line(result: TrialResult, best: TrialResult | None) -> str:
-    """One line for people: a trial that has ended, and the best trial so far."""
+def result_line(result: TrialResult, best: TrialResult | None, metric: str = "accuracy") -> str:
+    """One line for people: a trial that has ended, and the best trial so far, by `selection.metric`."""
     trial, objective = result.trial, result.objective
     state = f"failed: {trial.reason}" if trial.state == "failed" else trial.state
     if trial.state != "failed" and objective is not None:
-        state += f", validation accuracy {objective:.4f}"
+        state += f", {WORDS[metric]} {objective:.4f}"
     leader = f"; best {best.objective or 0.0:.4f} (trial {best.trial.number})" if best else ""
     return f"trial {trial.number} ({_format(trial.values)}): {state}, {trial.seconds:.0f} s{leader}"
 

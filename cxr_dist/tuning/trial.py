@@ -1,6 +1,7 @@
 """One trial, in the process that runs it: a run of the one loop, told of and stopped by whoever runs the search."""
 
 import gc
+import math
 import os
 import threading
 import traceback
@@ -16,6 +17,7 @@ from cxr_dist.runs import run_folder
 from cxr_dist.runs.corrupt_records import exclude_corrupt
 from cxr_dist.runs.events import Event, Reporter, Reporters, closing
 from cxr_dist.runs.loggers import run_reporters
+from cxr_dist.runs.ranking import score_of
 from cxr_dist.runs.run_folder import OpenDataset
 from cxr_dist.runs.stop_request import StoppedError
 from cxr_dist.tuning.experiment import SHARED, Experiment
@@ -58,7 +60,7 @@ class TrialStopped(StoppedError):  # noqa: N818 - a decision, not an error
 
 
 Report = Callable[[dict[str, Any], float], bool]
-"""(the epoch's row, the best validation accuracy so far) -> whether to stop."""
+"""(the epoch's row, the best so far of what the selection maximises) -> whether to stop."""
 Train = Callable[[Config, Path, Reporter, OpenDataset], dict[str, Any]]
 """(configuration, opened run, listeners, dataset) -> result.json."""
 
@@ -67,13 +69,13 @@ class _Listener(Reporter):
     """Hears of a run's epochs, and may end it."""
 
     def __init__(self, config: Config, report: Report) -> None:
-        self._config, self._report, self._best = config, report, -1.0
+        self._config, self._report, self._best = config, report, -math.inf
 
     def emit(self, event: Event) -> None:
         if event["kind"] != "epoch":
             return
         row = event["row"]
-        self._best = max(self._best, row["val_accuracy"])
+        self._best = max(self._best, score_of(row))
         # Nothing is saved by stopping what has done its last epoch, and its model would be lost.
         if self._report(row, self._best) and not is_last_epoch(self._config, row):
             raise TrialStopped

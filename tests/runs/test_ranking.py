@@ -1,19 +1,31 @@
 """One order of epochs and trials, wherever a best one is named."""
 
 import itertools
+import json
 import math
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+import pytest
+
 from cxr_dist.evaluation.history import best_epoch_of
-from cxr_dist.runs.ranking import best_index, rank
-from cxr_dist.training.progress import Best
+from cxr_dist.runs.ranking import COLUMNS, best_index, rank, selection_score
+from cxr_dist.training.progress import Best, Progress
 from cxr_dist.tuning.experiment import Trial, TrialResult, best_result
 from cxr_dist.tuning.figures import Point
 from cxr_dist.tuning.search import result_line
 
 
 def row(accuracy: float, loss: float, number: int = 1) -> dict[str, Any]:
-    return {"val_accuracy": accuracy, "val_loss": loss, "stage": 1, "epoch": number, "epochs_done": number}
+    return {
+        "selection": accuracy,
+        "val_accuracy": accuracy,
+        "val_loss": loss,
+        "stage": 1,
+        "epoch": number,
+        "epochs_done": number,
+    }
 
 
 ROWS = list(itertools.product((0.25, 0.5, 0.75), (0.1, 0.2, 0.3)))
@@ -28,7 +40,7 @@ def test_the_better_accuracy_then_the_lower_loss_then_the_earlier() -> None:
         best = Best()
         for each in rows:
             if best.is_beaten_by(each):
-                best = Best(each["val_accuracy"], each["val_loss"], each["epochs_done"])
+                best = Best(each["selection"], each["val_accuracy"], each["val_loss"], each["epochs_done"])
         assert best.epochs_done == expected + 1, "what the run keeps is what its page marks"
         assert (TrialResult(Trial(0, {}), rows, None).best_row or {})["epoch"] == expected + 1
 
@@ -54,3 +66,25 @@ def test_the_line_of_a_search_names_the_best_that_its_tables_name() -> None:
         assert result_line(order[-1], best).endswith("best 0.5000 (trial 1)")
     points = [Point(each.trial.number, {}, "complete", 0.5, -rank(each.history[0])[1]) for each in results[:3]]
     assert max(reversed(points), key=lambda point: point.rank).number == 1
+
+
+@pytest.mark.parametrize("metric", COLUMNS)
+def test_the_metric_of_the_selection_decides(metric: str) -> None:
+    """Of random histories, the best epoch is the one that NumPy finds in the metric's column."""
+    column, sign = COLUMNS[metric]
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        progress, rows = Progress(), []
+        for epoch in range(1, 9):
+            figures = {name: float(rng.integers(0, 5)) / 4 for name, _ in COLUMNS.values()}
+            found = row(0.0, 0.0, epoch) | figures | {"selection": selection_score(figures, metric)}
+            progress.end_epoch(found)
+            rows.append(found)
+        values = np.array([sign * each[column] for each in rows])
+        losses = np.array([each["val_loss"] for each in rows])
+        expected = int(np.lexsort((np.arange(8), losses, -values))[0])
+        assert best_index(rows) == expected
+        assert progress.best.epochs_done == expected + 1
+        assert progress.epochs_without_gain == 7 - max(index for index, each in enumerate(rows) if each["best"])
+        assert TrialResult(Trial(0, {}), rows, None).objective == values.max()
+        assert Progress.of_state(json.loads(json.dumps(asdict(progress)))) == progress

@@ -18,6 +18,9 @@ from tensorflow.python.framework import config as tf_config
 from cxr_dist.config.loading import load_config
 from cxr_dist.config.schema import Config
 from cxr_dist.distributed.devices import prepare_devices
+from cxr_dist.evaluation.evaluate import predict_run
+from cxr_dist.evaluation.evaluated_images import EvaluationSpec
+from cxr_dist.evaluation.metrics import evaluate_predictions
 from cxr_dist.features.cache import FrozenFeatures
 from cxr_dist.inference.classifier import load_model
 from cxr_dist.inference.export import export_run
@@ -56,6 +59,29 @@ def test_what_a_run_leaves(finished_run: Path) -> None:
     assert (result["best"]["stage"], result["best"]["epoch"]) == (best["stage"], best["epoch"])
     assert load_config(finished_run / "config.yaml").stages[2].learning_rate == 1e-4
     assert not list(finished_run.rglob("*.tmp*"))
+
+
+@pytest.mark.parametrize(("metric", "column"), [("log_loss", "val_loss"), ("f1_macro", "val_f1_macro")])
+def test_the_metric_of_the_selection_chooses_the_model(
+    dataset: Path, tmp_path: Path, metric: str, column: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    stages = ("stages.1.epochs=3", "stages.1.learning_rate=3e-2", "stages.2.epochs=0")
+    result = run_training(small(f"selection.metric={metric}", *stages), dataset, run, launcher="local")
+    rows = history(run)
+    sign = -1 if metric == "log_loss" else 1
+    best = max(rows, key=lambda row: (sign * row[column], -row["val_loss"]))
+    assert [row["selection"] for row in rows] == [sign * row[column] for row in rows]
+    assert result["best"] == {
+        "stage": best["stage"],
+        "epoch": best["epoch"],
+        "val_accuracy": best["val_accuracy"],
+        "val_loss": best["val_loss"],
+        "metric": metric,
+    }
+    predictions = predict_run(EvaluationSpec(run, tmp_path / "out", "validation"))
+    assert evaluate_predictions(predictions)["log_loss"] == pytest.approx(best["val_loss"], abs=1e-4)
+    assert "warning: the validation split has few images (3 of COVID, " in capsys.readouterr().err
 
 
 def test_a_finished_run_keeps_its_model_and_no_checkpoint(

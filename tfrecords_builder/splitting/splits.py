@@ -18,6 +18,10 @@ RULES = ("leak-free", "published")
 """Both divide each class 70/15/15; leak-free keeps the images of a group in one split."""
 FROM_FILE, GIVEN = "file:", "given:"
 """Begin the name of a split that a file or the collection itself gives; a digest of it follows."""
+MOST_RATIO = 10.0
+"""Of the largest class to the smallest, above which there is a warning."""
+LEAST_VALIDATION = 20
+"""Validation images of a class, below which there is a warning: with 20, one more error is 5 points of its recall."""
 FEW_IMAGES = 30
 """Images of a class in a given validation or test split below which there is a warning: with 30, the accuracy of the
 class has a standard error of 5 points at best (at 0.9)."""
@@ -34,6 +38,30 @@ def split_sizes(count: int) -> dict[str, int]:
     train = count * TRAIN_PERCENT // 100
     validation = count * VALIDATION_PERCENT // 100
     return {"train": train, "validation": validation, "test": count - train - validation}
+
+
+def count_warnings(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What is to be said of a dataset's class sizes.
+
+    Args:
+        counts: Images by split, then by class.
+    """
+    validation, found = counts["validation"], []
+    sizes = {name: sum(of[name] for of in counts.values()) for name in validation}
+    largest, smallest = max(sizes, key=lambda name: sizes[name]), min(sizes, key=lambda name: sizes[name])
+    if sizes[largest] > MOST_RATIO * sizes[smallest]:
+        found.append(
+            f"{largest} has {sizes[largest]:,} images and {smallest} {sizes[smallest]:,}; accuracy hardly sees the "
+            "small class (selection.metric: f1_macro chooses the best epoch by all classes alike)"
+        )
+    few = {name: count for name, count in validation.items() if count < LEAST_VALIDATION}
+    if few:
+        words = ", ".join(f"{count} of {name}" for name, count in few.items())
+        found.append(
+            f"the validation split has few images ({words}); with fewer than {LEAST_VALIDATION} of a class, the best "
+            "epoch is largely chosen by chance"
+        )
+    return found
 
 
 def assign_splits(classes: Mapping[str, str], seed: int, group_of: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -2,7 +2,14 @@ from collections import Counter
 
 from hypothesis import given, strategies as st
 
-from tfrecords_builder.splitting.splits import MIN_IMAGES_PER_CLASS, SPLITS, assign_splits, split_sizes, stable_order
+from tfrecords_builder.splitting.splits import (
+    MIN_IMAGES_PER_CLASS,
+    SPLITS,
+    assign_splits,
+    count_warnings,
+    split_sizes,
+    stable_order,
+)
 
 # The published project's classes and split (its training figure is two higher than its own rule gives).
 PUBLISHED_CLASSES = (3_616, 6_012, 10_192, 1_345)
@@ -101,3 +108,17 @@ def test_a_group_of_two_classes_is_in_one_split() -> None:
 def test_without_groups_nothing_changes() -> None:
     classes = {f"{i}.png": "XY"[i % 2] for i in range(90)}
     assert assign_splits(classes, 1, {path: path for path in classes}) == assign_splits(classes, 1)
+
+
+def test_small_classes_are_warned_of() -> None:
+    counts = {
+        "train": {"a": 104, "b": 700},
+        "validation": {"a": 20, "b": 150},
+        "test": {"a": 26, "b": 150},
+    }
+    assert count_warnings(counts) == []
+    counts["train"]["a"] = 53
+    [ratio] = count_warnings(counts)
+    assert ratio.startswith("b has 1,000 images and a 99; ")
+    counts["validation"]["a"] = 19
+    assert count_warnings(counts)[1].startswith("the validation split has few images (19 of a); ")
