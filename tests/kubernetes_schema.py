@@ -1,8 +1,8 @@
 """JSON schemas of the Kubernetes objects under `cluster/kuberay/`: the documented fields, and no others.
 
-KubeRay's are all the fields of `ray.io/v1` at its release 1.7.0, outside of pods and services: from its API reference
-(`docs/reference/api.md` of the tag v1.7.0, commit 97509c3a7216cf3440af381646560a1885afb53b) and the Go types that the
-CRDs are made from (`ray-operator/apis/ray/v1`), with their enumerations, minima and rules.
+KubeRay's are all fields of `ray.io/v1` at its release 1.7.0 that are not deprecated, outside of pods: from its API
+reference (`docs/reference/api.md` of the tag v1.7.0, commit 97509c3a7216cf3440af381646560a1885afb53b) and the Go types
+that the CRDs are made from (`ray-operator/apis/ray/v1`), with their enumerations, minima and rules.
 
 Of the others, only the fields are here that the manifests use, so that a new one is looked up before it is added:
 Kueue's types of `kueue.x-k8s.io/v1beta2`, Kubernetes' reference for `v1` (pods too) and `networking.k8s.io/v1`, and the
