@@ -1,9 +1,14 @@
 """JSON schemas of the Kubernetes objects under `cluster/kuberay/`: the documented fields, and no others.
 
-Sources: KubeRay's API reference for `ray.io/v1` (RayCluster, RayJob), and the Go types that it is made from
-(`ray-operator/apis/ray/v1`); Kueue's types of `kueue.x-k8s.io/v1beta2`; Kubernetes' reference for `v1` and
-`networking.k8s.io/v1`; the Prometheus operator's for PodMonitor. Of KubeRay, fields of releases after 1.6 are left out.
-Of the others, those are here that the manifests use, so that a new one is looked up before it is added.
+KubeRay's are all fields of `ray.io/v1` at its release 1.7.0 that are not deprecated, outside of pods: from its API
+reference (`docs/reference/api.md` of the tag v1.7.0, commit 97509c3a7216cf3440af381646560a1885afb53b) and the Go types
+that the CRDs are made from (`ray-operator/apis/ray/v1`), with their enumerations, minima and rules.
+
+Of the others, only the fields are here that the manifests use, so that a new one is looked up before it is added:
+Kueue's types of `kueue.x-k8s.io/v1beta2`, Kubernetes' reference for `v1` (pods too) and `networking.k8s.io/v1`, and the
+Prometheus operator's for PodMonitor.
+
+The CRDs of a release themselves are megabytes, and are not kept here: `schema_of_crd` reads them where they are given.
 """
 
 from typing import Any
@@ -108,14 +113,21 @@ POD_SPEC = _fields(
 POD_TEMPLATE = _fields("metadata spec", metadata=_fields(labels=TEXTS, annotations=TEXTS), spec=POD_SPEC)
 METADATA = _fields("name", name=NAME, namespace=NAME, labels=TEXTS, annotations=TEXTS)
 
-# KubeRay.
+# KubeRay. What is ANY here is Kubernetes' own and not used by the manifests.
+MANAGED_BY = _choice("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
+IMAGE_PULL_POLICY = _choice("Always", "IfNotPresent", "Never")
+NETWORK_RULES = {"ingressRules": ANY, "egressRules": ANY}
+GROUP = {"template": POD_TEMPLATE, "rayStartParams": TEXTS, "resources": TEXTS, "labels": TEXTS}
 RAY_CLUSTER_SPEC = _fields(
-    "headGroupSpec rayVersion",
-    authOptions=_fields(mode=_choice("token", "disabled"), secretName=NAME, enableK8sTokenAuth=FLAG),
+    "headGroupSpec",
+    upgradeStrategy=_fields(type=_choice("Recreate", "None")),
+    authOptions=_fields(mode=_choice("token", "disabled"), secretName=TEXT, enableK8sTokenAuth=FLAG),
+    suspend=FLAG,
+    managedBy=MANAGED_BY,
     autoscalerOptions=_fields(
         resources=RESOURCES,
         image=TEXT,
-        imagePullPolicy=_choice("Always", "IfNotPresent", "Never"),
+        imagePullPolicy=IMAGE_PULL_POLICY,
         securityContext=CONTAINER_SECURITY,
         idleTimeoutSeconds=COUNT,
         upscalingMode=_choice("Default", "Aggressive", "Conservative"),
@@ -123,65 +135,104 @@ RAY_CLUSTER_SPEC = _fields(
         env=ANY,
         envFrom=ANY,
         volumeMounts=ANY,
-    ),
-    enableInTreeAutoscaling=FLAG,
-    gcsFaultToleranceOptions=_fields(
-        "redisAddress", redisAddress=TEXT, redisUsername=ANY, redisPassword=ANY, externalStorageNamespace=TEXT
+        command=_list(TEXT),
+        args=_list(TEXT),
     ),
     headServiceAnnotations=TEXTS,
-    managedBy=_choice("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue"),
-    rayVersion=TEXT,
-    suspend=FLAG,
-    upgradeStrategy=_fields(type=_choice("Recreate", "None")),
+    enableInTreeAutoscaling=FLAG,
+    gcsFaultToleranceOptions=_fields(
+        backend=_choice("redis", "rocksdb"),
+        redisUsername=_fields(value=TEXT, valueFrom=ANY),
+        redisPassword=_fields(value=TEXT, valueFrom=ANY),
+        externalStorageNamespace=TEXT,
+        redisAddress=TEXT,
+        storage=_fields(
+            claimName=TEXT,
+            size=QUANTITY,
+            storageClassName=TEXT,
+            accessModes=_list(TEXT),
+            subPath=TEXT,
+            deletionPolicy=_choice("DeleteWithCluster", "Retain"),
+        ),
+    ),
+    historyServerOptions=_fields(
+        collectorOptions=_fields(image=TEXT, imagePullPolicy=IMAGE_PULL_POLICY, resources=RESOURCES, env=ANY)
+    ),
+    networkPolicy=_fields(
+        mode=_choice("DenyAll", "DenyAllIngress", "DenyAllEgress"),
+        head=_fields(**NETWORK_RULES),
+        worker=_fields(**NETWORK_RULES),
+        workerGroups=_list(_fields("groupName", groupName=TEXT, **NETWORK_RULES)),
+    ),
+    tlsOptions=_fields(enabled=FLAG),
     headGroupSpec=_fields(
-        "rayStartParams template",
-        template=POD_TEMPLATE,
+        "template",
+        **GROUP,
         headService=ANY,
         enableIngress=FLAG,
-        rayStartParams=TEXTS,
-        resources=TEXTS,
-        labels=TEXTS,
+        ingressOptions=_fields(
+            host=TEXT, path=TEXT, pathType=_choice("Exact", "Prefix", "ImplementationSpecific"), tls=ANY
+        ),
         serviceType=_choice("ClusterIP", "NodePort", "LoadBalancer"),
     ),
+    rayVersion=TEXT,
     workerGroupSpecs=_list(
         _fields(
-            "groupName minReplicas maxReplicas rayStartParams template",
-            groupName=NAME,
+            "groupName minReplicas maxReplicas template",
+            **GROUP,
+            suspend=FLAG,
+            groupName=TEXT,
             replicas=COUNT,
             minReplicas=COUNT,
             maxReplicas=COUNT,
             idleTimeoutSeconds=COUNT,
-            numOfHosts=POSITIVE,
-            rayStartParams=TEXTS,
-            resources=TEXTS,
-            labels=TEXTS,
+            priority={"type": "integer"},
             scaleStrategy=_fields(workersToDelete=_list(TEXT)),
-            suspend=FLAG,
-            template=POD_TEMPLATE,
+            numOfHosts=POSITIVE,
         )
     ),
 )
+DELETION_POLICY = _choice("DeleteCluster", "DeleteWorkers", "DeleteSelf", "DeleteNone")
+DELETION_RULE = _fields(
+    "policy condition",
+    policy=DELETION_POLICY,
+    condition={
+        # One of the two states, and not both.
+        "oneOf": [
+            _fields("jobStatus", jobStatus=_choice("SUCCEEDED", "FAILED"), ttlSeconds=COUNT),
+            _fields("jobDeploymentStatus", jobDeploymentStatus=_choice("Failed"), ttlSeconds=COUNT),
+        ]
+    },
+)
 RAY_JOB_SPEC = _fields(
-    "entrypoint",
     activeDeadlineSeconds=POSITIVE,
     backoffLimit=COUNT,
+    rayClusterSpec=RAY_CLUSTER_SPEC,
+    submitterPodTemplate=POD_TEMPLATE,
+    metadata=TEXTS,
     clusterSelector=TEXTS,
-    deletionStrategy=ANY,
+    submitterConfig=_fields(backoffLimit=COUNT),
+    managedBy=MANAGED_BY,
+    # The older form, `onSuccess` and `onFailure`, is deprecated.
+    deletionStrategy=_fields("deletionRules", deletionRules=_list(DELETION_RULE, 1)),
     entrypoint=TEXT,
+    runtimeEnvYAML=TEXT,
+    jobId=TEXT,
+    submissionMode=_choice("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),
+    entrypointResources=TEXT,
     entrypointNumCpus={"type": "number", "minimum": 0},
     entrypointNumGpus={"type": "number", "minimum": 0},
-    entrypointResources=TEXT,
-    jobId=TEXT,
-    managedBy=_choice("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue"),
-    metadata=TEXTS,
-    rayClusterSpec=RAY_CLUSTER_SPEC,
-    runtimeEnvYAML=TEXT,
-    shutdownAfterJobFinishes=FLAG,
-    submissionMode=_choice("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),
-    submitterConfig=_fields(backoffLimit=COUNT),
-    submitterPodTemplate=POD_TEMPLATE,
-    suspend=FLAG,
     ttlSecondsAfterFinished=COUNT,
+    preRunningDeadlineSeconds=POSITIVE,
+    shutdownAfterJobFinishes=FLAG,
+    suspend=FLAG,
+)
+RAY_CRON_JOB_SPEC = _fields(
+    "jobTemplate schedule",
+    jobTemplate=RAY_JOB_SPEC,
+    schedule={"type": "string", "pattern": r"^\S+( \S+){4}$"},
+    timeZone={"type": "string", "minLength": 1},
+    suspend=FLAG,
 )
 
 # Kueue.
@@ -263,6 +314,27 @@ SCHEMAS: dict[tuple[str, str], Schema] = {
         ("kueue.x-k8s.io/v1beta2", "LocalQueue", _fields("clusterQueue", clusterQueue=NAME)),
         ("ray.io/v1", "RayCluster", RAY_CLUSTER_SPEC),
         ("ray.io/v1", "RayJob", RAY_JOB_SPEC),
+        ("ray.io/v1", "RayCronJob", RAY_CRON_JOB_SPEC),
     ]
 }
 """By apiVersion and kind."""
+
+
+def schema_of_crd(crd: dict[str, Any], version: str = "v1") -> Schema:
+    """The schema in a CustomResourceDefinition; it refuses unknown fields, as `kubectl apply` does."""
+    (found,) = (entry for entry in crd["spec"]["versions"] if entry["name"] == version)
+    return _strict(found["schema"]["openAPIV3Schema"])
+
+
+def _strict(schema: Schema) -> Schema:
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    strict = dict(schema)
+    if "properties" in schema:
+        strict["properties"] = {name: _strict(child) for name, child in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields"):
+            strict.setdefault("additionalProperties", False)
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            strict[key] = _strict(schema[key])
+    return strict

@@ -1,13 +1,16 @@
 """The files under `cluster/`: that they load, fit what reads them, and agree with each other and with the command line.
 
 Nothing is started here: no cluster, no container. What Kubernetes itself would say is held by schemas of the fields
-that are documented (`kubernetes_schema.py`).
+that are documented (`kubernetes_schema.py`), and by the CRDs of a KubeRay release in the folder that CXR_KUBERAY_CRDS
+names. The manifests are those that Kustomize builds, without an overlay unless a test says so.
 """
 
 import contextlib
+import copy
 import functools
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -22,7 +25,7 @@ import pytest
 import yaml
 
 from cxr_dist.cli.main import build_parser
-from tests import kubernetes_schema
+from tests import kubernetes_schema, kustomize
 from tests.documentation import project_commands, shell_lines, simple_commands
 from tfrecords_builder.common.errors import UserError
 
@@ -30,7 +33,15 @@ ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
 PAGES = [ROOT / "docs" / name for name in ("cluster.md", "cloud.md")]
 """What says how to use the files."""
-MANIFESTS = sorted((CLUSTER / "kuberay").glob("*.yaml"))
+KUBERAY = CLUSTER / "kuberay"
+FOLDERS = sorted(
+    path.parent.name for path in KUBERAY.glob("*/*.yaml") if "kind: Kustomization" in path.read_text(encoding="utf-8")
+)
+"""What is applied by `kubectl apply -k`."""
+OVERLAYS = sorted(path.name for path in (KUBERAY / "overlays").iterdir())
+VARIANTS = {"none": [], **{name: [name] for name in OVERLAYS}, "all": OVERLAYS}
+"""Names of overlays, by the name of their combination."""
+MANIFESTS = sorted(path for path in KUBERAY.glob("*/*.yaml") if path.name != "kustomization.yaml")
 TEXTS = sorted(path for path in CLUSTER.rglob("*") if path.is_file())
 LAUNCHER = ["ray-aws.yaml", "ray-onprem.yaml"]
 
@@ -52,32 +63,49 @@ def _documents(path: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
 
 
-def _objects() -> list[tuple[str, dict[str, Any]]]:
-    return [(path.name, document) for path in MANIFESTS for document in _documents(path)]
+@functools.cache
+def _built(folder: str, variant: str) -> list[dict[str, Any]]:
+    return kustomize.build(KUBERAY / folder, {KUBERAY / "site": [f"../overlays/{name}" for name in VARIANTS[variant]]})
+
+
+def _objects(variant: str = "none") -> list[tuple[str, dict[str, Any]]]:
+    """Every object with its folder. The search's job is there twice: by itself, and in a queue."""
+    return [(folder, document) for folder in FOLDERS for document in _built(folder, variant)]
 
 
 def _of_kind(kind: str) -> list[dict[str, Any]]:
     return [document for _, document in _objects() if document["kind"] == kind]
 
 
-def _ray_clusters() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and spec of every Ray cluster, those inside jobs included."""
-    for document in _of_kind("RayCluster"):
-        yield document["metadata"]["name"], document["spec"]
-    for document in _of_kind("RayJob"):
-        yield document["metadata"]["name"], document["spec"]["rayClusterSpec"]
+def _jobs(variant: str = "none") -> list[tuple[str, dict[str, Any]]]:
+    """Folder and spec of every Ray job, that of the nightly one included."""
+    specs = {"RayJob": lambda spec: spec, "RayCronJob": lambda spec: spec["jobTemplate"]}
+    return [
+        (folder, specs[document["kind"]](document["spec"]))
+        for folder, document in _objects(variant)
+        if document["kind"] in specs
+    ]
 
 
-def _pod_templates() -> Iterator[tuple[str, dict[str, Any]]]:
+def _ray_clusters(variant: str = "none") -> list[tuple[str, dict[str, Any]]]:
+    """Folder and spec of every Ray cluster, those inside jobs included."""
+    standing = [
+        (folder, document["spec"]) for folder, document in _objects(variant) if document["kind"] == "RayCluster"
+    ]
+    return standing + [(folder, spec["rayClusterSpec"]) for folder, spec in _jobs(variant)]
+
+
+def _pod_templates(variant: str = "none") -> Iterator[tuple[str, dict[str, Any]]]:
     """Every pod that the manifests make, as name, `metadata` and `spec`."""
-    for name, cluster in _ray_clusters():
+    for name, cluster in _ray_clusters(variant):
         yield f"{name}/head", cluster["headGroupSpec"]["template"]
         for group in cluster["workerGroupSpecs"]:
             yield f"{name}/{group['groupName']}", group["template"]
-    for job in _of_kind("RayJob"):
-        yield f"{job['metadata']['name']}/submitter", job["spec"]["submitterPodTemplate"]
-    for pod in _of_kind("Pod"):
-        yield pod["metadata"]["name"], pod
+    for name, job in _jobs(variant):
+        yield f"{name}/submitter", job["submitterPodTemplate"]
+    for name, document in _objects(variant):
+        if document["kind"] == "Pod":
+            yield f"{name}/{document['metadata']['name']}", document
 
 
 @functools.cache
@@ -88,7 +116,7 @@ def _pages() -> str:
 def _all_project_commands() -> list[tuple[str, list[str]]]:
     """Where it stands, and its arguments."""
     named = [("docs", line) for line in shell_lines(_pages())]
-    named += [(job["metadata"]["name"], job["spec"]["entrypoint"]) for job in _of_kind("RayJob")]
+    named += [(f"{name}, {variant}", job["entrypoint"]) for variant in VARIANTS for name, job in _jobs(variant)]
     for path in LAUNCHER:
         config = _documents(CLUSTER / path)[0]
         named += [(path, line) for key in config if key.endswith("_commands") for line in config[key]]
@@ -149,8 +177,15 @@ def test_the_pages_name_the_files_that_there_are() -> None:
     text = _pages()
     for name in re.findall(r"\bcluster/[\w./-]+\w", text):
         assert (ROOT / name).exists(), name
-    for path in [*MANIFESTS, *(CLUSTER / name for name in LAUNCHER)]:
-        assert path.name in text, f"{path.name} is not mentioned"
+    folders = [*FOLDERS, "site", *(f"overlays/{name}" for name in OVERLAYS)]
+    for name in [*(f"kuberay/{folder}" for folder in folders), *LAUNCHER]:
+        assert f"`{name}`" in text, f"{name} is not mentioned"
+    assert set(MANIFESTS) == {
+        KUBERAY / folder / name
+        for folder in FOLDERS
+        for name in kustomize.load(KUBERAY / folder)["resources"]
+        if name.endswith(".yaml")
+    }
 
 
 # Ray's own files.
@@ -234,23 +269,87 @@ def test_the_runtime_environment_holds_variables_alone() -> None:
 # Kubernetes.
 
 
-@pytest.mark.parametrize(("name", "document"), _objects(), ids=lambda value: value if isinstance(value, str) else "")
-def test_manifest_has_documented_fields_only(name: str, document: dict[str, Any]) -> None:
-    schema = kubernetes_schema.SCHEMAS[document["apiVersion"], document["kind"]]
-    errors = [
+def _refusals(schema: dict[str, Any], document: dict[str, Any]) -> list[str]:
+    return [
         f"{'.'.join(map(str, error.absolute_path))}: {error.message}"
         for error in jsonschema.Draft202012Validator(schema).iter_errors(document)
     ]
-    assert not errors, f"{name}: {errors}"
 
 
-def test_the_schemas_refuse_what_is_misspelt() -> None:
-    job = _of_kind("RayJob")[0]
-    broken = json.loads(json.dumps(job))
-    broken["spec"]["ttlSecondsAfterFinish"] = 600
-    validator = jsonschema.Draft202012Validator(kubernetes_schema.SCHEMAS["ray.io/v1", "RayJob"])
-    assert validator.is_valid(job)
-    assert not validator.is_valid(broken)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_manifest_has_documented_fields_only(folder: str, variant: str) -> None:
+    for document in _built(folder, variant):
+        schema = kubernetes_schema.SCHEMAS[document["apiVersion"], document["kind"]]
+        assert not _refusals(schema, document), document["metadata"]["name"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["ttlSecondsAfterFinish"], 600),
+        (["preRunningDeadlineSeconds"], 0),
+        (["deletionStrategy", "deletionRules"], []),
+        (["deletionStrategy", "deletionRules", 0, "condition", "jobDeploymentStatus"], "Failed"),
+        (["deletionStrategy", "deletionRules", 0, "condition", "jobStatus"], "STOPPED"),
+        (["rayClusterSpec", "gcsFaultToleranceOptions"], {"backend": "rocksdb", "claimName": "gcs"}),
+        (["rayClusterSpec", "tlsOptions"], {"mode": "mTLS"}),
+    ],
+    ids=lambda value: str(value[-1]) if isinstance(value, list) and value else "",
+)
+def test_the_schemas_refuse_what_is_wrong(path: list[str | int], value: object) -> None:
+    schema = kubernetes_schema.SCHEMAS["ray.io/v1", "RayJob"]
+    job = copy.deepcopy(_built("search", "none")[0])
+    assert not _refusals(schema, job)
+    node = job["spec"]
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+    assert _refusals(schema, job)
+
+
+def test_the_schema_of_a_crd_refuses_fields_without_a_name() -> None:
+    spec = {"properties": {"size": {"x-kubernetes-int-or-string": True}, "labels": {"additionalProperties": {}}}}
+    spec["properties"]["rules"] = {"items": {"properties": {"policy": {"enum": ["DeleteSelf"]}}}}
+    schema = {"properties": {"metadata": {"type": "object"}, "spec": spec}}
+    crd = {"spec": {"versions": [{"name": "v1", "schema": {"openAPIV3Schema": schema}}]}}
+    strict = kubernetes_schema.schema_of_crd(crd)
+    good = {"metadata": {"name": "a"}, "spec": {"size": "1Gi", "labels": {"a": 1}, "rules": [{"policy": "DeleteSelf"}]}}
+    assert not _refusals(strict, good)
+    for wrong in ({"sizes": 1}, {"size": True}, {"rules": [{"policies": 1}]}, {"rules": [{"policy": "DeleteAll"}]}):
+        assert _refusals(strict, {"spec": wrong})
+
+
+@pytest.mark.skipif("CXR_KUBERAY_CRDS" not in os.environ, reason="CXR_KUBERAY_CRDS names no folder of CRDs")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_manifest_fits_the_crds_of_the_release(variant: str) -> None:
+    crds = [crd for path in Path(os.environ["CXR_KUBERAY_CRDS"]).glob("*.yaml") for crd in _documents(path)]
+    schemas = {crd["spec"]["names"]["kind"]: kubernetes_schema.schema_of_crd(crd) for crd in crds}
+    documents = [document for _, document in _objects(variant) if document["apiVersion"] == "ray.io/v1"]
+    assert {document["kind"] for document in documents} <= set(schemas)
+    for document in documents:
+        assert not _refusals(schemas[document["kind"]], document), document["metadata"]["name"]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kubectl_builds_the_same_objects(tmp_path: Path, variant: str) -> None:
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    site = tmp_path / "kuberay" / "site" / "kustomization.yaml"
+    overlays = ", ".join(f"../overlays/{name}" for name in VARIANTS[variant])
+    site.write_text(site.read_text(encoding="utf-8").replace("components: []", f"components: [{overlays}]"), "utf-8")
+    for folder in FOLDERS:
+        command = ["kubectl", "kustomize", str(tmp_path / "kuberay" / folder)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        expected = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(text)}
+        assert {(each["kind"], each["metadata"]["name"]): each for each in _built(folder, variant)} == expected
+
+
+def test_the_builder_refuses_what_it_does_not_build(tmp_path: Path) -> None:
+    path = tmp_path / "kustomization.yaml"
+    path.write_text("namePrefix: a-\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="namePrefix"):
+        kustomize.build(tmp_path)
 
 
 def test_objects_lie_in_the_namespace_that_there_is() -> None:
@@ -261,12 +360,15 @@ def test_objects_lie_in_the_namespace_that_there_is() -> None:
             assert "namespace" not in document["metadata"], name
         else:
             assert document["metadata"]["namespace"] == namespace, name
-    names = [(document["kind"], document["metadata"]["name"]) for _, document in _objects()]
-    assert len(names) == len(set(names))
+    for folder in FOLDERS:
+        names = [(document["kind"], document["metadata"]["name"]) for document in _built(folder, "none")]
+        assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize(
-    ("name", "template"), list(_pod_templates()), ids=lambda value: value if isinstance(value, str) else ""
+    ("name", "template"),
+    [*_pod_templates("none"), *_pod_templates("all")],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_pod_is_not_root_and_asks_for_what_it_may_use(name: str, template: dict[str, Any]) -> None:
     spec = template["spec"]
@@ -282,6 +384,7 @@ def test_pod_is_not_root_and_asks_for_what_it_may_use(name: str, template: dict[
         assert all(_quantity(value) > 0 for value in resources["requests"].values())
         tag = container["image"].rpartition(":")[2]
         assert re.fullmatch(r"\d+\.\d+\.\d+-(cpu|gpu)", tag), container["image"]
+        assert container["image"].startswith("registry.example.org/")  # as `site` says
 
 
 @pytest.mark.parametrize(
@@ -334,8 +437,8 @@ def _ray_pods() -> list[tuple[str, dict[str, Any]]]:
 
 def test_ray_clusters_ask_for_the_token_of_a_secret_that_is_made() -> None:
     made = re.findall(r"create secret generic (\S+)\s+--from-file=(\w+)=", " ".join(shell_lines(_pages())))
-    clusters = list(_ray_clusters())
-    assert len(clusters) >= 4
+    clusters = _ray_clusters()
+    assert len(clusters) >= 5
     for name, cluster in clusters:
         assert cluster["authOptions"]["mode"] == "token", name
         assert (cluster["authOptions"]["secretName"], "auth_token") in made, name
@@ -357,31 +460,72 @@ def test_worker_groups_are_within_their_bounds() -> None:
         assert "gcsFaultToleranceOptions" not in cluster
 
 
+def test_overlays_change_what_they_are_for() -> None:
+    for name, pod in _pod_templates("cpu"):
+        assert "nvidia" not in json.dumps(pod), name
+        assert all(container["image"].endswith("-cpu") for container in pod["spec"]["containers"])
+    assert not [name for name, job in _jobs("cpu") if "entrypointNumGpus" in job]
+    assert all(cluster["tlsOptions"] == {"enabled": True} for _, cluster in _ray_clusters("mtls"))
+    options = {name: cluster.get("gcsFaultToleranceOptions") for name, cluster in _ray_clusters("rocksdb")}
+    assert options.pop("cluster")["backend"] == "rocksdb"
+    assert not any(options.values())
+    assert not [name for name, cluster in _ray_clusters() if "tlsOptions" in cluster]
+
+
+def test_the_pages_name_the_feature_gates_that_are_off_by_default() -> None:
+    for gate in ("RayCronJob", "RayClusterMTLS", "GCSFaultToleranceEmbeddedStorage"):
+        assert re.search(rf"`{gate}`.*alpha|alpha.*`{gate}`", _pages()), gate
+
+
 def test_jobs_end_and_leave_no_cluster() -> None:
-    jobs = _of_kind("RayJob")
-    assert len(jobs) == 3
-    for job in jobs:
-        spec = job["spec"]
-        # KubeRay refuses a time to live without the first, and a deadline below 1.
-        assert spec["shutdownAfterJobFinishes"] is True
-        assert spec["ttlSecondsAfterFinished"] > 0
-        assert spec["activeDeadlineSeconds"] > 0
+    jobs = _jobs()
+    assert [name for name, _ in jobs] == ["evaluation", "nightly", "queue", "search"]
+    for name, spec in jobs:
+        assert 0 < spec["preRunningDeadlineSeconds"] < spec["activeDeadlineSeconds"], name
         assert spec["backoffLimit"] in range(3)
-        # KubeRay's rule for the name, from which it makes longer ones.
-        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", job["metadata"]["name"])
+        assert spec["submitterConfig"]["backoffLimit"] in range(1, 4)
         assert spec["submitterPodTemplate"]["spec"]["restartPolicy"] in {"Never", "OnFailure"}
-        assert "RAY_AUTH_TOKEN" not in json.dumps(job)
+        assert "RAY_AUTH_TOKEN" not in json.dumps(spec)
+        # KubeRay refuses a time to live without the first, and deletion rules beside either.
+        if name == "queue":
+            assert spec["shutdownAfterJobFinishes"] is True
+            assert spec["ttlSecondsAfterFinished"] > 0
+            assert "deletionStrategy" not in spec
+        else:
+            assert not {"shutdownAfterJobFinishes", "ttlSecondsAfterFinished"} & set(spec)
+            _check_deletion_rules(name, spec)
+    for document in [*_of_kind("RayJob"), *_of_kind("RayCronJob")]:
+        # KubeRay's rule for the name of a job, from which it makes longer ones.
+        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", document["metadata"]["name"])
+
+
+def _check_deletion_rules(name: str, spec: dict[str, Any]) -> None:
+    """What KubeRay's operator asks of them beyond the schema, and that the cluster goes after success and failure."""
+    times: dict[str, dict[str, int]] = {}
+    for rule in spec["deletionStrategy"]["deletionRules"]:
+        (state,) = set(rule["condition"]) - {"ttlSeconds"}
+        assert rule["policy"] not in times.setdefault(rule["condition"][state], {}), f"{name}: twice {rule}"
+        times[rule["condition"][state]][rule["policy"]] = rule["condition"]["ttlSeconds"]
+    # `Failed` is the state after every failure, so a rule on `FAILED` beside it would race with it.
+    assert set(times) == {"SUCCEEDED", "Failed"}
+    for policies in times.values():
+        order = [policies[policy] for policy in ("DeleteWorkers", "DeleteCluster", "DeleteSelf") if policy in policies]
+        assert order == sorted(order), name
+        assert policies["DeleteCluster"] <= 3600
+        if spec["rayClusterSpec"].get("enableInTreeAutoscaling"):
+            assert "DeleteWorkers" not in policies, f"{name}: not beside an autoscaler"
+    if name == "nightly":  # nothing else removes the RayJobs that it makes
+        assert all("DeleteSelf" in policies for policies in times.values())
 
 
 def test_the_evaluation_runs_where_the_gpu_is() -> None:
-    for job in _of_kind("RayJob"):
-        command = shlex.split(job["spec"]["entrypoint"])[1]
-        if command == "evaluate":  # it computes in its own process; `tune` asks Ray for workers
-            (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-            (container,) = group["template"]["spec"]["containers"]
-            offered = container["resources"]["limits"]
-            assert 0 < job["spec"]["entrypointNumGpus"] <= int(offered["nvidia.com/gpu"])
-            assert job["spec"]["entrypointNumCpus"] <= int(offered["cpu"])
+    (job,) = [job for name, job in _jobs() if name == "evaluation"]
+    (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    offered = container["resources"]["limits"]
+    # It computes in its own process; `tune` and `train` ask Ray for workers.
+    assert 0 < job["entrypointNumGpus"] <= int(offered["nvidia.com/gpu"])
+    assert job["entrypointNumCpus"] <= int(offered["cpu"])
 
 
 def test_the_queue_is_whole_and_has_room_for_the_job() -> None:
