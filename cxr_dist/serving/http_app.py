@@ -9,6 +9,8 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from email.parser import BytesParser
+from email.policy import HTTP
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +30,18 @@ from tfrecords_builder.common.errors import UserError
 from tfrecords_builder.images.decoded import ImageError, TooLargeError
 
 Image = npt.NDArray[np.uint8]
-TYPES = {
-    "image/png": Path("upload.png"),
-    "image/jpeg": Path("upload.jpg"),
-    "application/dicom": Path("upload.dcm"),
-}
-"""Content types, and names of such files."""
+TYPES = ("image/png", "image/jpeg", "image/tiff", "image/bmp", "image/webp", "application/dicom")
+"""Content types that the description of the routes names. What a body is, its bytes say."""
+FORM = "multipart/form-data"
+_NAME = Path("upload")
 BATCH_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128)
 MAX_HELD_BYTES = 1 << 29
 """Of all bodies that are being read or decoded."""
 ERRORS = {
     408: "The body arrived too slowly.",
     413: "The body has too many bytes, or the image too many pixels.",
-    415: "The content type is not supported, or the file needs a library that is not installed.",
-    422: "The body is not a complete image.",
+    415: "The file needs a library that is not installed.",
+    422: "The body is not a complete image, or a form without a file.",
     503: "The service is busy; send the request again later.",
     504: "The prediction took too long.",
 }
@@ -69,16 +69,13 @@ class Predictions:
         Raises:
             HTTPException: the request is refused.
         """
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if content_type not in TYPES:
-            raise HTTPException(415, f"send the image as the body, with Content-Type {', '.join(TYPES)}")
         if self.is_busy:
             raise _busy("too many requests are waiting")
         limits = self._limits
         self._waiting += 1
         try:
             body = await _within(limits.body_timeout_s, 408, "the body arrived too slowly", self._read(request))
-            answer = self._answer(body, TYPES[content_type])
+            answer = self._answer(image_in(body, request.headers.get("content-type", "")))
             result: Prediction = await _within(
                 limits.answer_timeout_s, 504, "the prediction took too long; send the request again", answer
             )
@@ -104,11 +101,11 @@ class Predictions:
         finally:
             self._held_bytes -= len(body)
 
-    async def _answer(self, body: bytes, name: Path) -> Prediction:
+    async def _answer(self, body: bytes) -> Prediction:
         self._held_bytes += len(body)
         try:
             loop = asyncio.get_running_loop()
-            image = await loop.run_in_executor(self._decoders, decode_square, body, self._image_size, name)
+            image = await loop.run_in_executor(self._decoders, decode_square, body, self._image_size, _NAME)
         except TooLargeError as error:
             raise HTTPException(413, error.reason) from None
         except ImageError as error:
@@ -126,6 +123,26 @@ class Predictions:
             raise HTTPException(500, "the model failed on this image; see the log of the service") from error
 
 
+def image_in(body: bytes, content_type: str) -> bytes:
+    """The image of a request: the first file of a form, else the body as it is.
+
+    Args:
+        body: Of the request.
+        content_type: Its header.
+
+    Raises:
+        HTTPException: a form without a file.
+    """
+    if content_type.partition(";")[0].strip().lower() != FORM:
+        return body
+    message = BytesParser(policy=HTTP).parsebytes(f"Content-Type: {content_type}\r\n\r\n".encode("latin-1") + body)
+    for part in message.iter_parts() if message.is_multipart() else ():
+        if part.get_filename() is not None:
+            content = part.get_payload(decode=True)
+            return content if isinstance(content, bytes) else b""
+    raise HTTPException(422, "the form holds no file; send the image as a file of the form, or as the body")
+
+
 def make_app(predictions: Predictions, class_names: Sequence[str], image_size: int) -> FastAPI:
     """The routes; `/` and `/openapi.json` are generated from them."""
     app = FastAPI(
@@ -135,13 +152,14 @@ def make_app(predictions: Predictions, class_names: Sequence[str], image_size: i
         description=f"**Not for diagnosis.** Classes: {', '.join(class_names)}. Size: {image_size} pixels. "
         "If `abstained` is true, do not rely on the class; `reason` says why. Other predictions may be wrong too.",
     )
-    binary = {"schema": {"type": "string", "format": "binary"}}
+    file = {"type": "string", "format": "binary"}
+    binary, form = {"schema": file}, {"schema": {"type": "object", "properties": {"file": file}}}
 
     @app.post(
         "/predict",
         summary="Classify one image",
         responses={status: {"description": text} for status, text in ERRORS.items()},
-        openapi_extra={"requestBody": {"required": True, "content": dict.fromkeys(TYPES, binary)}},
+        openapi_extra={"requestBody": {"required": True, "content": dict.fromkeys(TYPES, binary) | {FORM: form}}},
     )
     async def predict(request: Request) -> Prediction:
         started, status = time.perf_counter(), 500

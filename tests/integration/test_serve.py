@@ -120,8 +120,9 @@ def test_bad_uploads(port: int, phantoms: list[Path]) -> None:
     whole = phantoms[0].read_bytes()
     pixels = np.zeros((8, 8), np.uint8)
     for words, status, body, kind in (
-        ("Content-Type", 415, whole, "text/plain"),
-        ("Content-Type", 415, whole, "multipart/form-data; boundary=x"),
+        ("the form holds no file", 422, whole, "multipart/form-data; boundary=x"),
+        ("the form holds no file", 422, whole, "multipart/form-data"),
+        ("not a PNG", 422, b'{"image": "aGVsbG8="}', "application/json"),
         ("is empty", 422, b"", "image/png"),
         ("not a PNG", 422, b"GIF89a" + b"0" * 99, "image/png"),
         ("truncated", 422, whole[:-30], "image/png"),
@@ -141,9 +142,14 @@ def test_bad_uploads(port: int, phantoms: list[Path]) -> None:
 
 def test_an_image_is_what_its_bytes_are(port: int, phantoms: list[Path]) -> None:
     """Whatever its Content-Type calls it."""
-    sent = [ask(port, phantoms[0].read_bytes(), kind) for kind in ("image/png", "image/jpeg", "application/dicom")]
+    kinds = ("image/png", "image/jpeg", "application/dicom", "image/jpg", "text/plain", "application/octet-stream", "")
+    sent = [ask(port, phantoms[0].read_bytes(), kind) for kind in kinds]
+    boundary = "--x\r\nContent-Disposition: form-data; name="
+    file = f'{boundary}"note"\r\n\r\nhello\r\n{boundary}"image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+    form = file.encode() + phantoms[0].read_bytes() + b"\r\n--x--\r\n"
+    sent.append(ask(port, form, "multipart/form-data; boundary=x"))
     assert sent[0][0] == 200
-    assert sent == [sent[0]] * 3
+    assert sent == [sent[0]] * len(sent)
 
 
 @pytest.mark.usefixtures("still_answers")

@@ -8,13 +8,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from hypothesis import given, strategies as st
 from PIL import Image
 
 from cxr_dist.inference.classifier import Prediction
-from cxr_dist.serving.http_app import Predictions, make_app
+from cxr_dist.serving.http_app import Predictions, image_in, make_app
 from cxr_dist.serving.limits import Limits
 
 SIZE = 4
+
+
+@given(content=st.binary(max_size=300), name=st.sampled_from(["a.png", "ä b.dcm", ""]))
+def test_a_file_in_a_form_is_found_to_the_byte(content: bytes, name: str) -> None:
+    boundary = "-----x"
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="f"; filename="{name}"\r\n'
+    body = (
+        f"{head}Content-Type: application/octet-stream\r\n\r\n".encode() + content + f"\r\n--{boundary}--\r\n".encode()
+    )
+    assert image_in(body, f"Multipart/Form-Data; boundary={boundary}") == content
+    assert image_in(content, "image/png") == content
 
 
 def png(value: int) -> bytes:
