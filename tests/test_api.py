@@ -45,7 +45,7 @@ def fresh(code: str, **variables: str) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
@@ -192,7 +192,7 @@ def test_processes_of_a_build_have_them(phantom_source: Path, tmp_path: Path) ->
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=600,
     )
     assert (done.stdout.split("\n"), done.stderr) == (["began", "1 tensorflow", ""], "")
 

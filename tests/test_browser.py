@@ -23,7 +23,7 @@ def visit(page: Path, folder: Path, *options: str) -> tuple[str, list[str]]:
     command += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
     command += [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}", "--enable-logging=stderr"]
     done = subprocess.run(
-        [*command, *options, page.as_uri()], capture_output=True, text=True, timeout=120, check=True, cwd=folder
+        [*command, *options, page.as_uri()], capture_output=True, text=True, timeout=600, check=True, cwd=folder
     )
     console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
     events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]

@@ -79,14 +79,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "-w", ".", "./source"]
     # The Makefile's constraints are a path relative to the checkout.
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_CONSTRAINT")}
-    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=600)
     (wheel,) = folder.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(folder / "installed")
     shutil.rmtree(folder / "source")
     return folder / "installed"
 
 
-def run(installed: Path, *arguments: str, timeout_s: float = 120) -> str:
+def run(installed: Path, *arguments: str, timeout_s: float = 600) -> str:
     """What Python prints, which finds the wheel's packages before those of the checkout."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(

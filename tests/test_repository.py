@@ -110,3 +110,9 @@ def test_decision_records_say_when_and_where() -> None:
         assert text.startswith(f"# {int(path.name[:4])}. "), path.name
         for part in ("- **Recorded:** 20", "- **Machine:** ", "## Context", "## What was measured", "## Decision"):
             assert part in text, f"{path.name}: lacks {part}"
+
+
+def test_no_file_has_marks_of_a_merge() -> None:
+    marks = re.compile(r"^(<{7} |={7}$|>{7} )", re.MULTILINE)
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    assert [path.name for path in texts if marks.search(path.read_text(encoding="utf-8"))] == []

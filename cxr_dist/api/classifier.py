@@ -34,7 +34,7 @@ class Classifier:
     def predict(
         self, images: "PathLike | Sequence[PathLike] | Images", *, overlay: PathLike | None = None
     ) -> "list[Prediction]":
-        """A prediction for each image: `predicted`, `abstained`, and `probabilities` by class name, 0 to 1.
+        """A prediction for each image: `predicted`, `abstained` and `reason`, and `probabilities` by class, 0 to 1.
 
         Args:
             images: Paths of image files, or of folders that hold such, one or several; or gray images,

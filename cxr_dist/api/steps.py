@@ -217,7 +217,7 @@ def evaluate(
         out: A new folder, or that of an earlier evaluation.
         split: The images of this split of the dataset: "train", "validation" or "test". Default: "test".
         images: A folder of labelled images that are not in the dataset, in place of a split. Default: none.
-        dataset: A dataset. Default: the one that the run was trained on.
+        dataset: A dataset; with `images`, where the dataset that the run was trained on is now. Default: that one.
         devices: Number of GPUs, or of logical CPUs without one. Default: all GPUs, or one CPU.
         risk: Target share of wrong answers among those that are given, between 0 and 1. Default: that of the run's
             calibration, else 0.05.
@@ -244,8 +244,8 @@ def evaluate(
     spec = EvaluationSpec(
         best_run(Path(run)), folder, split or "test", labelled, place, risk, _count("examine", examine)
     )
-    with progress_bar("evaluate", "forward passes") as progress:
-        metrics = evaluate_run(spec, devices, progress)
+    with progress_bar("compare") as comparing, progress_bar("evaluate", "forward passes") as progress:
+        metrics = evaluate_run(spec, devices, progress, comparing)
     return Evaluation(
         path=folder,
         report=folder / REPORT,
@@ -287,7 +287,8 @@ def compare(first: PathLike, second: PathLike, *, devices: int | None = None) ->
 def load(run: PathLike) -> Classifier:
     """A finished run as a function of images, on the first GPU or the CPU.
 
-    Its probabilities are calibrated, and it may abstain, once `cxr-dist calibrate` has run.
+    It abstains where an image is unlike the training images. Once `cxr-dist calibrate` has run, its probabilities are
+    calibrated, and it abstains below the threshold too.
 
     Args:
         run: A finished run, or a search, whose best trial is taken.

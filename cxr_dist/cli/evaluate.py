@@ -39,7 +39,7 @@ def add_parsers(command: Command) -> None:
         "--dataset",
         type=parse_place,
         metavar="DATASET",
-        help="dataset to evaluate (default: the run's)",
+        help="dataset to evaluate (default: the run's); with --images, where the run's dataset is now",
     )
     parser.add_argument("--devices", type=positive, metavar="M", help=DEVICES_HELP)
     parser.add_argument(

@@ -143,7 +143,7 @@ def _warn_if_not_calibrated(run: Path) -> None:
 
     if not (run / CALIBRATION).exists():
         print(
-            f"warning: {run}: is not calibrated, so the probabilities are uncalibrated and the model never abstains; "
+            f"warning: {run}: is not calibrated, so the probabilities are uncalibrated and there is no threshold; "
             f"run cxr-dist calibrate {run}",
             file=sys.stderr,
         )

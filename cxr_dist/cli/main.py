@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cxr_dist.cli import bench, dashboards, dataset, doctor, evaluate, inference, jobs, terminal, train, tune
+from cxr_dist.cli import bench, dashboards, dataset, doctor, evaluate, inference, jobs, leaks, terminal, train, tune
 from cxr_dist.cli.options import Parser, commands_of
 from cxr_dist.distributed.devices import prepare_environment
 from cxr_dist.runs.stop_request import StoppedError
@@ -28,7 +28,7 @@ def build_parser() -> Parser:
     parser.add_argument("--verbose", action="store_true", help="show messages of TensorFlow and Ray")
     parser.set_defaults(check_command=parser.parse_args)  # for commands that run commands
     command = commands_of(parser, "COMMAND")
-    for module in (train, dataset, tune, evaluate, doctor, inference, bench, jobs, dashboards):
+    for module in (train, dataset, leaks, tune, evaluate, doctor, inference, bench, jobs, dashboards):
         module.add_parsers(command)
     return parser
 

@@ -17,6 +17,44 @@ CLOSED_PIPE = 128 + signal.SIGPIPE
 """Exit status, as a shell gives it of a program that the signal has killed."""
 
 
+class _Interrupts:
+    """Ctrl-C as `KeyboardInterrupt`, and again where a destructor or the like has swallowed that."""
+
+    def __init__(self) -> None:
+        self._hook = sys.unraisablehook
+        self._timers: list[threading.Timer] = []
+        self.has_come = self._is_swallowed = False
+
+    def handle(self, _number: int, _frame: FrameType | None) -> None:
+        """A handler of SIGINT."""
+        self.has_come = True
+        if self._is_swallowed:  # the hook has not returned, and would swallow this one too
+            self._resend()
+        else:
+            raise KeyboardInterrupt
+
+    def unraisable(self, failure: "sys.UnraisableHookArgs") -> None:
+        """In place of `sys.unraisablehook`."""
+        if self.has_come and issubclass(failure.exc_type, KeyboardInterrupt):
+            self._is_swallowed = True
+            self._resend()
+            self._is_swallowed = False
+        else:
+            self._hook(failure)
+
+    def cancel(self) -> None:
+        """Send none that is not under way."""
+        for timer in self._timers:
+            timer.cancel()
+
+    def _resend(self) -> None:
+        main = threading.main_thread().ident or 0
+        timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, signal.SIGINT))
+        timer.daemon = True
+        self._timers.append(timer)
+        timer.start()
+
+
 @contextmanager
 def manners(arguments: Sequence[str]) -> Iterator[None]:
     """While a command runs with these arguments.
@@ -27,38 +65,18 @@ def manners(arguments: Sequence[str]) -> Iterator[None]:
     Raises:
         SystemExit: for the one or the other.
     """
-    is_interrupted = False
-    timers: list[threading.Timer] = []
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        nonlocal is_interrupted
-        is_interrupted = True
-        raise KeyboardInterrupt
-
-    def resend() -> None:
-        main = threading.main_thread().ident or 0
-        timer = threading.Timer(0.05, lambda: signal.pthread_kill(main, signal.SIGINT))  # when that has returned
-        timer.daemon = True
-        timers.append(timer)
-        timer.start()
-
-    def unraisable(failure: "sys.UnraisableHookArgs") -> None:
-        if is_interrupted and issubclass(failure.exc_type, KeyboardInterrupt):
-            resend()  # it met a destructor or the like, which swallows it
-        else:
-            hook(failure)
-
     _prepare_streams()
-    hook, sys.unraisablehook = sys.unraisablehook, unraisable
+    interrupts, hook = _Interrupts(), sys.unraisablehook
+    sys.unraisablehook = interrupts.unraisable
     before = signal.getsignal(signal.SIGINT)
     # Left alone where it is ignored (nohup, a job in the background) and where another program has its own.
     takes = threading.current_thread() is threading.main_thread() and before in (signal.default_int_handler, exit_now)
     if takes:
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, interrupts.handle)
     try:
         yield
     except BaseException as error:
-        if is_interrupted or isinstance(error, KeyboardInterrupt):
+        if interrupts.has_come or isinstance(error, KeyboardInterrupt):
             if takes:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 before = exit_silently if before is exit_now else before
@@ -69,8 +87,7 @@ def manners(arguments: Sequence[str]) -> Iterator[None]:
         raise
     finally:
         sys.unraisablehook = hook
-        for timer in timers:
-            timer.cancel()
+        interrupts.cancel()
         if takes:
             signal.signal(signal.SIGINT, before)
 

@@ -50,13 +50,8 @@ class FolderSource:
     @property
     def groups(self) -> list[str]:
         """Of each image, the path of the first image of its group: identical files, or images of one patient."""
-        pairs = [*equal_pairs(self._sha256), *equal_pairs(self._patient_names)]
+        pairs = [*equal_pairs(self._sha256), *equal_pairs(self.patient_names)]
         return [self.paths[first] for first in group_of(self.count, pairs)]
-
-    @property
-    def patients(self) -> int:
-        """As `ShardSource.patients`."""
-        return len(set(self._patient_names) - {None})
 
     @property
     def digests(self) -> Digests:
@@ -68,7 +63,8 @@ class FolderSource:
         return [hashlib.sha256(read_bytes(self._folder / path)).hexdigest() for path in self.paths]
 
     @cached_property
-    def _patient_names(self) -> list[str | None]:
+    def patient_names(self) -> list[str | None]:
+        """As `ShardSource.patient_names`."""
         known = [self._metadata.get(path, Metadata()).patient for path in self.paths]
         names = [None if name is None else normalized_patient(name) for name in known]
         unknown = [n for n, path in enumerate(self.paths) if names[n] is None and may_be_dicom(Path(path).name)]

@@ -70,10 +70,10 @@ class ShardSource:
         return self._index.groups.to_pylist()
 
     @property
-    def patients(self) -> int:
-        """How many patients the collection names for these images."""
-        column = self._manifest.of_paths(self.paths, ["patient"])["patient"]
-        return len({normalized_patient(name) for name in column.drop_null().unique().to_pylist()} - {None})
+    def patient_names(self) -> list[str | None]:
+        """[N]: the patient of each image, as `normalized_patient` writes it, or a code; None where it is unknown."""
+        names: list[str | None] = self._manifest.of_paths(self.paths, ["patient"])["patient"].to_pylist()
+        return [None if name is None else normalized_patient(name) for name in names]
 
     @property
     def digests(self) -> Digests:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,20 @@ class Origin:
     """What is known of N evaluated images beside their predictions."""
 
     training: npt.NDArray[np.bool_] | None = None
-    """[N]: the run's training images; None where it is not known which those are."""
+    """[N]: the run's training images, their near-duplicates and images of their patients; None where it is not known
+    which those are."""
     validation: npt.NDArray[np.bool_] | None = None
-    """[N]: the run's validation images, likewise; none of them a training image."""
+    """[N]: likewise of the run's validation images; none of them is in `training`."""
     own: bool = False
     """They are of the dataset that the run was trained on."""
     asked_for: bool = False
     """The user asked for that dataset's training or validation split."""
     patients: int = 0
     """How many patients are named."""
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    """How many of the images that the run has seen are what, by `overlap.Kind`; empty where they were asked for."""
+    not_compared: str | None = None
+    """Why only identical files were looked for; None where near-duplicates and patients were too."""
 
 
 UNKNOWN = Origin()
@@ -59,7 +64,8 @@ def assess(
     Returns:
         What `evaluate_predictions` gives, and
         uncertainty: of `bootstrap.bootstrap`, and `patients`.
-        seen: how many images the run has seen (training, validation, share, asked_for); None where unknown.
+        seen: how many images the run has seen (training, validation, share, asked_for; kinds and not_compared as in
+            `Origin`); None where unknown.
         metrics_unseen: metrics and uncertainty of the others; None if there are none, or seen ones were asked for.
         published: of `beside_published`; empty unless comparable, of the published classes, and not seen.
         calibration: `calibrated` with `before` and `after` scaling (log_loss, brier, calibration_error), `reliability`
@@ -88,6 +94,8 @@ def _seen(origin: Origin) -> dict[str, Any] | None:
         "validation": validation,
         "share": (training + validation) / len(origin.training),
         "asked_for": origin.asked_for,
+        "kinds": dict(origin.kinds),
+        "not_compared": origin.not_compared,
     }
 
 

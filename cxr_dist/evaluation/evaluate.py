@@ -22,13 +22,13 @@ from cxr_dist.evaluation.evaluated_images import (
     ImageSource,
     check_risk,
     evaluated_images,
-    origin_of,
 )
 from cxr_dist.evaluation.examination.examine import ExaminationInputs, examine, looks
 from cxr_dist.evaluation.examination.findings import Examination
 from cxr_dist.evaluation.examination.statistics import balanced_sample
 from cxr_dist.evaluation.predictions import Predictions
 from cxr_dist.evaluation.report import Evaluation, check_output_folder, write_evaluation
+from cxr_dist.evaluation.seen import origin_of
 from cxr_dist.inference.classifier import BATCH_SIZE, load_model
 from cxr_dist.model import forward, split_point
 from cxr_dist.runs import run_folder
@@ -40,7 +40,10 @@ from tfrecords_builder.common.places import Place, parse_place
 
 
 def evaluate_run(
-    spec: EvaluationSpec, devices: int | None = None, progress: Callable[[int, int], None] | None = None
+    spec: EvaluationSpec,
+    devices: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    comparing: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a finished run and write metrics, predictions, figures and report; what metrics.json holds.
 
@@ -48,6 +51,7 @@ def evaluate_run(
         spec: What to evaluate.
         devices: GPUs, or logical CPUs; all GPUs or one CPU when None.
         progress: Called with the images done and their number.
+        comparing: Likewise, before, while they are compared with those that the run has seen.
 
     Raises:
         UserError: the run is not finished, or the images cannot be had.
@@ -56,7 +60,7 @@ def evaluate_run(
     run = read_finished(spec.run)
     read_fitted(spec.run)  # likewise, where it is damaged
     with evaluated_images(spec, run.info) as images:
-        origin = origin_of(spec, images)
+        origin = origin_of(spec, images, run.info, comparing)
         loaded = LoadedRun.load(run, devices)
         predictions, examination = loaded.evaluate(images.source, spec.examine, progress)
     calibrated, note = _calibration(spec, loaded, predictions if images.as_trained else None)

@@ -1,15 +1,12 @@
-"""Which images an evaluation is about: a split of a dataset or a folder, and which of them the run has seen."""
+"""Which images an evaluation is about: a split of a dataset, or a folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cxr_dist.data.image_folder import FolderSource
 from cxr_dist.data.shards import ShardSource
-from cxr_dist.evaluation.assessment import Origin
 from cxr_dist.runs import corrupt_records, run_folder
 from cxr_dist.runs.seen_images import read_seen
 from tfrecords_builder.common.errors import UserError
@@ -56,8 +53,10 @@ class EvaluatedImages:
     source: ImageSource
     title: str
     """What the report calls them."""
-    as_trained: bool
-    """Whether they are a split of the dataset that the run was trained on."""
+    manifest: Manifest | None = None
+    """Of the dataset that they are a split of."""
+    as_trained: bool = False
+    """Whether that is the dataset that the run was trained on."""
 
 
 @contextmanager
@@ -72,7 +71,7 @@ def evaluated_images(
         as_trained: Whether a dataset that is given must be the one that the run was trained on, as without one.
     """
     if spec.images is not None:
-        yield EvaluatedImages(FolderSource(spec.images, info.class_names, info.image_size), str(spec.images), False)
+        yield EvaluatedImages(FolderSource(spec.images, info.class_names, info.image_size), str(spec.images))
         return
     place = spec.dataset or parse_place(info.dataset)
     if spec.dataset is None and isinstance(place, Path) and not place.exists():
@@ -88,9 +87,8 @@ def evaluated_images(
                 "rebuild that one with the same images and options, give its location with --dataset, or train a new "
                 "run on this one"
             )
-        yield EvaluatedImages(
-            _split_source(spec, info, dataset, manifest, is_same), f"{place}, split {spec.split}", is_same
-        )
+        source = _split_source(spec, info, dataset, manifest, is_same)
+        yield EvaluatedImages(source, f"{place}, split {spec.split}", manifest, is_same)
 
 
 def _difference(run: Path, manifest: Manifest) -> str:
@@ -117,14 +115,3 @@ def _split_source(
     # The validation images of a run are those that it had; in any other evaluation a damaged record is an error.
     without = corrupt_records.load_excluded(spec.run).paths if is_same and spec.split == "validation" else ()
     return ShardSource(dataset, manifest, spec.split, without)
-
-
-def origin_of(spec: EvaluationSpec, images: EvaluatedImages) -> Origin:
-    """Which of the images the run has seen: of its own training and validation split all, by the user's wish."""
-    source, seen = images.source, read_seen(spec.run)
-    if images.as_trained and spec.split in ("train", "validation"):
-        training = np.full(source.count, spec.split == "train")
-        return Origin(training, ~training, own=True, asked_for=True, patients=source.patients)
-    if seen is None:
-        return Origin(own=images.as_trained, patients=source.patients)
-    return Origin(*seen.mark(source.digests), own=images.as_trained, patients=source.patients)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tfrecords_builder.common.figure_style import display_name
+from tfrecords_builder.splitting.overlap import Kind
 
 _NOTHING = "–"  # noqa: RUF001
 
@@ -37,12 +38,15 @@ def seen_warning(metrics: Mapping[str, Any]) -> str:
     seen = metrics["seen"]
     if seen is None or seen["asked_for"] or not seen["share"]:
         return ""
-    kinds = {
+    of_split = {
         "its training images": seen["training"],
         "its validation images, which selected the best epoch": seen["validation"],
     }
-    parts = " and ".join(f"{number:,} are {kind}" for kind, number in kinds.items() if number)
-    text = f"The model has seen some of these {count(metrics['n'])}: {parts} ({percent(seen['share'])} in all)."
+    parts = " and ".join(f"{number:,} match {images}" for images, number in of_split.items() if number)
+    text = (
+        f"The model has seen some of these {count(metrics['n'])}: {parts} ({percent(seen['share'])} in all). "
+        f"By kind: {_kind_words(seen['kinds'])}."
+    )
     unseen = metrics["metrics_unseen"]
     if unseen is None:
         return f"{text} There are no other images, so the metrics do not estimate performance on new images."
@@ -64,8 +68,29 @@ def seen_words(metrics: Mapping[str, Any]) -> str:
     if seen["asked_for"]:
         kind = "training images" if seen["training"] else "validation images, which selected its best epoch"
         return f"These are the model's {kind}. The metrics do not estimate performance on new images."
-    none = "" if seen["share"] else "No image here is a training or validation image of the model. "
-    return f"{none}Only identical files are detected, not re-encoded or resized copies."
+    if seen["not_compared"]:
+        none = "" if seen["share"] else "No file here is identical to a training or validation image of the model. "
+        reason = seen["not_compared"]
+        return f"{none}Near-duplicates and shared patients were not looked for: {reason}."
+    if seen["share"]:
+        return ""
+    return (
+        "No image here is a training or validation image of the model, a near-duplicate of one, or of a patient who "
+        "has one."
+    )
+
+
+def _kind_words(kinds: Mapping[str, int]) -> str:
+    nouns = {
+        Kind.IDENTICAL: ("identical file", "identical files"),
+        Kind.NEAR_DUPLICATE: ("near-duplicate", "near-duplicates"),
+        Kind.PATIENT: ("other image of the same patients", "other images of the same patients"),
+    }
+    return ", ".join(
+        f"{kinds[kind]:,} {singular if kinds[kind] == 1 else plural}"
+        for kind, (singular, plural) in nouns.items()
+        if kinds.get(kind)
+    )
 
 
 def published_words(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from cxr_dist.runs import run_folder
 from cxr_dist.runs.calibration_file import Calibration, read_calibration
 from cxr_dist.runs.checkpoints import CheckpointFolder, restore_model
 from cxr_dist.runs.run_folder import FinishedRun, read_finished, weights_file
+from cxr_dist.runs.typical_images import TypicalImages, read_typical
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.seal import check_seal
 
@@ -53,9 +54,11 @@ class Prediction:
     predicted: str
     """The class of the highest probability."""
     abstained: bool
-    """That probability is below the run's threshold: the class is not to be relied on."""
+    """The class is not to be relied on."""
     probabilities: dict[str, float]
     """Calibrated, by class, in the run's order."""
+    reason: str | None = None
+    """Why it abstains."""
 
 
 class Classifier:
@@ -65,6 +68,7 @@ class Classifier:
         class_names: C names, in the order of the probabilities.
         image_size: S, pixels.
         calibration: Of the run, or one that changes nothing.
+        typical: What the run's training images have in common; None where the run does not say.
         model: The Keras model, image float32 [B, S, S, 1] -> logits [B, C], for whoever asks where it looks.
     """
 
@@ -75,8 +79,10 @@ class Classifier:
         calibration: Calibration,
         forward: Callable[[npt.NDArray[np.uint8]], Any],
         model: Any,
+        typical: TypicalImages | None = None,
     ) -> None:
         self.class_names, self.image_size, self.calibration, self.model = class_names, image_size, calibration, model
+        self.typical = typical
         self._forward = forward
 
     def probabilities(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -91,14 +97,20 @@ class Classifier:
 
     def predict(self, images: npt.NDArray[np.uint8]) -> list[Prediction]:
         """A prediction for each of uint8 [B, S, S]."""
-        return [self.prediction(row) for row in self.probabilities(images)]
+        probabilities = self.probabilities(images)
+        unlike = [None] * len(images) if self.typical is None else self.typical.unlike(images)
+        return [self.prediction(row, kind) for row, kind in zip(probabilities, unlike, strict=True)]
 
-    def prediction(self, probabilities: npt.NDArray[np.float32]) -> Prediction:
-        """Of probabilities float32 [C]."""
+    def prediction(self, probabilities: npt.NDArray[np.float32], unlike: str | None = None) -> Prediction:
+        """Of probabilities float32 [C], for an image that is unlike the training images for this reason, if any."""
         top = int(np.argmax(probabilities))
-        abstained = float(probabilities[top]) < self.calibration.abstain_threshold
+        reason = None
+        if unlike is not None:
+            reason = f"unlike the training images: {unlike}"
+        elif float(probabilities[top]) < self.calibration.abstain_threshold:
+            reason = "probability below the threshold"
         by_class = {name: float(value) for name, value in zip(self.class_names, probabilities, strict=True)}
-        return Prediction(self.class_names[top], abstained, by_class)
+        return Prediction(self.class_names[top], reason is not None, by_class, reason)
 
 
 def load_classifier(run: Path, precision: str | None = None) -> Classifier:
@@ -117,7 +129,7 @@ def load_classifier(run: Path, precision: str | None = None) -> Classifier:
     topology = prepare_devices(1)
     model = load_model(found, precision or resolve_precision(found.config.precision, topology.kind))
     forward = calibrated(split_point.whole_network(model), found.info.image_size, calibration.temperature)
-    return Classifier(found.info.class_names, found.info.image_size, calibration, forward, model)
+    return Classifier(found.info.class_names, found.info.image_size, calibration, forward, model, read_typical(run))
 
 
 def calibrated(network: Any, image_size: int, temperature: float) -> Any:

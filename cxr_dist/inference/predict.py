@@ -136,7 +136,8 @@ def table_line(outcome: Outcome, class_names: Sequence[str]) -> str:
         return f"{'unreadable':{_width(class_names)}}  {path}: {outcome.error}"
     word = "abstains" if prediction.abstained else prediction.predicted
     values = [f"{value:>{len(_column(name))}.4f}" for name, value in prediction.probabilities.items()]
-    return "  ".join([f"{word:{_width(class_names)}}", *values, path])
+    why = f": {prediction.reason}" if prediction.reason else ""
+    return "  ".join([f"{word:{_width(class_names)}}", *values, f"{path}{why}"])
 
 
 def printable(name: str) -> str:

@@ -6,11 +6,12 @@ The preprocessing (three equal channels, minus the ImageNet mean) is part of the
 parameters, so `resnet.keras` takes gray pixels as they are. With four classes: 24,122,500 parameters.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cxr_dist.config.schema import Config, StageConfig
@@ -30,6 +31,12 @@ IMAGENET_MD5 = "4d473c1dd8becc155b73f8504c6f6626"
 """Both as in Keras's own `applications/resnet.py`."""
 SOME_LAYERS = ("conv1_conv", "conv5_block3_3_conv")
 """First and last of the layers of ResNet50 with weights: what a glance at a file looks for."""
+TOP_LAYERS = frozenset({"predictions", "probs", "fc1000"})
+"""What Keras has called the layer of a thousand classes."""
+_OF_RESNET50 = re.compile(r"conv1_(conv|bn)|conv(2_block[1-3]|3_block[1-4]|4_block[1-6]|5_block[1-3])_[0-3]_(conv|bn)")
+_RIGHT_FILE = (
+    f"give Keras's file without top ({PurePosixPath(IMAGENET_URL).name}, MD5 {IMAGENET_MD5}), imagenet, or none"
+)
 
 IMAGE_NAME = "image"
 TO_BGR_NAME = "gray_to_bgr"
@@ -262,8 +269,7 @@ def load_base_weights(model: Any, weights: str) -> None:
         base.load_weights(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"model.weights {path}: not the weights of ResNet50 without top ({one_line(error)}); "
-            "give Keras's resnet50 notop file, imagenet, or none"
+            f"model.weights {path}: not the weights of ResNet50 without top ({one_line(error)}); {_RIGHT_FILE}"
         ) from None
 
 
@@ -280,12 +286,12 @@ def _check_layers(path: Path, expected: Iterable[str]) -> None:
             f"model.weights {path}: cannot be read as HDF5 ({str(error).splitlines()[0]}); give an intact .h5 file, "
             "imagenet, or none"
         ) from None
-    missing = [name for name in expected if name not in present]
-    if missing:
-        raise UserError(
-            f"model.weights {path}: weights of another network (no layer {missing[0]}); "
-            "give Keras's resnet50 notop file, imagenet, or none"
-        )
+    if present & TOP_LAYERS:
+        raise UserError(f"model.weights {path}: weights of a network with its top; {_RIGHT_FILE}")
+    missing = [f"no layer {name}" for name in expected if name not in present]
+    others = [f"a layer {name}" for name in sorted(present) if not _OF_RESNET50.fullmatch(name)]
+    if missing or others:
+        raise UserError(f"model.weights {path}: weights of another network ({(missing + others)[0]}); {_RIGHT_FILE}")
 
 
 def _imagenet_file() -> Path:

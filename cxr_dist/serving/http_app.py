@@ -130,7 +130,7 @@ def make_app(predictions: Predictions, class_names: Sequence[str], image_size: i
     app = FastAPI(
         title="Chest X-ray classifier",
         description=f"**Not for diagnosis.** Classes: {', '.join(class_names)}. Size: {image_size} pixels. "
-        "If `abstained` is true, do not rely on the class. Other predictions may be wrong too.",
+        "If `abstained` is true, do not rely on the class; `reason` says why. Other predictions may be wrong too.",
     )
     binary = {"schema": {"type": "string", "format": "binary"}}
 

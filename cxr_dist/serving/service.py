@@ -21,6 +21,7 @@ from cxr_dist.inference.classifier import Classifier, Prediction, load_classifie
 from cxr_dist.launch.ray_connection import OWN_CLUSTER, connected
 from cxr_dist.runs.calibration_file import read_calibration
 from cxr_dist.runs.run_folder import read_finished, weights_file
+from cxr_dist.runs.typical_images import read_typical
 from cxr_dist.serving.limits import Limits
 from tfrecords_builder.common.errors import UserError, one_line
 from tfrecords_builder.common.installation import install_command
@@ -114,6 +115,7 @@ def _check_run(run: Path) -> None:
     """What the replica would fail at, minutes and retries later."""
     finished = read_finished(run)
     read_calibration(run)
+    read_typical(run)
     model = weights_file(finished.folder) or finished.folder
     try:
         check_seal(model)

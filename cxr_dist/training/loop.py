@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cxr_dist.config.schema import Config
+from cxr_dist.data.shards import ShardSource
 from cxr_dist.distributed.devices import Topology, hardware
 from cxr_dist.model.resnet import FrozenBase, build_model, load_base_weights, name_what_older_keras_knows
 from cxr_dist.runs import checkpoints, run_folder, versions
 from cxr_dist.runs.checkpoint_file import Arrays
 from cxr_dist.runs.events import Reporter
 from cxr_dist.runs.heartbeat import HEARTBEATS, Watchdog
+from cxr_dist.runs.typical_images import SAMPLE, write_typical
 from cxr_dist.training.progress import Progress
 from cxr_dist.training.run_checkpoints import RunCheckpoints
 from cxr_dist.training.run_context import RunContext
@@ -165,6 +168,7 @@ def _finish(context: RunContext, kept: RunCheckpoints, progress: Progress, launc
         run_folder.write_history(context.run, progress.history)
         with progress.timed("save"):
             _save_model(context, kept.best_arrays)
+            write_typical(context.run, _sample(context.train_source))
         context.count_time(progress)
         write_json(context.run / run_folder.RESULT, result)
     context.reporter.emit({"kind": "done", "result": result})
@@ -181,6 +185,12 @@ def _save_model(context: RunContext, arrays: Arrays) -> None:
         portable.save(saved)
         seal_zip(saved)
         move_durably(saved, context.run / run_folder.MODEL)
+
+
+def _sample(source: ShardSource) -> npt.NDArray[np.uint8]:
+    """Some images of a split, always the same: uint8 [N, S, S]."""
+    rows = np.random.default_rng(0).permutation(source.count)[:SAMPLE]
+    return source.pixels(np.sort(rows))
 
 
 def _peak_memory_bytes() -> int:

@@ -40,7 +40,7 @@ def test_a_step_that_fails_says_why_and_the_next_is_measured(tmp_path: Path) -> 
     shown: list[str] = []
     missing = tmp_path / "no-dataset"
     rows = device.measure(
-        plan(missing, tmp_path), ["head", "describe"], time.monotonic() + 300, tmp_path / "out", shown.append
+        plan(missing, tmp_path), ["head", "describe"], time.monotonic() + 3600, tmp_path / "out", shown.append
     )
     assert [row["step"] for row in rows] == ["device", "features, then head", "features, then head, XLA"]
     assert rows[0]["device"]
@@ -76,15 +76,16 @@ def test_an_interrupted_benchmark_keeps_what_it_had(dataset: Path, tmp_path: Pat
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "cxr_dist", "bench", "device", str(dataset), "--out", str(out)]
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as process:
-        give_up = time.monotonic() + 300
+        give_up = time.monotonic() + 600
         while not out.exists() or not out.read_text().endswith("\n"):
             assert process.poll() is None
             assert time.monotonic() < give_up
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-    (row,) = map(json.loads, out.read_text().splitlines())
-    assert row["step"] == "device"
+        assert process.wait(300) == 130
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0]["step"] == "device"
+    assert len(rows) < len(plan(dataset, tmp_path).steps())
 
 
 def test_the_share_of_the_peak() -> None:

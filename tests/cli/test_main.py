@@ -30,6 +30,7 @@ COMMANDS = (
     "build",
     "verify",
     "eda",
+    "leaks",
     "train",
     "tune",
     "evaluate",
@@ -53,7 +54,7 @@ def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProc
     root = str(Path(main.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": root}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=600)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -73,7 +73,7 @@ def test_two_processes_map_one_file_that_one_of_them_fills(tmp_path: Path) -> No
     workers = [
         subprocess.Popen([sys.executable, "-c", WORKER, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    said = sorted(worker.communicate(timeout=120)[0] for worker in workers)
+    said = sorted(worker.communicate(timeout=300)[0] for worker in workers)
     assert said == ["True\n", "fills\nTrue\n"]
     assert all(worker.returncode == 0 for worker in workers)
 

@@ -1,8 +1,8 @@
 """The tasks of a build, slowed down, with a line in a log for everything that they do: what a killer goes by.
 
 A line is `PID WHAT NUMBER-OR-NAME`: `decode` (an image of the part), `whole` (the part is on the disk), `record` (of
-the shard). The log lies beside the dataset. Where a killer has named a line, the processes that have come to it wait for
-the kill: on a busy machine the killer may be slower than the build.
+the shard). The log lies beside the dataset. Where a killer has named a line, the processes that have come to it
+wait for the kill: on a busy machine the killer may be slower than the build.
 """
 
 import os
@@ -21,7 +21,7 @@ LOG = "log.txt"
 FATAL_LINE = "fatal-line.txt"
 """A file with the number of the line at which a process is to be killed, from 1. It is removed after the kill."""
 SLOW_S = 0.01
-WAIT_S = 60.0
+WAIT_S = 300.0
 
 
 def ingest(task: writer.IngestTask) -> parts.Part | parts.EncodedImage:
@@ -89,7 +89,8 @@ class Log:
 
     def lines(self) -> list[list[str]]:
         text = self._path.read_text() if self._path.exists() else ""
-        return [line.split() for line in text.splitlines()]
+        whole, _, _ = text.rpartition("\n")  # the last line may be in the middle of being written
+        return [line.split() for line in whole.splitlines()]
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def test_the_disk_is_full_at_every_call(
     ]
     environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parents[1])}
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=300, env=environment, cwd=HERE.parents[1]
+        command, check=False, capture_output=True, text=True, timeout=1000, env=environment, cwd=HERE.parents[1]
     )
     assert done.returncode == 0, done.stderr
     calls = int(done.stdout.split()[-1])

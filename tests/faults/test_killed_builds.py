@@ -120,7 +120,8 @@ def check_kills(images: Path, undisturbed: dict[str, bytes], folder: Path, where
         passes.append(killer.killed[1])
         shutil.rmtree(folder)
         folder.mkdir()
-    assert set(passes) & FIRST_PASS and "record" in passes, "of both passes"
+    assert set(passes) & FIRST_PASS, "in the first pass"
+    assert "record" in passes, "in the second pass"
     lost = 1 if where == "ray" else 2  # a process of this machine takes its pool with it
     assert decoded < kills * PER_PART * lost, "a kill costs the parts in progress, and in the second pass nothing"
     print(f"{where}: {kills} of {kills} builds the same, killed at {passes}; {decoded} images decoded again")
@@ -132,7 +133,8 @@ def check_decoded_once(lines: list[list[str]]) -> None:
         assert what != "decode" or which not in whole, f"part {which} was whole and is decoded again by {process}"
         if what == "whole":
             whole.add(which)
-    assert len(whole) == IMAGES // PER_PART
+    # A process may end between the part and its line: the one that is killed, or the other one of its pool.
+    assert len(whole) >= IMAGES // PER_PART - 1
 
 
 @pytest.mark.timeout(1800)

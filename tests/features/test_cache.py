@@ -1,6 +1,7 @@
 """What is kept in place of images is what the frozen network makes of them, and it is computed once."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -102,24 +103,31 @@ def test_a_second_run_computes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_another_run_is_waited_for_while_it_writes_and_no_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "WAIT_S", 0.05)
+    """By a clock that goes on by 10 s with every wait."""
+    now, waits = 0.0, 0
+
+    def wait() -> None:
+        nonlocal now, waits
+        now, waits = now + 10.0, waits + 1
+
+    monkeypatch.setattr(cache, "WAIT_S", 0.01)
+    monkeypatch.setattr(cache, "time", SimpleNamespace(monotonic=lambda: now))
     made, written = Features(tmp_path), iter(range(6))
-    made.config = made.frozen._config = made.config.model_copy(update={"worker_timeout_s": 0.12})
-    waits: list[int] = []
-    made.frozen._waiting = lambda: waits.append(1)
+    made.config = made.frozen._config = made.config.model_copy(update={"worker_timeout_s": 35.0})
+    made.frozen._waiting = wait
     monkeypatch.setattr(FeatureStore, "written", lambda *_: next(written, 5))
     entry = describe(made, "pool")
     with (
         FeatureStore(tmp_path, 1 << 30).computing([entry]),
-        pytest.raises(UserError, match="another run holds the same features, but wrote nothing for 0 s"),
+        pytest.raises(UserError, match="another run holds the same features, but wrote nothing for 35 s"),
     ):
         made.of("pool")
-    assert len(waits) >= 6, "as long as it wrote, and then for the limit"
+    assert waits == 6 + 3, "as long as it wrote, and then for the limit"
     # The next wait is another one, however long ago that was.
-    before = len(waits)
+    now += 1000.0
     with FeatureStore(tmp_path, 1 << 30).computing([entry]), pytest.raises(UserError, match="another run holds"):
         made.of("pool")
-    assert len(waits) > before
+    assert waits == 6 + 3 + 4
 
 
 def describe(made: Features, name: str, copy: cache.AugmentedCopy | None = None) -> dict[str, Any]:

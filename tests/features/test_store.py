@@ -16,6 +16,7 @@ from tfrecords_builder.common.errors import UserError
 
 ROWS = np.random.default_rng(0).normal(size=(10, 3, 2)).astype(np.float32)
 SHAPE = (3, 2)
+LIMIT_S = 300.0
 
 
 def about(number: int = 0, **more: object) -> dict[str, object]:
@@ -122,7 +123,7 @@ def test_values_that_do_not_fit_are_an_error(tmp_path: Path) -> None:
 def use(folder: Path, found: "multiprocessing.Queue[bool]", done: "multiprocessing.Event") -> None:  # type: ignore[valid-type]
     rows = FeatureStore(folder, 1 << 30).find(about(0))
     found.put(rows is not None)
-    done.wait(30)  # type: ignore[attr-defined]
+    done.wait(LIMIT_S)  # type: ignore[attr-defined]
 
 
 def test_room_is_made_by_what_was_not_used_for_longest(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_room_is_made_by_what_was_not_used_for_longest(tmp_path: Path) -> None:
     other = context.Process(target=use, args=(store.folder, found, done))
     other.start()
     try:
-        assert found.get(timeout=60)  # the oldest is in use, in another process, and so is the newest now
+        assert found.get(timeout=LIMIT_S)  # the oldest is in use, in another process, and so is the newest now
         os.utime(store.folder / key_of(about(0)) / "entry.json", (0, 0))
         size = sum(path.stat().st_size for path in (store.folder / key_of(about(0))).iterdir())
         small = FeatureStore(store.folder, 3 * size)
@@ -145,7 +146,7 @@ def test_room_is_made_by_what_was_not_used_for_longest(tmp_path: Path) -> None:
         assert [small.has(about(number)) for number in range(4)] == [True, False, True, True]
     finally:
         done.set()
-        other.join(30)
+        other.join(LIMIT_S)
 
 
 def test_an_entry_is_held_until_its_store_is_closed_and_read_after_that(tmp_path: Path) -> None:

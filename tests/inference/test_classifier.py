@@ -12,7 +12,7 @@ import pytest
 from cxr_dist.evaluation.evaluate import evaluate_run
 from cxr_dist.evaluation.evaluated_images import EvaluationSpec
 from cxr_dist.evaluation.predictions import read_predictions
-from cxr_dist.inference.classifier import calibrated, load_classifier
+from cxr_dist.inference.classifier import Classifier, calibrated, load_classifier
 from cxr_dist.model import resnet, split_point
 from cxr_dist.runs.calibration_file import CALIBRATION, Calibration, read_calibration
 from tests.small_training import CLASSES, SIZE, config, small_base
@@ -43,6 +43,12 @@ def phantoms(source: Path, count: int) -> tuple[list[str], np.ndarray]:
     return [str(path.relative_to(source)) for path in paths], np.stack([load_gray(path, 32) for path in paths])
 
 
+def unlike(classifier: Classifier, images: np.ndarray) -> list[bool]:
+    """Whether each image is unlike the training images, of which there are few."""
+    assert classifier.typical is not None
+    return [reason is not None for reason in classifier.typical.unlike(images)]
+
+
 def test_the_same_as_evaluation_at_any_batch_size(plain_run: Path, phantom_source: Path, tmp_path: Path) -> None:
     evaluate_run(EvaluationSpec(plain_run, tmp_path / "out", images=phantom_source))
     predictions = read_predictions(tmp_path / "out" / "predictions.parquet")
@@ -58,7 +64,8 @@ def test_the_same_as_evaluation_at_any_batch_size(plain_run: Path, phantom_sourc
         np.testing.assert_allclose(found, expected, atol=1e-5)
     answers = classifier.predict(images)
     assert [answer.predicted for answer in answers] == [predictions.class_names[top] for top in expected.argmax(axis=1)]
-    assert not any(answer.abstained for answer in answers)
+    assert [answer.abstained for answer in answers] == unlike(classifier, images)
+    assert sum(unlike(classifier, images)) <= 4
 
 
 def test_temperature_and_threshold(plain_run: Path, calibrated_run: Path, phantom_source: Path) -> None:
@@ -70,7 +77,13 @@ def test_temperature_and_threshold(plain_run: Path, calibrated_run: Path, phanto
     np.testing.assert_allclose(fitted.probabilities(images), expected, atol=1e-5)
     answers = fitted.predict(images)
     tops = [max(answer.probabilities.values()) for answer in answers]
-    assert [answer.abstained for answer in answers] == [top < 0.4 for top in tops]
+    strange = unlike(fitted, images)
+    assert [answer.abstained for answer in answers] == [
+        top < 0.4 or other for top, other in zip(tops, strange, strict=True)
+    ]
+    assert {
+        answer.reason for answer, other in zip(answers, strange, strict=True) if answer.abstained and not other
+    } <= {"probability below the threshold"}
     assert fitted.calibration == Calibration(2.5, 0.4)
     threshold = float(np.float32(0.25))
     fitted.calibration = Calibration(1.0, threshold)

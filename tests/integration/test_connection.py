@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.ports import free_ports
+
 pytestmark = pytest.mark.ray
 TOKEN = "0123456789abcdef" * 4
+LIMIT_S = 480.0
 JOIN = """
 import sys
 from cxr_dist.launch.ray_connection import check_cluster, connected
@@ -29,14 +33,6 @@ try:
 except UserError as error:
     sys.exit(f"error: {error}")
 """
-
-
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [listener.getsockname()[1] for listener in sockets]
-    for listener in sockets:
-        listener.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +68,14 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]
         for each in [*psutil.Process(process.pid).children(recursive=True), process]:
             with suppress(psutil.NoSuchProcess):
                 each.kill()
-        process.wait(timeout=60)
+        process.wait(timeout=LIMIT_S)
 
 
 def wait_for(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    import time
-
-    until = time.monotonic() + 120
+    until = time.monotonic() + LIMIT_S
     while True:
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            socket.create_connection(("127.0.0.1", port), timeout=30).close()
             return
         except OSError:
             assert process.poll() is None, log.read_text()
@@ -93,7 +87,7 @@ def join(address: str, **variables: str) -> subprocess.CompletedProcess[str]:
     unset = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
     environment = {name: value for name, value in os.environ.items() if name not in unset} | variables
     command = [sys.executable, "-c", JOIN, address]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=LIMIT_S)
 
 
 @pytest.mark.parametrize(("form", "answer"), [("127.0.0.1:{0}", "joined 2\n"), ("ray://127.0.0.1:{1}", "accepted\n")])

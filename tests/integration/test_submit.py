@@ -7,19 +7,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 TOKEN = secrets.token_hex(32)
+LIMIT_S = 480.0
 SERVE = """
 import sys
 from cxr_dist.launch.submit import cluster
 
 with cluster("local") as jobs:
-    jobs.send("true", {}, wait_s=60)  # accepts jobs from now on
+    jobs.send("true", {}, wait_s=300)  # accepts jobs from now on
     print(jobs.address, flush=True)
     sys.stdin.read()
 """
@@ -54,7 +57,7 @@ def start(*arguments: object, **changes: str) -> subprocess.Popen[str]:
     return subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment(**changes))
 
 
-def run(*arguments: object, timeout_s: float = 120, **changes: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, timeout_s: float = LIMIT_S, **changes: str) -> subprocess.CompletedProcess[str]:
     process = start(*arguments, **changes)
     try:
         out, err = process.communicate(timeout=timeout_s)
@@ -78,11 +81,23 @@ class Cluster:
         self.process = start("-c", SERVE)
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().strip()
-        assert self.url.startswith("http://127.0.0.1:"), self.process.communicate(timeout=30)
+        assert self.url.startswith("http://127.0.0.1:"), self.process.communicate(timeout=LIMIT_S)
 
     def kill(self) -> None:
+        """All of it, and first those who would still tell of a job that its processes are gone."""
+        with suppress(psutil.NoSuchProcess):
+            parts = psutil.Process(self.process.pid).children(recursive=True)
+            for part in sorted(parts, key=lambda part: "dashboard" not in name_of(part)):
+                with suppress(psutil.NoSuchProcess):
+                    part.kill()
         self.process.kill()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=LIMIT_S)
+
+
+def name_of(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +106,7 @@ def cluster() -> Iterator[Cluster]:
     yield running
     if running.process.poll() is None:
         try:
-            running.process.communicate("", timeout=60)
+            running.process.communicate("", timeout=LIMIT_S)
         finally:
             running.kill()
 
@@ -107,7 +122,6 @@ def test_a_pipeline_on_phantoms(phantom_source: Path, tmp_path: Path) -> None:
     done = run(
         *("-m", "cxr_dist", "pipeline", phantom_source, tmp_path / "dataset", "--out", experiment),
         *("--image-size", 32, "--config", space, "--address", "local"),
-        timeout_s=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = json.loads((experiment / "evaluation" / "metrics.json").read_text())
@@ -155,13 +169,13 @@ def test_following_ends_by_ctrl_c_and_with_the_cluster(cluster: Cluster) -> None
     job = following.stdout.readline()
     wait_for("begun", following)
     following.send_signal(signal.SIGINT)
-    _, errors = following.communicate(timeout=60)
+    _, errors = following.communicate(timeout=LIMIT_S)
     assert following.returncode == 130, errors
     again = start("-c", SLEEP, cluster.url)
     assert again.stdout is not None
     assert again.stdout.readline() == job
     wait_for("begun", again)
     cluster.kill()
-    _, errors = again.communicate(timeout=90)
+    _, errors = again.communicate(timeout=LIMIT_S)
     assert f"UserError: --address {cluster.url}: the connection was lost while {job.strip()} was running" in errors
     assert f"ray job logs --follow --address {cluster.url} {job.strip()}" in errors

@@ -16,11 +16,12 @@ def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
 
     from cxr_dist.launch.ray_connection import connected
 
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "127.0.0.1:99999"):
-        with pytest.raises(UserError, match="no server answers there"), connected(address, verbose=False):
-            pass
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "127.0.0.1:99999"):
+            with pytest.raises(UserError, match="no server answers there"), connected(address, verbose=False):
+                pass
 
 
 def places(plan: WorkerPlan, nodes: list[Node]) -> bool:

@@ -52,6 +52,7 @@ def no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_USE_TLS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(ray_connection, "CONNECT_TIMEOUT_S", 120.0)
 
 
 @pytest.mark.parametrize("kind", SERVICES)
@@ -122,7 +123,8 @@ def something_else(kind: str) -> Iterator[int]:
     ("form", "there"), [("", "web"), ("ray://", "web"), ("", "silent"), ("", "ray://"), ("ray://", "")]
 )
 def test_what_answers_is_no_cluster_of_that_kind(form: str, there: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_connection, "CONNECT_TIMEOUT_S", 0.5 if there == "silent" else 10.0)
+    if there == "silent":
+        monkeypatch.setattr(ray_connection, "CONNECT_TIMEOUT_S", 2.0)
     with something_else(there) as port:
         address = f"{form}127.0.0.1:{port}"
         with pytest.raises(UserError) as caught, connected(address, verbose=False):

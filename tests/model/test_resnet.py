@@ -1,6 +1,7 @@
 """The network: its size, what trains, and that training touches nothing else. On real weights where they are."""
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
+from cxr_dist.cli import main
 from cxr_dist.config.schema import Config, ModelConfig, StageConfig
 from cxr_dist.model import resnet
 from tests.small_training import CLASSES, SIZE, Training, config, small_base
@@ -169,6 +171,40 @@ def test_weights_of_another_network_are_refused(fresh: Any, tmp_path: Path) -> N
         resnet.load_base_weights(fresh, str(damaged))
     with pytest.raises(UserError, match=r"model\.weights"):
         resnet.check_weights(str(tmp_path / "missing.h5"))
+
+
+@pytest.mark.parametrize(
+    ("further", "expected"),
+    [
+        ("predictions", "of a network with its top"),
+        ("fc1000", "of a network with its top"),
+        ("conv4_block7_1_conv", r"of another network \(a layer conv4_block7_1_conv\)"),
+        ("conv5_block4_0_bn", "of another network"),
+        ("top_conv", "of another network"),
+    ],
+)
+def test_a_file_of_more_than_the_base_is_refused_before_the_run_begins(
+    fresh: Any, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], further: str, expected: str
+) -> None:
+    """Such as ResNet50 with top, or ResNet101: all layers of ResNet50 are in it."""
+    names = [layer.name for layer in resnet.base_of(fresh).layers if layer.weights]
+
+    def write(path: Path, layers: list[str]) -> Path:
+        with h5py.File(path, "w") as file:
+            for name in layers:
+                file.create_group(name).attrs["weight_names"] = [f"{name}/kernel"]
+        return path
+
+    resnet.check_weights(str(write(tmp_path / "right.h5", names)))
+    wrong = write(tmp_path / "wrong.h5", [*names, further])
+    with pytest.raises(SystemExit) as ended:
+        main.main(["train", str(dataset), "--out", str(tmp_path / "run"), "--set", f"model.weights={wrong}"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(expected, error)
+    assert resnet.IMAGENET_MD5 in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_offline_the_two_other_ways_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

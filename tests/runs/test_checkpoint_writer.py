@@ -56,7 +56,7 @@ def test_one_at_a_time_beside_the_caller() -> None:
     go_on, order = threading.Event(), list[str]()
 
     def first() -> None:
-        assert go_on.wait(10)
+        assert go_on.wait(120)
         order.append("first")
 
     writer.write(first)

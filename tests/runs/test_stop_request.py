@@ -114,7 +114,7 @@ def test_the_timers_of_others_go_on(others_timer: list[int], tmp_path: Path, mon
     def be_late() -> None:
         with stopped_by_sigterm(tmp_path):
             signal.raise_signal(signal.SIGTERM)
-            threading.Event().wait(20)  # a main thread in a system call is woken
+            threading.Event().wait(120)  # a main thread in a system call is woken
             pytest.fail("it was not ended")
 
     with pytest.raises(StoppedError, match="without a new checkpoint"):
@@ -123,7 +123,7 @@ def test_the_timers_of_others_go_on(others_timer: list[int], tmp_path: Path, mon
     assert signal.getsignal(signal.SIGALRM) is alarm
     assert signal.getsignal(signal.SIGTERM) is term
     assert others_timer == []
-    assert set(threading.enumerate()) == threads
+    assert set(threading.enumerate()) <= threads, "of others some may have ended"
 
 
 def test_a_run_that_ends_as_its_time_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ from tfrecords_builder.writing.writer import IngestTask, ShardTask, WrittenShard
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 SIZE = 16
+LIMIT_S = 300.0
 TOTAL = sum(COUNTS.values())
 
 
@@ -604,7 +605,7 @@ from tfrecords_builder.build import BuildOptions, build_dataset
 
 def hold(done, total):
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 if __name__ == "__main__":
     # A shell's background job ignores SIGINT, and so would this child of tests that run in one.
@@ -636,9 +637,9 @@ def test_a_killed_build_is_no_dataset_and_is_replaced(
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and to the workers
     else:
         process.kill()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + LIMIT_S
     while any(is_running(pid) for pid in workers):
         assert time.monotonic() < deadline, "worker processes outlived the build"
         time.sleep(0.05)
@@ -707,7 +708,7 @@ def test_killed_at_any_moment_and_started_again_the_bytes_are_the_same(
         dataset = tmp_path / str(attempt)
         environment = {**os.environ, "PYTHONPATH": str(Path(build_module.__file__).parents[1])}
         line = [sys.executable, script, source, dataset, str(rng.uniform(0.02, 0.25))]
-        killed += subprocess.run(line, env=environment, check=False, timeout=60).returncode == -signal.SIGKILL
+        killed += subprocess.run(line, env=environment, check=False, timeout=LIMIT_S).returncode == -signal.SIGKILL
         build(source, dataset)
         assert content(dataset) == content(built), line
     assert killed

@@ -100,6 +100,24 @@ def read_collection(root: Path, on_error: str = "stop", masks: str = "read", lab
     )
 
 
+def list_unlabelled(root: Path) -> tuple[list[str], dict[str, Metadata]]:
+    """Every image in a folder, however deep, whatever its class and wherever its label: no mask, nothing else.
+
+    Returns:
+        The paths, relative to `root`, in order; by path, what each `metadata.csv` in place says.
+
+    Raises:
+        UserError: the folder holds no image, or something in it cannot be read.
+    """
+    tree = scan_folder(root)
+    layout = recognise(tree)
+    tables = _tables_in_place(tree, layout, sort_files(tree, layout))
+    paths = sorted(sort_files(tree, replace(layout, whole=True)).folders[""].images)
+    if not paths:
+        raise UserError(f"{root}: holds no image; give a folder of images, or a dataset")
+    return paths, read_lines(root, paths, tables).metadata if tables else {}
+
+
 def _class_folders(files: Sorted) -> set[str]:
     return {
         path

@@ -9,6 +9,7 @@ are never equal, and tell that they cannot be compared.
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from tfrecords_builder.common.errors import UserError
 KEY_VARIABLE = "CXR_DIST_PATIENT_KEY"
 """Environment variable with the path of the key's file, in place of the user's own."""
 _PREFIX = "dicom"
+_CODE = re.compile(rf"{_PREFIX}-([0-9a-f]{{8}})-[0-9a-f]{{32}}")
 _LEAST_BYTES = 16
 _NO_PATIENT = frozenset({"anon", "anonymised", "anonymized", "anonymous"})
 
@@ -64,6 +66,28 @@ def patient_key() -> PatientKey:
     if len(secret) < _LEAST_BYTES:
         raise UserError(f"{path}: a key for patients has {_LEAST_BYTES} bytes or more; restore it, or remove the file")
     return PatientKey(secret)
+
+
+def key_of(patient: str) -> str | None:
+    """The name of the key of a patient's code; None for a patient in clear."""
+    found = _CODE.fullmatch(patient)
+    return found[1] if found else None
+
+
+def names_of(patient: str | None, key: PatientKey | None) -> frozenset[str]:
+    """Every name under which a patient may be in another collection.
+
+    Args:
+        patient: As `normalized_patient` writes it, or a code; None where it is unknown.
+        key: Of the codes to compare with, where there are any.
+
+    Returns:
+        The patient as it is, and of one in clear the code too.
+    """
+    if patient is None:
+        return frozenset()
+    code = None if key is None or key_of(patient) else key.code(patient)
+    return frozenset({patient} if code is None else {patient, code})
 
 
 def with_key(digest: str | None, key: PatientKey | None) -> str | None:

@@ -16,12 +16,9 @@ from tfrecords_builder.common import files
 from tfrecords_builder.format import record, tfrecord
 from tfrecords_builder.images import decode as images, dicom, resizing
 from tfrecords_builder.images.decoded import Decoded, ImageError
-from tfrecords_builder.splitting.near_duplicates import THUMBNAIL_SIZE
+from tfrecords_builder.images.thumbnails import THUMBNAIL
 from tfrecords_builder.writing import parts
 from tfrecords_builder.writing.parts import EncodedImage, Part
-
-# Whole factors by means of squares, the rest by interpolation: a tenth of the time of interpolation alone.
-THUMBNAIL = resizing.Square(THUMBNAIL_SIZE, reducing_gap=1.0)
 
 
 @dataclass(frozen=True, slots=True)

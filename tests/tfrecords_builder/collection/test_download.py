@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import shutil
+import socket
 import threading
 import time
 import zipfile
@@ -73,7 +74,7 @@ class Kaggle(BaseHTTPRequestHandler):
         if self.misbehave == "silence":
             self.wfile.write(data[: len(data) // 2])
             self.wfile.flush()
-            time.sleep(30)
+            time.sleep(300)
             return
         if self.misbehave in ("garble", "no checksum"):
             data = data[:200] + bytes(100) + data[300:]
@@ -109,6 +110,7 @@ def kaggle(
     )
     monkeypatch.setenv("PYTHONPATH", str(quiet))
     monkeypatch.setenv("NO_PROXY", "localhost")
+    monkeypatch.setattr(download, "NEEDED_BYTES", 1 << 26)
     Kaggle.archive, Kaggle.misbehave, Kaggle.ranges = archive, "", []
     try:
         # kagglehub's address for tests; nothing else can be given it.
@@ -160,10 +162,10 @@ def test_what_is_damaged_is_fetched_anew(kaggle: type[Kaggle], tmp_path: Path, h
 
 def test_silence_has_a_limit(kaggle: type[Kaggle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kaggle.misbehave = "silence"
-    # Importing kagglehub is silent too.
-    monkeypatch.setattr(download, "SILENCE_SECONDS", 8.0)
-    with pytest.raises(UserError, match="nothing has arrived for 8 seconds"):
-        download_database(tmp_path / "d", IMAGES)
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "SILENCE_SECONDS", 8.0)
+        with pytest.raises(UserError, match="nothing has arrived for 8 seconds"):
+            download_database(tmp_path / "d", IMAGES)
     kaggle.misbehave = ""
     assert download_database(tmp_path / "d", IMAGES)
 
@@ -178,7 +180,12 @@ def test_what_kaggle_refuses(kaggle: type[Kaggle], tmp_path: Path, status: str, 
 
 
 def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        socket.create_server(("localhost", 7777)).close()
+    except OSError:
+        pytest.skip("port 7777 is in use")
     monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "TEST")
+    monkeypatch.setattr(download, "NEEDED_BYTES", 1 << 26)
     with pytest.raises(SystemExit) as stopped:
         main.main(["download", str(tmp_path / "d")])
     assert stopped.value.code == 2

@@ -41,7 +41,7 @@ def test_the_first_process_of_all() -> None:
     """Before it multiprocessing starts its tracker, and Python 3.11 then lets signals through."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
     command = [sys.executable, "-c", FIRST_CHILD]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=environment)
     assert done.stdout == "True\n", done.stderr
 
 
@@ -49,18 +49,19 @@ THREAD = """
 import os, signal, threading, time
 from tfrecords_builder.common.interrupts import interrupts_held
 
-threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # it takes the signal that this thread blocks
+threading.Thread(target=time.sleep, args=(300,), daemon=True).start()  # it takes the signal that this thread blocks
 try:
     with interrupts_held():
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(100_000):
             pass
         print("the context ended", flush=True)
+    time.sleep(60)  # where that thread is slow to take it
 except KeyboardInterrupt:
     print("then the interrupt came", flush=True)
 """
 
 
 def test_an_interrupt_that_another_thread_takes_waits_too() -> None:
-    done = subprocess.run([sys.executable, "-c", THREAD], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", THREAD], capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.splitlines() == ["the context ended", "then the interrupt came"], done.stderr

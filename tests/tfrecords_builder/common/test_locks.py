@@ -25,7 +25,7 @@ from tfrecords_builder.common.locks import LOCK
 from tfrecords_builder.writing import output_folder
 
 ROOT = Path(__file__).parents[3]
-LIMIT_S = 60.0
+LIMIT_S = 300.0
 HOLDER = """
 import sys
 from pathlib import Path

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.tfrecords_builder.eda import eda_images
 from tests.tfrecords_builder.eda.eda_images import CONFLICT, PAIR, REJECTED, TRIPLE, build, draw, draw_varied, read_all
 from tfrecords_builder.common.errors import UserError
-from tfrecords_builder.eda import analysis as eda, counts as eda_counts, odd_images
+from tfrecords_builder.eda import analysis as eda, counts as eda_counts, typical
 from tfrecords_builder.eda.analysis import Analysis, PixelStatistics, analyse
 from tfrecords_builder.format.manifest import read_manifest, write_manifest
 from tfrecords_builder.splitting.splits import SPLITS
@@ -385,7 +385,7 @@ def test_the_encoding_changes_no_number(source: Path, analysis: Analysis, tmp_pa
 def test_memory_does_not_grow_with_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eda, "SAMPLE_LIMIT", 20)
     for limit in ("BLOCK", "MEDIAN_SAMPLE"):
-        monkeypatch.setattr(odd_images, limit, 20)
+        monkeypatch.setattr(typical, limit, 20)
     peaks = []
     for count in (20, 120):
         dataset = build(

@@ -10,7 +10,8 @@ import pytest
 from cxr_dist.phantoms.drawing import draw_phantom
 from tests.tfrecords_builder.eda.damage import KINDS, Gray, half_gray, stripes
 from tfrecords_builder.eda import odd_images
-from tfrecords_builder.eda.odd_images import OddImages, Suspect, gathered, pixel_numbers, rank, robust_z
+from tfrecords_builder.eda.odd_images import OddImages, Suspect, gathered, rank
+from tfrecords_builder.eda.typical import NUMBERS, center_and_spread, pixel_numbers
 from tfrecords_builder.format.manifest_rows import ACCEPTED, Row
 from tfrecords_builder.images.decode import load_gray
 
@@ -106,13 +107,14 @@ def test_images_of_any_size_and_without_content(side: int) -> None:
     images = [np.full((side, side), level, np.uint8) for level in (0, 128, 255)] * 5
     assert np.isfinite(pixel_numbers(images[1])).all()
     assert np.isfinite(noted(images, [0] * 15).scores()).all()
-    assert OddImages(0, side).scores().shape == (0, 2 * len(odd_images.NUMBERS))
+    assert OddImages(0, side).scores().shape == (0, 2 * len(NUMBERS))
 
 
 def test_many_odd_images_do_not_hide_each_other() -> None:
     values = np.random.default_rng(0).normal(0, 1, 1000).astype(np.float32)
     values[:150] = 30
-    assert robust_z(values, 0.1)[:150].min() > odd_images.CLEARLY_ODD
+    center, spread = center_and_spread(values, 0.1)
+    assert (30 - center) / spread > odd_images.CLEARLY_ODD
 
 
 def test_a_class_that_gathers_odd_images_is_warned_of(phantoms: tuple[list[Gray], list[int]]) -> None:

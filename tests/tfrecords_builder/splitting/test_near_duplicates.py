@@ -12,6 +12,7 @@ from PIL import Image
 from cxr_dist.phantoms import CLASS_FOLDERS, draw_phantom, phantom_rng
 from tfrecords_builder.images.decode import decode_gray
 from tfrecords_builder.images.resizing import squares
+from tfrecords_builder.images.thumbnails import THUMBNAIL
 from tfrecords_builder.splitting import near_duplicates
 from tfrecords_builder.splitting.near_duplicates import (
     COARSE_THRESHOLD,
@@ -21,7 +22,6 @@ from tfrecords_builder.splitting.near_duplicates import (
     find_duplicates,
     group_of,
 )
-from tfrecords_builder.writing.writer import THUMBNAIL
 
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]
 
