@@ -3,9 +3,10 @@
 python -m tests.scale search XRAYS SIZE ...     variants of the X-rays in a folder; processor time of one thread
 python -m tests.scale images SOURCE WORK SIZE ...    `build` and `eda` of so many images of a folder with class folders
 python -m tests.scale dicom WORK SIZE ...       `build` of so many DICOM files of 8 MB
+python -m tests.scale large WORK SIDE ...       `build` of 28 DICOM files of 0.5 MB and one of SIDE x SIDE pixels
 
 WORK is a folder that does not exist. Peak memory is that of all processes of a command together: the sum of their
-proportional set sizes, twice a second. What several processes share counts once.
+proportional set sizes, twice a second (`large`: fifty times). What several processes share counts once.
 """
 
 import os
@@ -21,21 +22,20 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-_INTERVAL = 0.5
 _ALIKE = 100
 """Each variant is a mix of an X-ray and one of so many that are most like it."""
 
 Thumbnails = npt.NDArray[np.uint8]
 
 
-def measured(arguments: list[str]) -> str:
+def measured(arguments: list[str], interval: float = 0.5) -> str:
     """Run `cxr-dist` with `arguments`; its time and memory as cells of a table."""
     started, cpu = time.perf_counter(), _children_seconds()
     process = psutil.Popen([sys.executable, "-m", "cxr_dist", *arguments], stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
         peak = max(peak, _proportional_memory(process))
-        time.sleep(_INTERVAL)
+        time.sleep(interval)
     if process.returncode:
         raise SystemExit(f"{arguments[0]}: ended with status {process.returncode}")
     seconds, cpu = time.perf_counter() - started, _children_seconds() - cpu
@@ -88,7 +88,23 @@ def dicom(work: Path, sizes: list[int]) -> None:
     for size in sizes:
         work.mkdir()
         write_dicom_files(work / "images", size)
-        print(f"{size:9,}{measured(['build', str(work / 'images'), str(work / 'dataset')])}{os.getloadavg()[1]:9.1f}")
+        print(
+            f"{size:9,}{measured(['build', str(work / 'images'), str(work / 'dataset')])}{os.getloadavg()[1]:9.1f}",
+            flush=True,
+        )
+        shutil.rmtree(work)
+
+
+def large(work: Path, sides: list[int]) -> None:
+    from cxr_dist.bench.dicom_files import write_dicom_files
+
+    print("     side  file MB  seconds    cpu s  peak MB     load")
+    for side in sides:
+        work.mkdir()
+        write_dicom_files(work / "images", 28, side=500)
+        write_dicom_files(work / "images", 1, seed=1, side=side)
+        cells = measured(["build", str(work / "images"), str(work / "dataset")], interval=0.02)
+        print(f"{side:9,}{2 * side**2 / 1e6:9.0f}{cells}{os.getloadavg()[0]:9.1f}", flush=True)
         shutil.rmtree(work)
 
 
@@ -152,6 +168,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], int]] = {
     "search": (search, 1),
     "images": (images, 2),
     "dicom": (dicom, 1),
+    "large": (large, 1),
 }
 
 
