@@ -109,7 +109,8 @@ def large(work: Path, sides: list[int]) -> None:
 
 
 def search(xrays: Path, sizes: list[int]) -> None:
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # threads that wait for others take processor time
+    from threadpoolctl import threadpool_limits
+
     from tfrecords_builder.splitting.near_duplicates import near_duplicates
 
     thumbnails = variants(read_thumbnails(xrays), max(sizes))
@@ -117,7 +118,8 @@ def search(xrays: Path, sizes: list[int]) -> None:
     for size in sizes:
         some = thumbnails[:size]
         started = time.process_time()
-        pairs = near_duplicates(some)
+        with threadpool_limits(1):  # threads that wait for others take processor time
+            pairs = near_duplicates(some)
         seconds = time.process_time() - started
         print(
             f"{size:9,}{seconds:9.2f}{seconds / size * 1e6:14.0f}{len(pairs):9,}{os.getloadavg()[0]:9.1f}", flush=True
