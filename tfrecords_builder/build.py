@@ -274,15 +274,19 @@ def _ingest(
     """The first pass: every source image, in the order of the listing, and the thumbnails of the whole ones."""
     parts.remove_other_parts(tasks[0].folder, len(tasks))
     images: list[EncodedImage] = []
-    thumbnails = []
+    # The largest that a build holds, at 4 KiB an image: once, and not as parts beside their sum.
+    thumbnails = np.empty((len(collection.listing.images), THUMBNAIL_SIZE, THUMBNAIL_SIZE), np.uint8)
+    whole = 0
     for result in pool.map(ingest, tasks):
         if isinstance(result, EncodedImage):
             raise ImageError(collection.source / result.source.path, result.reason or "")
-        thumbnails.append(result.thumbnails())
+        several = result.thumbnails()
+        thumbnails[whole : whole + len(several)] = several
+        whole += len(several)
         images += result.images
         if progress is not None:
             progress(len(images), len(collection.listing.images))
-    return images, np.concatenate(thumbnails)
+    return images, thumbnails[:whole]
 
 
 def _write(

@@ -11,17 +11,17 @@ SIDE = 2000
 _CLASSES = 4
 
 
-def write_dicom_files(folder: Path, images: int, seed: int = 0) -> Path:
-    """So many in the new `folder`, one folder a class; waves with noise, of which no two are near-duplicates."""
+def write_dicom_files(folder: Path, images: int, seed: int = 0, side: int = SIDE) -> Path:
+    """So many in `folder`, one folder a class; waves with noise, of which no two are near-duplicates."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE
-    noise = rng.normal(0, 800, (SIDE, SIDE)).astype(np.float32)
+    y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
+    noise = rng.normal(0, 800, (side, side)).astype(np.float32)
     for number in range(images):
         name = f"class_{number % _CLASSES}"
         (folder / name).mkdir(parents=True, exist_ok=True)
         a, b, c, d = rng.uniform(2, 12, 4)
         values = 32_000 + 28_000 * np.sin(a * x + b * y) * np.cos(c * x - d * y) + noise
-        _write(folder / name / f"{number:05d}.dcm", np.clip(values, 0, 65_535).astype(np.uint16), number)
+        _write(folder / name / f"{side}-{number:05d}.dcm", np.clip(values, 0, 65_535).astype(np.uint16), number)
     return folder
 
 

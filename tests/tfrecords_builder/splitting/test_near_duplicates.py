@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from cxr_dist.phantoms import CLASS_FOLDERS, draw_phantom, phantom_rng
@@ -113,14 +114,61 @@ def test_the_bound_is_one_and_a_close_one(seed: int, originals: list[Image.Image
     """No pair is passed over for want of the numbers that are left out."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, (40, THUMBNAIL_SIZE, THUMBNAIL_SIZE), dtype=np.uint8)
-    rows = near_duplicates._coarse(
-        np.concatenate([np.stack([thumbnail(image) for image in originals]), noise, noise[:3] // 2])
+    thumbnails = np.concatenate([np.stack([thumbnail(image) for image in originals]), noise, noise[:3] // 2])
+    for measure, quick, close in (
+        (near_duplicates._coarse, near_duplicates._coarse, 0.15),
+        (near_duplicates._fine, near_duplicates._fine_by_products, 0.4),
+    ):
+        rows = measure(thumbnails)
+        bounds = near_duplicates._upper_bounds(thumbnails, np.arange(len(thumbnails)), quick, 31)
+        assert bounds.shape == (len(thumbnails), 32)
+        excess = bounds @ bounds.T - rows @ rows.T
+        assert excess.min() > -near_duplicates._ROUNDING / 10
+        assert np.median(excess[: len(originals), : len(originals)]) < close
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), block=st.integers(2, 40), sample=st.integers(1, 40))
+def test_the_search_finds_what_all_pairs_in_full_find(seed: int, block: int, sample: int) -> None:
+    """Among images that are mixed so that many pairs lie about the thresholds, and odd ones."""
+    thumbnails = about_the_thresholds(np.random.default_rng(seed))
+    coarse, fine = (
+        measure(thumbnails).astype(np.float64) for measure in (near_duplicates._coarse, near_duplicates._fine)
     )
-    bounds = near_duplicates._upper_bounds(rows)
-    assert bounds.shape[1] < rows.shape[1] // 4
-    excess = bounds @ bounds.T - rows @ rows.T
-    assert excess.min() > -near_duplicates._ROUNDING
-    assert np.median(excess[: len(originals), : len(originals)]) < 0.15
+    # How far a pair is above both thresholds; what is below one of them is negative.
+    margin = np.minimum(coarse @ coarse.T - COARSE_THRESHOLD, fine @ fine.T - FINE_THRESHOLD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(near_duplicates, "_BLOCK", block)
+        patch.setattr(near_duplicates, "_PIECE", max(block // 2, 1))
+        patch.setattr(near_duplicates, "_SAMPLE", sample)
+        found = near_duplicates.near_duplicates(thumbnails)
+    assert len({(i, j) for i, j, _ in found}) == len(found)
+    for i in range(len(thumbnails)):
+        for j in range(i + 1, len(thumbnails)):
+            if abs(margin[i, j]) > 1e-5:  # else rounding decides
+                assert ((i, j) in {pair[:2] for pair in found}) == (margin[i, j] > 0), (i, j, margin[i, j])
+    for i, j, score in found:
+        assert score == pytest.approx(fine[i] @ fine[j], abs=1e-5)
+
+
+def about_the_thresholds(rng: np.random.Generator) -> np.ndarray:
+    """uint8 [60, 64, 64]."""
+    y, x = np.mgrid[0:THUMBNAIL_SIZE, 0:THUMBNAIL_SIZE] / THUMBNAIL_SIZE
+    bases = []
+    for _ in range(6):
+        waves = sum(rng.normal() * np.sin(rng.uniform(2, 40) * x + rng.uniform(2, 40) * y) for _ in range(12))
+        bases.append(128 + 30 * (4 * (x - 0.5) ** 2 - y) + rng.uniform(2, 12) * waves)
+    images = []
+    for _ in range(50):
+        one, other = rng.integers(0, len(bases), 2)
+        share = rng.uniform(0, 0.5)
+        mixed = (1 - share) * bases[one] + share * bases[other] + rng.normal(0, rng.uniform(0, 8), x.shape)
+        images.append(rng.uniform(0.3, 1) * mixed + rng.uniform(-20, 20))
+    flat = np.full((10, *x.shape), rng.integers(0, 256), np.float64)
+    for number in range(10):  # all but flat: rounding is at its largest
+        places = rng.integers(0, THUMBNAIL_SIZE, (2, int(rng.integers(0, 4))))
+        flat[number][tuple(places)] = rng.integers(0, 256)
+    return np.clip(np.rint(np.concatenate([images, flat])), 0, 255).astype(np.uint8)
 
 
 def test_flat_images_are_like_nothing() -> None:
@@ -135,6 +183,13 @@ def test_equal_files_are_pairs_with_their_first() -> None:
     pairs = find_duplicates(["a", "b", "a", "c", "a"], noise)
     assert [(pair.first, pair.second) for pair in pairs] == [(0, 2), (0, 4), (1, 3)]
     assert [pair.score for pair in pairs] == pytest.approx([1, 1, 1])
+
+
+def test_the_images_to_compare_can_be_named() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (5, THUMBNAIL_SIZE, THUMBNAIL_SIZE), dtype=np.uint8)
+    noise[3] = noise[2] = noise[1]
+    found = near_duplicates.near_duplicates(noise, np.array([0, 1, 3, 4]))
+    assert [pair[:2] for pair in found] == [(1, 3)]
 
 
 def test_groups_are_what_pairs_connect() -> None:
