@@ -41,7 +41,7 @@ def test_without_metadata_identical_files_are_a_group(folder: Path) -> None:
     groups = dict(zip(source.paths, source.groups, strict=True))
     assert groups.pop(copy.relative_to(folder).as_posix()) == first
     assert all(group == path for path, group in groups.items())
-    assert source.patients == 0
+    assert len(set(source.patient_names) - {None}) == 0
 
 
 def test_patients_are_groups_in_whatever_way_they_are_written(folder: Path) -> None:
@@ -51,7 +51,7 @@ def test_patients_are_groups_in_whatever_way_they_are_written(folder: Path) -> N
     paths = paths_of(folder)
     assert source.paths == paths
     assert source.groups == [paths[row // 4 * 4] for row in range(40)]
-    assert source.patients == 10
+    assert len(set(source.patient_names) - {None}) == 10
 
 
 def test_patients_and_identical_files_connect(folder: Path) -> None:
@@ -63,7 +63,7 @@ def test_patients_and_identical_files_connect(folder: Path) -> None:
     groups = source.groups
     assert groups[0] == groups[1] == groups[5] == paths[0]
     assert len(set(groups)) == 38
-    assert source.patients == 1
+    assert len(set(source.patient_names) - {None}) == 1
     assert source.origins(np.array([5, 7]))[1] == [paths[0], paths[7]]
 
 
@@ -87,4 +87,6 @@ def test_intervals_resample_patients(folder: Path) -> None:
     alone = bootstrap.bootstrap(Predictions(source.paths, source.labels, predictions.probabilities, NAMES))
     narrow = alone["intervals"]["accuracy"]
     assert high - low > 1.5 * (narrow[1] - narrow[0])
-    assert "8 known patients" in page_text.uncertainty_words(result | {"patients": source.patients})
+    assert "8 known patients" in page_text.uncertainty_words(
+        result | {"patients": len(set(source.patient_names) - {None})}
+    )

@@ -23,6 +23,7 @@ from cxr_dist.inference.classifier import Classifier, load_classifier
 from cxr_dist.inference.predict import predict_files
 from cxr_dist.runs.calibration_file import CALIBRATION
 from cxr_dist.serving import service
+from cxr_dist.serving.http_app import FORM, TYPES
 from cxr_dist.serving.limits import Limits
 from tests.conftest import use_small_base
 from tests.inference.test_classifier import FITTED
@@ -194,7 +195,7 @@ def test_pages(port: int, phantoms: list[Path]) -> None:
     assert "Not for diagnosis" in schema["info"]["description"]
     assert "Viral_Pneumonia" in schema["info"]["description"]
     predict = schema["paths"]["/predict"]["post"]
-    assert set(predict["requestBody"]["content"]) == {"image/png", "image/jpeg", "application/dicom"}
+    assert set(predict["requestBody"]["content"]) == {*TYPES, FORM}
     assert {"200", "408", "413", "415", "422", "503", "504"} <= set(predict["responses"])
     assert ask(port, None, method="GET")[0] == 405
     assert ask(port, b"", path="/openapi.json")[0] == 405
