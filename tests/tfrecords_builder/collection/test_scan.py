@@ -418,7 +418,8 @@ def test_the_output_of_a_build(flat: Path, tmp_path: Path, capsys: pytest.Captur
 
     clean = lines()
     assert clean[0].split() == ["class", "train", "validation", "test"], "nothing is said of a clean collection"
-    assert len(clean) == 8
+    assert len(clean) == 9
+    assert [line.partition(" has few")[0] for line in clean if "warning" in line] == ["warning: the validation split"]
     (flat / "README.txt").write_text("read me")
     (flat / "loose.png").write_bytes(PNG)
     half_to_heic(flat)

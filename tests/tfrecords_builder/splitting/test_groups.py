@@ -135,7 +135,7 @@ def test_near_duplicates_and_patients_are_counted_apart(
     rows = read_manifest(tmp_path / "b").rows
     apart = sum(len({row.split for row in rows if row.patient == patient}) > 1 for patient in several)
     assert apart > 1
-    assert lines[-3:-1] == [
+    assert lines[-4:-2] == [
         "6 images are near-duplicates of others, in 2 groups (the largest has 4); "
         "warning: 1 group is in more than one split",
         f"{count} patients have several images; warning: {apart} patients are in more than one split",
