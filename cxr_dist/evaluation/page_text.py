@@ -74,10 +74,8 @@ def seen_words(metrics: Mapping[str, Any]) -> str:
         return f"{none}Near-duplicates and shared patients were not looked for: {reason}."
     if seen["share"]:
         return ""
-    return (
-        "No image here is a training or validation image of the model, a near-duplicate of one, or of a patient who "
-        "has one."
-    )
+    patients = ", or an image of the same patient" if metrics["uncertainty"]["patients"] else ""
+    return f"No image here is a training or validation image of the model, or a near-duplicate of one{patients}."
 
 
 def _kind_words(kinds: Mapping[str, int]) -> str:
