@@ -11,7 +11,7 @@ moves:
 No pair is correlated in full that a bound rules out. In any orthonormal basis, a correlation is at most the product of
 the leading coordinates plus the product of the lengths of the rest (Cauchy and Schwarz). The bound of the first
 measure, from 31 coordinates, is a matrix product of all with all, in blocks; that of the second, from 127, is computed
-for the pairs that the first leaves. What remains is nearly the near-duplicates alone, so the search finds exactly the
+where the first leaves many pairs. What remains is nearly the near-duplicates alone, so the search finds exactly the
 pairs above both thresholds. Its time grows with the square of the number of images, its memory with the number (640
 bytes an image). For a hundred thousand images, half of the time is spent on what is done once for each image.
 Rotated, mirrored and cropped copies are not found.
@@ -40,6 +40,8 @@ _SAMPLE = 256
 """Images, at most, of which the leading directions are those of the largest variance."""
 _COARSE_LEADING, _FINE_LEADING = 31, 127
 """Directions: the fewer, the faster are the products, and the more pairs are left for the next step."""
+_UNBOUNDED_PAIRS = 2.0
+"""Pairs for each image that the first bound leaves, up to which measuring them costs less than the second bound."""
 _ROUNDING = 1e-3
 """More than float32 loses in a sum of 4,096 products of unit vectors."""
 _REST_ROUNDING = 1e-5
@@ -89,7 +91,9 @@ def near_duplicates(thumbnails: Thumbnails, among: Positions | None = None) -> l
     if not len(positions):
         return []
     coarse = _upper_bounds(thumbnails, positions, _coarse, _COARSE_LEADING)
-    fine = _upper_bounds(thumbnails, positions, _fine_by_products, _FINE_LEADING)
+    fine: Vectors | None = None
+    if _pairs_left(coarse) > _UNBOUNDED_PAIRS:
+        fine = _upper_bounds(thumbnails, positions, _fine_by_products, _FINE_LEADING)
     pairs: list[tuple[int, int, float]] = []
     for start in range(0, len(positions), _BLOCK):
         rows = coarse[start : start + _BLOCK]
@@ -100,21 +104,38 @@ def near_duplicates(thumbnails: Thumbnails, among: Positions | None = None) -> l
             left, right = above // len(columns) + start, above % len(columns) + other
             for piece in range(0, len(above), _BLOCK):
                 i, j = left[piece : piece + _BLOCK], right[piece : piece + _BLOCK]
-                possible = (i < j) & (_products(fine, i, j) > FINE_THRESHOLD - _ROUNDING)
+                possible = i < j
+                if fine is not None:
+                    possible &= _products(fine, i, j) > FINE_THRESHOLD - _ROUNDING
                 pairs += _measured(thumbnails, positions[i[possible]], positions[j[possible]])
     return pairs
+
+
+def _pairs_left(coarse: Vectors) -> float:
+    """About how many pairs for each image the first bound leaves, by that of some images."""
+    some = coarse[:: -(-len(coarse) // _BLOCK)]
+    others = max(len(some) - 1, 1)
+    above = np.count_nonzero(some @ some.T > COARSE_THRESHOLD - _ROUNDING) - len(some)
+    return above / len(some) / others * (len(coarse) - 1) / 2
 
 
 def _measured(thumbnails: Thumbnails, left: Positions, right: Positions) -> Iterator[tuple[int, int, float]]:
     """Those of the pairs that are near-duplicates, with their scores."""
     for start in range(0, len(left), _PIECE):
         i, j = left[start : start + _PIECE], right[start : start + _PIECE]
-        images, places = np.unique([i, j], return_inverse=True)  # a copy may be in many pairs
-        first, second = places.reshape(2, -1)
-        alike = _products(_coarse(thumbnails[images]), first, second) > COARSE_THRESHOLD
-        scores = _products(_fine(thumbnails[images]), first[alike], second[alike])
+        alike = _correlations(thumbnails, i, j, _coarse) > COARSE_THRESHOLD
+        i, j = i[alike], j[alike]
+        scores = _correlations(thumbnails, i, j, _fine)
         keep = scores > FINE_THRESHOLD
-        yield from zip(i[alike][keep].tolist(), j[alike][keep].tolist(), scores[keep].tolist(), strict=True)
+        yield from zip(i[keep].tolist(), j[keep].tolist(), scores[keep].tolist(), strict=True)
+
+
+def _correlations(thumbnails: Thumbnails, left: Positions, right: Positions, measure: Measure) -> Vectors:
+    """Of each pair of images, in one of the two measures."""
+    if not len(left):
+        return np.empty(0, np.float32)
+    images, places = np.unique([left, right], return_inverse=True)  # a copy may be in many pairs
+    return _products(measure(thumbnails[images]), *places.reshape(2, -1))
 
 
 def equal_pairs(keys: Iterable[str | None]) -> Iterator[tuple[int, int]]:

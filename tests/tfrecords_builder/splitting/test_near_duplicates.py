@@ -1,6 +1,7 @@
 """Near-duplicates: found after what copies go through, and not among different images."""
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,8 +129,13 @@ def test_the_bound_is_one_and_a_close_one(seed: int, originals: list[Image.Image
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), block=st.integers(2, 40), sample=st.integers(1, 40))
-def test_the_search_finds_what_all_pairs_in_full_find(seed: int, block: int, sample: int) -> None:
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    block=st.integers(2, 40),
+    sample=st.integers(1, 40),
+    unbounded=st.sampled_from([-1.0, math.inf]),
+)
+def test_the_search_finds_what_all_pairs_in_full_find(seed: int, block: int, sample: int, unbounded: float) -> None:
     """Among images that are mixed so that many pairs lie about the thresholds, and odd ones."""
     thumbnails = about_the_thresholds(np.random.default_rng(seed))
     coarse, fine = (
@@ -141,6 +147,7 @@ def test_the_search_finds_what_all_pairs_in_full_find(seed: int, block: int, sam
         patch.setattr(near_duplicates, "_BLOCK", block)
         patch.setattr(near_duplicates, "_PIECE", max(block // 2, 1))
         patch.setattr(near_duplicates, "_SAMPLE", sample)
+        patch.setattr(near_duplicates, "_UNBOUNDED_PAIRS", unbounded)
         found = near_duplicates.near_duplicates(thumbnails)
     assert len({(i, j) for i, j, _ in found}) == len(found)
     for i in range(len(thumbnails)):
