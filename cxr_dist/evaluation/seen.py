@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +162,7 @@ def _dataset_of_run(
         raise UserError(f"the run's dataset, {place}, is not on this machine; give it with --dataset")
     if isinstance(place, Path) and not place.exists():
         raise UserError(f"the run's dataset, {place}, does not exist; give its new location with --dataset")
-    return nullcontext(place) if isinstance(place, Path) else local_copy(place)
+    return local_copy(place)
 
 
 def _mark_between(

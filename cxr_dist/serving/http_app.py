@@ -75,7 +75,7 @@ class Predictions:
         self._waiting += 1
         try:
             body = await _within(limits.body_timeout_s, 408, "the body arrived too slowly", self._read(request))
-            answer = self._answer(image_in(body, request.headers.get("content-type", "")))
+            answer = self._answer(body, request.headers.get("content-type", ""))
             result: Prediction = await _within(
                 limits.answer_timeout_s, 504, "the prediction took too long; send the request again", answer
             )
@@ -101,11 +101,14 @@ class Predictions:
         finally:
             self._held_bytes -= len(body)
 
-    async def _answer(self, body: bytes) -> Prediction:
+    def _decode(self, body: bytes, content_type: str) -> Image:
+        return decode_square(image_in(body, content_type), self._image_size, _NAME)
+
+    async def _answer(self, body: bytes, content_type: str) -> Prediction:
         self._held_bytes += len(body)
         try:
             loop = asyncio.get_running_loop()
-            image = await loop.run_in_executor(self._decoders, decode_square, body, self._image_size, _NAME)
+            image = await loop.run_in_executor(self._decoders, self._decode, body, content_type)
         except TooLargeError as error:
             raise HTTPException(413, error.reason) from None
         except ImageError as error:

@@ -241,6 +241,8 @@ def _check_keys(plan: SearchPlan) -> None:
     plan.base  # noqa: B018 - raises where a layer is wrong
     known = known_keys()
     for key, parameter in plan.search.parameters.items():
+        if key == "selection.metric":
+            raise UserError(f"search.parameters.{key}: ranks the trials; set one metric for all of them")
         number = key.split(".")[1] if key.startswith("stages.") and key.count(".") == 2 else None
         usual = key.replace(f"stages.{number}.", "stages.1.") if number else key
         if usual not in known:

@@ -3,15 +3,18 @@
 import asyncio
 import io
 import json
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import given, strategies as st
 from PIL import Image
 
 from cxr_dist.inference.classifier import Prediction
+from cxr_dist.serving import http_app
 from cxr_dist.serving.http_app import Predictions, image_in, make_app
 from cxr_dist.serving.limits import Limits
 
@@ -27,6 +30,20 @@ def test_a_file_in_a_form_is_found_to_the_byte(content: bytes, name: str) -> Non
     )
     assert image_in(body, f"Multipart/Form-Data; boundary={boundary}") == content
     assert image_in(content, "image/png") == content
+
+
+def test_a_form_is_taken_apart_beside_the_loop_that_serves_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def noted(body: bytes, content_type: str) -> bytes:
+        threads.append(threading.current_thread())
+        return image_in(body, content_type)
+
+    monkeypatch.setattr(http_app, "image_in", noted)
+    [response, _] = asyncio.run(post([1], Limits()))
+    assert response.status == 200
+    assert threading.main_thread() not in threads
+    assert threads
 
 
 def png(value: int) -> bytes:

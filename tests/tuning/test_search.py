@@ -76,6 +76,7 @@ def test_a_search_of_the_head_alone_is_known_as_such() -> None:
         (["search.parameters={model.dropout: {choices: [0.1], log: true}}"], "belong to a range"),
         (["search.parameters={stages.1.learning_rate: {low: 0, high: 1, log: true}}"], "low above 0"),
         (["search.parameters={stages.3.epochs: {low: 0, high: 1}}"], "stage"),
+        (["search.parameters={selection.metric: {choices: [accuracy, f1_macro]}}"], "ranks the trials"),
         (["search.parameters={}"], "search.parameters"),
         (["search.trials=0"], "search.trials"),
         (["search.trails=4"], "search.trails"),
